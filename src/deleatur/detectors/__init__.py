@@ -1,0 +1,29 @@
+"""Shelf: what is in a picture. Label scores first; which labels count, and from which score, is the caller's."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Detections:
+    """scores (n, L) of n pictures in the order given; `weights` is the SHA-256 of the network that made them."""
+
+    labels: tuple[str, ...]
+    scores: NDArray[np.float32]
+    weights: str
+
+
+class Detector(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @abstractmethod
+    def detect(self, pictures: Sequence[Image.Image], on_batch: Callable[[int], None] = lambda n: None) -> Detections:
+        """Scores in [0, 1]. A picture's scores do not depend on the others."""

@@ -1,0 +1,1 @@
+"""The only room that knows diffusers: load, encode, predict, sample, select, finetune, invert, overlay."""

@@ -1,0 +1,144 @@
+"""Prompts → text-encoder states. A prompt is a sequence of words and soft vectors; both give the same values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deleatur.diffusion.load import Model
+from deleatur.errors import DataError
+from deleatur.records import Concept, SoftToken
+
+Prompt = Sequence[str | Tensor]
+"""("a photo of ", vectors (v, d)): text fragments and rows that stand for tokens."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """states (n, L, d); per prompt the positions of its soft vectors (or of all its words) and of its end token."""
+
+    states: Tensor
+    content: tuple[tuple[int, ...], ...]
+    end: tuple[int, ...]
+
+
+@contextmanager
+def spliced(text_encoder: Any, where: Tensor, rows: Tensor) -> Iterator[None]:
+    """Inside, the input embeddings at mask `where` (n, L) are replaced by `rows` (where.sum(), d), with gradient.
+
+    A hook on the embedding table instead of a longer table: no tensor of the encoder changes, and only the rows
+    carry a gradient.
+    """
+
+    def replace(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        return output.masked_scatter(where.unsqueeze(-1), rows.to(output))
+
+    handle = text_encoder.get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def encode(model: Model, prompts: Sequence[Prompt]) -> Encoded:
+    """Last hidden states of the text encoder, each prompt padded to L.
+
+    Gradients flow to soft vectors that require them. Raises DataError when a prompt is longer than L.
+    """
+    tok, length = model.tokenizer, model.length
+    ids = torch.full((len(prompts), length), tok.pad_token_id)
+    soft = torch.zeros(len(prompts), length, dtype=torch.bool)
+    rows: list[Tensor] = []
+    content: list[tuple[int, ...]] = []
+    end: list[int] = []
+    for n, prompt in enumerate(prompts):
+        sentence: list[int] = [tok.bos_token_id]
+        places: list[int] = []
+        for part in prompt:
+            if isinstance(part, str):
+                sentence += tok(part, add_special_tokens=False).input_ids
+            else:
+                places += range(len(sentence), len(sentence) + len(part))
+                sentence += [tok.unk_token_id if tok.unk_token_id is not None else tok.pad_token_id] * len(part)
+                rows.append(part)
+        if len(sentence) >= length:
+            raise DataError(f"a prompt has {len(sentence) - 1} tokens; the text encoder takes {length - 2}")
+        ids[n, : len(sentence) + 1] = torch.tensor([*sentence, tok.eos_token_id])
+        soft[n, places] = True
+        content.append(tuple(places) or tuple(range(1, len(sentence))))
+        end.append(len(sentence))
+    ids, soft = ids.to(model.device), soft.to(model.device)
+    if rows:
+        with spliced(model.text_encoder, soft, torch.cat([r.to(model.device) for r in rows])):
+            states = model.text_encoder(ids).last_hidden_state
+    else:
+        states = model.text_encoder(ids).last_hidden_state
+    return Encoded(states, tuple(content), tuple(end))
+
+
+@torch.no_grad()
+def encode_text(model: Model, texts: Sequence[str]) -> Tensor:
+    """States (n, L, d) of plain prompts; the empty prompt is ""."""
+    return encode(model, [(t,) for t in texts]).states
+
+
+@torch.no_grad()
+def encode_marked(model: Model, texts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
+    """States (n, L, d) of prompts that may contain placeholders: each `<weapon>` becomes its rows (v, d)."""
+    return encode(model, [split(t, tokens) for t in texts]).states
+
+
+def split(text: str, tokens: Mapping[str, Tensor]) -> Prompt:
+    """ "a <weapon> here" → ("a ", rows, " here")."""
+    for placeholder, rows in tokens.items():
+        before, found, after = text.partition(placeholder)
+        if found:
+            return (*split(before, tokens), rows, *split(after, tokens))
+    return (text,) if text.strip() else ()
+
+
+@torch.no_grad()
+def concept_from_words(model: Model, name: str, words: Sequence[str]) -> Concept:
+    """A concept as the text-only methods know it: each of the n words stands alone."""
+    pieces = tuple((w,) for w in words)
+    e = encode(model, pieces)
+    return Concept(name, "words", tuple(words), pieces, e.states, e.content, e.end)
+
+
+@torch.no_grad()
+def concept_from_token(model: Model, token: SoftToken) -> Concept:
+    """A concept as HFI knows it: each of the m soft tokens stands alone."""
+    texts = tuple(f"{token.placeholder} #{i + 1}" for i in range(len(token.vectors)))
+    pieces = tuple((v,) for v in token.vectors)
+    e = encode(model, pieces)
+    return Concept(token.concept, "token", texts, pieces, e.states, e.content, e.end)
+
+
+@torch.no_grad()
+def joined(model: Model, concepts: Sequence[Concept]) -> Tensor:
+    """E("c₁, c₂, …, c_K") (1, L, d): every description of every concept in one sentence."""
+    sentence: list[str | Tensor] = []
+    for prompt in (p for c in concepts for p in c.pieces):
+        sentence += [", ", *prompt] if sentence else prompt
+    return encode(model, [sentence]).states
+
+
+def embedding_of(model: Model, word: str) -> Tensor:
+    """The input-embedding row (d,) of a word; the mean of its rows when the tokenizer splits it."""
+    ids = model.tokenizer(word, add_special_tokens=False).input_ids
+    table: Tensor = model.text_encoder.get_input_embeddings().weight
+    return table[ids].mean(0).detach().float()
+
+
+def nearest_words(model: Model, row: Tensor, n: int = 4) -> list[str]:
+    """The vocabulary words whose embedding rows have the largest cosine with `row` (d,): a token explained."""
+    table = model.text_encoder.get_input_embeddings().weight.float()
+    order = torch.nn.functional.cosine_similarity(table, row.to(table), dim=-1).argsort(descending=True)
+    words = (model.tokenizer.convert_ids_to_tokens(int(i)) for i in order)
+    whole = (w.removesuffix("</w>") for w in words if w.endswith("</w>") and len(w) > 5)
+    return [w for w, _ in zip(whole, range(n), strict=False)]

@@ -1,0 +1,110 @@
+"""Soft vectors that make a frozen model draw given pictures: weighted textual inversion (Gal et al. 2022).
+
+v: m·rows of the text encoder's input-embedding table     w: weight of each picture, Σw = 1
+L(v) = Σ_x w(x) E_{t, ε} ‖ ε − ε_θ(√ᾱ_t z₀(x) + √(1−ᾱ_t) ε, t, E(template[v])) ‖²
+
+The bare token stands in a third of the draws, since the erasers and guides use it bare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from deleatur.diffusion.encode import Prompt, encode
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.predict import Weights, predict
+
+TEMPLATES = {
+    "object": ("a {}", "a picture of a {}", "a photo of a {}", "a drawing of a {}", "one {}", "a small {}"),
+    "style": ("in {} style", "a picture in {} style", "a drawing in {} style", "{} style", "a {} drawing"),
+}
+
+
+class Inversion(BaseModel):
+    """Numbers of the optimisation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vectors: int = Field(1, gt=0)
+    """v: consecutive rows of one token."""
+    iterations: int = Field(2000, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    batch: int = Field(8, gt=0)
+    check_every: int = Field(250, gt=0)
+    """Iterations between two looks; the best-scoring vectors are kept, not the last."""
+    pictures: int = Field(16, gt=0)
+    """Pictures drawn from the bare token at each look."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    vectors: Tensor
+    """(v, d), the best of all looks."""
+    looks: list[dict[str, float]]
+    losses: list[float]
+
+
+Look = Callable[[Tensor], float]
+"""vectors (v, d) → how much pictures drawn from the bare token show the concept; higher is better."""
+
+
+def sentences(kind: str, rows: Tensor, picks: Sequence[int]) -> list[Prompt]:
+    """Prompts around the token; pick −1 is the bare token."""
+    out: list[Prompt] = []
+    for pick in picks:
+        before, _, after = ("{}" if pick < 0 else TEMPLATES[kind][pick]).partition("{}")
+        out.append([p for p in (before, rows, after) if not isinstance(p, str) or p.strip()])
+    return out
+
+
+def learn(
+    model: Model,
+    numbers: Inversion,
+    latents: Tensor,
+    weights: Tensor,
+    initial: Tensor,
+    *,
+    templates: str,
+    generator: torch.Generator,
+    look: Look | None = None,
+    unet: Weights | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Learned:
+    """Learns (v, d) from clean latents (n, C, H, W) with weights (n,), starting at `initial` (v, d).
+
+    Only the vectors carry a gradient: the network, its text encoder and the table stay as they are.
+    `unet` lays other weights over the model, for inversion against an erased one.
+    """
+    v = initial.detach().clone().float().requires_grad_()
+    # No weight decay: decay pulls v to zero, which is not where words live.
+    optimiser = torch.optim.AdamW([v], lr=numbers.lr, weight_decay=0.0)
+    best, best_score = v.detach().clone(), -float("inf")
+    looks: list[dict[str, float]] = []
+    losses: list[float] = []
+    count = len(TEMPLATES[templates])
+    for step in range(1, numbers.iterations + 1):
+        n = torch.multinomial(weights, numbers.batch, replacement=True, generator=generator)
+        t = torch.randint(len(model.schedule.alphas_cumprod), (numbers.batch,), generator=generator)
+        eps = torch.randn(numbers.batch, *latents.shape[1:], generator=generator).to(latents)
+        bare = torch.rand(numbers.batch, generator=generator) < 1 / 3
+        pick = torch.randint(count, (numbers.batch,), generator=generator).masked_fill(bare, -1)
+        t = t.to(model.device)
+        z_t = model.schedule.add_noise(latents[n.to(latents.device)], eps, t)
+        c = encode(model, sentences(templates, v, pick.tolist())).states
+        loss = (predict(model, unet or {}, z_t, t, c) - eps).float().square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        on_step(step, losses[-1])
+        if look and (step % numbers.check_every == 0 or step == numbers.iterations):
+            score = look(v.detach())
+            looks.append({"step": step, "score": score})
+            if score > best_score:
+                best, best_score = v.detach().clone(), score
+    return Learned(best if look else v.detach(), looks, losses)

@@ -1,0 +1,120 @@
+"""A checkpoint on disk → one `Model` value. Sizes are read from its configs; nothing assumes 768, 77 or 64."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deleatur.errors import ModelError
+from deleatur.maths.noise import Schedule
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Stable Diffusion 1.x/2.x model, frozen. Edited weights never enter it: they are passed beside it."""
+
+    unet: nn.Module
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    schedule: Schedule
+    digest: str
+    """SHA-256 over the UNet's parameters as loaded."""
+    text_digest: str
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def length(self) -> int:
+        """L, tokens per prompt; 77 for Stable Diffusion."""
+        return int(self.text_encoder.config.max_position_embeddings)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one latent, for example (4, 64, 64)."""
+        config: Any = self.unet.config
+        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+
+    @property
+    def pixels(self) -> int:
+        """Width and height of a picture."""
+        return int(self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, types and bytes of a module's state: the same for every file format it came from."""
+    return digest(module.state_dict())
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of named tensors."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        t = tensor.detach().cpu().contiguous()
+        h.update(f"{name}|{t.dtype}|{tuple(t.shape)}".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def load(path: str, *, dtype: str = "float32", device: str = "auto") -> Model:
+    """A folder or hub id in the layout of `StableDiffusionPipeline` as a frozen Model.
+
+    Raises ModelError when a part is missing or is not of the Stable Diffusion 1.x/2.x family.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    place, kind = device_of(device), DTYPES[dtype]
+    try:
+        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", use_safetensors=True)
+        text = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
+        scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
+    except (OSError, ValueError, KeyError) as e:
+        raise ModelError(
+            f"base.model: {path!r} does not load as a Stable Diffusion 1.x/2.x pipeline with safetensors: {e}",
+            hint="deleatur check",
+        ) from e
+    return assemble(unet, vae, text, tokenizer, scheduler, dtype=kind, device=place)
+
+
+def assemble(
+    unet: Any,
+    vae: Any,
+    text_encoder: Any,
+    tokenizer: Any,
+    scheduler: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Model:
+    """Parts already in memory as a frozen Model."""
+    place = device or torch.device("cpu")
+    for part in (unet, vae, text_encoder):
+        part.to(device=place, dtype=dtype).eval().requires_grad_(False)
+    config = scheduler.config
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ModelError(f"the scheduler predicts {config.prediction_type!r}; epsilon or v_prediction were expected")
+    schedule = Schedule(
+        scheduler.alphas_cumprod,
+        float(scheduler.final_alpha_cumprod),
+        config.steps_offset,
+        config.prediction_type,
+    )
+    return Model(unet, vae, text_encoder, tokenizer, schedule, fingerprint(unet), fingerprint(text_encoder), place)

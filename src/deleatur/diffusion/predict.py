@@ -1,0 +1,36 @@
+"""One call of the network, with its own weights or with others laid over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from deleatur.diffusion.load import Model
+from deleatur.maths.guidance import cfg
+
+Weights = Mapping[str, Tensor]
+"""UNet parameter name → tensor that takes its place; absent names keep the base model's. {} is the base model."""
+
+
+def predict(model: Model, weights: Weights, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """ε(z, t, c) for latents z (B, C, H, W), timesteps t (B,), states c (B, L, d) or (1, L, d).
+
+    One network in memory, any number of weight sets: the base model is never changed, so there is nothing to undo.
+    """
+    c = c.expand(len(z), -1, -1)
+    out = functional_call(model.unet, dict(weights), (z, t, c)) if weights else model.unet(z, t, c)
+    return model.schedule.to_epsilon(out.sample, z, t)
+
+
+@torch.no_grad()
+def guided_step(
+    model: Model, weights: Weights, z: Tensor, k: Tensor, c_0: Tensor, c_p: Tensor, s_g: float, n: int
+) -> Tensor:
+    """z⁽ᵏ⁾ → z⁽ᵏ⁺¹⁾: one DDIM step of the n-step sampler with classifier-free guidance, k (B,) per row."""
+    t = torch.tensor(model.schedule.taus(n), device=z.device)[k]
+    both = torch.cat([c_0.expand(len(z), -1, -1), c_p.expand(len(z), -1, -1)])
+    eps_0, eps_p = predict(model, weights, torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+    return model.schedule.ddim(z, cfg(eps_0, eps_p, s_g), t, n)

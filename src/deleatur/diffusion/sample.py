@@ -1,0 +1,90 @@
+"""The one sampler. Every row of every comparison goes through here, the untouched model included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.predict import Weights, predict
+
+
+class Combines(Protocol):
+    """What the sampler needs of a guide."""
+
+    def start(self, shape: tuple[int, ...]) -> object: ...
+    def combine(self, step: int, eps_p: Tensor, others: Tensor, state: object) -> tuple[Tensor, object]: ...
+
+
+def noise(model: Model, seeds: Sequence[int]) -> Tensor:
+    """z_T (B, C, H, W): each row from a CPU generator of its own seed, so it depends on nothing but that seed."""
+    rows = [torch.randn(model.latent_shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds]
+    return torch.stack(rows).to(model.device, model.dtype)
+
+
+@torch.no_grad()
+def denoise(
+    model: Model, z: Tensor, c: Tensor, others: Tensor, guide: Combines, steps: int, weights: Weights
+) -> Tensor:
+    """z_T (B, …) → z₀ under prompts c (B, L, d), with the guide's extra conditions `others` (m, L, d)."""
+    m, b = len(others), len(z)
+    rows = torch.cat([c, others.repeat_interleave(b, 0)])
+    state = guide.start(tuple(z.shape))
+    for step, tau in enumerate(model.schedule.taus(steps)):
+        t = torch.full((b,), tau, device=z.device)
+        eps = predict(model, weights, z.repeat(m + 1, 1, 1, 1), t.repeat(m + 1), rows)
+        eps_p, rest = eps[:b], eps[b:].reshape(m, b, *z.shape[1:])
+        combined, state = guide.combine(step, eps_p, rest, state)
+        z = model.schedule.ddim(z, combined, t, steps)
+    return z
+
+
+@torch.no_grad()
+def decode(model: Model, z: Tensor) -> list[Image.Image]:
+    """Latents (B, C, H, W) → pictures."""
+    pixels = model.vae.decode(z / model.vae.config.scaling_factor).sample
+    eight_bit = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in eight_bit]
+
+
+@torch.no_grad()
+def encode_pictures(model: Model, pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures → clean latents z₀ (B, C, H, W), the mean of the VAE's posterior, scaled."""
+    size = (model.pixels, model.pixels)
+    arrays = [torch.frombuffer(bytearray(p.convert("RGB").resize(size).tobytes()), dtype=torch.uint8) for p in pictures]
+    x = torch.stack(arrays).reshape(len(pictures), *size, 3).permute(0, 3, 1, 2).to(model.device, model.dtype)
+    z0: Tensor = model.vae.encode(x / 127.5 - 1).latent_dist.mean * model.vae.config.scaling_factor
+    return z0
+
+
+def sample(
+    model: Model,
+    c: Tensor,
+    seeds: Sequence[int],
+    *,
+    guide: Combines,
+    others: Tensor,
+    steps: int,
+    weights: Weights | None = None,
+    batch: int = 16,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> list[Image.Image]:
+    """One picture for each row of c (n, L, d) and its seed.
+
+    The last batch is filled up to full size: every network call has the same shape, so a picture's bits do not
+    depend on how many others are drawn, nor on its place among them.
+    """
+    pictures: list[Image.Image] = []
+    for start in range(0, len(seeds), batch):
+        rows, part = c[start : start + batch], list(seeds[start : start + batch])
+        missing = batch - len(part)
+        rows = torch.cat([rows, rows[-1:].expand(missing, -1, -1)])
+        z = noise(model, part + part[-1:] * missing)
+        z0 = denoise(model, z, rows, others, guide, steps, weights or {})
+        pictures += decode(model, z0)[: len(part)]
+        on_batch(len(part))
+    return pictures

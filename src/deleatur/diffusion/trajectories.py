@@ -1,0 +1,165 @@
+"""Where training states come from: trajectories of the guided sampler, fresh or from a staggered pool.
+
+N: sampler steps            k: steps already done, 0 … N−1       M: slots of the pool
+b: states per iteration     τ_k: noise level of z⁽ᵏ⁾              S: states used of one trajectory (pool: S = N)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.predict import Weights, guided_step
+
+Law = Literal["uniform", "beta33"]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """States to train on: z (b, C, H, W), stages k (b,), and which condition each was drawn under (b,)."""
+
+    z: Tensor
+    k: Tensor
+    condition: Tensor
+
+
+class Trajectories(Protocol):
+    def visit(self, weights: Weights) -> Visit: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def restore(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+def draw_stages(law: Law, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """k for fresh trajectories: uniform (SDD), or ⌊N·u⌋ with u ~ Beta(3, 3) (HFI's SDD, mid-trajectory)."""
+    if law == "uniform":
+        return torch.randint(n, shape, generator=generator)
+    # The median of five uniforms is Beta(3, 3): no sampler that depends on a global generator.
+    u = torch.rand(*shape, 5, generator=generator).median(-1).values
+    return (n * u).long().clamp(max=n - 1)
+
+
+def stage_weights(law: Law, n: int) -> Tensor:
+    """q_k / max q (n,): the chance that a visited stage is trained on, so that the pool follows the law exactly."""
+    if law == "uniform":
+        return torch.ones(n)
+    x = torch.linspace(0, 1, n + 1, dtype=torch.float64)
+    cdf = x**3 * (10 - 15 * x + 6 * x**2)  # of Beta(3, 3)
+    q = cdf.diff()
+    return (q / q.max()).float()
+
+
+@dataclass
+class Source:
+    """What both kinds share: the network's guided step, the conditions, and the generator of all draws."""
+
+    model: Model
+    empty: Tensor
+    conditions: Tensor
+    """(n, L, d): what the trajectories are prompted with."""
+    s_g: float
+    steps: int
+    generator: torch.Generator
+
+    def noise(self, n: int) -> Tensor:
+        z = torch.randn(n, *self.model.latent_shape, generator=self.generator)
+        return z.to(self.model.device, self.model.dtype)
+
+    def advance(self, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+        c_p = self.conditions[condition.to(self.conditions.device)]
+        return guided_step(self.model, weights, z, k.to(z.device), self.empty, c_p, self.s_g, self.steps)
+
+
+class Fresh:
+    """Algorithm 1 of SDD: each state is the end of a trajectory of its own, made by the teacher of the moment."""
+
+    def __init__(self, source: Source, *, batch: int, law: Law) -> None:
+        self.source, self.batch, self.law = source, batch, law
+        self.count = torch.zeros((), dtype=torch.long)
+
+    def visit(self, weights: Weights) -> Visit:
+        s = self.source
+        k = draw_stages(self.law, s.steps, (self.batch,), s.generator)
+        condition = (self.count + torch.arange(self.batch)) % len(s.conditions)
+        z = s.noise(self.batch)
+        for j in range(int(k.max())):
+            rows = (k > j).nonzero().squeeze(1)
+            z[rows] = s.advance(weights, z[rows], torch.full_like(rows, j), condition[rows])
+        self.count += self.batch
+        return Visit(z, k, condition)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"count": self.count}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.count = tensors["count"]
+
+
+class Pool:
+    """M trajectories, evenly staggered; each visit trains on a state and moves it one step on, so every state counts.
+
+    Slots are visited in a cyclic order shuffled once: the gap between two visits of a slot is constant, M/b.
+    Expected gradient as with `Fresh`, up to the teacher's movement during a trajectory's life of N·M/b iterations.
+    """
+
+    def __init__(self, source: Source, weights: Weights, *, batch: int, slots: int, law: Law) -> None:
+        self.source, self.batch = source, batch
+        self.accept = stage_weights(law, source.steps)
+        self.order = torch.randperm(slots, generator=source.generator)
+        self.k = torch.arange(slots) * source.steps // slots
+        self.condition = torch.randperm(slots, generator=source.generator) % len(source.conditions)
+        self.z = source.noise(slots)
+        self.position = torch.zeros((), dtype=torch.long)
+        self.started = torch.tensor(slots)
+        for j in range(int(self.k.max())):
+            rows = (self.k > j).nonzero().squeeze(1)
+            self.z[rows] = source.advance(weights, self.z[rows], torch.full_like(rows, j), self.condition[rows])
+
+    def visit(self, weights: Weights) -> Visit:
+        """The next b accepted states. Visited slots are moved on under `weights`, accepted or not."""
+        s = self.source
+        visited: list[int] = []
+        accepted: list[int] = []
+        while len(accepted) < self.batch and len(visited) < len(self.order):
+            slot = int(self.order[int(self.position) % len(self.order)])
+            self.position += 1
+            visited.append(slot)
+            chance = self.accept[self.k[slot]]
+            if chance == 1 or torch.rand((), generator=s.generator) < chance:
+                accepted.append(slot)
+        rows = torch.tensor(accepted or visited[: self.batch])
+        out = Visit(self.z[rows].clone(), self.k[rows].clone(), self.condition[rows].clone())
+        self._move_on(weights, torch.tensor(visited))
+        return out
+
+    def _move_on(self, weights: Weights, rows: Tensor) -> None:
+        s = self.source
+        ended = self.k[rows] == s.steps - 1
+        going, over = rows[~ended], rows[ended]
+        if len(going):
+            self.z[going] = s.advance(weights, self.z[going], self.k[going], self.condition[going])
+            self.k[going] += 1
+        if len(over):
+            self.z[over] = s.noise(len(over))
+            self.k[over] = 0
+            self.condition[over] = (self.started + torch.arange(len(over))) % len(s.conditions)
+            self.started += len(over)
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("order", "k", "condition", "z", "position", "started")
+        return {n: getattr(self, n) for n in names}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, value in tensors.items():
+            setattr(self, name, value)
+
+
+def trajectories(
+    kind: Literal["fresh", "pool"], source: Source, weights: Weights, *, batch: int, slots: int, law: Law
+) -> Fresh | Pool:
+    if kind == "fresh":
+        return Fresh(source, batch=batch, law=law)
+    return Pool(source, weights, batch=batch, slots=slots, law=law)

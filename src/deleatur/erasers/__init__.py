@@ -1,0 +1,42 @@
+"""Shelf: what removes a concept from the weights. Gives back a Delta; the given model stays as it was."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from deleatur.diffusion.finetune import Probe, Progress, State
+from deleatur.diffusion.load import Model
+from deleatur.records import Concept, Delta
+
+
+class Eraser(BaseModel):
+    """A method with its named numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @abstractmethod
+    def touches(self, model: Model) -> set[str]:
+        """Names of the UNet tensors that the delta may hold."""
+
+    @abstractmethod
+    def erase(
+        self,
+        model: Model,
+        concepts: Sequence[Concept],
+        *,
+        keep: Tensor | None,
+        seed: int,
+        on_step: Callable[[Progress], None] = lambda p: None,
+        probe: Probe | None = None,
+        state: State | None = None,
+    ) -> Delta:
+        """The difference that removes the concepts.
+
+        keep (q, L, d): states of prompts to preserve, for methods that use them. probe looks at sampled pictures.
+        state: a saved run to go on with. Same model, settings and seed: same delta.
+        Raises ErasureRefused when the run did nothing or destroyed the model.
+        """

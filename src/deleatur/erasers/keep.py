@@ -1,0 +1,32 @@
+"""The untouched model: the baseline row of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from deleatur.diffusion.finetune import Probe, Progress, State
+from deleatur.diffusion.load import Model
+from deleatur.erasers import Eraser
+from deleatur.records import Concept, Delta
+
+
+class Keep(Eraser):
+    """θ = θ₀."""
+
+    def touches(self, model: Model) -> set[str]:
+        return set()
+
+    def erase(
+        self,
+        model: Model,
+        concepts: Sequence[Concept],
+        *,
+        keep: Tensor | None,
+        seed: int,
+        on_step: Callable[[Progress], None] = lambda p: None,
+        probe: Probe | None = None,
+        state: State | None = None,
+    ) -> Delta:
+        return Delta({}, model.digest, "keep", self.model_dump(), tuple(c.name for c in concepts))

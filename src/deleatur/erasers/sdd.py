@@ -1,0 +1,86 @@
+"""SDD, safe self-distillation (Kim et al. 2023, arXiv 2307.05977), Algorithm 1.
+
+min_θ E ‖ ε_θ(z⁽ᵏ⁾, τ_k, c_s) − sg[ε_θ(z⁽ᵏ⁾, τ_k, c₀)] ‖²
+
+z⁽ᵏ⁾ comes from the EMA teacher with guidance, prompted with c_p; the target is the student's own unconditional
+output; the teacher is what is returned. Deviations from the released code: its errors (a finished picture trained on
+for k = 0, a timestep label off by up to 18, roles swapped, gradients kept on frozen tensors) are not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from deleatur.diffusion.encode import encode_text, joined
+from deleatur.diffusion.finetune import Loop, Networks, Probe, Progress, State, Target, finetune
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.select import select
+from deleatur.erasers import Eraser
+from deleatur.records import Concept, Delta
+
+
+def towards_empty(c_0: Tensor, *, frozen: bool) -> Target:
+    """sg[ε(z, t, c₀)]: the student's own unconditional output of this very step, or the base model's (`frozen`)."""
+
+    def target(networks: Networks, z: Tensor, t: Tensor, c_s: Tensor) -> Tensor:
+        return (networks.base if frozen else networks.student)(z, t, c_0)
+
+    return target
+
+
+class SDD(Eraser):
+    """Safe self-distillation. With soft tokens as concepts this is HFI+SDD (Kim et al. 2024, arXiv 2407.21032)."""
+
+    order: Literal["paper", "code", "single"] = "paper"
+    """Who plays c_p and c_s when there are several descriptions:
+    paper   c_p one of them in turn, c_s all joined in one sentence (Algorithm 1)
+    code    c_p all joined, c_s one of them in turn (the released code)
+    single  c_p = c_s = one of them in turn (ours; the only one whose effect reaches single words)"""
+    loop: Loop = Field(default_factory=Loop)
+    """With `loop.preserve` above 0 the unconditional target is the base model's, which cannot drift (ours)."""
+
+    def touches(self, model: Model) -> set[str]:
+        return set(select(model.unet, self.loop.train))
+
+    def roles(self, model: Model, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
+        """(c_p, c_s), each (n, L, d)."""
+        each = torch.cat([c.states for c in concepts])
+        if self.order == "single":
+            return each, each
+        together = joined(model, concepts)
+        return (each, together) if self.order == "paper" else (together, each)
+
+    def erase(
+        self,
+        model: Model,
+        concepts: Sequence[Concept],
+        *,
+        keep: Tensor | None,
+        seed: int,
+        on_step: Callable[[Progress], None] = lambda p: None,
+        probe: Probe | None = None,
+        state: State | None = None,
+    ) -> Delta:
+        c_0 = encode_text(model, [""])
+        c_p, c_s = self.roles(model, concepts)
+        with torch.random.fork_rng(devices=[]):  # nothing below may lean on the global generator
+            tensors, record = finetune(
+                model,
+                self.loop,
+                towards_empty(c_0, frozen=self.loop.preserve > 0),
+                c_p=c_p,
+                c_s=c_s,
+                c_0=c_0,
+                paired=self.order == "single",
+                keep=keep,
+                seed=seed,
+                on_step=on_step,
+                probe=probe,
+                state=state,
+            )
+        return Delta(tensors, model.digest, "sdd", self.model_dump(), tuple(c.name for c in concepts), record)

@@ -1,0 +1,166 @@
+"""The reward r_ψ: how much a picture shows the concept, from frozen CLIP features (HFI, section 3.3 of our notes).
+
+x: features (n, d)       y: share of raters who said yes (n,)       (x⁺, x⁻): ranked pairs, x⁺ shows it more
+binary:   L(ψ) = mean (r_ψ(x) − y)², the Brier score: its minimiser is the vote share, so disagreement is kept
+ranking:  L(ψ) = −mean log σ(r_ψ(x⁺) − r_ψ(x⁻)), Bradley–Terry: defined up to a constant, so scores are standardised
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Numbers(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden: int = Field(256, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    epochs: int = Field(200, gt=0)
+    """Most full-batch steps; cross-validation picks how many are used."""
+    folds: int = Field(5, gt=1)
+
+
+@dataclass(frozen=True)
+class Votes:
+    """y (n,) and the weight of each picture (n,), its number of effective votes."""
+
+    y: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows (better, worse) of the feature table (p,), (p,)."""
+
+    better: Tensor
+    worse: Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """r_ψ as named tensors. `rank` heads are standardised over the pool they were fitted on."""
+
+    tensors: dict[str, Tensor]
+    rank: bool
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, d) → scores (n,)."""
+        t = self.tensors
+        hidden = F.gelu(F.linear(x, t["in.weight"], t["in.bias"]))
+        r = F.linear(hidden, t["out.weight"], t["out.bias"]).squeeze(-1)
+        return (r - t["mean"]) / t["std"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    head: Head
+    epochs: int
+    held_out: float
+    """AUC of majority votes (binary) or pair accuracy (ranking) on prompts the head has not seen."""
+    curve: list[float]
+    """Validation loss by epoch, mean of the folds."""
+
+
+def fit(x: Tensor, target: Votes | Pairs, groups: NDArray[np.int64], numbers: Numbers, seed: int) -> Fit:
+    """Cross-validates over groups (pictures of one prompt stay together), then fits on everything.
+
+    groups: (n,), the prompt of each picture. The number of epochs is the one with the least mean validation loss.
+    """
+    folds = min(numbers.folds, len(np.unique(groups)))
+    curves, tested = [], []
+    for number, (train, test) in enumerate(GroupKFold(folds).split(groups, groups=groups)):
+        inside, outside = _restrict(target, train), _restrict(target, test)
+        if not _size(inside) or not _size(outside):
+            continue
+        losses: list[float] = []
+        scores: list[Tensor] = []
+
+        def watch(
+            head: Head, outside: Votes | Pairs = outside, losses: list[float] = losses, scores: list[Tensor] = scores
+        ) -> None:
+            scores.append(head(x))
+            losses.append(float(_loss(scores[-1], outside)))
+
+        _train(x, inside, numbers, seed + number, numbers.epochs, watch)
+        curves.append(losses)
+        tested.append([quality(s, outside) for s in scores])
+    curve = np.mean(curves, axis=0)
+    best = int(curve.argmin())
+    head = _train(x, target, numbers, seed, best + 1, None)
+    return Fit(head, best + 1, float(np.nanmean([q[best] for q in tested])), curve.tolist())
+
+
+def quality(scores: Tensor, target: Votes | Pairs) -> float:
+    """AUC against the majority vote, or the share of pairs in the right order; nan when there is only one class."""
+    if isinstance(target, Pairs):
+        return float((scores[target.better] > scores[target.worse]).float().mean())
+    known = target.weight > 0
+    labels = (target.y[known] >= 0.5).numpy()
+    return float(roc_auc_score(labels, scores[known].numpy())) if 0 < labels.sum() < len(labels) else float("nan")
+
+
+def _train(
+    x: Tensor, target: Votes | Pairs, numbers: Numbers, seed: int, epochs: int, watch: Callable[[Head], None] | None
+) -> Head:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)  # nn.Linear and dropout draw from the global generator; restored on leaving
+        net = nn.Sequential(
+            nn.Linear(x.shape[1], numbers.hidden), nn.GELU(), nn.Dropout(numbers.dropout), nn.Linear(numbers.hidden, 1)
+        )
+        optimiser = torch.optim.AdamW(net.parameters(), lr=numbers.lr, weight_decay=numbers.weight_decay)
+        for _ in range(epochs):
+            loss = _loss(net(x).squeeze(-1), target)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if watch:
+                watch(_freeze(net, x, isinstance(target, Pairs)))
+    return _freeze(net, x, isinstance(target, Pairs))
+
+
+def _freeze(net: nn.Sequential, x: Tensor, rank: bool) -> Head:
+    state = net.state_dict()
+    tensors = {n: state[f"{i}.{p}"].clone() for n, i, p in _NAMES}
+    plain = Head(tensors | {"mean": torch.tensor(0.0), "std": torch.tensor(1.0)}, rank)
+    if not rank:
+        return plain
+    r = plain(x)
+    return Head(tensors | {"mean": r.mean(), "std": r.std().clamp(min=1e-6)}, rank)
+
+
+_NAMES = [("in.weight", 0, "weight"), ("in.bias", 0, "bias"), ("out.weight", 3, "weight"), ("out.bias", 3, "bias")]
+
+
+def _loss(r: Tensor, target: Votes | Pairs) -> Tensor:
+    if isinstance(target, Pairs):
+        return -F.logsigmoid(r[target.better] - r[target.worse]).mean()
+    return (target.weight * (r - target.y).square()).sum() / target.weight.sum()
+
+
+def _restrict(target: Votes | Pairs, rows: NDArray[np.int64]) -> Votes | Pairs:
+    """Only what the given rows say: other votes weigh nothing, pairs need both pictures inside."""
+    if isinstance(target, Pairs):
+        inside = torch.zeros(int(max(target.better.max(), target.worse.max(), rows.max())) + 1, dtype=torch.bool)
+        inside[torch.from_numpy(rows)] = True
+        both = inside[target.better] & inside[target.worse]
+        return Pairs(target.better[both], target.worse[both])
+    mask = torch.zeros_like(target.weight)
+    mask[torch.from_numpy(rows)] = 1
+    return Votes(target.y, target.weight * mask)
+
+
+def _size(target: Votes | Pairs) -> float:
+    return float(target.weight.sum()) if isinstance(target, Votes) else len(target.better)

@@ -1,0 +1,65 @@
+"""Shelf: rated pictures → soft token."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from deleatur.diffusion.invert import Learned, Look
+from deleatur.diffusion.load import Model
+
+
+@dataclass(frozen=True)
+class Rated:
+    """The pool of rated pictures of one concept."""
+
+    latents: Tensor
+    """(n, C, H, W) clean latents."""
+    rewards: Tensor
+    """(n,) r_ψ of each."""
+    features: Tensor
+    """(n, d) CLIP features."""
+    rank: bool
+    """Rewards are standardised ranking scores, not vote shares."""
+
+
+class Inverter(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @abstractmethod
+    def invert(
+        self,
+        model: Model,
+        rated: Rated,
+        initial: Tensor,
+        *,
+        templates: str,
+        seed: int,
+        look: Look,
+        on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+    ) -> list[Learned]:
+        """The m tokens of a concept, each (v, d), from the start row `initial` (d,)."""
+
+
+def selection(rated: Rated, top: int) -> Tensor:
+    """Indices of the `top` pictures with the highest reward, best first."""
+    return rated.rewards.argsort(descending=True, stable=True)[:top]
+
+
+def effective(weights: Tensor) -> float:
+    """Effective sample size 1/Σw² of normalised weights."""
+    return float(1 / weights.square().sum())
+
+
+def start_rows(initial: Tensor, vectors: int, generator: torch.Generator) -> Tensor:
+    """(v, d): the start row repeated, later rows jittered by 1 % of its norm so that they can part."""
+    rows = initial.repeat(vectors, 1)
+    jitter = torch.randn(vectors, len(initial), generator=generator) * initial.norm() * 0.01 / len(initial) ** 0.5
+    jitter[0] = 0
+    out: Tensor = rows + jitter
+    return out

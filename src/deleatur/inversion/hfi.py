@@ -1,0 +1,89 @@
+"""HFI, human feedback inversion (Kim et al. 2024, arXiv 2407.21032): ratings condensed into soft tokens.
+
+v* = argmin_v Σ_x w(x) E ‖ ε − ε_θ(z_t(x), t, E(v)) ‖²  over the K_top pictures with the highest reward r_ψ
+
+binary:   w ∝ clip(r_ψ, 0, 1)
+ranking:  w ∝ softmax(r_ψ / temperature) of scores standardised over the pool, since a Bradley–Terry score has no zero
+
+Several tokens (ours): the pictures are clustered in CLIP space and each cluster gets its own token and an equal share
+of K_top, so that no rated kind is left out because another is more frequent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pydantic import Field
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from deleatur.diffusion.invert import Inversion, Learned, Look, learn
+from deleatur.diffusion.load import Model
+from deleatur.inversion import Inverter, Rated, start_rows
+from deleatur.maths.seeds import derive, generator
+
+
+class HFI(Inverter):
+    top: int = Field(100, gt=0)
+    """K_top."""
+    tokens: int = Field(1, gt=0)
+    """m, tokens that stand alone."""
+    threshold: float = 0.5
+    """Binary: pictures below this reward are never used. Ranking: in standard deviations above the pool's mean."""
+    temperature: float = Field(1.0, gt=0)
+    loop: Inversion = Field(default_factory=Inversion)
+
+    def weights(self, rewards: Tensor, *, rank: bool) -> Tensor:
+        """w (n,) of selected pictures: non-negative, sum 1; for rankings unchanged by a constant added to all."""
+        if rank:
+            return (rewards / self.temperature).softmax(0)
+        clipped = rewards.clamp(0, 1)
+        return clipped / clipped.sum()
+
+    def clusters(self, rated: Rated, seed: int) -> list[Tensor]:
+        """Indices of the selected pictures, one tensor per token."""
+        good = (rated.rewards >= self.threshold).nonzero().squeeze(1)
+        if len(good) < self.tokens:
+            good = rated.rewards.argsort(descending=True)[: max(self.tokens, min(self.top, len(rated.rewards)))]
+        labels = torch.zeros(len(good), dtype=torch.long)
+        if self.tokens > 1:
+            means = KMeans(self.tokens, n_init=10, random_state=derive(seed, "invert", "clusters") % 2**32)
+            labels = torch.from_numpy(means.fit_predict(rated.features[good].double().numpy())).long()
+        share = -(-self.top // self.tokens)
+        out = []
+        for label in range(self.tokens):
+            own = good[labels == label]
+            out.append(own[rated.rewards[own].argsort(descending=True, stable=True)][:share])
+        return out
+
+    def invert(
+        self,
+        model: Model,
+        rated: Rated,
+        initial: Tensor,
+        *,
+        templates: str,
+        seed: int,
+        look: Look,
+        on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+    ) -> list[Learned]:
+        total = self.tokens * self.loop.iterations
+        learned = []
+        for i, rows in enumerate(self.clusters(rated, seed)):
+            g = generator(seed, "invert", i)
+            done = i * self.loop.iterations
+            learned.append(
+                learn(
+                    model,
+                    self.loop,
+                    rated.latents[rows],
+                    self.weights(rated.rewards[rows], rank=rated.rank),
+                    start_rows(initial, self.loop.vectors, g),
+                    templates=templates,
+                    generator=g,
+                    look=look,
+                    on_step=lambda step, loss, done=done: on_step(done + step, total, loss),  # type: ignore[misc]
+                )
+            )
+        return learned

@@ -1,0 +1,43 @@
+"""Textual inversion (Gal et al. 2022, arXiv 2208.01618) on all pictures alike: the control that uses no feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from deleatur.diffusion.invert import Inversion, Learned, Look, learn
+from deleatur.diffusion.load import Model
+from deleatur.inversion import Inverter, Rated, start_rows
+from deleatur.maths.seeds import generator
+
+
+class TextualInversion(Inverter):
+    loop: Inversion = Field(default_factory=Inversion)
+
+    def invert(
+        self,
+        model: Model,
+        rated: Rated,
+        initial: Tensor,
+        *,
+        templates: str,
+        seed: int,
+        look: Look,
+        on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+    ) -> list[Learned]:
+        n, g = len(rated.latents), generator(seed, "invert", 0)
+        learned = learn(
+            model,
+            self.loop,
+            rated.latents,
+            torch.full((n,), 1 / n),
+            start_rows(initial, self.loop.vectors, g),
+            templates=templates,
+            generator=g,
+            # The last vectors are kept, not the best-rated ones: the control must not see a single rating.
+            on_step=lambda step, loss: on_step(step, self.loop.iterations, loss),
+        )
+        return [learned]

@@ -1,0 +1,1 @@
+"""What touches files and services: tables, images, and later objects, versions, tracking."""

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out. Knows torch and nothing of ours."""

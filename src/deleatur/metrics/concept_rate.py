@@ -1,0 +1,36 @@
+"""How often the unwanted concept is in the picture, by the detector and labels that the concept names."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from deleatur.metrics import Array, Gallery, Metric
+from deleatur.records import Detector
+
+
+class ConceptRate(Metric):
+    """1 where the detector's first label is one of the concept's, on prompts that ask for the concept."""
+
+    higher_is_better: ClassVar[bool] = False
+    rate: ClassVar[bool] = True
+
+    def values(self, shots: Gallery, base: Gallery) -> Array:
+        top = {name: seen.top() for name, seen in shots.seen.items()}
+
+        def value(i: int) -> float:
+            if not shots.prompts[i].concept:
+                return np.nan
+            detector, labels = shots.counts[shots.prompts[i].concept]
+            return float(top[detector][i] in labels)
+
+        return np.array([value(i) for i in range(len(shots.prompts))])
+
+    def detector(self, shots: Gallery) -> Detector | None:
+        used = {shots.counts[p.concept] for p in shots.prompts if p.concept}
+        names = sorted({d for d, _ in used})
+        labels = tuple(sorted({label for _, found in used for label in found}))
+        if not names:
+            return None
+        return Detector("+".join(names), "+".join(shots.seen[n].weights for n in names), labels, cutoff=0.0)

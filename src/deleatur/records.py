@@ -1,0 +1,211 @@
+"""The values that travel between rooms. Frozen, typed, without behaviour beyond what their own fields decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Kind = Literal["binary", "rank"]
+Outcome = Literal["pass", "fail", "not enough evidence"]
+Side = Literal["base", "champion", "candidate"]
+Role = Literal["concept", "token", "attack", "neighbour", "keep", "unseen"]
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """One answer of one rater. Append-only: a correction or a withdrawal is a new event naming the old one.
+
+    `items` are SHA-256 digests of the rated pictures: one for a yes/no question, M for a ranking.
+    `ranks` are aligned with `items`: 1 shows the concept most; None is the "X" of a ranking screen (not at all).
+    """
+
+    event_id: str
+    concept: str
+    kind: Kind
+    items: tuple[str, ...]
+    prompt: str
+    seed: int
+    model_version: str
+    rater: str
+    """Salted hash; no personal data."""
+    answer: Literal["yes", "no", "unsure", "skip", "ranked", "withdrawn"]
+    source: str
+    """Where it came from; starts with "simulated" for simulated raters."""
+    created_at: str
+    """UTC, ISO 8601."""
+    consent_version: str
+    ranks: tuple[int | None, ...] | None = None
+    labels: tuple[str, ...] = ()
+    severity: int | None = None
+    reason: str | None = None
+    seconds_spent: float | None = None
+    unblurred: bool | None = None
+    replaces: str | None = None
+    """The event id that this one corrects or withdraws."""
+
+
+@dataclass(frozen=True)
+class SoftToken:
+    """What HFI learns: rows of the text encoder's *input* embedding table.
+
+    `vectors` is (m, v, d): m tokens that each stand alone, v consecutive rows each, d the embedding width.
+    """
+
+    concept: str
+    placeholder: str
+    """The string users type, `<weapon>`; diffusers names the further rows `<weapon>_1`, `<weapon>_2`, …"""
+    vectors: Tensor
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept as the networks see it. Words and soft tokens give the same kind of value.
+
+    pieces:   n prompts, each text fragments and soft rows (v, d); each describes the concept and stands alone
+    states:   (n, L, d) their text-encoder states
+    content:  n tuples, the positions of the concept's own tokens in each sentence
+    end:      n positions of the end-of-text token
+    """
+
+    name: str
+    source: Literal["words", "token"]
+    texts: tuple[str, ...]
+    pieces: tuple[tuple[str | Tensor, ...], ...]
+    states: Tensor
+    content: tuple[tuple[int, ...], ...]
+    end: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an eraser gives back: differences of weights against one base model, never a whole model."""
+
+    tensors: Mapping[str, Tensor]
+    """Parameter name of the UNet → difference, in fp32."""
+    base: str
+    """Digest of the UNet the differences belong to."""
+    method: str
+    settings: Mapping[str, Any]
+    concepts: tuple[str, ...]
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """How the run went: steps, stop reason, curves. Not part of the identity."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of the evaluation set."""
+
+    id: str
+    text: str
+    role: Role
+    label: str
+    """What a detector should find in the picture: a class name of the judge."""
+    concept: str = ""
+    """For the roles concept, token and attack: which concept it asks for."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """The full recipe of one picture. The picture is a function of this and of the weights, of nothing else."""
+
+    side: Side
+    prompt: Prompt
+    index: int
+    """The picture's number among those of its prompt."""
+    noise_seed: int
+    guidance: float
+    steps: int
+    weights: str
+    """Digest of the UNet that drew it."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """What made a number: without every one of these fields a report does not validate."""
+
+    name: str
+    weights: str
+    """SHA-256 of the weights file."""
+    labels: tuple[str, ...]
+    """The labels that count."""
+    cutoff: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number with its interval and what made it."""
+
+    metric: str
+    slice: str
+    """Which pictures: a role, or role/concept."""
+    side: Side
+    value: float
+    low: float
+    high: float
+    n: int
+    prompts: int
+    higher_is_better: bool
+    versus: Side | None = None
+    """None: an absolute number. Otherwise the mean paired difference side − versus, from equal noise."""
+    detector: Detector | None = None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What went in. A report without one of these fields does not validate."""
+
+    base: str
+    delta: str
+    feedback: str
+    tokens: str
+    prompts: str
+    settings: str
+    seed: int
+    seeds_rule: str
+    sampler: str
+    guide: str
+    concepts: tuple[str, ...]
+    concept_source: str
+    """"token" (HFI) or "words"."""
+    method: str
+    preserve: bool
+    """Whether our keep-loss was added to the paper's loss."""
+    simulated: bool
+    """Whether any of the feedback came from simulated raters."""
+    champion: str | None
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    identity: Identity
+    scores: Sequence[Score]
+    notes: Sequence[str]
+    """What a reader must know to read the numbers right."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule of the policy, applied."""
+
+    rule: str
+    outcome: Outcome
+    reason: str
+    margin: float
+    """How far inside the limit the deciding end of the interval is; negative: outside."""
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: Outcome
+    findings: Sequence[Finding]
+    report: str
+    """Digest of the report that was judged."""
+    policy: str
+    """Digest of the gate section."""
+    simulated: bool

@@ -1,0 +1,1 @@
+"""A stage is one function: read → call → write, a page each."""

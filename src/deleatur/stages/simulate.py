@@ -1,0 +1,44 @@
+"""Sampled pictures + an oracle's scores → a source of feedback like any other, labelled as simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL.Image import Image
+
+from deleatur.feedback import events
+from deleatur.feedback.simulated import Panel, Shown, rate, recruit
+from deleatur.io import images, tables
+from deleatur.maths import seeds
+from deleatur.settings import ConceptSpec
+
+
+def simulate(
+    concept: str,
+    spec: ConceptSpec,
+    pictures: Sequence[Image],
+    prompts: Sequence[str],
+    picture_seeds: Sequence[int],
+    oracle: Sequence[float],
+    *,
+    panel: Panel,
+    model_version: str,
+    seed: int,
+    out: Path,
+) -> Path:
+    """Writes `<out>/<concept>.jsonl` and `<out>/<concept>.images.parquet`, and returns the first.
+
+    oracle: per picture the probability that it shows the concept. Depends on the arguments and on nothing else.
+    """
+    encoded = [images.picture(image) for image in pictures]
+    # Two seeds can give the same picture, of a collapsed model for example: it is rated once.
+    rows = {p.sha256: (p, row) for p, *row in zip(encoded, prompts, picture_seeds, oracle, strict=True)}
+    shown = [Shown(sha, prompt, int(s), float(o)) for sha, (_, (prompt, s, o)) in rows.items()]
+    rng = np.random.default_rng(seeds.derive(seed, "simulate", concept))
+    answers = rate(concept, spec.kind, shown, recruit(panel, rng), panel, rng, model_version=model_version)
+    path = out / f"{concept}.jsonl"
+    images.write(out / f"{concept}.images.parquet", (p for p, _ in rows.values()))
+    tables.write_lines(path, map(events.to_json, answers))
+    return path
