@@ -117,7 +117,8 @@ class Shot:
     index: int
     """The picture's number among those of its prompt."""
     noise_seed: int
-    guidance: float
+    guidance: str
+    """The guide and its numbers, as JSON."""
     steps: int
     weights: str
     """Digest of the UNet that drew it."""

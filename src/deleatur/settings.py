@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deleatur.errors import SettingsError
+from deleatur.gate import Rule
 from deleatur.records import Kind, Role
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -119,28 +120,10 @@ class Sample(Section):
 
 class Evaluate(Section):
     detectors: dict[str, dict[str, Any]]
-    metrics: tuple[str, ...]
+    metrics: dict[str, dict[str, Any]]
     level: Share = 0.95
-
-
-class Rule(Section):
-    """One line of the policy. Exactly one of `max`, `min`: the limit for the far or the near end of the interval."""
-
-    metric: str
-    slice: str
-    side: Literal["candidate", "base", "champion"] = "candidate"
-    versus: Literal["base", "champion"] | None = None
-    relative: bool = False
-    """The limit is a share of the other side's value."""
-    max: float | None = None
-    min: float | None = None
-    min_n: int
-
-    @model_validator(mode="after")
-    def one_limit(self) -> Rule:
-        if (self.max is None) == (self.min is None):
-            raise ValueError("give exactly one of max and min")
-        return self
+    blur_sheet: bool = True
+    """Blur the concept's pictures on the before/after sheet; the page has them blurred until clicked in any case."""
 
 
 class Gate(Section):

@@ -40,7 +40,7 @@ class Found:
 
 
 class Attack(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     access: ClassVar[Access]
 
     @abstractmethod

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from deleatur.detectors import Detections, Detector
-from deleatur.diffusion.load import device_of, fingerprint
+from deleatur.diffusion.load import device_of, fingerprint, quiet
 from deleatur.errors import ModelError
 
 
@@ -22,6 +22,7 @@ class Classifier(Detector):
     device: str = "auto"
 
     def detect(self, pictures: Sequence[Image.Image], on_batch: Callable[[int], None] = lambda n: None) -> Detections:
+        quiet()
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         try:

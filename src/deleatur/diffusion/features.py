@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from deleatur.diffusion.load import device_of, fingerprint
+from deleatur.diffusion.load import device_of, fingerprint, quiet
 from deleatur.errors import ModelError
 
 
@@ -53,6 +53,7 @@ class Clip:
 
 def load_clip(path: str, device: str = "auto") -> Clip:
     """A CLIP folder or hub id. Raises ModelError when it does not load."""
+    quiet()
     from transformers import CLIPModel, CLIPProcessor
 
     try:

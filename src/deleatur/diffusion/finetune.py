@@ -34,7 +34,7 @@ from deleatur.maths.seeds import generator
 class Loop(BaseModel):
     """Numbers of the loop. Defaults are SDD's released ones at Stable Diffusion's size."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     train: Selector = "xattn"
     iterations: int = Field(1500, gt=0)
@@ -211,7 +211,7 @@ def finetune(
     while run.step < loop.iterations and not run.stop:
         loss = _iterate(model, loop, target, run, taus, c_s, c_0, paired, keep, average)
         run.step += 1
-        run.curve.append(loss)
+        run.curve.append({"step": run.step, **loss})
         reading = None
         if loop.check_every and probe and run.step % loop.check_every == 0:
             reading = probe(_cast(model, run.teacher))
@@ -285,7 +285,7 @@ def _look(run: State, reading: Reading) -> Reading:
 def _judge(loop: Loop, run: State, reading: Reading) -> None:
     """Stops at the target, or at the guard; remembers the best look in between."""
     first = run.looks[0]
-    spoiled = reading.kept < (1 - loop.guard) * first["kept"]
+    spoiled = first["kept"] - reading.kept > loop.guard * abs(first["kept"])
     if spoiled and not run.best:
         raise ErasureRefused(
             f"preserved prompts fell from {first['kept']:.3f} to {reading.kept:.3f} before the concept went",

@@ -28,7 +28,7 @@ TEMPLATES = {
 class Inversion(BaseModel):
     """Numbers of the optimisation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     vectors: int = Field(1, gt=0)
     """v: consecutive rows of one token."""

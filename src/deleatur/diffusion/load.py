@@ -65,6 +65,14 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return h.hexdigest()
 
 
+def quiet() -> None:
+    """Loading bars for files of milliseconds, and advice about torchvision, are not for our users."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,6 +87,7 @@ def load(path: str, *, dtype: str = "float32", device: str = "auto") -> Model:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    quiet()
     place, kind = device_of(device), DTYPES[dtype]
     try:
         unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", use_safetensors=True)
@@ -107,7 +116,9 @@ def assemble(
     """Parts already in memory as a frozen Model."""
     place = device or torch.device("cpu")
     for part in (unet, vae, text_encoder):
-        part.to(device=place, dtype=dtype).eval().requires_grad_(False)
+        part.to(place).eval().requires_grad_(False)
+        if next(part.parameters()).dtype != dtype:
+            part.to(dtype)
     config = scheduler.config
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(f"the scheduler predicts {config.prediction_type!r}; epsilon or v_prediction were expected")

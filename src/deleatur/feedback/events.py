@@ -202,7 +202,7 @@ def _event_id(line: bytes) -> str | None:
 
 def to_json(event: Feedback) -> str:
     """The canonical line of an event: sorted keys, no spaces, letters as they are."""
-    return json.dumps(dataclasses.asdict(event), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(vars(event), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def digest(rows: Iterable[Row]) -> str:

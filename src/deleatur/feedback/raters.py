@@ -11,7 +11,6 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -96,9 +95,17 @@ def mean_tau(screens: Iterable[Sequence[Array]]) -> tuple[float, int]:
     """Mean Kendall τ-b over all pairs of raters who ranked the same screen, and how many pairs there were.
 
     Each screen holds one array of ranks per rater, aligned by picture, "X" as infinity. τ-b takes the ties of X-s into
-    account; a pair in which somebody called everything X has no τ and is left out. NaN without a pair.
+    account: it is the cosine between the two vectors of signs, one sign for each two pictures. A pair in which somebody
+    called everything X has no τ and is left out. NaN without a pair.
     """
-    dense = ([np.unique(ranks, return_inverse=True)[1] for ranks in screen] for screen in screens)
-    pairs = [pair for screen in dense for pair in combinations(screen, 2)]
-    taus = [stats.kendalltau(a, b).statistic for a, b in pairs if np.ptp(a) and np.ptp(b)]
+    signs = ([np.sign(np.subtract(*_each_two(ranks))) for ranks in screen] for screen in screens)
+    units = ([s / np.linalg.norm(s) for s in screen if s.any()] for screen in signs)
+    taus = [float(a @ b) for screen in units for a, b in combinations(screen, 2)]
     return (float(np.mean(taus)) if taus else float("nan")), len(taus)
+
+
+def _each_two(ranks: Array) -> tuple[Array, Array]:
+    """Ranks of the first and of the second of each two pictures; X one below the last number, as ∞ − ∞ has no sign."""
+    first, second = np.triu_indices(len(ranks), k=1)
+    finite = np.where(np.isinf(ranks), len(ranks) + 1, ranks)
+    return finite[first], finite[second]

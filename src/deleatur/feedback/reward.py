@@ -2,7 +2,7 @@
 
 x: features (n, d)       y: share of raters who said yes (n,)       (x⁺, x⁻): ranked pairs, x⁺ shows it more
 binary:   L(ψ) = mean (r_ψ(x) − y)², the Brier score: its minimiser is the vote share, so disagreement is kept
-ranking:  L(ψ) = −mean log σ(r_ψ(x⁺) − r_ψ(x⁻)), Bradley–Terry: defined up to a constant, so scores are standardised
+ranking:  L(ψ) = −Σ w log σ(r_ψ(x⁺) − r_ψ(x⁻)), Bradley–Terry: defined up to a constant, so scores are standardised
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 
 class Numbers(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     hidden: int = Field(256, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -42,10 +42,11 @@ class Votes:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows (better, worse) of the feature table (p,), (p,)."""
+    """Rows (better, worse) of the feature table, (p,) each, and what each pair weighs (p,)."""
 
     better: Tensor
     worse: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ _NAMES = [("in.weight", 0, "weight"), ("in.bias", 0, "bias"), ("out.weight", 3, 
 
 def _loss(r: Tensor, target: Votes | Pairs) -> Tensor:
     if isinstance(target, Pairs):
-        return -F.logsigmoid(r[target.better] - r[target.worse]).mean()
+        log_p = F.logsigmoid(r[target.better] - r[target.worse])
+        return -(target.weight * log_p).sum() / target.weight.sum()
     return (target.weight * (r - target.y).square()).sum() / target.weight.sum()
 
 
@@ -156,11 +158,11 @@ def _restrict(target: Votes | Pairs, rows: NDArray[np.int64]) -> Votes | Pairs:
         inside = torch.zeros(int(max(target.better.max(), target.worse.max(), rows.max())) + 1, dtype=torch.bool)
         inside[torch.from_numpy(rows)] = True
         both = inside[target.better] & inside[target.worse]
-        return Pairs(target.better[both], target.worse[both])
+        return Pairs(target.better[both], target.worse[both], target.weight[both])
     mask = torch.zeros_like(target.weight)
     mask[torch.from_numpy(rows)] = 1
     return Votes(target.y, target.weight * mask)
 
 
 def _size(target: Votes | Pairs) -> float:
-    return float(target.weight.sum()) if isinstance(target, Votes) else len(target.better)
+    return float(target.weight.sum())

@@ -106,7 +106,7 @@ def raters(answers: pd.DataFrame) -> pd.DataFrame:
     """
     judged = _judgements(answers)
     fits = [_fit(rows) for _, rows in judged.groupby("concept", sort=False)]
-    fit = pd.concat([pd.DataFrame(columns=["concept", "rater", *FIT]), *fits])
+    fit = pd.concat(fits) if fits else pd.DataFrame(columns=["concept", "rater", *FIT])
     counts = answers.assign(
         unsure=answers["answer"] == "unsure",
         skip=answers["answer"] == "skip",

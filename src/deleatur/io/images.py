@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from deleatur.errors import DataError
 from deleatur.io import tables
@@ -116,7 +116,7 @@ def grid(
     *,
     cell: int | None = None,
 ) -> Image.Image:
-    """A contact sheet: rows may differ in length, every picture is fitted into a square cell.
+    """A contact sheet: rows may differ in length, every picture is scaled to fit a square cell.
 
     cell: side in pixels; the largest picture's when left out.
     """
@@ -136,7 +136,5 @@ def grid(
         if row_labels:
             draw.text((0, y + (side - ascent) // 2), row_labels[r], "black", font)
         for c, image in enumerate(row):
-            fitted = image.copy()
-            fitted.thumbnail((side, side))
-            sheet.paste(fitted, (left + c * (side + gap), y))
+            sheet.paste(ImageOps.contain(image, (side, side)), (left + c * (side + gap), y))
     return sheet

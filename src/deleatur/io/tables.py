@@ -31,7 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def emptied(folder: Path) -> Path:
     """The folder, with nothing in it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
 

@@ -17,7 +17,7 @@ from deleatur.records import Delta, SoftToken
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Tensors with a JSON header. One header key: the format keeps several in no fixed order, and bytes would differ."""
+    """Tensors with a JSON header. One header key: several would be written in no fixed order."""
     whole = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     with replacing(path) as partial:
         save_file(whole, partial, metadata={"deleatur": json.dumps(facts, sort_keys=True)})

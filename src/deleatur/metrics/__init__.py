@@ -51,7 +51,7 @@ class Gallery:
 class Metric(BaseModel):
     """A number per picture. nan where it does not apply."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     higher_is_better: ClassVar[bool]
     rate: ClassVar[bool] = False
     """Values are 0 or 1, and their mean is a share."""
@@ -67,6 +67,9 @@ class Metric(BaseModel):
 
 class SetMetric(Metric):
     """A number of a whole set of pictures; per picture it gives nothing."""
+
+    least: ClassVar[int] = 8
+    """Fewer pictures give no number."""
 
     def values(self, shots: Gallery, base: Gallery) -> Array:
         return np.full(len(shots.prompts), np.nan)

@@ -24,9 +24,17 @@ class Bar:
         self._task = progress.add_task(what, total=total, note="")
         self._done = self._told = 0
 
+    def total(self, total: int) -> None:
+        """How much there is, where that is known only once the work has begun."""
+        if total != self._total:
+            self._total = total
+            self._progress.update(self._task, total=total)
+
     def __call__(self, n: int = 1, note: str = "") -> None:
         self._done += n
-        self._progress.update(self._task, advance=n, **({"note": note} if note else {}))
+        self._progress.advance(self._task, n)
+        if note:
+            self._progress.update(self._task, note=note)
         if (self._done - self._told) * 100 >= self._total or self._done == self._total:
             self._told = self._done
             self._tell(note)

@@ -33,12 +33,14 @@ def simulate(
     oracle: per picture the probability that it shows the concept. Depends on the arguments and on nothing else.
     """
     encoded = [images.picture(image) for image in pictures]
+    recipes = zip(encoded, prompts, picture_seeds, oracle, strict=True)
     # Two seeds can give the same picture, of a collapsed model for example: it is rated once.
-    rows = {p.sha256: (p, row) for p, *row in zip(encoded, prompts, picture_seeds, oracle, strict=True)}
-    shown = [Shown(sha, prompt, int(s), float(o)) for sha, (_, (prompt, s, o)) in rows.items()]
+    shown = {p.sha256: Shown(p.sha256, prompt, int(s), float(o)) for p, prompt, s, o in recipes}
     rng = np.random.default_rng(seeds.derive(seed, "simulate", concept))
-    answers = rate(concept, spec.kind, shown, recruit(panel, rng), panel, rng, model_version=model_version)
+    answers = rate(
+        concept, spec.kind, list(shown.values()), recruit(panel, rng), panel, rng, model_version=model_version
+    )
     path = out / f"{concept}.jsonl"
-    images.write(out / f"{concept}.images.parquet", (p for p, _ in rows.values()))
+    images.write(out / f"{concept}.images.parquet", {p.sha256: p for p in encoded}.values())
     tables.write_lines(path, map(events.to_json, answers))
     return path

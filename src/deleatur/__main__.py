@@ -1,0 +1,3 @@
+from deleatur.cli import app
+
+app()

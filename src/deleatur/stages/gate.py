@@ -1,0 +1,115 @@
+"""report → verdict/: the policy applied, the page for people, the sheet to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import RenderableType
+
+from deleatur import gate
+from deleatur.errors import DataError
+from deleatur.io import documents, images, page, tables
+from deleatur.io.page import Curve, Row, Series, Sheet
+from deleatur.records import Report, Role, Side, Verdict
+from deleatur.settings import Settings
+from deleatur.stages import sample
+
+ROWS = 8
+"""Prompts of each role on the page."""
+TITLES: dict[Role, str] = {
+    "concept": "Prompts that ask for the concept",
+    "token": "The concept's own description, alone",
+    "attack": "Attacks on the erased model",
+    "neighbour": "Neighbours, which must survive",
+    "keep": "Preserved prompts",
+    "unseen": "Prompts nobody optimised on",
+}
+
+
+def run(settings: Settings) -> None:
+    report = documents.read(settings.paths.report / "report.json", Report)
+    rules = settings.gate.rules
+    policy = {name: rule.model_dump() for name, rule in rules.items()}
+    verdict = gate.judge(report, rules, report_digest=documents.digest(report), policy_digest=documents.digest(policy))
+    folder = tables.emptied(settings.paths.verdict)
+    documents.write(folder / "verdict.json", verdict)
+    tables.write_json(folder / "summary.json", _summary(verdict))
+    sheets = list(_sheets(settings))
+    page.render(report, verdict, sheets, list(_curves(settings)), folder / "report.html", rules=rules)
+    page.summary_png(sheets[0], folder / "sheet.png", cover=settings.evaluate.blur_sheet, cell=96)
+
+
+def _summary(verdict: Verdict) -> dict[str, Any]:
+    """Numbers for `dvc metrics diff`: margins by rule, and the outcome as 1, 0 or −1."""
+    outcome = {"pass": 1, "not enough evidence": 0, "fail": -1}
+    return {"outcome": outcome[verdict.outcome], "margin": {f.rule: round(f.margin, 6) for f in verdict.findings}}
+
+
+def _sheets(settings: Settings) -> Iterator[Sheet]:
+    sides: dict[Side, pd.DataFrame] = {}
+    for side in ("base", "champion", "candidate"):
+        found = sample.read(settings.paths.shots, side)
+        if len(found):
+            sides[side] = found[found["index"] == 0].set_index("id")
+    ids = sides["base"].sort_values("id")["role"]
+    for role, title in TITLES.items():
+        mine = ids[ids == role].index
+        chosen = mine[:: max(1, len(mine) // ROWS)][:ROWS]
+        if len(chosen):
+            yield Sheet(title, role, [_row(sides, i) for i in chosen])
+
+
+def _row(sides: dict[Side, pd.DataFrame], prompt: str) -> Row:
+    pictures = {side: images.decode(bytes(frame.loc[prompt, "image"])) for side, frame in sides.items()}
+    return Row(prompt, pictures, str(sides["base"].at[prompt, "text"]))
+
+
+def _curves(settings: Settings) -> Iterator[Curve]:
+    delta = settings.paths.delta
+    curve, looks = tables.read_json(delta / "curve.json"), tables.read_json(delta / "looks.json")
+    for title, key in (
+        ("Erasing: loss", "loss"),
+        ("Erasing: keep-loss", "keep_loss"),
+        ("Drift of the empty prompt", "drift"),
+    ):
+        points = [(row["step"], row[key]) for row in curve if key in row]
+        if points:
+            yield Curve(title, "step", [Series(key.replace("_", " "), points)])
+    if looks:
+        names = {"concept": "concept rate", "kept": "preserved prompts, CLIP score"}
+        series = [Series(name, [(row["step"], row[key]) for row in looks]) for key, name in names.items()]
+        yield Curve("Looks at sampled pictures", "step", series)
+    if settings.erase.source == "token":
+        for name, learned in tables.read_json(settings.paths.tokens / "metrics.json").items():
+            series = [Series(f"token {i + 1}", list(enumerate(t["losses"], 1))) for i, t in enumerate(learned)]
+            yield Curve(f"Inverting {name}: loss", "step", series)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the command line shows of the newest verdict."""
+
+    verdict: Verdict
+    table: RenderableType
+    plain: dict[str, Any]
+    page: Path
+    sheet: Path
+
+
+def show(params: Path) -> Shown:
+    """Reads what the chain last wrote. Raises DataError when it has not run."""
+    settings = Settings.load(params)
+    folder = settings.paths.verdict
+    if not (folder / "verdict.json").is_file():
+        raise DataError(f"no verdict in {folder}: the chain has not run to its end", hint="deleatur demo")
+    report = documents.read(settings.paths.report / "report.json", Report)
+    verdict = documents.read(folder / "verdict.json", Verdict)
+    plain = {
+        "verdict": tables.read_json(folder / "verdict.json"),
+        "report": tables.read_json(settings.paths.report / "report.json"),
+    }
+    return Shown(verdict, page.terminal(report, verdict), plain, folder / "report.html", folder / "sheet.png")

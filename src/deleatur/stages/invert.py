@@ -1,0 +1,94 @@
+"""feedback + reward → tokens/<concept>.safetensors: HFI, the ratings condensed into soft tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deleatur.diffusion import encode
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.sample import sample
+from deleatur.inversion import Inverter, Rated, effective
+from deleatur.io import tables, tensors
+from deleatur.maths.seeds import derive
+from deleatur.records import SoftToken
+from deleatur.settings import Settings
+from deleatur.stages import inputs
+from deleatur.stages.progress import bar
+
+
+def run(settings: Settings) -> None:
+    model, clip = inputs.model(settings), inputs.clip(settings)
+    method = inputs.method("inversion", Inverter, settings.invert.method, inputs.numbers_of(settings.invert), "invert")
+    tables.emptied(settings.paths.tokens)
+    metrics: dict[str, Any] = {}
+    for name in settings.targets:
+        spec, pool = settings.concepts[name], inputs.Pool(settings, name)
+        head, features = inputs.head(settings, name, "train"), clip.pictures(pool.pictures)
+        rewards = head(features)
+        rated = Rated(inputs.latents(model, pool.pictures), rewards, features, head.rank)
+        look = _look(settings, model, clip, head, name, method)
+        with bar(f"invert {name}", 1) as advance:
+            done = 0
+
+            def on_step(step: int, total: int, loss: float, advance: Any = advance) -> None:
+                nonlocal done
+                advance.total(total)
+                advance(step - done, note=f"loss {loss:.4f}")
+                done = step
+
+            learned = method.invert(
+                model,
+                rated,
+                encode.embedding_of(model, spec.initial),
+                templates=spec.templates,
+                seed=settings.seed,
+                look=look,
+                on_step=on_step,
+            )
+        vectors = torch.stack([t.vectors for t in learned]).cpu()
+        path = settings.paths.reward / f"{name}.safetensors"
+        provenance = {
+            "text_encoder": model.text_digest,
+            "base": model.digest,
+            "initial": spec.initial,
+            "method": method.model_dump(),
+            "reward": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "seed": settings.seed,
+        }
+        token = SoftToken(name, f"<{name}>", vectors, provenance)
+        tensors.save_token(settings.paths.tokens / f"{name}.safetensors", token)
+        metrics[name] = [_describe(model, t) for t in learned]
+    tables.write_json(settings.paths.tokens / "metrics.json", metrics)
+
+
+def _describe(model: Model, learned: Any) -> dict[str, Any]:
+    """What a person wants to know of a token: the words nearest to it, and how it came about."""
+    table = model.text_encoder.get_input_embeddings().weight.float()
+    return {
+        "nearest_words": encode.nearest_words(model, learned.vectors[0]),
+        "norm_over_vocabulary_mean": float(learned.vectors.norm(dim=-1).mean() / table.norm(dim=-1).mean()),
+        "looks": learned.looks,
+        "losses": [round(x, 5) for x in learned.losses],
+    }
+
+
+def _look(settings: Settings, model: Model, clip: Any, head: Any, name: str, method: Any) -> Any:
+    """Pictures from the bare token, always from the same noise, scored with r_ψ."""
+    guide, n = inputs.guide(settings), method.loop.pictures
+    seeds = [derive(settings.seed, "invert", "look", name, i) for i in range(n)]
+    others = guide.conditions(encode.encode_text(model, [""]), [])
+
+    def look(vectors: Tensor) -> float:
+        with torch.no_grad():
+            c = encode.encode(model, [(vectors,)]).states.expand(n, -1, -1)
+        pictures = sample(model, c, seeds, guide=guide, others=others, steps=settings.sample.steps, batch=n)
+        return float(head(clip.pictures(pictures)).mean())
+
+    return look
+
+
+__all__ = ["effective", "run"]

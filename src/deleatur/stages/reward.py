@@ -1,0 +1,83 @@
+"""feedback → reward/<concept>.safetensors: what raters would say of a picture, and how far that holds elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from deleatur.feedback import reward, votes
+from deleatur.feedback.reward import Numbers, Pairs, Votes
+from deleatur.io import tables, tensors
+from deleatur.maths.seeds import derive
+from deleatur.records import Kind
+from deleatur.settings import Settings
+from deleatur.stages import inputs
+from deleatur.stages.progress import bar
+
+
+def run(settings: Settings) -> None:
+    clip = inputs.clip(settings)
+    numbers = Numbers(**settings.reward.model_dump(exclude={"clip", "held_out_raters"}))
+    raters = tables.read_table(settings.paths.feedback / "raters.parquet")
+    tables.emptied(settings.paths.reward)
+    metrics: dict[str, Any] = {}
+    with bar("reward", 2 * len(settings.targets)) as advance:
+        for name in settings.targets:
+            spec, pool = settings.concepts[name], inputs.Pool(settings, name)
+            features = clip.pictures(pool.pictures)
+            held_out = _held_out(settings, pool.answers)
+            heads, found = {}, {}
+            for which, mine in (("train", ~held_out), ("held_out", held_out)):
+                target = _target(pool, pool.answers[mine], raters, spec.kind)
+                seed = derive(settings.seed, "reward", name, which)
+                fit = reward.fit(features, target, pool.groups(), numbers, seed)
+                heads[which] = fit
+                found[which] = {
+                    "quality": fit.held_out,
+                    "epochs": fit.epochs,
+                    "raters": int(pool.answers[mine]["rater"].nunique()),
+                }
+                advance(note=f"{name} {which}: {_measure(spec.kind)} {fit.held_out:.3f}")
+            others = _target(pool, pool.answers[held_out], raters, spec.kind)
+            word = clip.texts([" ".join(spec.words)])
+            metrics[name] = {
+                "measure": _measure(spec.kind),
+                "pictures": len(pool.pictures),
+                "new_prompts": found,
+                "new_raters": reward.quality(heads["train"].head(features), others),
+                "zero_shot": reward.quality((features @ word.T).squeeze(1), others),
+            }
+            flat = {f"{w}/{n}": t for w, f in heads.items() for n, t in f.head.tensors.items()}
+            facts = {"rank": spec.kind == "rank", "clip": clip.digest, "concept": name}
+            tensors.save(settings.paths.reward / f"{name}.safetensors", flat, facts)
+    tables.write_json(settings.paths.reward / "metrics.json", metrics)
+
+
+def _measure(kind: Kind) -> str:
+    return "AUC" if kind == "binary" else "pair accuracy"
+
+
+def _held_out(settings: Settings, answers: pd.DataFrame) -> pd.Series[bool]:
+    """Which answers are of held-out raters: a fixed share of raters, drawn by their hash and the seed."""
+    names = sorted(set(answers["rater"]), key=lambda r: derive(settings.seed, "held-out raters", r))
+    count = max(1, round(settings.reward.held_out_raters * len(names)))
+    return answers["rater"].isin(names[:count])
+
+
+def _target(pool: inputs.Pool, answers: pd.DataFrame, raters: pd.DataFrame, kind: Kind) -> Votes | Pairs:
+    if kind == "rank":
+        found = votes.pairs(answers, raters)
+        rows = [torch.tensor([pool.row[d] for d in found[c]]) for c in ("higher", "lower")]
+        return Pairs(rows[0], rows[1], _floats(found["weight"]))
+    y, weight = torch.zeros(len(pool.pictures)), torch.zeros(len(pool.pictures))
+    found = votes.votes(answers, raters).dropna(subset=["vote"])
+    at = torch.tensor([pool.row[d] for d in found["item"]])
+    y[at], weight[at] = _floats(found["vote"]), _floats(found["weight"])
+    return Votes(y, weight)
+
+
+def _floats(column: pd.Series[Any]) -> Tensor:
+    return torch.tensor(column.to_numpy("float32"))

@@ -1,0 +1,60 @@
+"""Events made in place: `event("e1", answer="no")` is a valid answer except for what is said."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from deleatur.feedback import events
+from deleatur.feedback.events import Row
+from deleatur.records import Feedback
+
+Make = Callable[..., Feedback]
+
+
+def digest(name: str) -> str:
+    return sha256(name.encode()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def great_expectations() -> None:
+    """Imported once, its libraries' own deprecation warnings unheard; whatever it warns of later counts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import great_expectations.expectations  # noqa: F401
+
+
+@pytest.fixture
+def event() -> Make:
+    def make(event_id: str = "e1", **changes: Any) -> Feedback:
+        ranked = changes.get("kind") == "rank"
+        given = {
+            "event_id": event_id,
+            "concept": "style" if ranked else "weapon",
+            "kind": "binary",
+            "items": tuple(digest(f"p{i}") for i in range(5 if ranked else 1)),
+            "prompt": "a prompt",
+            "seed": 7,
+            "model_version": "base",
+            "rater": "r1",
+            "answer": "ranked" if ranked else "yes",
+            "ranks": (1, 2, 3, 4, 5) if ranked else None,
+            "source": "test",
+            "created_at": "2024-05-01T10:00:00Z",
+            "consent_version": "1",
+            "seconds_spent": 2.0,
+        }
+        return Feedback(**{**given, **changes})
+
+    return make
+
+
+@pytest.fixture
+def table() -> Callable[..., pd.DataFrame]:
+    """The table of some events."""
+    return lambda *found: events.table([Row("a.jsonl", i, e) for i, e in enumerate(found, 1)])
