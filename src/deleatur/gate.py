@@ -151,18 +151,20 @@ def judge(report: Report, rules: Mapping[str, Rule], *, report_digest: str, poli
 
 def apply(name: str, rule: Rule, report: Report) -> Finding:
     """One rule on one report. A score that is not there is never a pass."""
-    if report.identity.champion is None and "champion" in rule.sides:
-        return Finding(name, "pass", "first release: there is no champion to compare with", 0.0, "nothing to do")
     found = deciding(rule, report)
+    if found is None and report.identity.champion is None and "champion" in rule.sides:
+        return Finding(name, "pass", "first release: there is no champion to compare with", 0.0, "nothing to do")
     if found is None:
         return Finding(name, "not enough evidence", _missing(rule, report), 0.0, _measure(rule))
     return Finding(name, found.outcome, _reason(found), found.margin, _remedy(found, report.identity.method))
 
 
 def deciding(rule: Rule, report: Report) -> Weighing | None:
-    """The score that decides the rule, with the limit it is held against; None when the report has none."""
-    weighings = list(_weighings(rule, report.scores))
-    return min(weighings, key=lambda w: (WORST_FIRST.index(w.outcome), w.margin), default=None)
+    """The score that decides the rule, with the limit it is held against; None when the report has no such score.
+
+    Nor has it one that counts when a number is not finite, or when the other side's is by another detector.
+    """
+    return min(_weighings(rule, report.scores), key=lambda w: (WORST_FIRST.index(w.outcome), w.margin), default=None)
 
 
 def explain(verdict: Verdict) -> str:
@@ -189,9 +191,11 @@ def headline(verdict: Verdict) -> str:
 
 def _weighings(rule: Rule, scores: Sequence[Score]) -> list[Weighing]:
     own = [s for s in scores if _is(s, rule, rule.side, rule.versus)]
+    others = [s for s in scores if rule.relative and _is(s, rule, rule.relative, None)]
+    if not all(math.isfinite(x) for s in own + others for x in (s.value, s.low, s.high)):
+        return []  # a comparison with NaN could come out either way
     if rule.relative is None:
         return [Weighing(rule, score) for score in own]
-    others = [s for s in scores if _is(s, rule, rule.relative, None)]
     pairs = [(score, [o for o in others if o.detector == score.detector]) for score in own]
     if not all(matching for _, matching in pairs):
         return []  # numbers of different detectors are never compared
@@ -271,7 +275,7 @@ def _erase_differently(w: Weighing, method: str) -> str:
 def _missing(rule: Rule, report: Report) -> str:
     wanted = _subject(rule) + (f", or {rule.relative}'s own by the same detector" if rule.relative else "")
     there = sorted({s.slice for s in report.scores if s.metric == rule.metric})
-    return f"the report has no {wanted}; {rule.metric} is there for {', '.join(there) or 'no slice at all'}"
+    return f"the report has no usable {wanted}; {rule.metric} is there for {', '.join(there) or 'no slice at all'}"
 
 
 def _measure(rule: Rule) -> str:

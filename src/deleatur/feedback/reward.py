@@ -148,8 +148,8 @@ _NAMES = [("in.weight", 0, "weight"), ("in.bias", 0, "bias"), ("out.weight", 3, 
 def _loss(r: Tensor, target: Votes | Pairs) -> Tensor:
     if isinstance(target, Pairs):
         log_p = F.logsigmoid(r[target.better] - r[target.worse])
-        return -(target.weight * log_p).sum() / target.weight.sum()
-    return (target.weight * (r - target.y).square()).sum() / target.weight.sum()
+        return -(target.weight * log_p).sum() / target.weight.sum().clamp(min=1e-6)
+    return (target.weight * (r - target.y).square()).sum() / target.weight.sum().clamp(min=1e-6)
 
 
 def _restrict(target: Votes | Pairs, rows: NDArray[np.int64]) -> Votes | Pairs:

@@ -98,12 +98,14 @@ def size_to_clear(value: float, end: float, limit: float, n: int, *, share: bool
 
     `share`: the numbers are shares, and the end is Wilson's, which solves n (end − value)² = z² end (1 − end); so the
     answer needs neither z nor the design effect, which stays what it was. Otherwise the width goes as 1/√n.
-    None when the value is not on the near side of the limit: then no number of pictures gets there.
+    None when the value is not on the near side of the limit, or so close that nobody draws so many pictures (10⁹).
     """
     if (limit - value) * (end - value) <= 0:
         return None
     spread = limit * (1 - limit) / (end * (1 - end)) if share and 0 < end < 1 else 1.0
-    return math.ceil(n * spread * ((end - value) / (limit - value)) ** 2 - 1e-9)
+    ratio = (end - value) / (limit - value)
+    size = n * spread * ratio * ratio
+    return math.ceil(size - 1e-9) if size <= 1e9 else None
 
 
 def _normal(level: float) -> float:

@@ -21,7 +21,6 @@ from deleatur.stages.progress import bar
 def run(settings: Settings) -> None:
     clip = inputs.clip(settings)
     numbers = Numbers(**settings.reward.model_dump(exclude={"clip", "held_out_raters"}))
-    raters = tables.read_table(settings.paths.feedback / "raters.parquet")
     tables.emptied(settings.paths.reward)
     metrics: dict[str, Any] = {}
     with bar("reward", 2 * len(settings.targets)) as advance:
@@ -31,7 +30,7 @@ def run(settings: Settings) -> None:
             held_out = _held_out(settings, pool.answers)
             heads, found = {}, {}
             for which, mine in (("train", ~held_out), ("held_out", held_out)):
-                target = _target(pool, pool.answers[mine], raters, spec.kind)
+                target = _target(pool, pool.answers[mine], spec.kind)
                 seed = derive(settings.seed, "reward", name, which)
                 fit = reward.fit(features, target, pool.groups(), numbers, seed)
                 heads[which] = fit
@@ -41,7 +40,7 @@ def run(settings: Settings) -> None:
                     "raters": int(pool.answers[mine]["rater"].nunique()),
                 }
                 advance(note=f"{name} {which}: {_measure(spec.kind)} {fit.held_out:.3f}")
-            others = _target(pool, pool.answers[held_out], raters, spec.kind)
+            others = _target(pool, pool.answers[held_out], spec.kind)
             word = clip.texts([" ".join(spec.words)])
             metrics[name] = {
                 "measure": _measure(spec.kind),
@@ -67,7 +66,9 @@ def _held_out(settings: Settings, answers: pd.DataFrame) -> pd.Series[bool]:
     return answers["rater"].isin(names[:count])
 
 
-def _target(pool: inputs.Pool, answers: pd.DataFrame, raters: pd.DataFrame, kind: Kind) -> Votes | Pairs:
+def _target(pool: inputs.Pool, answers: pd.DataFrame, kind: Kind) -> Votes | Pairs:
+    """What these answers say. Raters are weighed from these answers alone, or the other half would leak in."""
+    raters = votes.raters(answers)
     if kind == "rank":
         found = votes.pairs(answers, raters)
         rows = [torch.tensor([pool.row[d] for d in found[c]]) for c in ("higher", "lower")]

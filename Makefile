@@ -1,0 +1,31 @@
+# make setup | check | test | demo. Everything lands in .venv; nothing is installed elsewhere.
+.PHONY: setup check test demo
+
+PYTHON ?= python3
+# cpu: no CUDA packages. auto: the build that fits the GPU of this machine.
+TORCH ?= cpu
+BIN := .venv/bin
+TORCH_VERSION := 2.13.0
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	@# A CPU wheel that pip can see (a wheel folder, a mirror) is taken first; else uv knows where PyTorch keeps its builds.
+	@if [ "$(TORCH)" != cpu ] || ! $(BIN)/python -m pip install --quiet "torch==$(TORCH_VERSION)+cpu" 2>/dev/null; then \
+	  $(BIN)/uv pip install --python $(BIN)/python --torch-backend "$(TORCH)" "torch==$(TORCH_VERSION)"; fi
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[dev]"
+	@touch .venv/ready
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+demo: setup
+	$(BIN)/deleatur demo

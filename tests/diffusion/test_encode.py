@@ -1,0 +1,81 @@
+"""Words and soft vectors give the same kind of value; plain diffusers reads our tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+
+from deleatur.diffusion import encode
+from deleatur.diffusion.load import Model, fingerprint
+from deleatur.errors import DataError
+from deleatur.io.tensors import load_token, save_token
+from deleatur.records import SoftToken
+
+
+def test_plain_prompts_encode_as_the_pipeline_encodes_them(model: Model) -> None:
+    pipe = StableDiffusionPipeline(
+        **tiny.parts(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    theirs, _ = pipe.encode_prompt("a cat of ink", "cpu", 1, False)
+    assert torch.allclose(encode.encode_text(model, ["a cat of ink"]), theirs, atol=1e-6)
+
+
+def test_a_soft_vector_equal_to_a_words_row_encodes_as_the_word(model: Model) -> None:
+    row = encode.embedding_of(model, "gun")[None]
+    with torch.no_grad():
+        soft = encode.encode(model, [("a", row, "of cat")])
+    assert torch.allclose(soft.states, encode.encode_text(model, ["a gun of cat"]), atol=1e-6)
+    assert soft.content == ((2,),)
+    assert soft.end == (5,)
+
+
+def test_only_the_vectors_get_a_gradient_and_the_encoder_stays(model: Model) -> None:
+    before = fingerprint(model.text_encoder)
+    v = torch.zeros(1, tiny.WIDTH, requires_grad=True)
+    encode.encode(model, [("a", v)]).states.square().sum().backward()
+    assert v.grad is not None
+    assert v.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.text_encoder.parameters())
+    assert fingerprint(model.text_encoder) == before
+
+
+def test_placeholders_in_text_become_their_rows(model: Model) -> None:
+    rows = {"<a>": encode.embedding_of(model, "cat")[None], "<b>": encode.embedding_of(model, "dog")[None]}
+    got = encode.encode_marked(model, ["a <a> in <b> style"], rows)
+    assert torch.allclose(got, encode.encode_text(model, ["a cat in dog style"]), atol=1e-6)
+
+
+def test_joined_is_the_comma_list(model: Model) -> None:
+    words = encode.concept_from_words(model, "w", ["gun", "sword"])
+    assert torch.allclose(encode.joined(model, [words]), encode.encode_text(model, ["gun, sword"]), atol=1e-6)
+    assert torch.allclose(words.states, encode.encode_text(model, ["gun", "sword"]), atol=1e-6)
+
+
+def test_too_long_a_prompt_is_an_error_with_both_lengths(model: Model) -> None:
+    with pytest.raises(DataError, match=r"40 tokens.* takes 14"):
+        encode.encode_text(model, [" ".join(["cat"] * 40)])
+
+
+def test_nearest_word_of_a_words_own_row_is_the_word(model: Model) -> None:
+    assert encode.nearest_words(model, encode.embedding_of(model, "sword"), 1) == ["sword"]
+
+
+def test_plain_diffusers_reads_our_token_and_encodes_it_alike(model: Model, tmp_path: Path) -> None:
+    vectors = torch.randn(2, 2, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
+    token = SoftToken("weapon", "<weapon>", vectors, {"seed": 1})
+    save_token(tmp_path / "weapon.safetensors", token)
+    again = load_token(tmp_path / "weapon.safetensors")
+    assert torch.equal(again.vectors, vectors)
+    assert again.provenance["seed"] == 1
+    pipe = StableDiffusionPipeline(
+        **tiny.parts(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.load_textual_inversion(str(tmp_path / "weapon.safetensors"), token="<weapon>")
+    theirs, _ = pipe.encode_prompt("a <weapon>", "cpu", 1, False)
+    with torch.no_grad():
+        ours = encode.encode(model, [("a", vectors.reshape(4, -1))]).states
+    assert torch.allclose(ours, theirs, atol=1e-5)
