@@ -237,7 +237,7 @@ def test_explain_says_which_rule_decided_by_how_much_and_what_would_change_it() 
     said = explain(
         verdict({"fine": GONE, "tight": GONE.model_copy(update={"max": 0.05})}, rated(0, 50), simulated=True)
     )
-    assert said.startswith("NOT ENOUGH EVIDENCE: of 2 rules 1 lack evidence, 1 pass")
+    assert said.startswith("NOT ENOUGH EVIDENCE: 2 rules, 1 without enough evidence, 1 passed")
     assert "SIMULATED RATERS" in said
     assert "tight   <- decides" in said
     assert "fine   <- decides" not in said
@@ -248,7 +248,7 @@ def test_explain_says_which_rule_decided_by_how_much_and_what_would_change_it() 
 
 def test_a_pass_has_no_deciding_rule() -> None:
     found = verdict({"gone": GONE}, rated(0, 50))
-    assert headline(found) == "PASS: of 1 rules 1 pass"
+    assert headline(found) == "PASS: 1 rule, 1 passed"
     assert "decides" not in explain(found)
 
 

@@ -183,10 +183,9 @@ def explain(verdict: Verdict) -> str:
 def headline(verdict: Verdict) -> str:
     """The outcome and how many rules it rests on, in one line."""
     counts = ((sum(f.outcome == o for f in verdict.findings), o) for o in WORST_FIRST)
-    verbs = {"fail": "fail", "not enough evidence": "lack evidence", "pass": "pass"}
-    return f"{verdict.outcome.upper()}: of {len(verdict.findings)} rules " + ", ".join(
-        f"{count} {verbs[outcome]}" for count, outcome in counts if count
-    )
+    words = {"fail": "failed", "not enough evidence": "without enough evidence", "pass": "passed"}
+    parts = ", ".join(f"{count} {words[outcome]}" for count, outcome in counts if count)
+    return f"{verdict.outcome.upper()}: {len(verdict.findings)} rule{'s' * (len(verdict.findings) != 1)}, {parts}"
 
 
 def _weighings(rule: Rule, scores: Sequence[Score]) -> list[Weighing]:

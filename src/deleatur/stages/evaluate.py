@@ -172,32 +172,41 @@ def _scores(
         if isinstance(metric, SetMetric):
             rows = roles == role
             if side != "base" and rows.sum() >= metric.least:
-                add(role, rows, _set_interval(settings, metric, gallery, galleries["base"], rows, role), None)
+                add(role, rows, _set_interval(settings, metric, gallery, galleries["base"], clusters, rows, role), None)
         elif rows.any():
             of = agreement.rate if metric.rate else agreement.mean
             add(role, rows, of(values[rows], clusters[rows], level), None)
             for other in ("base", "champion"):
                 if other in galleries and other != side and side == "candidate":
-                    theirs = metric.values(galleries[other], galleries["base"])
-                    add(role, rows, agreement.difference((values - theirs)[rows], clusters[rows], level), other)
+                    apart = values - metric.values(galleries[other], galleries["base"])
+                    both = rows & ~np.isnan(apart)
+                    add(role, both, agreement.difference(apart[both], clusters[both], level), other)
     return out
 
 
 def _set_interval(
-    settings: Settings, metric: SetMetric, ours: Gallery, base: Gallery, rows: Any, role: str
+    settings: Settings, metric: SetMetric, ours: Gallery, base: Gallery, clusters: Any, rows: Any, role: str
 ) -> Interval:
-    """Percentile bootstrap over pictures, paired: the same draws on both sides."""
-    x, y = ours.features[rows], base.features[rows]
+    """Bootstrap over prompts, the same draws on both sides; basic form (2θ − θ*), since such distances are biased
+    upwards in resamples and percentiles would lie above the number itself.
+    """
+    x, y, of = ours.features[rows], base.features[rows], clusters[rows]
+    value = metric.of_set(x, y)
+    members = [np.flatnonzero(of == c) for c in np.unique(of)]
     rng = np.random.default_rng(derive(settings.seed, "evaluate", "bootstrap", role))
-    draws = [torch.from_numpy(rng.integers(len(x), size=len(x))) for _ in range(RESAMPLES)]
-    found = [metric.of_set(x[d], y[d]) for d in draws]
-    low, high = np.quantile(found, [0.5 - settings.evaluate.level / 2, 0.5 + settings.evaluate.level / 2])
-    return Interval(metric.of_set(x, y), float(low), float(high))
+    found = []
+    for _ in range(RESAMPLES):
+        draw = torch.from_numpy(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
+        found.append(metric.of_set(x[draw], y[draw]))
+    tail = 0.5 - settings.evaluate.level / 2
+    high, low = 2 * value - np.quantile(found, [tail, 1 - tail])
+    return Interval(value, max(0.0, float(low)), float(max(high, value)))
 
 
 def _notes(settings: Settings) -> list[str]:
     notes = [
-        "Intervals: Wilson for shares, t for means, both with the sample size divided by the design effect of prompts.",
+        f"Intervals ({settings.evaluate.level:.0%}): Wilson for shares, Bonett–Price for paired yes/no differences, t for "
+        "means; pictures of one prompt count as one cluster, and few prompts widen every interval.",
         f"Tokens stand for {'the learned soft tokens' if settings.erase.source == 'token' else 'the words given'}.",
     ]
     if "nudenet" in settings.evaluate.detectors:

@@ -1,0 +1,304 @@
+"""Runs, models and aliases in MLflow: every verb that talks to it is in this file.
+
+One verdict is one run and, if it passed, one version, however often it is registered: both carry the digest of their
+evidence, and what is there already is found instead of made again. A run is FINISHED only after the last alias moved,
+so a kill leaves the released model as it was, and the next try goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from deleatur.errors import DataError, DeleaturError, ServiceError, SettingsError
+
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute instead of four: whoever calls us tries again anyway
+}
+for _name, _value in QUIET.items():  # MLflow reads them when it is imported
+    os.environ.setdefault(_name, _value)
+
+import mlflow  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.models import Model, ModelSignature  # noqa: E402
+from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository  # noqa: E402
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema  # noqa: E402
+
+CHAMPION, CHALLENGER, LAST = "champion", "challenger", "last_known_good"
+
+SERVED = Path(__file__).with_name("served.py")
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed")]),
+    outputs=Schema([ColSpec("string")]),
+    params=ParamSchema([ParamSpec("steps", "long", 30), ParamSpec("guidance", "double", 7.5)]),
+)
+SERVING = ("mlflow", "torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "pandas")
+"""What the registered model needs. Named, because MLflow's own guess leaves out torch and adds strangers."""
+
+EVIDENCE = "deleatur.evidence"
+DIGEST = 36
+"""Characters that MLflow keeps of a dataset's digest; the whole one is a tag."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is kept of one verdict. `digest` names it: the same evidence is registered once."""
+
+    digest: str
+    name: str
+    """For people, in lists."""
+    tags: Mapping[str, str]
+    settings: Mapping[str, Any]
+    """Nested; logged as flat params."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    curves: Sequence[tuple[str, int, float]] = ()
+    """(name, step, value)."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Place among the run's artifacts → a file or a folder; what is not there is left out."""
+    feedback: pd.DataFrame | None = None
+    feedback_digest: str = ""
+    feedback_source: str = ""
+
+    @property
+    def marked(self) -> dict[str, str]:
+        """The tags with our prefix, the evidence's own digest among them."""
+        return {EVIDENCE: self.digest} | {f"deleatur.{k}": v for k, v in self.tags.items()}
+
+
+@dataclass(frozen=True)
+class Registry:
+    """One tracking store, experiment and registered model. The environment's MLFLOW_TRACKING_URI goes before `uri`.
+
+    Whatever MLflow refuses or fails to do becomes a ServiceError, or a SettingsError where the names are wrong.
+    """
+
+    uri: str
+    experiment: str
+    model: str
+
+    @cached_property
+    def client(self) -> mlflow.MlflowClient:
+        use(self.uri)
+        return mlflow.MlflowClient()
+
+    @cached_property
+    def experiment_id(self) -> str:
+        return str(self.client and mlflow.set_experiment(self.experiment).experiment_id)
+
+    def finished(self, evidence: str) -> bool:
+        """Whether this evidence has been registered to the end."""
+        with answering(self.uri):
+            run = self._run(evidence)
+        return run is not None and run.info.status == "FINISHED"
+
+    @contextmanager
+    def running(self, evidence: Evidence) -> Iterator[str]:
+        """Inside: the evidence's run, new or taken up again. FINISHED if the block ends well, FAILED if it raises."""
+        with answering(self.uri):
+            found = self._run(evidence.digest)
+            tags = evidence.marked
+            run = found or self.client.create_run(self.experiment_id, run_name=evidence.name, tags=tags)
+            run_id = str(run.info.run_id)
+            self.client.update_run(run_id, "RUNNING")
+            try:
+                yield run_id
+            except BaseException:
+                self.client.set_terminated(run_id, "FAILED")
+                raise
+            self.client.set_terminated(run_id, "FINISHED")
+
+    def log(self, run_id: str, evidence: Evidence) -> None:
+        """Settings, lineage, curves, scores and files. What an earlier try has logged stays as it is."""
+        with answering(self.uri):
+            run = self.client.get_run(run_id)
+            start = run.info.start_time  # one time for all numbers: the same number is then never kept twice
+            params = {k: v for k, v in flat(evidence.settings).items() if k not in run.data.params}
+            metrics = [Metric(k, v, start, 0) for k, v in evidence.scores.items()]
+            metrics += [Metric(k, v, start, step) for k, step, v in evidence.curves]
+            tags = [RunTag(k, v) for k, v in evidence.marked.items()]
+            self.client.log_batch(run_id, tags=tags)
+            for part in _parts([Param(k, v) for k, v in params.items()], 100):  # MLflow's limit for one request
+                self.client.log_batch(run_id, params=part)
+            for part in _parts(metrics, 1000):
+                self.client.log_batch(run_id, metrics=part)
+            if evidence.feedback is not None:
+                self.client.log_inputs(run_id, [_input(evidence)])
+            for place, path in evidence.files.items():
+                if path.is_dir():
+                    self.client.log_artifacts(run_id, str(path), place)
+                elif path.is_file():
+                    self.client.log_artifact(run_id, str(path), place)
+
+    def version(self, evidence: str) -> str | None:
+        """The version made from this evidence, if there is one."""
+        with answering(self.uri):
+            found = self.client.search_model_versions(f"name = '{self.model}' and tag.`{EVIDENCE}` = '{evidence}'")
+            return str(found[0].version) if found else None
+
+    def add_version(self, run_id: str, evidence: Evidence, pipeline: Path, delta: Path, about: str) -> str:
+        """Stores a diffusers folder and its delta as a model that plain MLflow loads; a new version of it."""
+        with answering(self.uri):
+            uri = self._stored(run_id, evidence) or self._store(run_id, evidence, pipeline, delta)
+            with _already():
+                self.client.create_registered_model(self.model)
+            made = self.client.create_model_version(
+                self.model, uri, run_id, tags=evidence.marked, description=about, model_id=uri.rpartition("/")[2]
+            )
+            return str(made.version)
+
+    def tags(self, version: str) -> dict[str, str]:
+        """What a version says of itself, without our prefix. Raises DataError when there is no such version."""
+        with answering(self.uri, DataError(f"{self.model} has no version {version}", hint="deleatur history")):
+            found = self.client.get_model_version(self.model, version).tags
+            return {k.removeprefix("deleatur."): v for k, v in found.items()}
+
+    def tag(self, version: str, tags: Mapping[str, str]) -> None:
+        with answering(self.uri):
+            for key, value in tags.items():
+                self.client.set_model_version_tag(self.model, version, f"deleatur.{key}", value)
+
+    def alias(self, name: str) -> str | None:
+        """The version that carries an alias."""
+        with answering(self.uri):
+            try:
+                return str(self.client.get_model_version_by_alias(self.model, name).version)
+            except MlflowException as e:
+                if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, or no alias
+                    return None
+                raise
+
+    def challenge(self, version: str) -> None:
+        """The version waits for a person's word; what is live stays."""
+        with answering(self.uri):
+            self.client.set_registered_model_alias(self.model, CHALLENGER, version)
+
+    def release(self, version: str) -> None:
+        """The version is live. The one that was comes second, so a kill between the two moves changes nothing live."""
+        live = self.alias(CHAMPION)
+        with answering(self.uri):
+            if live not in (None, version):
+                self.client.set_registered_model_alias(self.model, LAST, live)
+            self.client.set_registered_model_alias(self.model, CHAMPION, version)
+        if self.alias(CHALLENGER) == version:
+            with answering(self.uri):
+                self.client.delete_registered_model_alias(self.model, CHALLENGER)
+
+    def _run(self, evidence: str) -> Run | None:
+        found = self.client.search_runs([self.experiment_id], f"tags.`{EVIDENCE}` = '{evidence}'", max_results=1)
+        return found[0] if found else None
+
+    def _stored(self, run_id: str, evidence: Evidence) -> str | None:
+        """The model that an earlier try stored whole; what it left in pieces is deleted."""
+        found = self.client.search_logged_models([self.experiment_id], f"tags.`{EVIDENCE}` = '{evidence.digest}'")
+        for model in (m for m in found if m.status != LoggedModelStatus.READY):
+            self.client.delete_logged_model(model.model_id)
+        whole = [m for m in found if m.status == LoggedModelStatus.READY and m.source_run_id == run_id]
+        return str(whole[0].model_uri) if whole else None
+
+    def _store(self, run_id: str, evidence: Evidence, pipeline: Path, delta: Path) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # asks for an input example, which would draw a picture to store it
+            info = Model.log(
+                artifact_path=None,
+                name=self.model,
+                flavor=mlflow.pyfunc,
+                run_id=run_id,
+                tags=evidence.marked,
+                metadata=evidence.marked,
+                python_model=str(SERVED),
+                artifacts={"pipeline": str(pipeline), "delta": str(delta)},
+                signature=SIGNATURE,
+                pip_requirements=[f"{name}=={installed(name).partition('+')[0]}" for name in SERVING],
+            )
+        return str(info.model_uri)
+
+
+def use(uri: str) -> None:
+    """MLflow's own loaders shall look where we look."""
+    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or uri)
+
+
+def fetch(address: str, part: str) -> Path:
+    """A folder of a registered model: "pipeline" or "delta". A store on this disk is read in place.
+
+    Raises DataError when there is no such model, version or alias.
+    """
+    missing = DataError(f"{address}: no such model, version or alias in {mlflow.get_tracking_uri()}")
+    with answering(mlflow.get_tracking_uri(), missing):
+        place = ModelsArtifactRepository.get_underlying_uri(address)
+        return Path(mlflow.artifacts.download_artifacts(f"{place}/artifacts/{part}"))
+
+
+@contextmanager
+def answering(uri: str, missing: DeleaturError | None = None) -> Iterator[None]:
+    """What MLflow says becomes an error a person can act on; `missing` is raised where it has not got the thing."""
+    try:
+        yield
+    except MlflowException as e:
+        if missing and e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise missing from e
+        where, said = _without_password(uri), _without_password(str(e).strip().splitlines()[0])
+        if e.error_code == "INVALID_PARAMETER_VALUE":
+            raise SettingsError(f"MLflow at {where} does not accept the `register` section: {said}") from e
+        raise ServiceError(f"MLflow at {where} did not do it: {said}", hint="deleatur stage register") from e
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"erase": {"lr": 1}} → {"erase.lr": "1"}; lists as JSON."""
+    out: dict[str, str] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return out
+
+
+def _input(evidence: Evidence) -> DatasetInput:
+    assert evidence.feedback is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "can be interpreted in multiple ways", all of them the same
+        dataset = mlflow.data.from_pandas(
+            evidence.feedback,
+            name="feedback",
+            source=evidence.feedback_source,
+            digest=evidence.feedback_digest[:DIGEST],
+        )
+    return DatasetInput(Dataset(**dataset.to_dict()), [InputTag("mlflow.data.context", "feedback")])
+
+
+@contextmanager
+def _already() -> Iterator[None]:
+    """To make what is there already is no fault."""
+    try:
+        yield
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _without_password(text: str) -> str:
+    """postgresql://me:secret@host/db → postgresql://host/db."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

@@ -1,0 +1,81 @@
+"""The reward head recovers what raters said, and holds on prompts it has not seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deleatur.feedback.reward import Head, Numbers, Pairs, Votes, fit, quality
+from deleatur.feedback.reward import _loss as loss
+
+NUMBERS = Numbers(hidden=16, epochs=150, lr=1e-2, folds=4)
+
+
+def features(n: int, d: int = 6) -> torch.Tensor:
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def test_votes_are_recovered_on_new_prompts() -> None:
+    x = features(240)
+    y = torch.sigmoid(6 * x[:, 0])
+    groups = np.arange(240) // 4
+    result = fit(x, Votes(y, torch.ones(240)), groups, NUMBERS, seed=0)
+    assert result.held_out > 0.95
+    assert (result.head(x) - y).abs().mean() < 0.1
+
+
+def test_disagreement_is_kept() -> None:
+    """The Brier score's minimiser is the vote share: pictures at one half stay near one half."""
+    x = torch.nn.functional.normalize(torch.eye(3).repeat(40, 1) + 0.01 * features(120, 3), dim=1)
+    y = torch.tensor([0.0, 0.5, 1.0]).repeat(40)
+    head = fit(x, Votes(y, torch.ones(120)), np.arange(120), NUMBERS, seed=0).head
+    assert head(x[1::3]).mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_ranks_are_recovered_and_scores_are_standardised() -> None:
+    x = features(100)
+    order = x[:, 0].argsort()
+    g = torch.Generator().manual_seed(1)
+    i, j = torch.randint(100, (2, 600), generator=g)
+    place = torch.empty(100).scatter(0, order, torch.arange(100.0))
+    ahead = place[i] > place[j]
+    different = i != j
+    better, worse = torch.where(ahead, i, j)[different], torch.where(ahead, j, i)[different]
+    result = fit(x, Pairs(better, worse, torch.ones(len(better))), np.arange(100) // 2, NUMBERS, seed=0)
+    scores = result.head(x)
+    assert scores.mean() == pytest.approx(0, abs=1e-4)
+    assert scores.std() == pytest.approx(1, abs=1e-3)
+    assert np.corrcoef(scores, x[:, 0])[0, 1] > 0.9
+
+
+def test_ranking_loss_ignores_a_constant() -> None:
+    r = torch.randn(10, generator=torch.Generator().manual_seed(0))
+    pairs = Pairs(torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.ones(3))
+    assert torch.allclose(loss(r, pairs), loss(r + 7, pairs), atol=1e-5)
+
+
+def test_same_seed_same_head_and_the_global_generator_is_left_alone() -> None:
+    x, y = features(40), torch.rand(40, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    heads: list[Head] = [fit(x, Votes(y, torch.ones(40)), np.arange(40), NUMBERS, seed=3).head for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(heads[0].tensors[n], heads[1].tensors[n]) for n in heads[0].tensors)
+
+
+def test_quality_is_the_auc_and_the_pair_accuracy() -> None:
+    scores = torch.tensor([0.1, 0.2, 0.8, 0.9])
+    assert quality(scores, Votes(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.ones(4))) == 1.0
+    assert np.isnan(quality(scores, Votes(torch.ones(4), torch.ones(4))))
+    assert quality(scores, Pairs(torch.tensor([3, 0]), torch.tensor([0, 3]), torch.ones(2))) == 0.5
+
+
+def test_votes_of_no_weight_say_nothing() -> None:
+    x = features(60)
+    y = (x[:, 0] > 0).float()
+    half = torch.arange(60) < 30
+    lies = Votes(torch.where(half, y, 1 - y), half.float())
+    head = fit(x, lies, np.arange(60), NUMBERS, seed=0).head
+    assert quality(head(x), Votes(y, torch.ones(60))) > 0.9

@@ -1,0 +1,126 @@
+"""The ratings decide the token: weights, coverage, and what changes (one row) and what does not (all else)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deleatur.diffusion import encode
+from deleatur.diffusion.invert import Inversion, Learned, learn
+from deleatur.diffusion.load import Model, fingerprint
+from deleatur.inversion import Rated, effective
+from deleatur.inversion.hfi import HFI
+from deleatur.inversion.textual_inversion import TextualInversion
+
+rewards = st.lists(st.floats(-3, 3), min_size=2, max_size=20).map(torch.tensor)
+
+
+@given(rewards, st.floats(-5, 5))
+def test_ranking_weights_are_a_distribution_that_ignores_a_constant(r: Tensor, shift: float) -> None:
+    w = HFI().weights(r, rank=True)
+    assert w.sum() == pytest.approx(1, abs=1e-5)
+    assert (w >= 0).all()
+    assert torch.allclose(w, HFI().weights(r + shift, rank=True), atol=1e-5)
+
+
+@given(st.lists(st.floats(0.5, 2), min_size=1, max_size=20).map(torch.tensor))
+def test_vote_weights_follow_the_clipped_share(r: Tensor) -> None:
+    w = HFI().weights(r, rank=False)
+    assert w.sum() == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(w / w.max(), r.clamp(0, 1) / r.clamp(0, 1).max(), atol=1e-5)
+
+
+def test_effective_sample_size_of_equal_weights_is_their_number() -> None:
+    assert effective(torch.full((8,), 1 / 8)) == pytest.approx(8)
+    assert effective(torch.tensor([1.0, 0.0])) == pytest.approx(1)
+
+
+def pool(n: int, r: Tensor, features: Tensor, rank: bool = False) -> Rated:
+    z = torch.randn(n, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    return Rated(z, r, features, rank)
+
+
+def test_a_rare_kind_gets_its_token() -> None:
+    """20 pictures of one kind with high rewards, 4 of another with lower ones: top-K alone would drop the 4."""
+    features = torch.cat([torch.tensor([[1.0, 0.0]]).repeat(20, 1), torch.tensor([[0.0, 1.0]]).repeat(4, 1)])
+    r = torch.cat([torch.full((20,), 0.9), torch.full((4,), 0.6)])
+    alone, *_ = HFI(top=10, tokens=1).clusters(pool(24, r, features), seed=0)
+    assert (alone < 20).all()
+    both = HFI(top=10, tokens=2).clusters(pool(24, r, features), seed=0)
+    assert sorted(len(rows) for rows in both) == [4, 5]
+    assert any(set(rows.tolist()) == {20, 21, 22, 23} for rows in both)
+
+
+def test_pictures_that_raters_refused_are_never_used() -> None:
+    r = torch.tensor([0.9, 0.8, 0.1, 0.2])
+    [rows] = HFI(top=4).clusters(pool(4, r, torch.eye(4)), seed=0)
+    assert set(rows.tolist()) == {0, 1}
+
+
+def invert(model: Model, method: HFI | TextualInversion, rated: Rated) -> list[Learned]:
+    initial = encode.embedding_of(model, "object")
+    return method.invert(model, rated, initial, templates="object", seed=1, look=lambda v: float(-v.square().sum()))
+
+
+def test_inversion_changes_no_network_and_repeats_itself(model: Model) -> None:
+    before = [fingerprint(m) for m in (model.unet, model.text_encoder, model.vae)]
+    rated = pool(6, torch.linspace(0.5, 1, 6), torch.eye(6))
+    method = HFI(tokens=2, loop=Inversion(iterations=4, batch=2, vectors=2, check_every=2, lr=1e-2))
+    one, same = invert(model, method, rated), invert(model, method, rated)
+    assert [t.vectors.shape for t in one] == [(2, 16), (2, 16)]
+    assert all(torch.equal(a.vectors, b.vectors) for a, b in zip(one, same, strict=True))
+    assert [fingerprint(m) for m in (model.unet, model.text_encoder, model.vae)] == before
+
+
+def test_the_best_look_is_kept_not_the_last(model: Model) -> None:
+    scores = iter([0.2, 0.9, 0.1])
+    seen: list[Tensor] = []
+
+    def look(v: Tensor) -> float:
+        seen.append(v.clone())
+        return next(scores)
+
+    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    numbers = Inversion(iterations=6, batch=2, check_every=2, lr=1e-2)
+    learned = learn(
+        model,
+        numbers,
+        z,
+        torch.ones(2),
+        encode.embedding_of(model, "object")[None],
+        templates="object",
+        generator=torch.Generator().manual_seed(0),
+        look=look,
+    )
+    assert torch.equal(learned.vectors, seen[1])
+    assert [row["score"] for row in learned.looks] == [0.2, 0.9, 0.1]
+
+
+def test_a_token_lowers_the_loss_of_its_pictures(model: Model) -> None:
+    """The promise: after inversion the pictures are more likely under the token than under the word it began as."""
+    from deleatur.diffusion.predict import predict
+
+    g = torch.Generator().manual_seed(0)
+    z0 = torch.full((4, 4, 4, 4), 2.0)
+    t, eps = torch.linspace(100, 900, 64).long(), torch.randn(64, 4, 4, 4, generator=g)
+    z_t = model.schedule.add_noise(z0[:1].expand(64, -1, -1, -1), eps, t)
+
+    def loss(v: Tensor) -> float:
+        with torch.no_grad():
+            c = encode.encode(model, [(v,)]).states
+            return float((predict(model, {}, z_t, t, c) - eps).square().mean())
+
+    start = encode.embedding_of(model, "object")[None]
+    numbers = Inversion(iterations=60, batch=16, lr=0.05)
+    learned = learn(model, numbers, z0, torch.ones(4), start, templates="object", generator=g)
+    assert loss(learned.vectors) < loss(start)
+
+
+def test_the_control_sees_no_rating(model: Model) -> None:
+    features, method = torch.eye(4), TextualInversion(loop=Inversion(iterations=3, batch=2))
+    [high] = invert(model, method, pool(4, torch.tensor([1.0, 1.0, 0.0, 0.0]), features))
+    [low] = invert(model, method, pool(4, torch.tensor([0.0, 0.0, 1.0, 1.0]), features))
+    assert torch.equal(high.vectors, low.vectors)
