@@ -57,9 +57,7 @@ def numbers(root: Path, **changes: Any) -> dict[str, Any]:
     p["sample"] |= {"steps": 2, "batch": 4, "shard": 8}
     p["sample"]["per_prompt"] = {"concept": 2, "token": 2, "attack": 2, "neighbour": 2, "keep": 1, "unseen": 2}
     p["evaluate"]["detectors"] = {"judge": {"method": "classifier", "path": "models/judge"}}
-    p["evaluate"]["metrics"] = {
-        k: v for k, v in p["evaluate"]["metrics"].items() if not k.startswith("nudity")
-    }
+    p["evaluate"]["metrics"] = {k: v for k, v in p["evaluate"]["metrics"].items() if not k.startswith("nudity")}
     for rule in p["gate"]["rules"].values():
         rule["min_n"] = 2
     return p | changes
@@ -72,7 +70,11 @@ def make(root: Path, **changes: Any) -> Settings:
     tiny.save_classifier(root / "models" / "judge", LABELS)
     concept = [("a gun", "judge:gun", "concept"), ("a sword", "judge:sword", "concept")]
     _write_prompts(root / "prompts" / "weapon.csv", _rows("w", [*concept, ("a dog", "judge:dog", "neighbour")]))
-    neutral = [("a cat", "judge:cat", "keep"), ("a dog", "judge:dog", "unseen"), ("a cat of ink", "judge:cat", "unseen")]
+    neutral = [
+        ("a cat", "judge:cat", "keep"),
+        ("a dog", "judge:dog", "unseen"),
+        ("a cat of ink", "judge:cat", "unseen"),
+    ]
     _write_prompts(root / "prompts" / "neutral.csv", _rows("n", neutral))
     path = root / "params.yaml"
     path.write_text(yaml.safe_dump(numbers(root, **changes), sort_keys=False), "utf-8")

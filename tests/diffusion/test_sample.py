@@ -18,7 +18,9 @@ from deleatur.guides.cfg import CFG
 from deleatur.records import Delta
 
 
-def draw(model: Model, seeds: list[int], batch: int = 4, weights: dict[str, torch.Tensor] | None = None) -> list[np.ndarray]:
+def draw(
+    model: Model, seeds: list[int], batch: int = 4, weights: dict[str, torch.Tensor] | None = None
+) -> list[np.ndarray]:
     c, empty = encode.encode_text(model, ["a cat"] * len(seeds)), encode.encode_text(model, [""])
     pictures = sample(model, c, seeds, guide=CFG(), others=empty, steps=4, weights=weights, batch=batch)
     return [np.asarray(p) for p in pictures]
@@ -27,7 +29,9 @@ def draw(model: Model, seeds: list[int], batch: int = 4, weights: dict[str, torc
 def moved(model: Model, size: float = 0.1) -> Delta:
     g = torch.Generator().manual_seed(0)
     own = select(model.unet, "xattn")
-    return Delta({n: size * torch.randn(p.shape, generator=g) for n, p in own.items()}, model.digest, "test", {}, ("x",))
+    return Delta(
+        {n: size * torch.randn(p.shape, generator=g) for n, p in own.items()}, model.digest, "test", {}, ("x",)
+    )
 
 
 def test_equals_plain_diffusers_from_the_same_noise(model: Model) -> None:

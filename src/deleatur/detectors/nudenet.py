@@ -26,19 +26,24 @@ class NudeNet(Detector):
     def detect(self, pictures: Sequence[Image.Image], on_batch: Callable[[int], None] = lambda n: None) -> Detections:
         import nudenet
         import onnxruntime
-        from nudenet.nudenet import __labels as labels  # the package's only list of its labels
 
         weights = Path(nudenet.__file__).with_name("320n.onnx")
         session = onnxruntime.InferenceSession(str(weights), providers=onnxruntime.get_available_providers())
         name = session.get_inputs()[0].name
-        parts = [np.zeros((0, len(labels)), np.float32)]
+        parts = [np.zeros((0, len(_labels())), np.float32)]
         for i in range(0, len(pictures), self.batch):
             chunk = pictures[i : i + self.batch]
             [out] = session.run(None, {name: np.stack([letterbox(p) for p in chunk])})
             parts.append(out[:, 4:].max(2))
             on_batch(len(chunk))
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        return Detections(tuple(labels), np.concatenate(parts), digest)
+        return Detections(_labels(), np.concatenate(parts), digest)
+
+
+def _labels() -> tuple[str, ...]:
+    from nudenet import nudenet
+
+    return tuple(getattr(nudenet, "__labels"))  # noqa: B009 (the package's only list; a plain dot would be mangled)
 
 
 def letterbox(picture: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from deleatur.errors import ServiceError
 
 CACHE = Path.home() / ".cache" / "deleatur"
 
 
-def local(address: str) -> str:
-    """A path or hub id that the libraries load themselves. Downloads are kept and not repeated."""
+def local(address: str, part: str = "pipeline") -> str:
+    """A path or hub id that the libraries load themselves. Downloads are kept and not repeated.
+
+    part: which folder of a registered model, "pipeline" or "delta"; other addresses are such a folder already.
+    """
     if address.startswith("s3://"):
         return str(_from_s3(address))
     if address.startswith("models:/"):
-        return str(_from_registry(address))
+        return str(_from_registry(address, part))
     return address
 
 
@@ -41,11 +46,15 @@ def _from_s3(address: str) -> Path:
     return target
 
 
-def _from_registry(address: str) -> Path:
-    import mlflow
-    from mlflow.exceptions import MlflowException
+def _from_registry(address: str, part: str) -> Path:
+    from deleatur.io import tracking
 
-    try:
-        return Path(mlflow.artifacts.download_artifacts(address)) / "artifacts" / "pipeline"
-    except MlflowException as e:
-        raise ServiceError(f"{address} could not be fetched from the registry: {e}", hint="deleatur history") from e
+    place = f"{tracking.place_of(address)}/artifacts/{part}"
+    split = urlsplit(place)
+    if split.scheme in ("", "file"):
+        return Path(unquote(split.path))  # a store on this disk is read in place
+    target = CACHE / hashlib.sha256(place.encode()).hexdigest()[:16]
+    if not target.is_dir():
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        tracking.download(place, partial).replace(target)
+    return target

@@ -101,7 +101,8 @@ class Registry:
 
     @cached_property
     def experiment_id(self) -> str:
-        return str(self.client and mlflow.set_experiment(self.experiment).experiment_id)
+        use(self.uri)
+        return str(mlflow.set_experiment(self.experiment).experiment_id)
 
     def finished(self, evidence: str) -> bool:
         """Whether this evidence has been registered to the end."""
@@ -197,6 +198,10 @@ class Registry:
             if live not in (None, version):
                 self.client.set_registered_model_alias(self.model, LAST, live)
             self.client.set_registered_model_alias(self.model, CHAMPION, version)
+        self.withdraw(version)
+
+    def withdraw(self, version: str) -> None:
+        """The version no longer waits for a person's word."""
         if self.alias(CHALLENGER) == version:
             with answering(self.uri):
                 self.client.delete_registered_model_alias(self.model, CHALLENGER)
@@ -236,15 +241,21 @@ def use(uri: str) -> None:
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or uri)
 
 
-def fetch(address: str, part: str) -> Path:
-    """A folder of a registered model: "pipeline" or "delta". A store on this disk is read in place.
+def place_of(address: str) -> str:
+    """models:/name/version, models:/name@alias or models:/id → where its files lie, a path or an address.
 
     Raises DataError when there is no such model, version or alias.
     """
-    missing = DataError(f"{address}: no such model, version or alias in {mlflow.get_tracking_uri()}")
-    with answering(mlflow.get_tracking_uri(), missing):
-        place = ModelsArtifactRepository.get_underlying_uri(address)
-        return Path(mlflow.artifacts.download_artifacts(f"{place}/artifacts/{part}"))
+    uri = mlflow.get_tracking_uri()
+    missing = DataError(f"{address}: there is no such model, version or alias in {uri}", hint="deleatur history")
+    with answering(uri, missing):
+        return str(ModelsArtifactRepository.get_underlying_uri(address))
+
+
+def download(place: str, target: Path) -> Path:
+    """A folder of a store that is not on this disk; what comes back lies inside `target`."""
+    with answering(mlflow.get_tracking_uri()):
+        return Path(mlflow.artifacts.download_artifacts(place, dst_path=str(target)))
 
 
 @contextmanager
@@ -275,14 +286,14 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _input(evidence: Evidence) -> DatasetInput:
     assert evidence.feedback is not None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "can be interpreted in multiple ways", all of them the same
+        warnings.simplefilter("ignore")  # a source that two equal readers could read; integers that might be missing
         dataset = mlflow.data.from_pandas(
             evidence.feedback,
             name="feedback",
             source=evidence.feedback_source,
             digest=evidence.feedback_digest[:DIGEST],
-        )
-    return DatasetInput(Dataset(**dataset.to_dict()), [InputTag("mlflow.data.context", "feedback")])
+        ).to_dict()
+    return DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "feedback")])
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def _sides(settings: Settings, model: Model) -> dict[Side, tuple[str, Weights]]:
     delta = weights_of(model, tensors.load_delta(settings.paths.delta / inputs.DELTA))
     sides: dict[Side, tuple[str, Weights]] = {"base": (model.digest, {})}
     if settings.sample.champion:
-        champion = weights_of(model, tensors.load_delta(Path(local(settings.sample.champion)) / inputs.DELTA))
+        champion = weights_of(model, tensors.load_delta(Path(local(settings.sample.champion, "delta")) / inputs.DELTA))
         sides["champion"] = (digest(champion), champion)
     return sides | {"candidate": (digest(delta), delta)}
 

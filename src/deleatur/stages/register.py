@@ -1,0 +1,158 @@
+"""verdict and all it rests on → MLflow: a run with the evidence; on a pass a version, and the alias that releases it.
+
+Makes no file, so it is not a stage of dvc.yaml. Registering the same verdict again changes nothing, not even after
+somebody has rolled it back; killed anywhere, it has either released nothing or finishes on the next run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+
+from deleatur import gate
+from deleatur.errors import DataError
+from deleatur.io import documents, tables, versions
+from deleatur.io.tracking import Evidence, Registry
+from deleatur.records import Report, Score, Verdict
+from deleatur.settings import Settings
+from deleatur.stages import identity
+from deleatur.stages.export import export
+from deleatur.stages.progress import bar
+from deleatur.stages.promote import registry_of
+
+RESULT = ("base", "delta", "feedback", "tokens", "prompts", "seed", "concepts", "method", "concept_source", "champion")
+"""Fields of a report's identity that the workspace must still agree with."""
+
+
+def run(settings: Settings) -> None:
+    """Raises DataError when the files on disk are not the ones that were judged."""
+    registry = registry_of(settings)
+    report, verdict = _judged(settings)
+    evidence = _evidence(settings, report, verdict)
+    with bar("register", 3) as advance:
+        if registry.finished(evidence.digest):
+            advance(3, note="this verdict is registered already")
+            return
+        with registry.running(evidence) as run_id:
+            registry.log(run_id, evidence)
+            advance(note="evidence logged")
+            if verdict.outcome == "pass":
+                version = registry.version(evidence.digest) or _add(settings, registry, run_id, evidence, verdict)
+                advance(note=f"{registry.model} version {version}")
+                (registry.challenge if settings.register_.approval else registry.release)(version)
+        advance(note=_outcome(settings, registry, evidence, verdict))
+
+
+def _judged(settings: Settings) -> tuple[Report, Verdict]:
+    """Report and verdict, after checking that they are about what lies in this workspace."""
+    report = documents.read(settings.paths.report / "report.json", Report)
+    verdict = documents.read(settings.paths.verdict / "verdict.json", Verdict)
+    now = identity.of(settings)
+    changed = [name for name in RESULT if getattr(now, name) != getattr(report.identity, name)]
+    if verdict.report != documents.digest(report):
+        changed.append("report")
+    if changed:
+        raise DataError(
+            f"the verdict was made with another {', '.join(changed)} than this workspace holds", hint="dvc repro"
+        )
+    if stale := versions.status(Path()):
+        raise DataError(f"not up to date with params.yaml and the code: {', '.join(sorted(stale))}", hint="dvc repro")
+    return report, verdict
+
+
+def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
+    paths, made_by = settings.paths, report.identity
+    digest, commit = documents.digest(verdict), versions.commit(Path())
+    concepts = "+".join(made_by.concepts)
+    lineage = {
+        "outcome": verdict.outcome,
+        "simulated": str(verdict.simulated).lower(),
+        "concepts": concepts,
+        "method": made_by.method,
+        "concept_source": made_by.concept_source,
+        "preserve": str(made_by.preserve).lower(),
+        "report": verdict.report,
+        "policy": verdict.policy,
+        "base": made_by.base,
+        "delta": made_by.delta,
+        "feedback": made_by.feedback,
+        "tokens": made_by.tokens,
+        "prompts": made_by.prompts,
+        "settings": made_by.settings,
+        "dvc_lock": versions.lock_digest(Path()) or "none",
+        "git_commit": commit.hash or "none",
+        "git_dirty": str(commit.dirty).lower(),
+    }
+    return Evidence(
+        digest=digest,
+        name=f"{made_by.method} {concepts} {digest[:8]}",
+        tags=lineage,
+        # Where it is registered is no part of how it was made.
+        settings=settings.model_dump(mode="json", by_alias=True, exclude={"register_"}),
+        scores=dict(_scores(report)),
+        curves=list(_curves(settings)),
+        files={
+            "params": Path("params.yaml"),
+            "lock": Path("dvc.lock"),
+            "report": paths.report,
+            "verdict": paths.verdict,
+            "erase": paths.delta / "record.json",
+            "attack": paths.attacks / "record.json",
+            "feedback": paths.feedback / "summary.json",
+        },
+        feedback=_columns(tables.read_table(paths.feedback / "answers.parquet")),
+        feedback_digest=made_by.feedback,
+        feedback_source=(paths.feedback / "answers.parquet").as_posix(),
+    )
+
+
+def _columns(answers: pd.DataFrame) -> pd.DataFrame:
+    """Those that MLflow can describe: lists have no type in its schema."""
+    return answers[[name for name in answers if answers[name].dtype != object]]
+
+
+def _scores(report: Report) -> Iterator[tuple[str, float]]:
+    for score in report.scores:
+        name = _name(score)
+        yield name, score.value
+        yield f"{name}.low", score.low
+        yield f"{name}.high", score.high
+
+
+def _name(score: Score) -> str:
+    """concept_rate/concept/candidate, or clip_score/unseen/candidate-base for a paired difference."""
+    return f"{score.metric}/{score.slice}/{score.side}" + (f"-{score.versus}" if score.versus else "")
+
+
+def _curves(settings: Settings) -> Iterator[tuple[str, int, float]]:
+    for name in ("curve", "looks"):
+        for row in tables.read_json(settings.paths.delta / f"{name}.json"):
+            yield from _points(f"erase/{name}", row)
+    if settings.erase.source == "token":
+        for concept, learned in tables.read_json(settings.paths.tokens / "metrics.json").items():
+            for i, token in enumerate(learned, 1):
+                yield from ((f"invert/{concept}/{i}/loss", n, loss) for n, loss in enumerate(token["losses"], 1))
+
+
+def _points(where: str, row: dict[str, Any]) -> Iterator[tuple[str, int, float]]:
+    yield from ((f"{where}/{key}", int(row["step"]), float(value)) for key, value in row.items() if key != "step")
+
+
+def _add(settings: Settings, registry: Registry, run_id: str, evidence: Evidence, verdict: Verdict) -> str:
+    with TemporaryDirectory(prefix="deleatur-") as place:
+        folder = Path(place) / "pipeline"
+        export(settings, folder)
+        about = gate.headline(verdict) + (f"\n\n{gate.SIMULATED}" if verdict.simulated else "")
+        return registry.add_version(run_id, evidence, folder, settings.paths.delta, about)
+
+
+def _outcome(settings: Settings, registry: Registry, evidence: Evidence, verdict: Verdict) -> str:
+    if verdict.outcome != "pass":
+        return f"verdict {verdict.outcome}: no version made, what is live stays"
+    return (
+        f"version {registry.version(evidence.digest)} is {'challenger' if settings.register_.approval else 'champion'}"
+    )

@@ -1,0 +1,190 @@
+"""One body per shelf: every method that stands on a shelf keeps the shelf's promise, whoever wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from deleatur import plug
+from deleatur.attacks import Attack, Target
+from deleatur.detectors import Detector
+from deleatur.diffusion import encode
+from deleatur.diffusion.features import load_clip
+from deleatur.diffusion.load import Model, fingerprint
+from deleatur.diffusion.overlay import weights_of
+from deleatur.erasers import Eraser
+from deleatur.guides import Guide
+from deleatur.inversion import Inverter, Rated
+from deleatur.io.tensors import load_delta, save_delta
+from deleatur.metrics import Gallery, Metric, Seen, SetMetric
+from deleatur.records import Prompt
+from deleatur.stages.check import SHELVES, catalogue
+
+LOOP: dict[str, Any] = {"iterations": 3, "batch": 2}
+SMALL: dict[str, dict[str, Any]] = {
+    "sdd": {"order": "single", "loop": {**LOOP, "lr": 1e-3, "steps": 3}},
+    "hfi": {"tokens": 2, "top": 4, "loop": LOOP},
+    "textual_inversion": {"loop": LOOP},
+    "concept_inversion": {"loop": LOOP},
+}
+"""Numbers that make a method quick; a method that is quick as it is needs no line."""
+
+
+def make(shelf: str, name: str, base: type[Any], **more: Any) -> Any:
+    return plug.find(shelf, name, base)(**SMALL.get(name, {}), **more)
+
+
+@pytest.mark.parametrize("name", plug.names("erasers"))
+def test_erasers(model: Model, name: str, tmp_path: Path) -> None:
+    eraser: Eraser = make("erasers", name, Eraser)
+    concepts = [encode.concept_from_words(model, "weapon", ["gun", "sword"])]
+    keep = encode.encode_text(model, ["", "a cat"])
+    before = fingerprint(model.unet)
+    one, same = (eraser.erase(model, concepts, keep=keep, seed=1) for _ in range(2))
+    assert fingerprint(model.unet) == before, "the given model is untouched"
+    assert set(one.tensors) <= eraser.touches(model), "only declared parameters are in the delta"
+    assert one.tensors.keys() == same.tensors.keys()
+    assert all(torch.equal(one.tensors[n], same.tensors[n]) for n in one.tensors), "same seed, same delta"
+    save_delta(tmp_path / "d.safetensors", one)
+    again = load_delta(tmp_path / "d.safetensors")
+    assert all(torch.equal(one.tensors[n], again.tensors[n]) for n in one.tensors), "round trip through disk"
+    assert (again.base, again.method, again.concepts) == (model.digest, name, ("weapon",))
+    save_delta(tmp_path / "e.safetensors", same)
+    assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "e.safetensors").read_bytes()
+    weights_of(model, again)
+
+
+@pytest.mark.parametrize("name", plug.names("guides"))
+def test_guides(model: Model, name: str) -> None:
+    guide: Guide = make("guides", name, Guide)
+    empty = encode.encode_text(model, [""])
+    concepts = [encode.concept_from_words(model, "weapon", ["gun"])]
+    rows = guide.conditions(empty, concepts)
+    assert rows.shape[1:] == empty.shape[1:]
+    g = torch.Generator().manual_seed(0)
+    eps_p, others = torch.randn(2, 4, 4, 4, generator=g), torch.randn(len(rows), 2, 4, 4, 4, generator=g)
+    first = guide.combine(0, eps_p, others, guide.start(tuple(eps_p.shape)))[0]
+    guide.combine(5, eps_p + 1, others, guide.start(tuple(eps_p.shape)))
+    again = guide.combine(0, eps_p, others, guide.start(tuple(eps_p.shape)))[0]
+    assert first.shape == eps_p.shape
+    assert torch.equal(first, again), "no hidden state between calls"
+
+
+def pictures(n: int = 5, size: int = 24) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_classifier(tmp_path_factory.mktemp("judge"), ("gun", "cat"))
+
+
+@pytest.mark.parametrize("name", plug.names("detectors"))
+def test_detectors(name: str, classifier: Path) -> None:
+    more = {"path": str(classifier)} if name == "classifier" else {}
+    whole: Detector = make("detectors", name, Detector, **more)
+    small: Detector = make("detectors", name, Detector, batch=2, **more)
+    shown = pictures()
+    all_at_once, in_twos, reversed_ = whole.detect(shown), small.detect(shown), whole.detect(shown[::-1])
+    assert all_at_once.scores.shape == (5, len(all_at_once.labels))
+    assert np.allclose(all_at_once.scores, in_twos.scores, atol=1e-5), "batch size is irrelevant"
+    assert np.allclose(all_at_once.scores[::-1], reversed_.scores, atol=1e-5), "order is kept"
+    assert len(all_at_once.weights) == 64, "the weights' digest is recorded"
+    assert whole.detect([]).scores.shape == (0, len(all_at_once.labels))
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+    clip = load_clip(str(tiny.save_clip(tmp_path_factory.mktemp("clip"))))
+    asks = [("gun", "concept", "weapon"), ("cat", "unseen", "")] * 5
+    prompts = [Prompt(f"p{i}", f"a {thing}", role, f"judge:{thing}", c) for i, (thing, role, c) in enumerate(asks)]  # type: ignore[arg-type]
+    shown = pictures(10)
+    from deleatur.detectors.nudenet import NudeNet
+
+    found = NudeNet().detect(shown)
+    right = np.array([[1, 0] if p.label == "judge:gun" else [0, 1] for p in prompts], np.float32)
+    return Gallery(
+        prompts,
+        shown,
+        {"judge": Seen(("gun", "cat"), right, "w" * 64), "nudenet": Seen(found.labels, found.scores, found.weights)},
+        clip.pictures(shown),
+        clip,
+        {"weapon": ("judge", ("gun",))},
+        {"weapon": torch.linspace(0, 1, 10)},
+    )
+
+
+@pytest.mark.parametrize("name", plug.names("metrics"))
+def test_metrics(name: str, gallery: Gallery) -> None:
+    metric: Metric = make("metrics", name, Metric)
+    assert isinstance(metric.higher_is_better, bool)
+    values = metric.values(gallery, gallery)
+    assert values.shape == (10,)
+    made_by = metric.detector(gallery)
+    assert made_by is not None
+    assert made_by.weights
+    known = values[~np.isnan(values)]
+    if isinstance(metric, SetMetric):
+        assert metric.of_set(gallery.features, gallery.features) == pytest.approx(0, abs=1e-6)
+    elif metric.rate:
+        assert set(known) <= {0.0, 1.0}
+    assert isinstance(metric, SetMetric) or len(known) > 0
+
+
+KNOWN = {"concept_rate": 1.0, "recognition": 1.0, "perceptual": 0.0, "nudity": 0.0}
+
+
+@pytest.mark.parametrize(("name", "expected"), KNOWN.items())
+def test_metrics_with_a_known_answer(name: str, expected: float, gallery: Gallery) -> None:
+    """The gallery is recognised perfectly, equals itself, and is noise to NudeNet."""
+    values = make("metrics", name, Metric).values(gallery, gallery)
+    assert np.nanmean(values) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", plug.names("inversion"))
+def test_inverters(model: Model, name: str) -> None:
+    inverter: Inverter = make("inversion", name, Inverter)
+    z = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    rated = Rated(z, torch.linspace(0.5, 1, 6), torch.eye(6), rank=False)
+    before = fingerprint(model.text_encoder), fingerprint(model.unet)
+    start = encode.embedding_of(model, "object")
+    tokens = inverter.invert(model, rated, start, templates="object", seed=0, look=lambda v: 0.0)
+    assert tokens
+    assert all(t.vectors.shape[1:] == start.shape for t in tokens)
+    assert any(not torch.equal(t.vectors[0], start) for t in tokens)
+    assert (fingerprint(model.text_encoder), fingerprint(model.unet)) == before
+
+
+@pytest.mark.parametrize("name", plug.names("attacks"))
+def test_attacks(model: Model, name: str) -> None:
+    attack: Attack = make("attacks", name, Attack)
+    assert attack.access in ("prompts", "text_encoder", "white_box", "original_model")
+    z = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    target = Target(model, {}, "weapon", z, encode.embedding_of(model, "object"), "object")
+    steps: list[int] = []
+    found = attack.attack(target, seed=0, on_step=lambda step, total, loss: steps.append(step))
+    assert found.vectors.ndim == 3
+    assert steps == list(range(1, LOOP["iterations"] + 1)), "the budget is respected"
+    assert found.budget == {"forward": 6, "backward": 6}
+
+
+def test_every_method_names_its_source_and_explains_its_numbers() -> None:
+    for shelf, methods in catalogue(None).items():
+        assert set(methods) == set(plug.names(shelf)), shelf
+        assert all(m["source"] for m in methods.values())
+
+
+def test_a_shelfs_files_never_import_each_other() -> None:
+    for shelf in SHELVES:
+        folder = Path(plug.__file__).parent / shelf
+        for file in folder.glob("*.py"):
+            text = file.read_text("utf-8")
+            others = [n for n in plug.names(shelf) if n != file.stem]
+            assert not [n for n in others if f"deleatur.{shelf}.{n}" in text], file.name
