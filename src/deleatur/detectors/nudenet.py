@@ -43,7 +43,7 @@ class NudeNet(Detector):
 def _labels() -> tuple[str, ...]:
     from nudenet import nudenet
 
-    return tuple(getattr(nudenet, "__labels"))  # noqa: B009 (the package's only list; a plain dot would be mangled)
+    return tuple(getattr(nudenet, "__labels"))
 
 
 def letterbox(picture: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

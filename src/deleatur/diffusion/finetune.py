@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -30,12 +30,24 @@ from deleatur.diffusion.trajectories import Law, Source, Trajectories, trajector
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.seeds import generator
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # SDD as published: one fresh trajectory per step, nothing of ours.
+    "parity": {"trajectories": "fresh", "steps": 50, "batch": 1},
+    # Staggered pools: every state of a trajectory is used, 2.7, 5.4 and 10.8 times fewer operations than `parity` at
+    # equal iterations. Under Adam a batch of b moves the weights up to √b as far: the rate is divided by √b.
+    "fast-safe": {"trajectories": "pool", "steps": 25, "batch": 4, "slots": 32, "lr": 5e-6},
+    "fast": {"trajectories": "pool", "steps": 25, "batch": 2, "slots": 24, "lr": 7e-6},
+    "sweep": {"trajectories": "pool", "steps": 25, "batch": 1, "slots": 12},
+}
+
 
 class Loop(BaseModel):
     """Numbers of the loop. Defaults are SDD's released ones at Stable Diffusion's size."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    preset: Literal["parity", "fast-safe", "fast", "sweep"] = "parity"
+    """Where the numbers below come from that are not given."""
     train: Selector = "xattn"
     iterations: int = Field(1500, gt=0)
     lr: float = Field(1e-5, gt=0)
@@ -65,6 +77,12 @@ class Loop(BaseModel):
     """Stop, and go back to the best earlier look, once preserved prompts score worse than the base by this share."""
     least_change: float = Field(1e-5, ge=0)
     """A run whose relative change of the trained weights is smaller is refused: it did nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill(cls, given: Any) -> Any:
+        """The preset's numbers under those that were given; an unknown preset is left for validation to refuse."""
+        return {**PRESETS.get(given.get("preset", "parity"), {}), **given} if isinstance(given, dict) else given
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def follow(
         with pipe.open(encoding="utf-8") as progress:
 
             def tell() -> None:
-                for line in _waiting(lines):
+                for line in filter(str.strip, _waiting(lines)):
                     tail.append(line)
                     on_line(line)
                 for line in progress:
@@ -253,4 +253,4 @@ def _error(stage: str, code: int, tail: Sequence[str]) -> DeleaturError:
 
 
 def _last(lines: Sequence[str]) -> str:
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    return next(iter(reversed(lines)), "it said nothing")

@@ -205,8 +205,8 @@ def _set_interval(
 
 def _notes(settings: Settings) -> list[str]:
     notes = [
-        f"Intervals ({settings.evaluate.level:.0%}): Wilson for shares, Bonett–Price for paired yes/no differences, t for "
-        "means; pictures of one prompt count as one cluster, and few prompts widen every interval.",
+        f"Intervals ({settings.evaluate.level:.0%}): Wilson for shares, Bonett–Price for paired yes/no differences, "
+        "t for means; pictures of one prompt count as one cluster, and few prompts widen every interval.",
         f"Tokens stand for {'the learned soft tokens' if settings.erase.source == 'token' else 'the words given'}.",
     ]
     if "nudenet" in settings.evaluate.detectors:

@@ -1,0 +1,77 @@
+"""What the benchmarks share: a variant of the settings in a folder of its own, stages run in it, a table at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from deleatur import stages
+from deleatur.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+OUT = Path("out/bench")
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, mappings merged key by key."""
+    out = dict(base)
+    for key, value in changes.items():
+        out[key] = (
+            merged(out[key], value) if isinstance(value, Mapping) and isinstance(out.get(key), Mapping) else value
+        )
+    return out
+
+
+def variant(name: str, changes: Mapping[str, Any], shared: Mapping[str, str] | None = None) -> Settings:
+    """params.yaml with changes, writing under out/bench/NAME; `shared` stages' folders are somewhere else."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
+    for key in ("reward", "tokens", "delta", "attacks", "shots", "scores", "report", "verdict", "checkpoints"):
+        params["paths"][key] = str(OUT / name / key)
+    params["paths"]["feedback"] = str(OUT / "feedback")
+    params["paths"] |= shared or {}
+    return Settings.model_validate(merged(params, changes))
+
+
+def run(settings: Settings, names: Iterable[str]) -> dict[str, float]:
+    """Runs stages that have not run yet for this variant; seconds of each, kept beside its results."""
+    folder = settings.paths.delta.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "seconds.json"
+    seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+    for name in names:
+        if name not in seconds:
+            began = time.perf_counter()
+            stages.run(name, settings)
+            seconds[name] = round(time.perf_counter() - began, 1)
+            path.write_text(json.dumps(seconds))
+    return seconds
+
+
+def scores(settings: Settings) -> dict[tuple[str, str, str, str | None], dict[str, Any]]:
+    """(metric, slice, side, versus) → score."""
+    report = json.loads((settings.paths.report / "report.json").read_text("utf-8"))
+    return {(s["metric"], s["slice"], s["side"], s["versus"]): s for s in report["scores"]}
+
+
+def interval(score: Mapping[str, Any]) -> str:
+    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+
+
+def show(title: str, rows: list[dict[str, str]]) -> None:
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=200).print(table)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")

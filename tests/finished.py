@@ -1,0 +1,76 @@
+"""A project in git and DVC whose chain has run to its end, with a verdict that passes: made once, copied for tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+
+import workspace
+from filelock import FileLock
+
+from deleatur import stages
+from deleatur.io.tracking import Registry
+from deleatur.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+
+
+def passing(limit: float = -5.0) -> dict[str, object]:
+    """A policy that random weights fulfil."""
+    rule = {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": limit, "min_n": 2}
+    return {"rules": {"pictures_fit_prompts": rule}}
+
+
+def template(shared: Path) -> Path:
+    """`shared` may be shared by several test processes: one makes it, the others wait."""
+    root = shared / "finished"
+    with FileLock(shared / "finished.lock"):
+        if not root.exists():
+            partial = shared / "finished.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            with chdir(partial):
+                _make(partial)
+            partial.rename(root)
+    return root
+
+
+def copy(shared: Path, root: Path) -> Settings:
+    """A copy of its own for one test, which has to make it the current directory."""
+    shutil.copytree(template(shared), root, dirs_exist_ok=True)
+    params = root / "params.yaml"
+    # MLflow keeps one connection per address in a process: a relative one would lead back to the first test's file.
+    params.write_text(params.read_text("utf-8").replace("sqlite:///mlflow.db", f"sqlite:///{root}/mlflow.db"), "utf-8")
+    return Settings.load(params)
+
+
+def _make(root: Path) -> None:
+    settings = workspace.make(root, gate=passing())
+    for name in stages.STAGES[:-1]:
+        stages.run(name, settings)
+    Registry(f"sqlite:///{root}/mlflow.db", "unused", "unused").client.search_experiments()  # makes its tables, once
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, root / name)
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    git(root, "init", "--quiet")
+    dvc(root, "init", "--quiet")
+    dvc(root, "commit", "--force", "--quiet")  # what has been made above is what the stages make
+    git(root, "add", "--all")
+    git(root, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "finished")
+
+
+def git(root: Path, *arguments: str) -> str:
+    return _run(root, "git", *arguments)
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    return _run(root, sys.executable, "-m", "dvc", *arguments)
+
+
+def _run(root: Path, *command: str) -> str:
+    env = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    return subprocess.run(command, cwd=root, env=env, check=True, capture_output=True, text=True).stdout

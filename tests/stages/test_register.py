@@ -1,0 +1,274 @@
+"""A verdict and what it rests on become a run; only a pass becomes a version, once, and moves an alias."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import finished
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deleatur.errors import DataError
+from deleatur.io import tensors, versions
+from deleatur.io.objects import local
+from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, Registry
+from deleatur.settings import Settings
+from deleatur.stages import gate, inputs, promote, register, sample
+from deleatur.stages.export import export
+
+PLAIN = """
+import json, sys
+sys.modules["deleatur"] = None  # whoever serves the model has not got us
+import mlflow, pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/deleatur@champion")
+rows = pd.DataFrame({"prompt": ["a cat", "a gun"], "seed": [7, 8]})
+both = model.predict(rows, params={"steps": 3, "guidance": 4.0})
+assert model.predict(rows[1:], params={"steps": 3, "guidance": 4.0}) == both[1:]  # alone as in company
+print("ANSWER" + json.dumps(both))
+"""
+
+
+@pytest.fixture
+def fresh(done: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Without asking DVC, which takes seconds, whether all is up to date."""
+    monkeypatch.setattr(versions, "status", lambda root: {})
+    return done
+
+
+def judged_by(settings: Settings, policy: dict[str, object]) -> Settings:
+    """The same evidence under another policy: another verdict."""
+    changed = Settings.model_validate(settings.model_dump(mode="json", by_alias=True) | {"gate": policy})
+    gate.run(changed)
+    return changed
+
+
+def asking(settings: Settings) -> Settings:
+    """A policy that wants a person's approval."""
+    return settings.model_copy(update={"register_": settings.register_.model_copy(update={"approval": True})})
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    registry = promote.registry_of(settings)
+    found = {name: registry.alias(name) for name in (CHALLENGER, CHAMPION, LAST)}
+    return {name: version for name, version in found.items() if version}
+
+
+def counts(settings: Settings) -> tuple[int, int]:
+    """Runs, versions."""
+    registry = promote.registry_of(settings)
+    runs = registry.client.search_runs([registry.experiment_id])
+    return len(runs), len(registry.client.search_model_versions(f"name = '{registry.model}'"))
+
+
+@pytest.mark.slow
+def test_plain_mlflow_and_plain_diffusers_draw_the_same_from_what_was_registered(
+    done: Settings, tmp_path: Path
+) -> None:
+    register.run(done)
+    assert aliases(done) == {CHAMPION: "1"}
+
+    command = [sys.executable, "-c", PLAIN, done.register_.tracking_uri]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path / "models")
+    answer = json.loads(told.stdout.partition("ANSWER")[2])
+    assert "%|" not in told.stderr, "no progress bars in a server's log"
+
+    from diffusers import StableDiffusionPipeline
+
+    export(done, tmp_path / "exported")
+    plain = StableDiffusionPipeline.from_pretrained(tmp_path / "exported", safety_checker=None)
+    for (prompt, seed), png in zip([("a cat", 7), ("a gun", 8)], answer, strict=True):
+        noise = torch.Generator("cpu").manual_seed(seed)
+        [picture] = plain(prompt, num_inference_steps=3, guidance_scale=4.0, generator=noise).images
+        assert np.array_equal(picture, Image.open(BytesIO(base64.b64decode(png))))
+
+
+def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> None:
+    register.run(fresh)
+    stored = tensors.load_delta(Path(local("models:/deleatur@champion", "delta")) / inputs.DELTA)
+    assert stored.base == inputs.model(fresh).digest
+    assert all(
+        torch.equal(stored.tensors[n], t)
+        for n, t in tensors.load_delta(Path("out/delta") / inputs.DELTA).tensors.items()
+    )
+    assert (Path(local("models:/deleatur@champion")) / "model_index.json").is_file()
+
+    against = fresh.model_copy(update={"sample": fresh.sample.model_copy(update={"champion": "models:/deleatur/1"})})
+    sample.run(against)
+    champion, candidate = (sample.read(against.paths.shots, side) for side in ("champion", "candidate"))
+    assert len(champion) > 0
+    assert champion["image"].tolist() == candidate["image"].tolist(), "the same weights, the same noise"
+
+
+def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
+    register.run(fresh)
+    registry = promote.registry_of(fresh)
+    [run] = registry.client.search_runs([registry.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["erase.loop.lr"] == "0.001"
+    assert not any(name.startswith("register") for name in run.data.params)
+    assert len(registry.client.get_metric_history(run.info.run_id, "erase/curve/loss")) > 1
+    assert {"clip_score/unseen/candidate-base", "clip_score/unseen/candidate-base.low"} <= set(run.data.metrics)
+    [given] = run.inputs.dataset_inputs
+    tags = registry.tags("1")
+    assert tags["feedback"].startswith(given.dataset.digest)
+    assert (tags["outcome"], tags["simulated"], tags["git_dirty"]) == ("pass", "true", "true")  # params.yaml was edited
+    assert len(tags["git_commit"]) == 40
+    assert tags["dvc_lock"] == versions.lock_digest(Path())
+    files = {
+        f.path for place in ("verdict", "report", "params", "lock") for f in _files(registry, run.info.run_id, place)
+    }
+    wanted = {"verdict/sheet.png", "verdict/report.html", "verdict/verdict.json", "report/report.json"}
+    assert files >= wanted | {"params/params.yaml", "lock/dvc.lock"}
+
+
+def _files(registry: Registry, run_id: str, place: str) -> list[Any]:
+    return registry.client.list_artifacts(run_id, place)
+
+
+def test_the_same_verdict_is_registered_once_even_after_somebody_took_it_back(fresh: Settings) -> None:
+    register.run(fresh)
+    register.run(fresh)
+    assert counts(fresh) == (1, 1)
+    registry = promote.registry_of(fresh)
+    registry.client.delete_registered_model_alias("deleatur", CHAMPION)
+    register.run(fresh)
+    assert aliases(fresh) == {}
+    assert counts(fresh) == (1, 1)
+
+
+def test_only_a_pass_moves_aliases_and_the_old_champion_is_remembered(fresh: Settings) -> None:
+    register.run(fresh)
+    failing = judged_by(fresh, finished.passing(limit=5.0))
+    register.run(failing)
+    assert counts(fresh) == (2, 1)
+    assert aliases(fresh) == {CHAMPION: "1"}
+    register.run(judged_by(fresh, finished.passing(limit=-6.0)))
+    assert counts(fresh) == (3, 2)
+    assert aliases(fresh) == {CHAMPION: "2", LAST: "1"}
+
+
+def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
+    register.run(asking(fresh))
+    assert aliases(fresh) == {CHALLENGER: "1"}
+    found = promote.waiting(fresh)
+    assert found is not None
+    version, evidence = found
+    with pytest.raises(DataError, match="other evidence"):
+        promote.promote(fresh, version, "Ada", evidence="0" * 64)
+    with pytest.raises(DataError, match="a name"):
+        promote.promote(fresh, version, " ")
+    promote.promote(fresh, version, "Ada", reason="seen the sheet", evidence=evidence)
+    promote.promote(fresh, version, "Ada", evidence=evidence)  # changes nothing
+    assert aliases(fresh) == {CHAMPION: "1"}
+    tags = promote.registry_of(fresh).tags("1")
+    assert (tags["approved_by"], tags["approved_because"]) == ("Ada", "seen the sheet")
+    assert (tags["approved_evidence"], tags["approved_delta"]) == (evidence, tags["delta"])
+    assert promote.waiting(fresh) is None
+    with pytest.raises(DataError, match="no version 9"):
+        promote.promote(fresh, "9", "Ada")
+
+    second = judged_by(fresh, finished.passing(limit=-6.0))
+    register.run(asking(second))
+    promote.decline(second, "2", "Ada", reason="too blurred")
+    assert aliases(fresh) == {CHAMPION: "1"}
+    with pytest.raises(DataError, match="not the challenger"):
+        promote.promote(second, "2", "Ada")
+
+
+def _forged(name: str, key: str, value: Any) -> Callable[[], None]:
+    def forge() -> None:
+        path = Path(name)
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {key: value}), "utf-8")
+
+    return forge
+
+
+def _other_delta() -> None:
+    delta = tensors.load_delta(Path("out/delta") / inputs.DELTA)
+    scaled = {n: 2 * t for n, t in delta.tensors.items()}
+    tensors.save_delta(
+        Path("out/delta") / inputs.DELTA, type(delta)(scaled, delta.base, delta.method, delta.settings, delta.concepts)
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "forge"),
+    [
+        ("delta", _other_delta),
+        ("feedback", _forged("out/feedback/summary.json", "feedback", "0" * 64)),
+        ("report", _forged("out/verdict/verdict.json", "report", "0" * 64)),
+    ],
+)
+def test_what_was_not_judged_is_not_registered(fresh: Settings, named: str, forge: Callable[[], None]) -> None:
+    forge()
+    with pytest.raises(DataError, match=f"another {named}"):
+        register.run(fresh)
+    assert counts(fresh) == (0, 0)
+
+
+def test_what_is_out_of_date_is_not_registered(done: Settings) -> None:
+    params = Path("params.yaml")
+    params.write_text(params.read_text("utf-8").replace("guard: 10.0", "guard: 11.0"), "utf-8")
+    with pytest.raises(DataError, match="erase") as refused:
+        register.run(Settings.load())
+    assert refused.value.hint == "dvc repro"
+
+
+def _then_die(target: type[Registry], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if power went off right after this step."""
+    whole = getattr(target, name)
+
+    def cut(*arguments: Any, **named: Any) -> None:
+        whole(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(target, name, cut)
+
+
+@pytest.mark.parametrize("step", ["log", "_store", "add_version", "release"])
+def test_killed_after_any_step_it_has_released_nothing_or_finishes(
+    fresh: Settings, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register.run(fresh)
+    second = judged_by(fresh, finished.passing(limit=-6.0))
+    child = os.fork()
+    if child == 0:
+        _then_die(Registry, step, monkeypatch)
+        register.run(second)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    released = {CHAMPION: "2", LAST: "1"}
+    assert aliases(fresh) == (released if step == "release" else {CHAMPION: "1"})
+
+    register.run(second)
+    assert aliases(fresh) == released
+    assert counts(fresh) == (2, 2)
+    registry = promote.registry_of(fresh)
+    assert {r.info.status for r in registry.client.search_runs([registry.experiment_id])} == {"FINISHED"}
+
+
+def test_killed_between_two_aliases_the_old_champion_stays(fresh: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    register.run(fresh)
+    second = judged_by(fresh, finished.passing(limit=-6.0))
+    client = promote.registry_of(fresh).client
+    child = os.fork()
+    if child == 0:
+        _then_die(type(client), "set_registered_model_alias", monkeypatch)
+        register.run(second)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert aliases(fresh) == {CHAMPION: "1", LAST: "1"}
+    register.run(second)
+    assert aliases(fresh) == {CHAMPION: "2", LAST: "1"}
