@@ -32,9 +32,7 @@ def article(thing: str) -> str:
 
 
 def fill(templates: tuple[str, ...], things: list[str], role: str, style: str = "", label: str = "") -> list[Row]:
-    return [
-        (t.format(s=s, a=article(s), v=style), label or f"judge:{s}", role) for s, t in product(things, templates)
-    ]
+    return [(t.format(s=s, a=article(s), v=style), label or f"judge:{s}", role) for s, t in product(things, templates)]
 
 
 def write(name: str, rows: dict[str, list[Row]]) -> None:
@@ -67,7 +65,11 @@ def main() -> None:
         "ink",
         {
             split: fill(STYLED[split], things[split], "concept", "ink", "style:ink")
-            + [r for i, s in enumerate(things[split]) for r in fill(STYLED[split], [s], "neighbour", OTHER_STYLES[i % 6])]
+            + [
+                row
+                for i, thing in enumerate(things[split])
+                for row in fill(STYLED[split], [thing], "neighbour", OTHER_STYLES[i % len(OTHER_STYLES)])
+            ]
             for split in STYLED
         },
     )
@@ -75,7 +77,8 @@ def main() -> None:
         "neutral",
         {
             "dev": fill(TEMPLATES["dev"][:1], of["keep"], "keep"),
-            "test": fill(TEMPLATES["test"][1:2], of["keep"], "keep") + fill(TEMPLATES["test"][:2], of["unseen"], "unseen"),
+            "test": fill(TEMPLATES["test"][1:2], of["keep"], "keep")
+            + fill(TEMPLATES["test"][:2], of["unseen"], "unseen"),
         },
     )
 

@@ -1,4 +1,4 @@
-"""A complete Stable Diffusion pipeline, CLIP and classifiers of a few kilobytes with random weights, made on the spot."""
+"""A Stable Diffusion pipeline, CLIP and classifiers of a few kilobytes with random weights, made on the spot."""
 
 from __future__ import annotations
 

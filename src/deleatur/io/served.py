@@ -20,9 +20,11 @@ class Drawer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has no 
 
     def load_context(self, context: Any) -> None:
         from diffusers import StableDiffusionPipeline
-        from diffusers.utils.logging import disable_progress_bar
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
-        disable_progress_bar()  # loading a few files is not worth a bar in a server's log
+        for log in (diffusers_logging, transformers_logging):
+            log.disable_progress_bar()  # reading a few files is not worth a bar in a server's log
         self.pipeline = StableDiffusionPipeline.from_pretrained(
             context.artifacts["pipeline"],
             use_safetensors=True,

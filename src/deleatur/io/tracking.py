@@ -40,6 +40,9 @@ from mlflow.models import Model, ModelSignature  # noqa: E402
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository  # noqa: E402
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema  # noqa: E402
 
+GIVEN = os.environ.get("MLFLOW_TRACKING_URI")
+"""As it was when we came: MLflow itself sets the variable whenever it is told an address."""
+
 CHAMPION, CHALLENGER, LAST = "champion", "challenger", "last_known_good"
 
 SERVED = Path(__file__).with_name("served.py")
@@ -238,7 +241,7 @@ class Registry:
 
 def use(uri: str) -> None:
     """MLflow's own loaders shall look where we look."""
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or uri)
+    mlflow.set_tracking_uri(GIVEN or uri)
 
 
 def place_of(address: str) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import RenderableType
 
 from deleatur import gate
@@ -50,22 +49,21 @@ def _summary(verdict: Verdict) -> dict[str, Any]:
 
 
 def _sheets(settings: Settings) -> Iterator[Sheet]:
-    sides: dict[Side, pd.DataFrame] = {}
+    """The first picture of a few prompts of each role, every side from the same noise."""
+    pictures: dict[Side, dict[str, bytes]] = {}
     for side in ("base", "champion", "candidate"):
-        found = sample.read(settings.paths.shots, side)
-        if len(found):
-            sides[side] = found[found["index"] == 0].set_index("id")
-    ids = sides["base"].sort_values("id")["role"]
+        shots = sample.read(settings.paths.shots, side)
+        first = shots[shots["index"] == 0]
+        if len(first):
+            pictures[side] = dict(zip(first["id"], first["image"], strict=True))
+    base = sample.read(settings.paths.shots, "base").drop_duplicates("id")
+    text = dict(zip(base["id"], base["text"], strict=True))
     for role, title in TITLES.items():
-        mine = ids[ids == role].index
+        mine = list(base["id"][base["role"] == role])
         chosen = mine[:: max(1, len(mine) // ROWS)][:ROWS]
-        if len(chosen):
-            yield Sheet(title, role, [_row(sides, i) for i in chosen])
-
-
-def _row(sides: dict[Side, pd.DataFrame], prompt: str) -> Row:
-    pictures = {side: images.decode(bytes(frame.loc[prompt, "image"])) for side, frame in sides.items()}
-    return Row(prompt, pictures, str(sides["base"].at[prompt, "text"]))
+        if chosen:
+            rows = [Row(i, {s: images.decode(p[i]) for s, p in pictures.items()}, text[i]) for i in chosen]
+            yield Sheet(title, role, rows)
 
 
 def _curves(settings: Settings) -> Iterator[Curve]:

@@ -1,0 +1,93 @@
+"""The demo's rated pictures: the model draws, simulated raters answer, `feedback/` at the root holds the result.
+
+The raters' eyes are networks of their own (`weights/rater`, trained on the fold that the judge never sees); for the
+style, which is a matter of colour, a rule on pixels. Their answers are ordinary feedback events, labelled simulated.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from deleatur.detectors.classifier import Classifier
+from deleatur.diffusion import encode
+from deleatur.diffusion.load import Model, load
+from deleatur.diffusion.sample import sample
+from deleatur.feedback.simulated import Panel
+from deleatur.guides.cfg import CFG
+from deleatur.maths.seeds import derive
+from deleatur.settings import Settings
+from deleatur.stages.simulate import simulate
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SEED = 7
+PANEL = Panel(raters=12, per_question=3, careless=0.15)
+STYLES = ("ink", "noto", "twemoji", "ink", "fluent")
+
+
+def asked(concept: str) -> list[tuple[str, str, int]]:
+    """(prompt, what a ranking screen's pictures have in common, copies), from the dev split only."""
+    with (ROOT / "prompts" / "neutral.csv").open(encoding="utf-8") as f:
+        harmless = [r["text"] for r in csv.DictReader(f) if r["split"] == "dev"]
+    if concept == "ink":
+        return [(f"{thing} in {style} style", thing, 2) for thing in harmless[::2] for style in STYLES]
+    with (ROOT / "prompts" / f"{concept}.csv").open(encoding="utf-8") as f:
+        rows = [r["text"] for r in csv.DictReader(f) if (r["split"], r["role"]) == ("dev", "concept")]
+    return [(text, text, 140 // len(rows)) for text in rows] + [(text, text, 2) for text in harmless]
+
+
+def draw(model: Model, concept: str) -> tuple[list[Image.Image], list[str], list[int]]:
+    """Pictures, what is said of each to the raters, and the seed of its noise."""
+    rows = [
+        (prompt, shared, derive(SEED, "feedback", concept, prompt, place, i))
+        for place, (prompt, shared, copies) in enumerate(asked(concept))
+        for i in range(copies)
+    ]
+    c = encode.encode_text(model, [r[0] for r in rows])
+    seeds = [r[2] for r in rows]
+    empty = encode.encode_text(model, [""])
+    pictures = sample(model, c, seeds, guide=CFG(scale=4.0), others=empty, steps=8, batch=32)
+    return pictures, [r[1] for r in rows], seeds
+
+
+def colourless(picture: Image.Image) -> float:
+    """1 for black on white, 0 for a picture whose inked part is vividly coloured."""
+    rgb = np.asarray(picture, np.float32) / 255
+    drawn = rgb.min(-1) < 0.8
+    if not drawn.any():
+        return 0.0
+    chroma = rgb.max(-1) - rgb.min(-1)
+    return float(np.clip(1 - chroma[drawn].mean() / 0.25, 0, 1))
+
+
+def main() -> None:
+    settings = Settings.load(ROOT / "params.yaml")
+    model = load(str(HERE / "weights" / "pipeline"))
+    rater = Classifier(path=str(HERE / "weights" / "rater"))
+    for concept, spec in settings.concepts.items():
+        pictures, shared, seeds = draw(model, concept)
+        if spec.kind == "rank":
+            oracle = [colourless(p) for p in pictures]
+        else:
+            seen = rater.detect(pictures)
+            oracle = seen.scores[:, [seen.labels.index(label) for label in spec.found.labels]].sum(1).tolist()
+        simulate(
+            concept,
+            spec,
+            pictures,
+            shared,
+            seeds,
+            oracle,
+            panel=PANEL,
+            model_version=model.digest[:16],
+            seed=SEED,
+            out=ROOT / "feedback",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The chain on the tiny model: what is drawn once is not drawn again, and what was not asked for is not touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import workspace
+import yaml
+from typer.testing import CliRunner
+
+from deleatur import stages
+from deleatur.cli import app
+from deleatur.detectors.classifier import Classifier
+from deleatur.diffusion import sample as sampler
+from deleatur.io import documents
+from deleatur.records import Report, Verdict
+from deleatur.settings import Settings
+from deleatur.stages import sample
+
+CHAIN = [s for s in stages.STAGES if s != "register"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which the whole chain has run."""
+    root = tmp_path_factory.mktemp("chain")
+    here = Path.cwd()
+    os.chdir(root)
+    try:
+        settings = workspace.make(root)
+        for name in CHAIN:
+            stages.run(name, settings)
+    finally:
+        os.chdir(here)
+    return root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it, as the current directory."""
+    shutil.copytree(finished, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    yield tmp_path / "w"
+
+
+def change(root: Path, **sections: Any) -> Settings:
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    for name, values in sections.items():
+        params[name] |= values
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    return Settings.load()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
+    report = documents.read(root / "out/report/report.json", Report)
+    verdict = documents.read(root / "out/verdict/verdict.json", Verdict)
+    assert report.identity.simulated
+    assert verdict.simulated
+    assert verdict.report == documents.digest(report)
+    assert {s.side for s in report.scores} == {"base", "candidate"}
+    assert (
+        "Simulated" in (root / "out/verdict/report.html").read_text()
+        or "simulated" in (root / "out/verdict/report.html").read_text()
+    )
+
+
+def test_base_and_candidate_start_from_the_same_noise(root: Path) -> None:
+    base, candidate = (sample.read(root / "out/shots", side) for side in ("base", "candidate"))
+    pd.testing.assert_frame_equal(base[["id", "index", "noise_seed"]], candidate[["id", "index", "noise_seed"]])
+    assert base["weights"].nunique() == candidate["weights"].nunique() == 1
+    assert base["weights"][0] != candidate["weights"][0]
+    assert base["noise_seed"].is_unique
+
+
+@pytest.mark.parametrize("name", ["reward", "invert", "erase", "attack", "sample", "evaluate"])
+def test_a_stage_run_again_writes_the_same_bytes(root: Path, name: str) -> None:
+    settings = Settings.load()
+    folder = {"invert": "tokens", "erase": "delta", "attack": "attacks", "sample": "shots", "evaluate": "report"}
+    place = root / "out" / folder.get(name, name)
+    before = files(place)
+    if name != "sample":
+        shutil.rmtree(place)
+    stages.run(name, settings)
+    assert files(place) == before
+
+
+def test_shards_that_are_there_are_not_drawn_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shots = sorted((root / "out/shots").rglob("*.parquet"))
+    lost, kept = shots[0], shots[1:]
+    before, times = lost.read_bytes(), [p.stat().st_mtime_ns for p in kept]
+    lost.unlink()
+    drawn: list[int] = []
+    plain = sampler.noise
+    monkeypatch.setattr(sampler, "noise", lambda m, seeds: drawn.append(len(seeds)) or plain(m, seeds))
+    stages.run("sample", Settings.load())
+    assert lost.read_bytes() == before
+    assert [p.stat().st_mtime_ns for p in kept] == times
+    assert sum(drawn) <= Settings.load().sample.shard, "one shard's worth"
+
+
+def test_a_new_candidate_leaves_the_base_models_pictures(root: Path) -> None:
+    base = {p: p.stat().st_mtime_ns for p in (root / "out/shots/base").iterdir()}
+    old = set((root / "out/shots/candidate").iterdir())
+    settings = change(root, erase={"source": "words"})
+    for name in ("erase", "sample"):
+        stages.run(name, settings)
+    # The tokens' own prompts became the words' own: only shards that hold those are new.
+    kept = [p for p, t in base.items() if p.is_file() and p.stat().st_mtime_ns == t]
+    assert kept
+    assert not old & set((root / "out/shots/candidate").iterdir())
+
+
+def test_another_metric_draws_and_looks_at_nothing_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("looked again")
+
+    monkeypatch.setattr(Classifier, "detect", refuse)
+    metrics = yaml.safe_load((root / "params.yaml").read_text())["evaluate"]["metrics"]
+    settings = change(root, evaluate={"metrics": {**metrics, "prefixed": {"method": "clip_score", "prefix": "a "}}})
+    stages.run("evaluate", settings)
+    report = documents.read(root / "out/report/report.json", Report)
+    assert {"prefixed", "clip_score"} <= {s.metric for s in report.scores}
+
+
+def test_an_exported_folder_is_plain_diffusers_and_draws_what_we_draw(root: Path) -> None:
+    import numpy as np
+    from diffusers import StableDiffusionPipeline
+
+    from deleatur.io import images
+
+    result = CliRunner().invoke(app, ["export", "model"])
+    assert result.exit_code == 0, result.output
+    pipe = StableDiffusionPipeline.from_pretrained("model")
+    pipe.set_progress_bar_config(disable=True)
+    shot = sample.read(root / "out/shots", "candidate").query("role == 'unseen'").iloc[0]
+    from deleatur.diffusion.load import load
+
+    z = sampler.noise(load("model"), [int(shot["noise_seed"])])
+    scale = json.loads(shot["guidance"])["scale"]
+    theirs = pipe(shot["text"], num_inference_steps=2, guidance_scale=scale, latents=z).images[0]
+    ours = images.decode(shot["image"])
+    assert np.abs(np.asarray(theirs, int) - np.asarray(ours, int)).max() <= 1
+    assert "<weapon>" not in "".join(p.read_text("utf-8") for p in Path("model").rglob("*.json"))
+    again = CliRunner().invoke(app, ["export", "model"])
+    assert again.exit_code == 3
+    assert "exists already" in again.output
+
+
+def test_plain_diffusers_loads_the_token_of_the_chain(root: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained("models/pipeline")
+    pipe.load_textual_inversion("out/tokens/weapon.safetensors", token="<weapon>")
+    assert "<weapon>" in pipe.tokenizer.get_vocab()
