@@ -50,7 +50,9 @@ def test_help_lists_commands_and_exit_codes() -> None:
 
 
 def test_help_answers_without_heavy_imports() -> None:
-    code = "import sys, deleatur.cli; print([m for m in ('torch', 'mlflow', 'diffusers', 'pandas') if m in sys.modules])"
+    code = (
+        "import sys, deleatur.cli; print([m for m in ('torch', 'mlflow', 'diffusers', 'pandas') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
+    from torch import Tensor
 
 Kind = Literal["binary", "rank"]
 Outcome = Literal["pass", "fail", "not enough evidence"]

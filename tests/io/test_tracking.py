@@ -50,7 +50,7 @@ def evidence(tmp_path: Path) -> Evidence:
         tags={"outcome": "pass", "delta": "d" * 64},
         settings={"erase": {"lr": 1e-3, "train": ["a", "b"]}, "seed": 42, "word": "<x>"},
         scores={"concept_rate/concept/candidate": 0.1},
-        curves=[("erase/loss", step, 1 / step) for step in range(1, 2501)],  # more than one request holds
+        curves=[("erase/loss", step, 1 / step) for step in range(1, 1502)],  # more than one request holds
         files={"report": tmp_path / "report", "lock": tmp_path / "none"},
         feedback=pd.DataFrame({"answer": ["yes", "no"], "seed": [1, 2]}),
         feedback_digest="f" * 64,
@@ -74,7 +74,7 @@ def test_a_run_holds_settings_numbers_curves_files_and_lineage(registry: Registr
     assert run.data.params == {"erase.lr": "0.001", "erase.train": '["a", "b"]', "seed": "42", "word": "<x>"}
     assert run.data.metrics["concept_rate/concept/candidate"] == 0.1
     curve = registry.client.get_metric_history(run.info.run_id, "erase/loss")
-    assert [(m.step, m.value) for m in sorted(curve, key=lambda m: m.step)] == [(s, 1 / s) for s in range(1, 2501)]
+    assert [(m.step, m.value) for m in sorted(curve, key=lambda m: m.step)] == [(s, 1 / s) for s in range(1, 1502)]
     assert run.data.tags["deleatur.evidence"] == evidence.digest
     assert [f.path for f in registry.client.list_artifacts(run.info.run_id)] == ["report"]
     [given] = run.inputs.dataset_inputs
@@ -124,14 +124,16 @@ def test_what_a_store_refuses_or_does_not_answer_is_said_without_passwords(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     gone = Registry("http://me:secret@127.0.0.1:9", "erasing", "guard")
-    with pytest.raises(ServiceError, match="127.0.0.1") as refused:
+    with pytest.raises(ServiceError, match="MLflow at http") as refused:
         gone.finished("e" * 64)
+    assert "127.0.0.1:9" in str(refused.value)
     assert "secret" not in str(refused.value)
     assert refused.value.hint
     with pytest.raises(SettingsError, match="register"):
         Registry(registry.uri, "erasing", "with/slash").challenge("1")
 
 
+@pytest.mark.slow
 def test_it_says_nothing_by_itself(tmp_path: Path) -> None:
     code = (
         "from deleatur.io.tracking import Evidence, Registry\n"

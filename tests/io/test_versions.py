@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,9 +42,10 @@ def ends(code: int, says: str = "") -> str:
     return f"import sys; sys.stderr.write({says!r}); sys.exit({code})"
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DVC project of scripts, in git."""
+    root = tmp_path_factory.mktemp("project")
     scripts = {
         "work": WORK,
         "sleep": SLEEP,
@@ -55,15 +57,20 @@ def root(tmp_path: Path) -> Path:
         "broken": ends(1, "Traceback\nKeyError: 'x'\n"),
     }
     for name, code in scripts.items():
-        (tmp_path / f"{name}.py").write_text(code)
-    (tmp_path / "given").write_text("1")
+        (root / f"{name}.py").write_text(code)
+    (root / "given").write_text("1")
     stages = {name: {"cmd": f"{sys.executable} {name}.py"} for name in scripts}
     stages["work"] |= {"deps": ["given"], "outs": ["made"]}
     stages["lost"] = {"cmd": "true", "deps": ["nowhere"]}
-    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
-    finished.git(tmp_path, "init", "--quiet")
-    finished.dvc(tmp_path, "init", "--quiet")
-    return tmp_path
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    finished.git(root, "init", "--quiet")
+    finished.dvc(root, "init", "--quiet")
+    return root
+
+
+@pytest.fixture
+def root(project: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(project, tmp_path, dirs_exist_ok=True)
 
 
 def test_a_stage_runs_once_and_tells_how_far_it_is(root: Path) -> None:

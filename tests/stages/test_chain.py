@@ -19,10 +19,9 @@ from deleatur import stages
 from deleatur.cli import app
 from deleatur.detectors.classifier import Classifier
 from deleatur.diffusion import sample as sampler
-from deleatur.io import documents
+from deleatur.io import documents, shots
 from deleatur.records import Report, Verdict
 from deleatur.settings import Settings
-from deleatur.stages import sample
 
 CHAIN = [s for s in stages.STAGES if s != "register"]
 
@@ -47,7 +46,7 @@ def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A copy of it, as the current directory."""
     shutil.copytree(finished, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
-    yield tmp_path / "w"
+    return tmp_path / "w"
 
 
 def change(root: Path, **sections: Any) -> Settings:
@@ -76,7 +75,7 @@ def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
 
 
 def test_base_and_candidate_start_from_the_same_noise(root: Path) -> None:
-    base, candidate = (sample.read(root / "out/shots", side) for side in ("base", "candidate"))
+    base, candidate = (shots.read(root / "out/shots", side) for side in ("base", "candidate"))
     pd.testing.assert_frame_equal(base[["id", "index", "noise_seed"]], candidate[["id", "index", "noise_seed"]])
     assert base["weights"].nunique() == candidate["weights"].nunique() == 1
     assert base["weights"][0] != candidate["weights"][0]
@@ -96,8 +95,7 @@ def test_a_stage_run_again_writes_the_same_bytes(root: Path, name: str) -> None:
 
 
 def test_shards_that_are_there_are_not_drawn_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shots = sorted((root / "out/shots").rglob("*.parquet"))
-    lost, kept = shots[0], shots[1:]
+    lost, *kept = sorted((root / "out/shots").rglob("*.parquet"))
     before, times = lost.read_bytes(), [p.stat().st_mtime_ns for p in kept]
     lost.unlink()
     drawn: list[int] = []
@@ -143,7 +141,7 @@ def test_an_exported_folder_is_plain_diffusers_and_draws_what_we_draw(root: Path
     assert result.exit_code == 0, result.output
     pipe = StableDiffusionPipeline.from_pretrained("model")
     pipe.set_progress_bar_config(disable=True)
-    shot = sample.read(root / "out/shots", "candidate").query("role == 'unseen'").iloc[0]
+    shot = shots.read(root / "out/shots", "candidate").query("role == 'unseen'").iloc[0]
     from deleatur.diffusion.load import load
 
     z = sampler.noise(load("model"), [int(shot["noise_seed"])])

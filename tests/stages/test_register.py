@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from deleatur.errors import DataError
-from deleatur.io import tensors, versions
+from deleatur.io import shots, tensors, versions
 from deleatur.io.objects import local
 from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, Registry
 from deleatur.settings import Settings
@@ -106,7 +106,7 @@ def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> No
 
     against = fresh.model_copy(update={"sample": fresh.sample.model_copy(update={"champion": "models:/deleatur/1"})})
     sample.run(against)
-    champion, candidate = (sample.read(against.paths.shots, side) for side in ("champion", "candidate"))
+    champion, candidate = (shots.read(against.paths.shots, side) for side in ("champion", "candidate"))
     assert len(champion) > 0
     assert champion["image"].tolist() == candidate["image"].tolist(), "the same weights, the same noise"
 

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from deleatur.detectors import Detector
 from deleatur.diffusion.features import Clip
-from deleatur.io import documents, images, tables, tensors
+from deleatur.io import documents, images, shots, tables, tensors
 from deleatur.maths import agreement
 from deleatur.maths.agreement import Interval
 from deleatur.maths.seeds import derive
 from deleatur.metrics import Gallery, Metric, Seen, SetMetric
 from deleatur.records import Prompt, Report, Score, Side
 from deleatur.settings import Settings
-from deleatur.stages import identity, inputs, sample
+from deleatur.stages import identity, inputs
 from deleatur.stages.progress import Bar, bar
 
 SIDES: tuple[Side, ...] = ("base", "champion", "candidate")
@@ -54,14 +54,14 @@ def run(settings: Settings) -> None:
         name: inputs.method("metrics", Metric, m["method"], _rest(m), f"evaluate.metrics.{name}")
         for name, m in settings.evaluate.metrics.items()
     }
-    shots = {side: found for side in SIDES if len(found := sample.read(settings.paths.shots, side))}
-    galleries = look(settings, shots)
+    drawn = {side: found for side in SIDES if len(found := shots.read(settings.paths.shots, side))}
+    galleries = look(settings, drawn)
     scores, values = [], []
     with bar("metrics", len(metrics) * len(galleries)) as advance:
         for name, metric in metrics.items():
             for side, gallery in galleries.items():
                 of_side = metric.values(gallery, galleries["base"])
-                values.append(_long(shots[side], side, name, of_side))
+                values.append(_long(drawn[side], side, name, of_side))
                 scores += _scores(settings, name, metric, side, gallery, galleries, of_side)
                 advance(note=name)
     tables.write_table(settings.paths.scores / "values.parquet", pd.concat(values), VALUES)
@@ -72,7 +72,7 @@ def run(settings: Settings) -> None:
     tables.write_csv(folder / "scores.csv", pd.DataFrame([_plain(s) for s in scores]))
 
 
-def look(settings: Settings, shots: Mapping[Side, pd.DataFrame]) -> dict[Side, Gallery]:
+def look(settings: Settings, drawn: Mapping[Side, pd.DataFrame]) -> dict[Side, Gallery]:
     """What every detector and CLIP say of every picture of every side."""
     detectors = {
         name: inputs.method("detectors", Detector, d["method"], _rest(d), f"evaluate.detectors.{name}")
@@ -83,8 +83,8 @@ def look(settings: Settings, shots: Mapping[Side, pd.DataFrame]) -> dict[Side, G
     heads = {name: inputs.head(settings, name, "held_out") for name in settings.targets}
     wanted: set[Path] = set()
     out: dict[Side, Gallery] = {}
-    with bar("look", sum(map(len, shots.values())) * (len(detectors) + 1)) as advance:
-        for side, frame in shots.items():
+    with bar("look", sum(map(len, drawn.values())) * (len(detectors) + 1)) as advance:
+        for side, frame in drawn.items():
             prompts = [Prompt(*row) for row in frame[PROMPT].itertuples(index=False)]
             pictures = [images.decode(b) for b in frame["image"]]
             seen = {}

@@ -11,11 +11,10 @@ from rich.console import RenderableType
 
 from deleatur import gate
 from deleatur.errors import DataError
-from deleatur.io import documents, images, page, tables
+from deleatur.io import documents, images, page, shots, tables
 from deleatur.io.page import Curve, Row, Series, Sheet
 from deleatur.records import Report, Role, Side, Verdict
 from deleatur.settings import Settings
-from deleatur.stages import sample
 
 ROWS = 8
 """Prompts of each role on the page."""
@@ -52,11 +51,11 @@ def _sheets(settings: Settings) -> Iterator[Sheet]:
     """The first picture of a few prompts of each role, every side from the same noise."""
     pictures: dict[Side, dict[str, bytes]] = {}
     for side in ("base", "champion", "candidate"):
-        shots = sample.read(settings.paths.shots, side)
-        first = shots[shots["index"] == 0]
+        drawn = shots.read(settings.paths.shots, side)
+        first = drawn[drawn["index"] == 0]
         if len(first):
             pictures[side] = dict(zip(first["id"], first["image"], strict=True))
-    base = sample.read(settings.paths.shots, "base").drop_duplicates("id")
+    base = shots.read(settings.paths.shots, "base").drop_duplicates("id")
     text = dict(zip(base["id"], base["text"], strict=True))
     for role, title in TITLES.items():
         mine = list(base["id"][base["role"] == role])

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 from torch import Tensor
 
 from deleatur.diffusion import encode
@@ -23,31 +22,13 @@ from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
 from deleatur.guides import Guide
-from deleatur.io import images, tables, tensors
+from deleatur.io import images, shots, tables, tensors
 from deleatur.io.objects import local
 from deleatur.maths.seeds import derive
 from deleatur.records import Concept, Prompt, Shot, Side
 from deleatur.settings import Settings
 from deleatur.stages import inputs
 from deleatur.stages.progress import bar
-
-SHOTS = pa.schema(
-    {
-        "key": pa.string(),
-        "side": pa.string(),
-        "id": pa.string(),
-        "text": pa.string(),
-        "role": pa.string(),
-        "label": pa.string(),
-        "concept": pa.string(),
-        "index": pa.int64(),
-        "noise_seed": pa.int64(),
-        "guidance": pa.string(),
-        "steps": pa.int64(),
-        "weights": pa.string(),
-        "image": pa.binary(),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -78,7 +59,9 @@ def run(settings: Settings) -> None:
                 if path.is_file():
                     advance(len(shard), note="reused")
                 else:
-                    tables.write_table(path, _draw(settings, model, guide, concepts, shard, weights, advance), SHOTS)
+                    tables.write_table(
+                        path, _draw(settings, model, guide, concepts, shard, weights, advance), shots.SCHEMA
+                    )
     for stale in set(folder.rglob("*.parquet")) - wanted:
         stale.unlink()
 
@@ -166,11 +149,3 @@ def _row(job: Job, image: bytes) -> dict[str, Any]:
         "weights": shot.weights,
         "image": image,
     }
-
-
-def read(folder: Path, side: Side) -> pd.DataFrame:
-    """All shots of one side, in the order of prompt and index; empty when the side was not drawn."""
-    parts = [tables.read_table(p) for p in sorted((folder / side).glob("*.parquet"))]
-    if not parts:
-        return pd.DataFrame(columns=SHOTS.names)
-    return pd.concat(parts).sort_values(["id", "index"]).reset_index(drop=True)
