@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from filelock import FileLock
 
 from deleatur import stages
 from deleatur.io.tracking import Registry
+from deleatur.io.versions import environment
 from deleatur.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -72,5 +72,5 @@ def dvc(root: Path, *arguments: str) -> str:
 
 
 def _run(root: Path, *command: str) -> str:
-    env = {**os.environ, "DVC_NO_ANALYTICS": "1"}
-    return subprocess.run(command, cwd=root, env=env, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, cwd=root, env=environment(), check=True, capture_output=True, text=True)
+    return done.stdout

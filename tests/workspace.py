@@ -42,7 +42,7 @@ def numbers(root: Path, **changes: Any) -> dict[str, Any]:
     p["base"]["model"] = "models/pipeline"
     p["reward"] |= {"clip": "models/clip", "hidden": 8, "epochs": 20, "folds": 2}
     p["invert"] |= {"top": 8, "tokens": 2}
-    p["invert"]["loop"] |= {"iterations": 4, "batch": 2, "check_every": 2, "pictures": 2}
+    p["invert"]["loop"] |= {"iterations": 4, "batch": 2, "check_every": 2}
     p["erase"]["loop"] |= {
         "iterations": 6,
         "lr": 1e-3,

@@ -11,7 +11,7 @@ from torch import Tensor
 from deleatur.diffusion import encode
 from deleatur.diffusion.invert import Inversion, Learned, learn
 from deleatur.diffusion.load import Model, fingerprint
-from deleatur.inversion import Rated, effective
+from deleatur.inversion import Rated
 from deleatur.inversion.hfi import HFI
 from deleatur.inversion.textual_inversion import TextualInversion
 
@@ -31,11 +31,6 @@ def test_vote_weights_follow_the_clipped_share(r: Tensor) -> None:
     w = HFI().weights(r, rank=False)
     assert w.sum() == pytest.approx(1, abs=1e-5)
     assert torch.allclose(w / w.max(), r.clamp(0, 1) / r.clamp(0, 1).max(), atol=1e-5)
-
-
-def test_effective_sample_size_of_equal_weights_is_their_number() -> None:
-    assert effective(torch.full((8,), 1 / 8)) == pytest.approx(8)
-    assert effective(torch.tensor([1.0, 0.0])) == pytest.approx(1)
 
 
 def pool(n: int, r: Tensor, features: Tensor, rank: bool = False) -> Rated:
@@ -89,7 +84,7 @@ def test_the_best_look_is_kept_not_the_last(model: Model) -> None:
         model,
         numbers,
         z,
-        torch.ones(2),
+        torch.full((2,), 0.5),
         encode.embedding_of(model, "object")[None],
         templates="object",
         generator=torch.Generator().manual_seed(0),
@@ -97,6 +92,7 @@ def test_the_best_look_is_kept_not_the_last(model: Model) -> None:
     )
     assert torch.equal(learned.vectors, seen[1])
     assert [row["score"] for row in learned.looks] == [0.2, 0.9, 0.1]
+    assert learned.effective == pytest.approx(2), "two pictures of equal weight"
 
 
 def test_a_token_lowers_the_loss_of_its_pictures(model: Model) -> None:

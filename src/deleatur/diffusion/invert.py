@@ -37,8 +37,6 @@ class Inversion(BaseModel):
     batch: int = Field(8, gt=0)
     check_every: int = Field(250, gt=0)
     """Iterations between two looks; the best-scoring vectors are kept, not the last."""
-    pictures: int = Field(16, gt=0)
-    """Pictures drawn from the bare token at each look."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Learned:
     """(v, d), the best of all looks."""
     looks: list[dict[str, float]]
     losses: list[float]
+    effective: float
+    """Effective number of pictures, 1/Σw²."""
 
 
 Look = Callable[[Tensor], float]
@@ -107,4 +107,4 @@ def learn(
             looks.append({"step": step, "score": score})
             if score > best_score:
                 best, best_score = v.detach().clone(), score
-    return Learned(best if look else v.detach(), looks, losses)
+    return Learned(best if look else v.detach(), looks, losses, float(1 / weights.double().square().sum()))

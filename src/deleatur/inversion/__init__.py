@@ -46,16 +46,6 @@ class Inverter(BaseModel):
         """The m tokens of a concept, each (v, d), from the start row `initial` (d,)."""
 
 
-def selection(rated: Rated, top: int) -> Tensor:
-    """Indices of the `top` pictures with the highest reward, best first."""
-    return rated.rewards.argsort(descending=True, stable=True)[:top]
-
-
-def effective(weights: Tensor) -> float:
-    """Effective sample size 1/Σw² of normalised weights."""
-    return float(1 / weights.square().sum())
-
-
 def start_rows(initial: Tensor, vectors: int, generator: torch.Generator) -> Tensor:
     """(v, d): the start row repeated, later rows jittered by 1 % of its norm so that they can part."""
     rows = initial.repeat(vectors, 1)

@@ -47,7 +47,8 @@ TAIL = 30
 KINDS: tuple[type[DeleaturError], ...] = (SettingsError, DataError, ModelError, ErasureRefused, ContinueMe)
 """What a stage can end with that has an exit code of its own; all else may be gone at the next try."""
 
-QUIET = {"DVC_NO_ANALYTICS": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+READ_BY_US = {"COLUMNS": "400", "PYTHONUNBUFFERED": "1"}
+"""Environment of a child whose lines we read: none is folded, none comes late."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,12 @@ def commit(root: Path) -> Commit:
     return Commit(head.stdout.strip() or None, bool(changed.stdout.strip()))
 
 
+def environment() -> dict[str, str]:
+    """Ours, for a child that runs DVC: stages say `deleatur`, which has to be found where no venv is activated too."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": path}
+
+
 def follow(
     command: Sequence[str], root: Path, on_line: Callable[[str], None], on_progress: Callable[[Progress], None]
 ) -> tuple[int, list[str]]:
@@ -142,7 +149,7 @@ def follow(
         child = subprocess.Popen(
             command,
             cwd=root,
-            env={**os.environ, **QUIET, PROGRESS: str(pipe)},
+            env={**environment(), **READ_BY_US, PROGRESS: str(pipe)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -178,7 +185,7 @@ def _dvc(command: str, *arguments: str) -> list[str]:
 
 def _quietly(command: Sequence[str], root: Path) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, cwd=root, env={**os.environ, **QUIET}, capture_output=True, text=True)
+        return subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
     except FileNotFoundError as e:
         raise ServiceError(f"{command[0]} is not installed", hint=f"install {command[0]}") from e
 

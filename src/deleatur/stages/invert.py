@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 
 from deleatur.diffusion import encode
+from deleatur.diffusion.features import Clip
+from deleatur.diffusion.invert import Learned, Look
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.sample import sample
-from deleatur.inversion import Inverter, Rated, effective
+from deleatur.feedback.reward import Head
+from deleatur.inversion import Inverter, Rated
 from deleatur.io import tables, tensors
 from deleatur.maths.seeds import derive
 from deleatur.records import SoftToken
 from deleatur.settings import Settings
 from deleatur.stages import inputs
 from deleatur.stages.progress import bar
+
+LOOK = 8
+"""Pictures drawn from the bare token at each look."""
 
 
 def run(settings: Settings) -> None:
@@ -30,7 +36,7 @@ def run(settings: Settings) -> None:
         head, features = inputs.head(settings, name, "train"), clip.pictures(pool.pictures)
         rewards = head(features)
         rated = Rated(inputs.latents(model, pool.pictures), rewards, features, head.rank)
-        look = _look(settings, model, clip, head, name, method)
+        look = _look(settings, model, clip, head, name)
         with bar(f"invert {name}", 1) as advance:
             done = 0
 
@@ -65,20 +71,21 @@ def run(settings: Settings) -> None:
     tables.write_json(settings.paths.tokens / "metrics.json", metrics)
 
 
-def _describe(model: Model, learned: Any) -> dict[str, Any]:
+def _describe(model: Model, learned: Learned) -> dict[str, Any]:
     """What a person wants to know of a token: the words nearest to it, and how it came about."""
     table = model.text_encoder.get_input_embeddings().weight.float()
     return {
         "nearest_words": encode.nearest_words(model, learned.vectors[0]),
         "norm_over_vocabulary_mean": float(learned.vectors.norm(dim=-1).mean() / table.norm(dim=-1).mean()),
+        "effective_pictures": learned.effective,
         "looks": learned.looks,
         "losses": [round(x, 5) for x in learned.losses],
     }
 
 
-def _look(settings: Settings, model: Model, clip: Any, head: Any, name: str, method: Any) -> Any:
+def _look(settings: Settings, model: Model, clip: Clip, head: Head, name: str) -> Look:
     """Pictures from the bare token, always from the same noise, scored with r_ψ."""
-    guide, n = inputs.guide(settings), method.loop.pictures
+    guide, n = inputs.guide(settings), LOOK
     seeds = [derive(settings.seed, "invert", "look", name, i) for i in range(n)]
     others = guide.conditions(encode.encode_text(model, [""]), [])
 
@@ -89,6 +96,3 @@ def _look(settings: Settings, model: Model, clip: Any, head: Any, name: str, met
         return float(head(clip.pictures(pictures)).mean())
 
     return look
-
-
-__all__ = ["effective", "run"]
