@@ -1,0 +1,130 @@
+"""What a flow can ask for, each a task in the current directory, the project's root.
+
+Nothing is computed here. DVC decides whether a stage has to run and runs it in a process of its own; what has been
+done by hand is recognised, and what is done here is recognised there.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
+from prefect.logging import get_run_logger
+
+from deleatur import gate
+from deleatur.errors import ContinueMe, ServiceError
+from deleatur.io import documents, versions
+from deleatur.records import Verdict
+from deleatur.settings import Settings
+from deleatur.stages import promote
+
+ON_GPU = frozenset({"invert", "erase", "attack", "sample"})
+"""Stages that want a slot of the concurrency limit `gpu`. Where there is no such limit, they just run."""
+
+UPDATE = 2.0
+"""Seconds between two updates of a progress artifact: each is a request to the server."""
+
+
+def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
+    """A service may answer next time, a stage that was stopped goes on where it was; a wrong setting stays wrong."""
+    return isinstance(state.result(raise_on_failure=False), ServiceError | ContinueMe)
+
+
+RETRIED: dict[str, Any] = {
+    "retries": 3,
+    "retry_delay_seconds": [5, 30, 120],
+    "retry_condition_fn": worth_retrying,
+    # DVC knows whether the work is done; a second memory could only disagree with it.
+    "cache_policy": NO_CACHE,
+}
+
+
+@task(task_run_name="{stage}", **RETRIED)
+def reproduce(stage: str) -> bool:
+    """Brings one stage of dvc.yaml up to date; whether anything had to run."""
+    told = Told(stage)
+    with _slot(stage):
+        return versions.reproduce(stage, Path(), get_run_logger().info, told)
+
+
+@task(**RETRIED)
+def register() -> None:
+    """Evidence, version and alias into MLflow; nothing where this verdict is registered already."""
+    versions.perform("register", Path(), get_run_logger().info, Told("register"))
+
+
+@task(**RETRIED)
+def waiting(settings: Settings) -> tuple[str, str] | None:
+    """(version, digest of its evidence) of the model that was just registered, if it waits for a decision."""
+    return promote.waiting(settings)
+
+
+@task(**RETRIED)
+def decide(settings: Settings, found: tuple[str, str], approver: str, approved: bool, reason: str) -> None:
+    """Carries out what a person decided about a version, on the evidence that was shown."""
+    version, evidence = found
+    carry_out = promote.promote if approved else promote.decline
+    carry_out(settings, version, approver, reason=reason, evidence=evidence)
+
+
+@task(cache_policy=NO_CACHE)
+def publish(settings: Settings) -> Verdict:
+    """The verdict, shown as an artifact of the run."""
+    verdict = read(settings)
+    create_markdown_artifact(page(settings, verdict), key="verdict", description=gate.headline(verdict))
+    return verdict
+
+
+def read(settings: Settings) -> Verdict:
+    return documents.read(settings.paths.verdict / "verdict.json", Verdict)
+
+
+def page(settings: Settings, verdict: Verdict) -> str:
+    """The verdict as Markdown: rules, margins and reasons, which hold no prompt and no picture."""
+    rows = [f"| {f.rule} | {f.outcome} | {f.margin:+.3g} | {f.reason} |" for f in verdict.findings]
+    return "\n".join(
+        [
+            f"# {', '.join(settings.targets)}: {gate.headline(verdict)}",
+            *([f"**{gate.SIMULATED}**"] if verdict.simulated else []),
+            "",
+            "| rule | outcome | margin | reason |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"Pictures and all numbers: `{settings.paths.verdict / 'report.html'}` of the workspace, and in MLflow.",
+            "",
+            f"report sha256:`{verdict.report}`  policy sha256:`{verdict.policy}`",
+        ]
+    )
+
+
+@dataclass
+class Told:
+    """Keeps one progress artifact up to date while a stage runs; a stage that need not run gets none."""
+
+    stage: str
+    _artifact: UUID | None = field(default=None, init=False)
+    _last: float = field(default=0.0, init=False)
+
+    def __call__(self, p: versions.Progress) -> None:
+        now, whole = time.monotonic(), p.done >= p.total
+        if now - self._last < UPDATE and not whole:
+            return
+        self._last, share, text = now, 100.0 * p.done / max(p.total, 1), f"{p.what}: {p.done} of {p.total} {p.note}"
+        if self._artifact is None:
+            key = f"progress-{self.stage}"
+            self._artifact = create_progress_artifact(share, key=key, description=text)  # type: ignore[assignment]
+        else:
+            update_progress_artifact(self._artifact, share, description=text)
+
+
+def _slot(stage: str) -> AbstractContextManager[None]:
+    return concurrency("gpu", occupy=1, strict=False) if stage in ON_GPU else nullcontext()
