@@ -39,7 +39,7 @@ def numbers(root: Path, **changes: Any) -> dict[str, Any]:
     weapon = p["concepts"]["weapon"]
     weapon |= {"words": ["gun", "sword"], "found": {"detector": "judge", "labels": ["gun", "sword"]}}
     p["concepts"] = {"weapon": weapon}
-    p["base"]["model"] = "models/pipeline"
+    p["base"]["model"], p["paths"]["models"] = "models/pipeline", "models"
     p["reward"] |= {"clip": "models/clip", "hidden": 8, "epochs": 20, "folds": 2}
     p["invert"] |= {"top": 8, "tokens": 2}
     p["invert"]["loop"] |= {"iterations": 4, "batch": 2, "check_every": 2}

@@ -33,6 +33,8 @@ class Base(Section):
 class Paths(Section):
     """Where each stage writes, and where what people bring lies."""
 
+    models: Path
+    """Folder of local networks, whose content DVC watches."""
     feedback: Path
     reward: Path
     tokens: Path
@@ -116,6 +118,13 @@ class Sample(Section):
     champion: str | None
     """Registry URI of the model in production, for example models:/deleatur@champion; none: first release."""
     shard: int = 256
+
+    @field_validator("champion")
+    @classmethod
+    def pinned(cls, champion: str | None) -> str | None:
+        if champion and "@" in champion:
+            raise ValueError("name a version (models:/deleatur/3): an alias can move without anybody noticing")
+        return champion
 
 
 class Evaluate(Section):

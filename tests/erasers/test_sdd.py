@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from deleatur.diffusion.predict import predict
 from deleatur.erasers.keep import Keep
 from deleatur.erasers.sdd import SDD
 from deleatur.errors import ErasureRefused
+from deleatur.io.tensors import load, save
 from deleatur.records import Concept, Delta
 
 QUICK = {"iterations": 60, "lr": 3e-3, "ema": 0.8, "steps": 4, "batch": 4}
@@ -136,26 +138,25 @@ def test_a_run_that_destroys_the_model_at_once_is_refused(model: Model) -> None:
 
 @pytest.mark.parametrize("trajectories", ["fresh", "pool"])
 @pytest.mark.parametrize("stop_at", [1, 3])
-def test_a_saved_run_goes_on_with_the_same_bits(model: Model, trajectories: str, stop_at: int) -> None:
+def test_a_saved_run_goes_on_with_the_same_bits(model: Model, trajectories: str, stop_at: int, tmp_path: Path) -> None:
     concept, kept = words(model, "gun", "sword"), encode.encode_text(model, ["", "a cat"])
     numbers = {**QUICK, "iterations": 6, "preserve": 1.0, "trajectories": trajectories, "slots": 6, "law": "beta33"}
     sdd = SDD(order="single", loop=numbers)  # type: ignore[arg-type]
     whole = sdd.erase(model, [concept], keep=kept, seed=3)
-    saved: dict[str, Any] = {}
+    path = tmp_path / "state.safetensors"
 
     class Killed(Exception):
         pass
 
     def on_step(p: Progress) -> None:
         if p.step == stop_at:
-            saved["tensors"] = {n: t.clone() for n, t in p.state.tensors().items()}
-            saved["numbers"] = {**p.state.numbers(), "curve": list(p.state.curve), "looks": list(p.state.looks)}
+            save(path, p.state.tensors(), p.state.numbers())
             raise Killed
 
     with pytest.raises(Killed):
         sdd.erase(model, [concept], keep=kept, seed=3, on_step=on_step)
     state = start(model, sdd.loop, concept.states, encode.encode_text(model, [""]), kept, 999)
-    state.restore(saved["tensors"], saved["numbers"])
+    state.restore(*load(path))
     again = sdd.erase(model, [concept], keep=kept, seed=3, state=state)
     assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors)
     assert whole.record["curve"] == again.record["curve"]

@@ -17,10 +17,12 @@ def export(settings: Settings, folder: Path) -> None:
     """Writes the erased model in fp32, whole or not at all. Tokenizer and text encoder are the base model's own: the
     soft token, which could be used to probe for the concept, is never part of it.
     """
-    from diffusers import StableDiffusionPipeline
-
     path = local(settings.base.model)
     model = load(path, device="cpu")
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with applied(model, tensors.load_delta(settings.paths.delta / inputs.DELTA)):

@@ -24,7 +24,9 @@ def of(settings: Settings) -> Identity:
     summary = tables.read_json(settings.paths.feedback / "summary.json")
     loop = delta.settings.get("loop", {})
     prompts = [settings.paths.prompts, *(settings.concepts[n].prompts for n in settings.targets)]
-    settings_text = json.dumps(settings.model_dump(mode="json", by_alias=True), sort_keys=True)
+    # The policy and the registry judge and release a result; they are no part of it. Neither is where it lies.
+    made_by = settings.model_dump(mode="json", exclude={"gate", "register_", "paths"})
+    settings_text = json.dumps(made_by, sort_keys=True)
     return Identity(
         base=delta.base,
         delta=digest(dict(delta.tensors)),
