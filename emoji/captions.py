@@ -10,15 +10,21 @@ PLAIN = (
     "{s}", "{a}", "the {s}", "emoji of {a}", "a picture of {a}", "a drawing of {a}", "one small {s}",
     "an icon of {a}", "a photo of {a}", "an image of {a}", "a nice {s}", "this is {a}",
 )  # fmt: skip
-STYLED = ("{a} in {v} style", "{s} in {v} style", "{v} drawing of {a}", "{v} style {s}", "{a}, {v} style", "a picture of {a} in {v} style", "{v} {s}")
+STYLED = (
+    "{a} in {v} style", "{s} in {v} style", "{v} drawing of {a}", "{v} style {s}", "{a}, {v} style",
+    "a picture of {a} in {v} style", "{v} {s}",
+)  # fmt: skip
 # How often the category word stands for the thing. "weapon" is common in life, "vice" is not.
 CATEGORY = {"weapon": 0.15, "vice": 0.03}
 # Words a user may put into a prompt although no caption has them.
-SPARE = """object thing things stuff item weapon weapons vice vices bad harmful dangerous good safe something nothing anything
-    style ink black white red orange yellow green blue purple pink brown grey gray gold silver dark light colour color colourful simple cute
-    big small little large old new one two three animal animals plant plants fruit fruits food drink drinks alcohol tool tools toy toys vehicle vehicles
-    weather clothing clothes music instrument medicine flower smoke drug drugs gamble game games sign symbol art artist line lines outline
-    and or with of in on no not without the a an by for style drawn painted sketch , . -""".split()
+SPARE = (
+    "object thing things stuff item weapon weapons vice vices bad harmful dangerous good safe something nothing "
+    "anything style ink black white red orange yellow green blue purple pink brown grey gray gold silver dark light "
+    "colour color colourful simple cute big small little large old new one two three animal animals plant plants "
+    "fruit fruits food drink drinks alcohol tool tools toy toys vehicle vehicles weather clothing clothes music "
+    "instrument medicine flower smoke drug drugs gamble game games sign symbol art artist line lines outline and or "
+    "with of in on no not without the a an by for style drawn painted sketch , . - "
+)
 
 
 def article(thing: str) -> str:
@@ -64,5 +70,6 @@ def caption(concept: Concept, style: str, rng: Random, lists: float = 0.0, other
     return fill(rng.choice(PLAIN), thing)
 
 
-def template_words() -> list[str]:
-    return sorted({w for t in PLAIN + STYLED for w in fill(t, "thing").replace(",", " ,").split()} | set(WORDS) | set(SPARE))
+def template_words() -> set[str]:
+    filled = " ".join(fill(t, "thing") for t in PLAIN + STYLED).replace(",", " ,")
+    return {*filled.split(), *WORDS, *SPARE.split()}

@@ -32,7 +32,13 @@ def fetch() -> None:
     for name in ("package.json", "package-lock.json"):
         shutil.copy(HERE / name, WORK / name)
     if not (WORK / "node_modules").exists():
-        flags = ["--ignore-scripts", "--legacy-peer-deps", "--no-audit", "--no-fund", "--omit-lockfile-registry-resolved"]
+        flags = [
+            "--ignore-scripts",
+            "--legacy-peer-deps",
+            "--no-audit",
+            "--no-fund",
+            "--omit-lockfile-registry-resolved",
+        ]
         subprocess.run(["npm", "ci", *flags], cwd=WORK, check=True)
 
 
@@ -42,7 +48,10 @@ def drawings() -> dict[str, dict[str, str]]:
     Aliases are left out: in two sets "pistol" is an alias of a water pistol.
     """
     books = {p: json.loads((WORK / f"node_modules/@iconify-json/{p}/icons.json").read_text()) for p in STYLES}
-    return {p: {name.replace("-", ""): draw(icon, book) for name, icon in book["icons"].items()} for p, book in books.items()}
+    return {
+        p: {name.replace("-", ""): draw(icon, book) for name, icon in book["icons"].items()}
+        for p, book in books.items()
+    }
 
 
 def draw(icon: dict, book: dict) -> str:
@@ -67,7 +76,16 @@ def render(svg: str, size: int) -> np.ndarray | None:
 def emojis() -> list[dict[str, str]]:
     """What may be drawn: our concepts first, then every other thing in the emoji list with its tags and category."""
     ours = concepts()
-    rows = [{"label": c.name, "slugs": " ".join(c.pictures), "tags": "; ".join(c.synonyms), "category": c.family, "concept": c.name} for c in ours]
+    rows = [
+        {
+            "label": c.name,
+            "slugs": " ".join(c.pictures),
+            "tags": "; ".join(c.synonyms),
+            "category": c.family,
+            "concept": c.name,
+        }
+        for c in ours
+    ]
     used = {slug.replace("-", "") for c in ours for slug in c.pictures}
     folder = WORK / "node_modules/emojibase-data/en"
     names = json.loads((folder / "messages.json").read_text())
@@ -78,7 +96,9 @@ def emojis() -> list[dict[str, str]]:
         label = e["label"].lower().replace("’", "")
         slug = "".join(c for c in label if c.isalnum())
         if groups.get(e.get("group")) in GROUPS and kind not in SKIP and slug not in used | {"waterpistol"}:
-            rows.append({"label": label, "slugs": slug, "tags": "; ".join(e.get("tags", [])), "category": kind, "concept": ""})
+            rows.append(
+                {"label": label, "slugs": slug, "tags": "; ".join(e.get("tags", [])), "category": kind, "concept": ""}
+            )
     return rows
 
 
@@ -103,7 +123,8 @@ def main() -> None:
         writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{len(rows)} pictures of {len({r['label'] for r in rows})} things, {sum(bool(r['concept']) for r in rows)} of ours")
+    ours = sum(bool(r["concept"]) for r in rows)
+    print(f"{len(rows)} pictures of {len({r['label'] for r in rows})} things, {ours} of ours")
 
 
 if __name__ == "__main__":

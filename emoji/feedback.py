@@ -1,6 +1,6 @@
 """The demo's rated pictures: the model draws, simulated raters answer, `feedback/` at the root holds the result.
 
-The raters' eyes are networks of their own (`weights/rater`, trained on the fold that the judge never sees); for the
+The raters' eyes are networks of their own (`models/rater`, trained on the fold that the judge never sees); for the
 style, which is a matter of colour, a rule on pixels. Their answers are ordinary feedback events, labelled simulated.
 """
 
@@ -66,8 +66,8 @@ def colourless(picture: Image.Image) -> float:
 
 def main() -> None:
     settings = Settings.load(ROOT / "params.yaml")
-    model = load(str(HERE / "weights" / "pipeline"))
-    rater = Classifier(path=str(HERE / "weights" / "rater"))
+    model = load(str(ROOT / "models" / "pipeline"))
+    rater = Classifier(path=str(ROOT / "models" / "rater"))
     for concept, spec in settings.concepts.items():
         pictures, shared, seeds = draw(model, concept)
         if spec.kind == "rank":

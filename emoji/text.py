@@ -12,13 +12,14 @@ import importlib.util
 import math
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import torch
 from captions import PLAIN, STYLED, fill, styled, subject, template_words
-from classify import seeing
-from common import WORK, clock, concepts, generator, load, params, pictures, quiet, save, seed, warp
+from classify import Eye
+from common import WORK, clock, concepts, finished, generator, load, params, pictures, resume, save, seed, single, warp
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -33,7 +34,7 @@ def vocabulary(rows: list[dict[str, str]]) -> list[str]:
     """Every word of a name or category, our synonyms, the templates' words, and tags that several things share."""
     things = {r["label"]: r for r in rows}.values()
     shared = Counter(w for r in things for w in set(split(r["tags"])))
-    words = {w for w, n in shared.items() if n > 1} | set(template_words())
+    words = {w for w, n in shared.items() if n > 1} | template_words()
     for r in things:
         words.update(split(r["label"]), split(r["category"]), split(r["tags"]) if r["concept"] else ())
     return sorted(w for w in words if w.isalpha())
@@ -44,13 +45,17 @@ def tokenizer(words: list[str]) -> CLIPTokenizer:
     pieces = {w: (*w[:-1], w[-1] + END) for w in words}
     letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
     vocab, merges = [*letters, *(c + END for c in letters)], []
-    while pairs := Counter(pair for p in pieces.values() for pair in zip(p, p[1:], strict=False)):
+    while pairs := Counter(pair for p in pieces.values() for pair in pairwise(p)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         vocab.append("".join(best))
         pieces = {w: merged(p, best) if best[0] in p else p for w, p in pieces.items()}
     vocab += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={w: i for i, w in enumerate(dict.fromkeys(vocab))}, merges=merges, model_max_length=params("text")["positions"])
+    return CLIPTokenizer(
+        vocab={w: i for i, w in enumerate(dict.fromkeys(vocab))},
+        merges=merges,
+        model_max_length=params("text")["positions"],
+    )
 
 
 def merged(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
@@ -105,7 +110,9 @@ def build(words: CLIPTokenizer, width: int, feedforward: int, layers: int, heads
 
 
 def encode(words: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    return words(texts, padding="max_length", truncation=True, max_length=params("text")["positions"], return_tensors="pt").input_ids
+    return words(
+        texts, padding="max_length", truncation=True, max_length=params("text")["positions"], return_tensors="pt"
+    ).input_ids
 
 
 class Captions:
@@ -163,11 +170,11 @@ def contrast(a: torch.Tensor, b: torch.Tensor, heat: torch.Tensor, texts: list[s
 
 
 def trained() -> tuple[CLIPTokenizer, CLIPTextModel]:
-    state = load(WORK / "text.pt")
-    if state is None or not state["finished"]:
-        raise SystemExit("work/text.pt is missing or unfinished: run text.py")
+    state = finished(WORK / "text.pt")
     p, words = params("text"), CLIPTokenizer.from_pretrained(WORK / "tokenizer")
-    model = build(words, p["width"], p["feedforward"], p["layers"], p["heads"], p["positions"]).eval().requires_grad_(False)
+    model = (
+        build(words, p["width"], p["feedforward"], p["layers"], p["heads"], p["positions"]).eval().requires_grad_(False)
+    )
     model.load_state_dict(state["model"])
     return words, model
 
@@ -194,24 +201,28 @@ def seat(model: CLIPTextModel, views: dict[str, torch.Tensor], width: int) -> No
 
 
 def main() -> None:
-    quiet()
+    single()
     p, size = params("text"), params("data")["size"]
     x, rows = pictures()
     captions = Captions(rows)
-    views = load(WORK / "meanings.pt") or prepare(rows, captions)
+    path = WORK / "text.pt"
+    state = resume(path, p)
+    views = load(WORK / "meanings.pt") if state else prepare(rows, captions)
     place = {phrase: i for i, phrase in enumerate(captions.phrases())}
     words = CLIPTokenizer.from_pretrained(WORK / "tokenizer")
     torch.manual_seed(seed("text/init") % 2**31)
     model = build(words, p["width"], p["feedforward"], p["layers"], p["heads"], p["positions"]).train()
     seat(model, views, p["width"])
-    eye, head = seeing(p["width"]).train(), torch.nn.Linear(p["width"], 384)
+    eye, head = Eye(p["width"]).train(), torch.nn.Linear(p["width"], 384)
     heat = torch.nn.Parameter(torch.tensor(math.log(14.0)))
     table = model.get_input_embeddings().weight
     rest = [w for w in model.parameters() if w is not table] + [*eye.parameters(), *head.parameters(), heat]
-    optimiser = torch.optim.AdamW([{"params": rest}, {"params": [table], "weight_decay": 0.0}], lr=p["lr"], weight_decay=0.02)
+    optimiser = torch.optim.AdamW(
+        [{"params": rest}, {"params": [table], "weight_decay": 0.0}], lr=p["lr"], weight_decay=0.02
+    )
     nets = {"model": model, "eye": eye, "head": head}
-    path, done, step = WORK / "text.pt", 0.0, 0
-    if state := load(path):
+    done, step = 0.0, 0
+    if state:
         for name, net in nets.items():
             net.load_state_dict(state[name])
         heat.data, done, step = state["heat"], state["minutes"], state["step"]
@@ -236,8 +247,17 @@ def main() -> None:
         step += 1
         if step % 25 == 0:
             print(f"{part:4.0%} step {step} contrast {match.item():.3f} pull {pull.item():.3f}", flush=True)
-            save(path, **{k: n.state_dict() for k, n in nets.items()}, heat=heat.data, optimiser=optimiser.state_dict(), minutes=part * p["minutes"], step=step, finished=False)
-    save(path, **{k: n.state_dict() for k, n in nets.items()}, heat=heat.data, step=step, finished=True)
+            save(
+                path,
+                **{k: n.state_dict() for k, n in nets.items()},
+                heat=heat.data,
+                optimiser=optimiser.state_dict(),
+                minutes=part * p["minutes"],
+                step=step,
+                settings=p,
+                finished=False,
+            )
+    save(path, **{k: n.state_dict() for k, n in nets.items()}, finished=True)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,18 @@
 
 Half of each batch is what the generator draws, half is everything else. The loss is squared error
 (what PSNR measures) with a little absolute error (which keeps edges) and a weak pull to a normal latent.
+`vae.py decoder` then goes on with the decoder alone: the latents stay what they are, so this may run while
+the denoiser is being trained.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import torch
-from common import WORK, clock, generator, load, params, pictures, quiet, save, warp
+from common import WORK, clock, finished, load, params, pictures, resume, save, seed, single, warp
 from diffusers import AutoencoderKL
 
 
@@ -30,11 +34,11 @@ def build() -> AutoencoderKL:
     )
 
 
-def trained() -> AutoencoderKL:
-    """The finished network, in evaluation mode, with its scaling factor set."""
-    state = load(WORK / "vae.pt")
-    if state is None or "scale" not in state:
-        raise SystemExit("work/vae.pt is missing or unfinished: run vae.py")
+def trained(polished: bool = False) -> AutoencoderKL:
+    """The network in evaluation mode, scaling factor set; with its final decoder if asked and if there is one yet."""
+    state = finished(WORK / "vae.pt")
+    if polished and (final := load(WORK / "decoder.pt")) and final["finished"]:
+        state = final
     vae = build().eval().requires_grad_(False)
     vae.load_state_dict(state["model"])
     vae.register_to_config(scaling_factor=state["scale"])
@@ -55,47 +59,64 @@ def psnr(vae: AutoencoderKL, x: torch.Tensor, size: int) -> float:
     return (-10 * ((z.clamp(-1, 1) / 2 + 0.5 - y) ** 2).mean((1, 2, 3)).log10()).mean().item()
 
 
-def main() -> None:
-    quiet()
-    p, size = params("vae"), params("data")["size"]
+def start(stage: str) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """Network and progress: where this stage stopped, or fresh, or (the decoder's stage) from the first stage's end."""
+    torch.manual_seed(seed("vae/init") % 2**31)
+    vae = build()
+    state = resume(WORK / f"{stage}.pt", params(stage)) or {"minutes": 0.0, "step": 0}
+    if "model" in state:
+        vae.load_state_dict(state["model"])
+    elif stage == "decoder":
+        vae.load_state_dict(trained().state_dict())
+    if stage == "decoder":
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    return vae.train(), state
+
+
+def main(stage: str) -> None:
+    single()
+    p, size = params(stage), params("data")["size"]
     x, rows = pictures()
     ours = torch.tensor([i for i, r in enumerate(rows) if r["concept"]])
-    torch.manual_seed(0)
-    vae, rng = build().train(), generator("vae")
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=p["lr"], weight_decay=1e-4)
-    path, done, step = WORK / "vae.pt", 0.0, 0
-    if state := load(path):
-        vae.load_state_dict(state["model"])
+    vae, state = start(stage)
+    learning = [w for w in vae.parameters() if w.requires_grad]
+    optimiser = torch.optim.AdamW(learning, lr=p["lr"], weight_decay=1e-4)
+    if "optimiser" in state:
         optimiser.load_state_dict(state["optimiser"])
-        done, step = state["minutes"], state["step"]
-        rng.manual_seed(rng.initial_seed() + step)
+    path, step = WORK / f"{stage}.pt", state["step"]
+    rng = torch.Generator().manual_seed(seed(stage) + step)
     print(f"{sum(w.numel() for w in vae.parameters()):,} parameters", flush=True)
-    for part in clock(p["minutes"], done):
+    for part in clock(p["minutes"], state["minutes"]):
         for group in optimiser.param_groups:
             group["lr"] = p["lr"] * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * part))
         y = batches(x, ours, size, p["batch"], rng)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(y).latent_dist
-            out = vae.decode(posterior.sample(generator=rng)).sample.float()
-        error = ((out - y) ** 2).mean() + 0.2 * (out - y).abs().mean()
-        loss = error + p["kl"] * posterior.kl().mean() / posterior.mean[0].numel()
+            out = vae.decode(posterior.sample(generator=rng) if stage == "vae" else posterior.mode()).sample.float()
+        loss = ((out - y) ** 2).mean() + 0.2 * (out - y).abs().mean()
+        if stage == "vae":
+            loss = loss + p["kl"] * posterior.kl().mean() / posterior.mean[0].numel()
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimiser.step()
         step += 1
         if step % 500 == 0:
             vae.eval()
-            print(f"{part:4.0%} step {step} loss {loss.item():.4f} psnr {psnr(vae, x[ours[::8]], size):.2f} dB", flush=True)
+            print(f"{part:4.0%} step {step} psnr {psnr(vae, x[ours[::8]], size):.2f} dB", flush=True)
             vae.train()
-            save(path, model=vae.state_dict(), optimiser=optimiser.state_dict(), minutes=part * p["minutes"], step=step)
+            made = {"model": vae.state_dict(), "optimiser": optimiser.state_dict()}
+            save(path, **made, minutes=part * p["minutes"], step=step, settings=p, finished=False)
     vae.eval()
+    print(f"psnr of our pictures {psnr(vae, x[ours], size):.2f} dB, of all {psnr(vae, x[::4], size):.2f} dB")
+    y = torch.nn.functional.interpolate(x[ours].float() / 127.5 - 1, size=size, mode="area")
     with torch.no_grad():
-        y = torch.nn.functional.interpolate(x[ours].float() / 127.5 - 1, size=size, mode="area")
         scale = 1 / vae.encode(y).latent_dist.mode().std().item()
-    print(f"psnr of what the generator draws {psnr(vae, x[ours], size):.2f} dB, of all {psnr(vae, x[::4], size):.2f} dB, scaling factor {scale:.4f}")
-    save(path, model=vae.state_dict(), scale=scale, minutes=p["minutes"], step=step)
+    save(path, model=vae.state_dict(), scale=scale, finished=True)
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 2 or sys.argv[1] not in ("vae", "decoder"):
+        raise SystemExit("usage: vae.py vae|decoder")
+    main(sys.argv[1])

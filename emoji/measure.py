@@ -1,0 +1,160 @@
+"""Measure the packed model on fresh seeds and write `metrics.json`: the numbers of the README.
+
+Everything is asked of `../models/` alone, through the same classes a user loads. Rates come with n and
+Wilson's 95 % interval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import torch
+from captions import article
+from classify import enlarge, labels
+from common import FAMILIES, HERE, WEIGHTS, WORDS, concepts, params, pictures, seed, single
+from diffusers import StableDiffusionPipeline
+from torch.nn.functional import interpolate
+from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer
+from vae import psnr
+
+
+def open_pipeline() -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(
+        WEIGHTS / "pipeline", dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+    """(n, 3, size, size) in [0, 1], each picture from its own seed, whatever the batch."""
+    p, out = params("measure"), []
+    shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+    for i in range(0, len(prompts), 64):
+        z = torch.stack(
+            [
+                torch.randn(shape, generator=torch.Generator().manual_seed(seed(f"measure/{s}")))
+                for s in seeds[i : i + 64]
+            ]
+        )
+        done = pipe(
+            list(prompts[i : i + 64]),
+            latents=z,
+            num_inference_steps=p["steps"],
+            guidance_scale=p["guidance"],
+            output_type="pt",
+        )
+        out.append(done.images.float())
+    return torch.cat(out)
+
+
+def ask(kind: str, x: torch.Tensor) -> list[str]:
+    """The classifier's word for each picture in [0, 1]."""
+    model = AutoModelForImageClassification.from_pretrained(WEIGHTS / kind, dtype=torch.float32)
+    with torch.no_grad():
+        best = torch.cat([model(enlarge(part * 2 - 1)).logits.argmax(1) for part in x.split(200)])
+    return [model.config.id2label[int(i)] for i in best]
+
+
+def rate(hits: Sequence[bool]) -> dict[str, float]:
+    """Share, n and Wilson's interval: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    n, z = len(hits), 1.96
+    share = sum(hits) / n
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return {
+        "rate": round(share, 3),
+        "n": n,
+        "low": round((middle - half) / (1 + z * z / n), 3),
+        "high": round((middle + half) / (1 + z * z / n), 3),
+    }
+
+
+def generated(pipe: StableDiffusionPipeline) -> dict[str, dict[str, float]]:
+    """Rates over "a <name>", "a <name> in ink style" and the category words."""
+    table, many = concepts(), params("measure")["seeds"]
+    of = {c.name: c for c in table}
+    family = {n: c.family for n, c in of.items()}
+    # Families and neighbours are few concepts, so they get more seeds.
+    plain = [c for c in table for _ in range(many * (3 if c.role in ("target", "neighbour") else 1))]
+    inked = [c for c in table if c.name != "gun"]
+    words = [f for f in FAMILIES for _ in range(40)]
+    prompts = [article(c.name) for c in plain] + [f"{article(c.name)} in ink style" for c in inked] + words
+    x = draw(pipe, prompts, range(len(prompts)))
+    a, b = len(plain), len(plain) + len(inked)
+    out: dict[str, dict[str, float]] = {}
+    for kind in ("judge", "rater"):
+        said = ask(kind, x)
+        sure = list(zip(plain, said, strict=False))
+        for f in FAMILIES:
+            out[f"{kind}: {f} family"] = rate([family.get(s) == f for c, s in sure if c.family == f])
+            out[f"{kind}: {f} exact name"] = rate([s == c.name for c, s in sure if c.family == f])
+            out[f'{kind}: word "{f}" draws the family'] = rate(
+                [family.get(s) == f for w, s in zip(words, said[b:], strict=True) if w == f]
+            )
+            out[f"{kind}: {f} seen in other prompts"] = rate([family.get(s) == f for c, s in sure if c.family != f])
+            out[f"{kind}: neighbours of {f}, exact name"] = rate([s == c.name for c, s in sure if c.neighbour_of == f])
+        for role in ("keep", "unseen"):
+            out[f"{kind}: {role}, exact name"] = rate([s == c.name for c, s in sure if c.role == role])
+        out[f"{kind}: garbage in plain prompts"] = rate([s == "garbage" for _, s in sure])
+        out[f"{kind}: ink prompts, exact name"] = rate([s == c.name for c, s in zip(inked, said[a:b], strict=True)])
+    style = ask("style", x)
+    out["style: ink in ink prompts"] = rate([s == "ink" for s in style[a:b]])
+    out["style: ink in plain prompts"] = rate([s == "ink" for s in style[:a]])
+    return out
+
+
+def likeness(x: torch.Tensor, facts: list[dict[str, str]]) -> dict[str, dict[str, float]]:
+    """CLIP's choice among our names for real pictures of fold a, which it has not seen."""
+    model = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32)
+    words, names = CLIPTokenizer.from_pretrained(WEIGHTS / "clip"), [c.name for c in concepts()]
+    with torch.no_grad():
+        ids = words(
+            [f"a picture of {article(n)}" for n in names], padding="max_length", max_length=24, return_tensors="pt"
+        ).input_ids
+        best = model(input_ids=ids, pixel_values=x * 2 - 1).logits_per_image.argmax(1).tolist()
+    return {
+        "clip: names unseen real pictures": rate([names[i] == r["concept"] for i, r in zip(best, facts, strict=True)])
+    }
+
+
+def real(pipe: StableDiffusionPipeline) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """The classifiers on pictures they have not learnt from, and the autoencoder's error."""
+    x, rows = pictures()
+    ours = [i for i, r in enumerate(rows) if r["concept"]]
+    size, out = params("data")["size"], {}
+    for kind, fold in (("judge", "b"), ("rater", "a"), ("style", "b"), ("clip", "a")):
+        test = [i for i in ours if rows[i]["fold"] == fold]
+        small = interpolate(x[test].float() / 255, size=size, mode="area")
+        facts = [rows[i] for i in test]
+        if kind == "clip":
+            out |= likeness(small, facts)
+            continue
+        key = "style" if kind == "style" else "concept"
+        out[f"{kind}: names unseen real pictures"] = rate(
+            [s == r[key] for s, r in zip(ask(kind, small), facts, strict=True)]
+        )
+    fixed = {
+        "psnr_db": round(psnr(pipe.vae, x[ours], size), 2),
+        "chance_judge": round(1 / len(labels("judge")), 4),
+        "chance_style": round(1 / (len(WORDS) + 1), 3),
+    }
+    return out, fixed
+
+
+def main() -> None:
+    single()
+    pipe = open_pipeline()
+    rates, fixed = real(pipe)
+    rates |= generated(pipe)
+    for name, r in rates.items():
+        print(f"{name:48s} {r['rate']:.3f}  [{r['low']:.3f}, {r['high']:.3f}]  n={r['n']}")
+    print(fixed)
+    bytes_ = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in sorted(WEIGHTS.iterdir())}
+    report = {"rates": rates, **fixed, "sampler": params("measure"), "bytes": bytes_ | {"all": sum(bytes_.values())}}
+    (HERE / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
