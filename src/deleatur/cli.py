@@ -192,5 +192,9 @@ def demo(params: Params = Path("params.yaml")) -> None:
     out.print("\nNext:")
     out.print("  deleatur report --open                  every number and picture on one page", highlight=False)
     out.print("  deleatur explain                        which rule decided, and by what margin", highlight=False)
-    out.print("  dvc exp run -S 'targets=[vice]'         erase what a single word describes badly", highlight=False)
+    out.print(
+        "  dvc exp run -S 'targets=[vice]'         erase what a single word describes badly",
+        highlight=False,
+        markup=False,
+    )
     raise typer.Exit(VERDICT_CODES[found.verdict.outcome])
