@@ -69,6 +69,7 @@ def test_a_stage_depends_on_its_section_and_on_code_and_numbers_that_exist(name:
 def test_every_path_that_a_stage_writes_is_one_of_settings_and_is_read_by_a_later_one_only() -> None:
     settings = Settings.load(ROOT / "params.yaml")
     written = {path.as_posix() for path in settings.paths.model_dump().values()} - {
+        settings.paths.models.as_posix(),
         settings.paths.prompts.as_posix(),
         settings.paths.checkpoints.as_posix(),  # a run's own memory, not a product
     }
