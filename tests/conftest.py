@@ -20,9 +20,3 @@ torch.set_num_threads(1)
 def model() -> Model:
     """The tiny pipeline; frozen, so that all tests may share it."""
     return tiny.model()
-
-
-@pytest.fixture(autouse=True)
-def no_tracking_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow leaves its store's address in the environment, where the next test's children would find it."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

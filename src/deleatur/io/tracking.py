@@ -41,7 +41,7 @@ from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository 
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema  # noqa: E402
 
 GIVEN = os.environ.get("MLFLOW_TRACKING_URI")
-"""As it was when we came: MLflow itself sets the variable whenever it is told an address."""
+"""As it was when we came: MLflow itself sets the variable whenever it is told an address, see `use`."""
 
 CHAMPION, CHALLENGER, LAST = "champion", "challenger", "last_known_good"
 
@@ -240,8 +240,10 @@ class Registry:
 
 
 def use(uri: str) -> None:
-    """MLflow's own loaders shall look where we look."""
+    """MLflow's own loaders shall look where we look; our child processes decide for themselves."""
     mlflow.set_tracking_uri(GIVEN or uri)
+    if GIVEN is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def place_of(address: str) -> str:
