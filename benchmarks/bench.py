@@ -35,7 +35,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def variant(name: str, changes: Mapping[str, Any], shared: Mapping[str, str] | None = None) -> Settings:
     """params.yaml with changes, writing under out/bench/NAME; `shared` stages' folders are somewhere else."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
-    for key in ("reward", "tokens", "delta", "attacks", "shots", "scores", "report", "verdict", "checkpoints"):
+    for key in ("reward", "tokens", "delta", "attacks", "shots", "scores", "report", "verdict"):
         params["paths"][key] = str(OUT / name / key)
     params["paths"]["feedback"] = str(OUT / "feedback")
     params["paths"] |= shared or {}

@@ -45,7 +45,6 @@ class Paths(Section):
     report: Path
     verdict: Path
     prompts: Path
-    checkpoints: Path
 
 
 class Found(Section):
@@ -67,7 +66,6 @@ class ConceptSpec(Section):
     """CSV: id, text, label, role, split."""
     found: Found
     templates: Literal["object", "style"] = "object"
-    alternative: str | None = None
 
 
 class Ingest(Section):

@@ -170,7 +170,10 @@ class Registry:
 
     def tags(self, version: str) -> dict[str, str]:
         """What a version says of itself, without our prefix. Raises DataError when there is no such version."""
-        with answering(self.uri, DataError(f"{self.model} has no version {version}", hint="deleatur history")):
+        with answering(
+            self.uri,
+            DataError(f"{self.model} has no version {version}", hint="mlflow ui"),
+        ):
             found = self.client.get_model_version(self.model, version).tags
             return {k.removeprefix("deleatur."): v for k, v in found.items()}
 
@@ -252,7 +255,10 @@ def place_of(address: str) -> str:
     Raises DataError when there is no such model, version or alias.
     """
     uri = mlflow.get_tracking_uri()
-    missing = DataError(f"{address}: there is no such model, version or alias in {uri}", hint="deleatur history")
+    missing = DataError(
+        f"{address}: there is no such model, version or alias in {uri}",
+        hint="mlflow ui",
+    )
     with answering(uri, missing):
         return str(ModelsArtifactRepository.get_underlying_uri(address))
 

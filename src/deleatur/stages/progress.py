@@ -12,8 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-PIPE = "DELEATUR_PROGRESS"
-"""Environment variable: a file that gets one JSON line whenever another hundredth is done. Flows read it."""
+from deleatur.io.versions import PROGRESS
 
 
 class Bar:
@@ -41,7 +40,7 @@ class Bar:
 
     def _tell(self, note: str) -> None:
         line = json.dumps({"what": self._what, "done": self._done, "total": self._total, "note": note})
-        if pipe := os.environ.get(PIPE):
+        if pipe := os.environ.get(PROGRESS):
             with Path(pipe).open("a", encoding="utf-8") as f:
                 f.write(line + "\n")
 

@@ -65,5 +65,5 @@ def _must_wait(registry: Registry, version: str) -> None:
     if registry.alias(CHALLENGER) != version:
         raise DataError(
             f"version {version} of {registry.model} is not the challenger: nobody waits for a decision on it",
-            hint="deleatur history",
+            hint="mlflow ui",
         )
