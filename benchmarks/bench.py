@@ -16,20 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from deleatur import stages
-from deleatur.settings import Settings
+from deleatur.settings import Settings, merged
 
 ROOT = Path(__file__).parents[1]
 OUT = Path("out/bench")
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, mappings merged key by key."""
-    out = dict(base)
-    for key, value in changes.items():
-        out[key] = (
-            merged(out[key], value) if isinstance(value, Mapping) and isinstance(out.get(key), Mapping) else value
-        )
-    return out
 
 
 def variant(name: str, changes: Mapping[str, Any], shared: Mapping[str, str] | None = None) -> Settings:

@@ -5,6 +5,7 @@ Every number lives in params.yaml; the defaults below exist only where leaving a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,6 +67,19 @@ class ConceptSpec(Section):
     """CSV: id, text, label, role, split."""
     found: Found
     templates: Literal["object", "style"] = "object"
+    """The kind of sentences that soft tokens are learned in."""
+    invert: dict[str, Any] = Field(default_factory=dict)
+    """Numbers of `invert` that are others for this concept: an object family has many kinds, a style has one."""
+    sentences: tuple[str, ...] = ("{}",)
+    """Sentences in which erasers and guides meet each word or token; alone, as in the papers, unless said otherwise.
+    What is erased in the sentence people write goes further than what is erased alone."""
+
+    @field_validator("sentences")
+    @classmethod
+    def one_place(cls, sentences: tuple[str, ...]) -> tuple[str, ...]:
+        if not sentences or any(s.count("{}") != 1 for s in sentences):
+            raise ValueError("sentences is a list, and each has {} once, where the word or token goes")
+        return sentences
 
 
 class Ingest(Section):
@@ -191,6 +205,15 @@ class Settings(Section):
             raise SettingsError(f"{path} is not YAML: {e}", hint="deleatur check") from e
         except ValidationError as e:
             raise SettingsError(explain(e, str(path)), hint="deleatur check") from e
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, mappings merged key by key."""
+    out = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if both else value
+    return out
 
 
 def explain(error: ValidationError, where: str) -> str:

@@ -16,6 +16,7 @@ from deleatur.attacks import Attack, Target
 from deleatur.detectors import Detector
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import load_clip
+from deleatur.diffusion.invert import templates_of
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.overlay import weights_of
 from deleatur.erasers import Eraser
@@ -152,10 +153,10 @@ def test_metrics_with_a_known_answer(name: str, expected: float, gallery: Galler
 def test_inverters(model: Model, name: str) -> None:
     inverter: Inverter = make("inversion", name, Inverter)
     z = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    rated = Rated(z, torch.linspace(0.5, 1, 6), torch.eye(6), rank=False)
+    rated = Rated(z, torch.linspace(0.5, 1, 6), torch.eye(6), rank=False, templates=templates_of("object", [""] * 6))
     before = fingerprint(model.text_encoder), fingerprint(model.unet)
     start = encode.embedding_of(model, "object")
-    tokens = inverter.invert(model, rated, start, templates="object", seed=0, look=lambda v: 0.0)
+    tokens = inverter.invert(model, rated, start, seed=0, look=lambda v: 0.0)
     assert tokens
     assert all(t.vectors.shape[1:] == start.shape for t in tokens)
     assert any(not torch.equal(t.vectors[0], start) for t in tokens)
@@ -167,7 +168,7 @@ def test_attacks(model: Model, name: str) -> None:
     attack: Attack = make("attacks", name, Attack)
     assert attack.access in ("prompts", "text_encoder", "white_box", "original_model")
     z = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    target = Target(model, {}, "weapon", z, encode.embedding_of(model, "object"), "object")
+    target = Target(model, {}, "weapon", z, encode.embedding_of(model, "object"), templates_of("style", ["cat"] * 4))
     steps: list[int] = []
     found = attack.attack(target, seed=0, on_step=lambda step, total, loss: steps.append(step))
     assert found.vectors.ndim == 3

@@ -55,6 +55,22 @@ def test_joined_is_the_comma_list(model: Model) -> None:
     assert torch.allclose(words.states, encode.encode_text(model, ["gun", "sword"]), atol=1e-6)
 
 
+def test_a_description_in_a_sentence_is_that_sentence_and_knows_its_own_place(model: Model) -> None:
+    sentences = ("{}", "a {}, no")
+    words = encode.concept_from_words(model, "w", ["gun", "red cat"], sentences)
+    texts = ("gun", "a gun, no", "red cat", "a red cat, no")
+    assert words.texts == texts
+    assert torch.allclose(words.states, encode.encode_text(model, texts), atol=1e-6)
+    ids = [model.tokenizer(t).input_ids for t in texts]
+    own = [model.tokenizer.decode([row[i] for i in at]).strip() for row, at in zip(ids, words.content, strict=True)]
+    assert own == ["gun", "gun", "red cat", "red cat"]
+    rows = torch.stack([encode.embedding_of(model, "gun")[None], encode.embedding_of(model, "cat")[None]])
+    token = encode.concept_from_token(model, SoftToken("weapon", "<weapon>", rows, {}), sentences)
+    assert token.texts[1] == "a <weapon> #1, no"
+    assert torch.allclose(token.states[:2], words.states[:2], atol=1e-6)
+    assert token.content[:2] == words.content[:2]
+
+
 def test_too_long_a_prompt_is_an_error_with_both_lengths(model: Model) -> None:
     with pytest.raises(DataError, match=r"40 tokens.* takes 14"):
         encode.encode_text(model, [" ".join(["cat"] * 40)])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.invert import Inversion, Learned, learn
+from deleatur.diffusion.invert import Inversion, Learned, learn, templates_of
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.inversion import Rated
 from deleatur.inversion.hfi import HFI
@@ -35,7 +35,7 @@ def test_vote_weights_follow_the_clipped_share(r: Tensor) -> None:
 
 def pool(n: int, r: Tensor, features: Tensor, rank: bool = False) -> Rated:
     z = torch.randn(n, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    return Rated(z, r, features, rank)
+    return Rated(z, r, features, rank, templates_of("object", [""] * n))
 
 
 def test_a_rare_kind_gets_its_token() -> None:
@@ -57,7 +57,7 @@ def test_pictures_that_raters_refused_are_never_used() -> None:
 
 def invert(model: Model, method: HFI | TextualInversion, rated: Rated) -> list[Learned]:
     initial = encode.embedding_of(model, "object")
-    return method.invert(model, rated, initial, templates="object", seed=1, look=lambda v: float(-v.square().sum()))
+    return method.invert(model, rated, initial, seed=1, look=lambda v: 1 - float(v.square().mean()))
 
 
 def test_inversion_changes_no_network_and_repeats_itself(model: Model) -> None:
@@ -68,6 +68,23 @@ def test_inversion_changes_no_network_and_repeats_itself(model: Model) -> None:
     assert [t.vectors.shape for t in one] == [(2, 16), (2, 16)]
     assert all(torch.equal(a.vectors, b.vectors) for a, b in zip(one, same, strict=True))
     assert [fingerprint(m) for m in (model.unet, model.text_encoder, model.vae)] == before
+
+
+@pytest.mark.parametrize(("scores", "left"), [([0.9, 0.2, 0.6], [0, 2]), ([0.1, 0.4, 0.3], [1])])
+def test_a_token_whose_pictures_raters_would_not_mark_is_left_out_but_never_all(
+    model: Model, scores: list[float], left: list[int]
+) -> None:
+    rated = pool(6, torch.full((6,), 0.8), torch.eye(3).repeat(2, 1))
+    told, seen = iter(scores), []
+
+    def look(v: Tensor) -> float:
+        seen.append(v.clone())
+        return next(told)
+
+    method = HFI(tokens=3, loop=Inversion(iterations=2, batch=2, check_every=2))
+    initial = encode.embedding_of(model, "object")
+    kept = method.invert(model, rated, initial, seed=1, look=look)
+    assert [t.vectors.tolist() for t in kept] == [seen[i].tolist() for i in left]
 
 
 def test_the_best_look_is_kept_not_the_last(model: Model) -> None:
@@ -86,7 +103,7 @@ def test_the_best_look_is_kept_not_the_last(model: Model) -> None:
         z,
         torch.full((2,), 0.5),
         encode.embedding_of(model, "object")[None],
-        templates="object",
+        templates=templates_of("object", ["", ""]),
         generator=torch.Generator().manual_seed(0),
         look=look,
     )
@@ -111,7 +128,7 @@ def test_a_token_lowers_the_loss_of_its_pictures(model: Model) -> None:
 
     start = encode.embedding_of(model, "object")[None]
     numbers = Inversion(iterations=60, batch=16, lr=0.05)
-    learned = learn(model, numbers, z0, torch.ones(4), start, templates="object", generator=g)
+    learned = learn(model, numbers, z0, torch.ones(4), start, templates=templates_of("object", [""] * 4), generator=g)
     assert loss(learned.vectors) < loss(start)
 
 

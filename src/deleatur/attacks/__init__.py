@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from deleatur.diffusion.invert import Templates
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights
 
@@ -27,7 +28,8 @@ class Target:
     """(n, C, H, W) latents of pictures that show the concept."""
     initial: Tensor
     """(d,) embedding row the attacker starts from."""
-    templates: str
+    templates: Sequence[Templates]
+    """(n) sentences that a soft prompt may stand in for each picture."""
 
 
 @dataclass(frozen=True)

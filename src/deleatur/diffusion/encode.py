@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -102,21 +102,50 @@ def split(text: str, tokens: Mapping[str, Tensor]) -> Prompt:
     return (text,) if text.strip() else ()
 
 
-@torch.no_grad()
-def concept_from_words(model: Model, name: str, words: Sequence[str]) -> Concept:
-    """A concept as the text-only methods know it: each of the n words stands alone."""
-    pieces = tuple((w,) for w in words)
-    e = encode(model, pieces)
-    return Concept(name, "words", tuple(words), pieces, e.states, e.content, e.end)
+BARE = ("{}",)
+"""A description that stands alone, as the papers have it."""
 
 
 @torch.no_grad()
-def concept_from_token(model: Model, token: SoftToken) -> Concept:
-    """A concept as HFI knows it: each of the m soft tokens stands alone."""
-    texts = tuple(f"{token.placeholder} #{i + 1}" for i in range(len(token.vectors)))
-    pieces = tuple((v,) for v in token.vectors)
+def concept_from_words(model: Model, name: str, words: Sequence[str], sentences: Sequence[str] = BARE) -> Concept:
+    """A concept as the text-only methods know it: each of its words, in each of the sentences."""
+    texts, pieces = _told([(w, w) for w in words], sentences)
+    return _concept(model, name, "words", texts, pieces)
+
+
+@torch.no_grad()
+def concept_from_token(model: Model, token: SoftToken, sentences: Sequence[str] = BARE) -> Concept:
+    """A concept as HFI knows it: each of its soft tokens, in each of the sentences."""
+    named = [(f"{token.placeholder} #{i}", rows) for i, rows in enumerate(token.vectors, 1)]
+    texts, pieces = _told(named, sentences)
+    return _concept(model, token.concept, "token", texts, pieces)
+
+
+def _told(
+    named: Sequence[tuple[str, str | Tensor]], sentences: Sequence[str]
+) -> tuple[tuple[str, ...], list[tuple[str, str | Tensor, str]]]:
+    """Text and (before, description, after) of every description in every sentence."""
+    both = [(name, what, *s.partition("{}")[::2]) for name, what in named for s in sentences]
+    return tuple(f"{b}{name}{a}" for name, _, b, a in both), [(b, what, a) for _, what, b, a in both]
+
+
+def _concept(
+    model: Model,
+    name: str,
+    source: Literal["words", "token"],
+    texts: tuple[str, ...],
+    pieces: Sequence[tuple[str, str | Tensor, str]],
+) -> Concept:
     e = encode(model, pieces)
-    return Concept(token.concept, "token", texts, pieces, e.states, e.content, e.end)
+
+    def length(part: str | Tensor) -> int:
+        if isinstance(part, Tensor):
+            return len(part)
+        return len(model.tokenizer(part, add_special_tokens=False).input_ids)
+
+    starts = [1 + length(before) for before, _, _ in pieces]
+    content = tuple(tuple(range(i, i + length(p[1]))) for i, p in zip(starts, pieces, strict=True))
+    return Concept(name, source, texts, tuple(pieces), e.states, content, e.end)
 
 
 @torch.no_grad()

@@ -21,8 +21,17 @@ from deleatur.diffusion.predict import Weights, predict
 
 TEMPLATES = {
     "object": ("a {}", "a picture of a {}", "a photo of a {}", "a drawing of a {}", "one {}", "a small {}"),
-    "style": ("in {} style", "a picture in {} style", "a drawing in {} style", "{} style", "a {} drawing"),
+    # A style's token must not learn what is in the pictures: their own prompts say that already.
+    "style": ("{prompt} in {} style", "a picture of {prompt} in {} style", "{} style {prompt}", "a {} drawing of {prompt}"),
 }
+
+Templates = Sequence[str]
+"""Sentences around the token of one picture, each with {} where it goes."""
+
+
+def templates_of(kind: str, prompts: Sequence[str]) -> list[Templates]:
+    """For each picture, by the prompt that it was drawn and rated under."""
+    return [[t.replace("{prompt}", prompt) for t in TEMPLATES[kind]] for prompt in prompts]
 
 
 class Inversion(BaseModel):
@@ -53,13 +62,10 @@ Look = Callable[[Tensor], float]
 """vectors (v, d) → how much pictures drawn from the bare token show the concept; higher is better."""
 
 
-def sentences(kind: str, rows: Tensor, picks: Sequence[int]) -> list[Prompt]:
-    """Prompts around the token; pick −1 is the bare token."""
-    out: list[Prompt] = []
-    for pick in picks:
-        before, _, after = ("{}" if pick < 0 else TEMPLATES[kind][pick]).partition("{}")
-        out.append([p for p in (before, rows, after) if not isinstance(p, str) or p.strip()])
-    return out
+def around(rows: Tensor, template: str) -> Prompt:
+    """("a photo of ", rows), say."""
+    before, _, after = template.partition("{}")
+    return [p for p in (before, rows, after) if not isinstance(p, str) or p.strip()]
 
 
 def learn(
@@ -69,13 +75,13 @@ def learn(
     weights: Tensor,
     initial: Tensor,
     *,
-    templates: str,
+    templates: Sequence[Templates],
     generator: torch.Generator,
     look: Look | None = None,
     unet: Weights | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Learned:
-    """Learns (v, d) from clean latents (n, C, H, W) with weights (n,), starting at `initial` (v, d).
+    """Learns (v, d) from clean latents (n, C, H, W) with weights (n,) and templates (n), starting at `initial` (v, d).
 
     Only the vectors carry a gradient: the network, its text encoder and the table stay as they are.
     `unet` lays other weights over the model, for inversion against an erased one.
@@ -86,7 +92,7 @@ def learn(
     best, best_score = v.detach().clone(), -float("inf")
     looks: list[dict[str, float]] = []
     losses: list[float] = []
-    count = len(TEMPLATES[templates])
+    count = len(templates[0])
     for step in range(1, numbers.iterations + 1):
         n = torch.multinomial(weights, numbers.batch, replacement=True, generator=generator)
         t = torch.randint(len(model.schedule.alphas_cumprod), (numbers.batch,), generator=generator)
@@ -95,7 +101,8 @@ def learn(
         pick = torch.randint(count, (numbers.batch,), generator=generator).masked_fill(bare, -1)
         t = t.to(model.device)
         z_t = model.schedule.add_noise(latents[n.to(latents.device)], eps, t)
-        c = encode(model, sentences(templates, v, pick.tolist())).states
+        rows = zip(n.tolist(), pick.tolist(), strict=True)
+        c = encode(model, [around(v, "{}" if i < 0 else templates[which][i]) for which, i in rows]).states
         loss = (predict(model, unet or {}, z_t, t, c) - eps).float().square().mean()
         optimiser.zero_grad()
         loss.backward()

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupKFold
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,6 +78,8 @@ def fit(x: Tensor, target: Votes | Pairs, groups: NDArray[np.int64], numbers: Nu
 
     groups: (n,), the prompt of each picture. The number of epochs is the one with the least mean validation loss.
     """
+    from sklearn.model_selection import GroupKFold  # most stages use a head and never fit one
+
     folds = min(numbers.folds, len(np.unique(groups)))
     curves, tested = [], []
     for number, (train, test) in enumerate(GroupKFold(folds).split(groups, groups=groups)):
@@ -97,17 +97,20 @@ def fit(x: Tensor, target: Votes | Pairs, groups: NDArray[np.int64], numbers: Nu
 
         _train(x, inside, numbers, seed + number, numbers.epochs, watch)
         curves.append(losses)
-        tested.append([quality(s, outside) for s in scores])
+        tested.append((scores, outside))
     curve = np.mean(curves, axis=0)
     best = int(curve.argmin())
     head = _train(x, target, numbers, seed, best + 1, None)
-    return Fit(head, best + 1, float(np.nanmean([q[best] for q in tested])), curve.tolist())
+    held_out = float(np.nanmean([quality(scores[best], outside) for scores, outside in tested]))
+    return Fit(head, best + 1, held_out, curve.tolist())
 
 
 def quality(scores: Tensor, target: Votes | Pairs) -> float:
     """AUC against the majority vote, or the share of pairs in the right order; nan when there is only one class."""
     if isinstance(target, Pairs):
         return float((scores[target.better] > scores[target.worse]).float().mean())
+    from sklearn.metrics import roc_auc_score
+
     known = target.weight > 0
     labels = (target.y[known] >= 0.5).numpy()
     return float(roc_auc_score(labels, scores[known].numpy())) if 0 < labels.sum() < len(labels) else float("nan")

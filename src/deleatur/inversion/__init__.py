@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deleatur.diffusion.invert import Learned, Look
+from deleatur.diffusion.invert import Learned, Look, Templates
 from deleatur.diffusion.load import Model
 
 
@@ -26,6 +26,8 @@ class Rated:
     """(n, d) CLIP features."""
     rank: bool
     """Rewards are standardised ranking scores, not vote shares."""
+    templates: Sequence[Templates]
+    """(n) sentences that a token may stand in for each."""
 
 
 class Inverter(BaseModel):
@@ -38,7 +40,6 @@ class Inverter(BaseModel):
         rated: Rated,
         initial: Tensor,
         *,
-        templates: str,
         seed: int,
         look: Look,
         on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,

@@ -6,7 +6,8 @@ binary:   w ∝ clip(r_ψ, 0, 1)
 ranking:  w ∝ softmax(r_ψ / temperature) of scores standardised over the pool, since a Bradley–Terry score has no zero
 
 Several tokens (ours): the pictures are clustered in CLIP space and each cluster gets its own token and an equal share
-of K_top, so that no rated kind is left out because another is more frequent.
+of K_top, so that no rated kind is left out because another is more frequent. A token whose own pictures the reward does
+not recognise is no description of the concept and is left out; the best one always stays.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class HFI(Inverter):
     tokens: int = Field(1, gt=0)
     """m, tokens that stand alone."""
     threshold: float = 0.5
-    """Binary: pictures below this reward are never used. Ranking: in standard deviations above the pool's mean."""
+    """Below this reward neither a rated picture nor a token, by the pictures it draws, is used.
+    Ranking: in standard deviations above the pool's mean."""
     temperature: float = Field(1.0, gt=0)
     loop: Inversion = Field(default_factory=Inversion)
 
@@ -63,7 +65,6 @@ class HFI(Inverter):
         rated: Rated,
         initial: Tensor,
         *,
-        templates: str,
         seed: int,
         look: Look,
         on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
@@ -80,10 +81,11 @@ class HFI(Inverter):
                     rated.latents[rows],
                     self.weights(rated.rewards[rows], rank=rated.rank),
                     start_rows(initial, self.loop.vectors, g),
-                    templates=templates,
+                    templates=[rated.templates[i] for i in rows.tolist()],
                     generator=g,
                     look=look,
                     on_step=lambda step, loss, done=done: on_step(done + step, total, loss),  # type: ignore[misc]
                 )
             )
-        return learned
+        scores = [max(found["score"] for found in t.looks) for t in learned]
+        return [t for t, score in zip(learned, scores, strict=True) if score >= min(self.threshold, max(scores))]

@@ -23,7 +23,6 @@ class TextualInversion(Inverter):
         rated: Rated,
         initial: Tensor,
         *,
-        templates: str,
         seed: int,
         look: Look,
         on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
@@ -35,7 +34,7 @@ class TextualInversion(Inverter):
             rated.latents,
             torch.full((n,), 1 / n),
             start_rows(initial, self.loop.vectors, g),
-            templates=templates,
+            templates=rated.templates,
             generator=g,
             # The last vectors are kept, not the best-rated ones: the control must not see a single rating.
             on_step=lambda step, loss: on_step(step, self.loop.iterations, loss),

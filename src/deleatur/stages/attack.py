@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from PIL import Image
 
 from deleatur.attacks import Attack, Target
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip
+from deleatur.diffusion.invert import templates_of
 from deleatur.diffusion.overlay import weights_of
 from deleatur.io import tables, tensors
 from deleatur.settings import Settings
@@ -23,9 +23,11 @@ def run(settings: Settings) -> None:
     record: dict[str, Any] = {}
     for name in settings.targets:
         spec, pool = settings.concepts[name], inputs.Pool(settings, name)
-        pictures = _marked(settings, name, pool, clip)
+        rows = _marked(settings, name, pool, clip)
+        pictures, prompts = [pool.pictures[i] for i in rows], [pool.prompt[i] for i in rows]
         initial = encode.embedding_of(model, spec.initial)
-        target = Target(model, weights, name, inputs.latents(model, pictures), initial, spec.templates)
+        templates = templates_of(spec.templates, prompts)
+        target = Target(model, weights, name, inputs.latents(model, pictures), initial, templates)
         for kind, numbers in settings.attack.methods.items():
             attack = inputs.method("attacks", Attack, kind, numbers, f"attack.methods.{kind}")
             with bar(f"attack {name}: {kind}", 1) as advance:
@@ -41,8 +43,8 @@ def run(settings: Settings) -> None:
     tables.write_json(folder / "record.json", record)
 
 
-def _marked(settings: Settings, name: str, pool: inputs.Pool, clip: Clip) -> list[Image.Image]:
-    """The attacker has pictures of the concept: those that raters mark, or at least the one that they mark most."""
+def _marked(settings: Settings, name: str, pool: inputs.Pool, clip: Clip) -> list[int]:
+    """Rows of the pool. The attacker has pictures of the concept: those that raters mark, or at least the one that they mark most."""
     head, features = inputs.head(settings, name, "train"), clip.pictures(pool.pictures)
     count = max(1, int(inputs.present(head, features).sum()))
-    return [pool.pictures[int(i)] for i in head(features).argsort(descending=True)[:count]]
+    return [int(i) for i in head(features).argsort(descending=True)[:count]]

@@ -47,6 +47,7 @@ def check(settings: Settings) -> list[str]:
         inputs.method(shelf, SHELVES[shelf], name, numbers, where)
     lines = [f"{where}: {name}" for _, name, _, where in chosen]
     for name in settings.targets:
+        inputs.inverter(settings, name)
         found = inputs.prompts(settings.concepts[name].prompts, settings.sample.split, name)
         if settings.concepts[name].found.detector not in settings.evaluate.detectors:
             raise SettingsError(f"concepts.{name}.found.detector is not among evaluate.detectors")

@@ -32,7 +32,7 @@ def run(settings: Settings) -> None:
         "erasers", Eraser, settings.erase.method, inputs.numbers_of(settings.erase, "source"), "erase"
     )
     concepts = [inputs.concept(settings, model, name) for name in settings.targets]
-    kept = [p.text for p in inputs.harmless(settings, "dev", "keep")]
+    kept = inputs.to_preserve(settings)
     with bar(f"erase {'+'.join(settings.targets)}", 1) as advance:
 
         def on_step(p: Progress) -> None:
@@ -71,7 +71,7 @@ def _probe(settings: Settings, model: Model, concepts: Sequence[Concept], kept: 
         asked = [p.text for p in inputs.prompts(spec.prompts, "dev", concept.name) if p.role == "concept"][:LOOK]
         c = torch.cat([encode.encode_text(model, asked), concept.states])
         rated.append((inputs.head(settings, concept.name, "train"), c))
-    calm_texts = list(kept[:LOOK])
+    calm_texts = list(kept[:: max(1, len(kept) // LOOK)])[:LOOK]
     calm = encode.encode_text(model, calm_texts)
     words = clip.texts(calm_texts)
 

@@ -25,7 +25,7 @@ from deleatur.io import documents, images, shots, tables, tensors
 from deleatur.maths import agreement
 from deleatur.maths.agreement import Interval
 from deleatur.maths.seeds import derive
-from deleatur.metrics import Gallery, Metric, Seen, SetMetric
+from deleatur.metrics import Array, Gallery, Metric, Seen, SetMetric
 from deleatur.records import Prompt, Report, Score, Side
 from deleatur.settings import Settings
 from deleatur.stages import identity, inputs
@@ -59,10 +59,11 @@ def run(settings: Settings) -> None:
     scores, values = [], []
     with bar("metrics", len(metrics) * len(galleries)) as advance:
         for name, metric in metrics.items():
+            of_side: dict[Side, Array] = {}
             for side, gallery in galleries.items():
-                of_side = metric.values(gallery, galleries["base"])
-                values.append(_long(drawn[side], side, name, of_side))
-                scores += _scores(settings, name, metric, side, gallery, galleries, of_side)
+                of_side[side] = metric.values(gallery, galleries["base"])
+                values.append(_long(drawn[side], side, name, of_side[side]))
+                scores += _scores(settings, name, metric, side, galleries, of_side)
                 advance(note=name)
     tables.write_table(settings.paths.scores / "values.parquet", pd.concat(values), VALUES)
     report = Report(identity.of(settings), tuple(scores), tuple(_notes(settings)))
@@ -139,11 +140,11 @@ def _scores(
     name: str,
     metric: Metric,
     side: Side,
-    gallery: Gallery,
     galleries: Mapping[Side, Gallery],
-    values: Any,
+    of_side: Mapping[Side, Array],
 ) -> list[Score]:
-    """Per role: the number, and its paired difference from base and champion."""
+    """Per role: the number, and its paired difference from the sides that came before (base, champion)."""
+    gallery, values = galleries[side], of_side[side]
     roles = np.array([p.role for p in gallery.prompts])
     clusters = np.unique([p.id for p in gallery.prompts], return_inverse=True)[1]
     level, out = settings.evaluate.level, []
@@ -176,9 +177,9 @@ def _scores(
         elif rows.any():
             of = agreement.rate if metric.rate else agreement.mean
             add(role, rows, of(values[rows], clusters[rows], level), None)
-            for other in ("base", "champion"):
-                if other in galleries and other != side and side == "candidate":
-                    apart = values - metric.values(galleries[other], galleries["base"])
+            for other in of_side:
+                if side == "candidate" and other != side:
+                    apart = values - of_side[other]
                     both = rows & ~np.isnan(apart)
                     add(role, both, agreement.difference(apart[both], clusters[both], level), other)
     return out

@@ -21,10 +21,11 @@ from deleatur.diffusion.sample import encode_pictures
 from deleatur.errors import DataError, SettingsError
 from deleatur.feedback.reward import Head
 from deleatur.guides import Guide
+from deleatur.inversion import Inverter
 from deleatur.io import images, tables, tensors
 from deleatur.io.objects import local
 from deleatur.records import Concept, Prompt, Role, SoftToken
-from deleatur.settings import Settings, explain
+from deleatur.settings import Settings, explain, merged
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -47,6 +48,12 @@ def numbers_of(section: BaseModel, *known: str) -> dict[str, Any]:
 
 def guide(settings: Settings) -> Guide:
     return method("guides", Guide, settings.guide.method, numbers_of(settings.guide), "guide")
+
+
+def inverter(settings: Settings, concept: str) -> Inverter:
+    """The inversion method with the concept's own numbers over those of `invert`."""
+    numbers = merged(numbers_of(settings.invert), settings.concepts[concept].invert)
+    return method("inversion", Inverter, settings.invert.method, numbers, f"invert, for concept {concept}")
 
 
 def model(settings: Settings) -> Model:
@@ -73,8 +80,11 @@ def prompts(path: Path, split: str, concept: str) -> list[Prompt]:
     return out
 
 
-def harmless(settings: Settings, split: str, role: Role) -> list[Prompt]:
-    return [p for p in prompts(settings.paths.prompts, split, "") if p.role == role]
+def to_preserve(settings: Settings) -> list[str]:
+    """What fine-tuning erasers hold on to: preserved prompts, and the neighbours that must survive. Dev split only."""
+    written = prompts(settings.paths.prompts, "dev", "")
+    written += [p for n in settings.targets for p in prompts(settings.concepts[n].prompts, "dev", n)]
+    return [p.text for p in written if p.role in ("keep", "neighbour")]
 
 
 def token(settings: Settings, concept: str) -> SoftToken:
@@ -83,9 +93,10 @@ def token(settings: Settings, concept: str) -> SoftToken:
 
 def concept(settings: Settings, model: Model, name: str) -> Concept:
     """The concept as `erase.source` says: by its soft tokens, or by its words."""
+    spec = settings.concepts[name]
     if settings.erase.source == "words":
-        return encode.concept_from_words(model, name, settings.concepts[name].words)
-    return encode.concept_from_token(model, token(settings, name))
+        return encode.concept_from_words(model, name, spec.words, spec.sentences)
+    return encode.concept_from_token(model, token(settings, name), spec.sentences)
 
 
 def head(settings: Settings, concept: str, which: str) -> Head:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip
-from deleatur.diffusion.invert import Learned, Look
+from deleatur.diffusion.invert import Learned, Look, templates_of
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.sample import sample
 from deleatur.feedback.reward import Head
-from deleatur.inversion import Inverter, Rated
+from deleatur.inversion import Rated
 from deleatur.io import tables, tensors
 from deleatur.maths.seeds import derive
 from deleatur.records import SoftToken
@@ -28,14 +28,15 @@ LOOK = 8
 
 def run(settings: Settings) -> None:
     model, clip = inputs.model(settings), inputs.clip(settings)
-    method = inputs.method("inversion", Inverter, settings.invert.method, inputs.numbers_of(settings.invert), "invert")
     tables.emptied(settings.paths.tokens)
     metrics: dict[str, Any] = {}
     for name in settings.targets:
         spec, pool = settings.concepts[name], inputs.Pool(settings, name)
+        method = inputs.inverter(settings, name)
         head, features = inputs.head(settings, name, "train"), clip.pictures(pool.pictures)
         rewards = head(features)
-        rated = Rated(inputs.latents(model, pool.pictures), rewards, features, head.rank)
+        templates = templates_of(spec.templates, pool.prompt)
+        rated = Rated(inputs.latents(model, pool.pictures), rewards, features, head.rank, templates)
         look = _look(settings, model, clip, head, name)
         with bar(f"invert {name}", 1) as advance:
             done = 0
@@ -50,7 +51,6 @@ def run(settings: Settings) -> None:
                 model,
                 rated,
                 encode.embedding_of(model, spec.initial),
-                templates=spec.templates,
                 seed=settings.seed,
                 look=look,
                 on_step=on_step,
