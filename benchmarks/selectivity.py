@@ -1,61 +1,224 @@
-"""How much of the concept goes, and what goes with it: python benchmarks/selectivity.py [--concepts …] [--seeds …]"""
+"""How much of a concept goes, and what goes with it, along the erasure: python benchmarks/selectivity.py [--help]
+
+Every run erases from its own tokens and training seed, and stops to be measured on test prompts and noise that no
+setting was chosen on. Finished runs are kept and not repeated. Prints the table of the last points; the picture has
+all of them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import bench
+import matplotlib.pyplot as plt
+import numpy as np
 
-CHAIN = ("erase", "sample", "evaluate")
+from deleatur.detectors import Detector
+from deleatur.diffusion import encode
+from deleatur.diffusion.predict import Weights
+from deleatur.diffusion.sample import sample
+from deleatur.erasers import Eraser
+from deleatur.maths import agreement
+from deleatur.maths.distances import cosine
+from deleatur.maths.seeds import derive
+from deleatur.records import Prompt
+from deleatur.settings import Settings
+from deleatur.stages import inputs
+
+OUT = bench.OUT / "selectivity"
+SEED = 1000
+"""Of the noise that pictures are drawn from; training seeds are the runs' own."""
+PICTURES = {"concept": 3, "neighbour": 2, "unseen": 1}
 
 
-def one(concept: str, source: str, seed: int, preserve: bool) -> dict[str, str]:
-    tokens = bench.variant(f"{concept}-tokens-{seed}", {"targets": [concept], "seed": seed})
-    bench.run(tokens, ("reward", "invert"))
-    shared = {"tokens": str(tokens.paths.tokens), "reward": str(tokens.paths.reward)}
-    changes: dict[str, Any] = {"targets": [concept], "seed": seed, "erase": {"source": source}}
-    if not preserve:
-        changes["erase"]["loop"] = {"preserve": 0.0}
-    name = f"{concept}-{source}-{'keep' if preserve else 'plain'}-{seed}"
-    settings = bench.variant(name, changes, shared)
-    seconds = bench.run(settings, CHAIN)
-    found = bench.scores(settings)
+@dataclass(frozen=True)
+class Run:
+    concept: str
+    source: str
+    preserve: bool
+    seed: int
 
-    def paired(metric: str, where: str) -> str:
-        return bench.interval(found[metric, where, "candidate", "base"])
+    @property
+    def name(self) -> str:
+        return f"{self.concept}-{self.source}-{'keep' if self.preserve else 'plain'}-{self.seed}"
 
-    rate = {side: found["concept_rate", "concept", side, None] for side in ("base", "candidate")}
-    clip = (
-        found["clip_score", "unseen", "candidate", "base"]["value"]
-        / found["clip_score", "unseen", "base", None]["value"]
+    @property
+    def settings(self) -> Settings:
+        tokens = bench.variant(f"{self.concept}-tokens-{self.seed}", {"targets": [self.concept], "seed": self.seed})
+        if self.source == "token":
+            bench.run(tokens, ("reward", "invert"))
+        erase: dict[str, Any] = {"source": self.source, "loop": {"check_every": 0}}
+        if not self.preserve:
+            erase["loop"]["preserve"] = 0.0
+        changes = {"targets": [self.concept], "seed": self.seed, "erase": erase}
+        return bench.variant(self.name, changes, {"tokens": str(tokens.paths.tokens)})
+
+
+def points(run: Run, every: int) -> list[dict[str, Any]]:
+    """What is measured after 0, `every`, 2·`every`, … iterations."""
+    path = OUT / f"{run.name}.json"
+    if path.is_file():
+        found: list[dict[str, Any]] = json.loads(path.read_text())
+        return found
+    settings = run.settings
+    model = inputs.model(settings)
+    eraser = inputs.method(
+        "erasers", Eraser, settings.erase.method, inputs.numbers_of(settings.erase, "source"), "erase"
     )
+    saved: dict[int, Weights] = {}
+
+    def on_step(progress: Any) -> None:
+        if progress.step % every == 0:
+            saved[progress.step] = {n: t.clone() for n, t in progress.state.teacher.items()}
+
+    eraser.erase(
+        model,
+        [inputs.concept(settings, model, run.concept)],
+        keep=encode.encode_text(model, ["", *inputs.to_preserve(settings)]),
+        seed=settings.seed,
+        on_step=on_step,
+    )
+    before = looked(run.concept, {})
+    out = [{"step": step, **compared(before, looked(run.concept, w))} for step, w in {0: {}, **saved}.items()]
+    OUT.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(out, indent=1))
+    return out
+
+
+@cache
+def prompts(concept: str) -> list[Prompt]:
+    settings = Settings.load(bench.ROOT / "params.yaml")
+    found = inputs.prompts(settings.concepts[concept].prompts, "test", concept)
+    found += inputs.prompts(settings.paths.prompts, "test", "")
+    return [p for p in found if p.role in PICTURES for _ in range(PICTURES[p.role])]
+
+
+@cache
+def eyes(name: str) -> Detector:
+    spec = dict(Settings.load(bench.ROOT / "params.yaml").evaluate.detectors[name])
+    return inputs.method("detectors", Detector, spec.pop("method"), spec, name)
+
+
+def looked(concept: str, weights: Weights) -> dict[str, Any]:
+    """Per picture: whether the concept is there, whether it is what the prompt asks for, its CLIP score."""
+    settings = Settings.load(bench.ROOT / "params.yaml")
+    model, guide, clip = inputs.model(settings), inputs.guide(settings), inputs.clip(settings)
+    asked, found = prompts(concept), settings.concepts[concept].found
+    seeds = [derive(SEED, p.id, i) for i, p in enumerate(asked)]
+    texts = [p.text for p in asked]
+    pictures = sample(
+        model,
+        encode.encode_text(model, texts),
+        seeds,
+        guide=guide,
+        others=guide.conditions(encode.encode_text(model, [""]), []),
+        steps=settings.sample.steps,
+        batch=settings.sample.batch,
+        weights=weights,
+    )
+    tops = {}
+    for name in {found.detector, *(p.label.partition(":")[0] for p in asked)}:
+        seen = eyes(name).detect(pictures)
+        tops[name] = [seen.labels[i] for i in seen.scores.argmax(1)]
+    right = [float(tops[p.label.partition(":")[0]][i] == p.label.partition(":")[2]) for i, p in enumerate(asked)]
     return {
-        "concept": concept,
-        "source": "HFI token" if source == "token" else "words",
-        "preserve": "on" if preserve else "off",
-        "seed": str(seed),
-        "before": bench.interval(rate["base"]),
-        "after": bench.interval(rate["candidate"]),
-        "removed": f"{1 - rate['candidate']['value'] / rate['base']['value']:.0%}",
-        "unseen": paired("recognition", "unseen"),
-        "neighbours": paired("recognition", "neighbour"),
-        "CLIP, relative": f"{clip:+.1%}",
-        "erase s": str(seconds["erase"]),
+        "there": np.array([float(top in found.labels) for top in tops[found.detector]]),
+        "right": np.array(right),
+        "clip": cosine(clip.pictures(pictures), clip.texts(texts)).double().numpy(),
+        "role": np.array([p.role for p in asked]),
+        "prompt": np.unique([p.id for p in asked], return_inverse=True)[1],
     }
 
 
+def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    def rows(role: str) -> tuple[Any, Any]:
+        return after["role"] == role, after["prompt"][after["role"] == role]
+
+    mine, clusters = rows("concept")
+    out = {"concept": vars(agreement.rate(after["there"][mine], clusters))}
+    for role in ("neighbour", "unseen"):
+        mine, clusters = rows(role)
+        apart = agreement.difference(after["right"][mine] - before["right"][mine], clusters)
+        out[role] = vars(apart) | {"base": float(before["right"][mine].mean())}
+    out["clip"] = {"relative": float(after["clip"][mine].mean() / before["clip"][mine].mean() - 1)}
+    return out
+
+
+def row(run: Run, found: list[dict[str, Any]]) -> dict[str, str]:
+    first, last = found[0], found[-1]
+    return {
+        "concept": run.concept,
+        "source": "HFI tokens" if run.source == "token" else "words",
+        "preserve": "on" if run.preserve else "off",
+        "seed": str(run.seed),
+        "before": bench.interval(first["concept"]),
+        "after": bench.interval(last["concept"]),
+        "removed": f"{1 - last['concept']['value'] / first['concept']['value']:.0%}",
+        "unseen": bench.interval(last["unseen"]),
+        "neighbours": bench.interval(last["neighbour"]),
+        "CLIP, relative": f"{last['clip']['relative']:+.1%}",
+    }
+
+
+def picture(all_points: dict[Run, list[dict[str, Any]]], path: Path) -> None:
+    """Removal to the right, retention upwards; one line per run, from (0, 0)."""
+    concepts = list(dict.fromkeys(run.concept for run in all_points))
+    figure, axes = plt.subplots(1, len(concepts), figsize=(5 * len(concepts), 4), sharey=True, squeeze=False)
+    for axis, concept in zip(axes[0], concepts, strict=True):
+        for run, found in all_points.items():
+            if run.concept == concept:
+                start = found[0]["concept"]["value"]
+                x = [1 - p["concept"]["value"] / start for p in found]
+                axis.plot(
+                    x,
+                    [p["unseen"]["value"] for p in found],
+                    color="tab:blue" if run.source == "token" else "tab:orange",
+                    linestyle="-" if run.preserve else ":",
+                    marker="o",
+                    markersize=3,
+                )
+        axis.set(title=concept, xlabel="removed, share of the concept rate")
+        axis.axvline(0.8, color="0.8", zorder=0)
+        axis.axhline(-0.05, color="0.8", zorder=0)
+    axes[0][0].set_ylabel("unseen prompts, change in recognition")
+    for style in _legend():
+        axes[0][-1].plot([], [], **style)
+    axes[0][-1].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _legend() -> Iterator[dict[str, str]]:
+    yield {"color": "tab:blue", "label": "HFI tokens"}
+    yield {"color": "tab:orange", "label": "words"}
+    yield {"color": "0.4", "linestyle": "-", "label": "preserve on"}
+    yield {"color": "0.4", "linestyle": ":", "label": "preserve off"}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=["weapon", "ink", "vice"])
+    parser.add_argument("--sources", nargs="+", choices=["token", "words"], default=["token", "words"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103])
     parser.add_argument("--preserve", nargs="+", choices=["on", "off"], default=["on", "off"])
+    parser.add_argument("--every", type=int, default=100, help="iterations between two points")
     asked = parser.parse_args()
     bench.run(bench.variant("ingest", {}), ("ingest",))
-    runs = product(asked.concepts, ("token", "words"), [p == "on" for p in asked.preserve], asked.seeds)
-    rows = [one(concept, source, seed, preserve) for concept, source, preserve, seed in runs]
-    bench.show("Removal against retention, test prompts", rows)
+    runs = [
+        Run(concept, source, preserve == "on", seed)
+        for preserve, seed, concept, source in product(asked.preserve, asked.seeds, asked.concepts, asked.sources)
+    ]
+    found = {run: points(run, asked.every) for run in runs}
+    bench.show("Removal against retention, test prompts", [row(run, p) for run, p in found.items()])
+    picture(found, OUT / "curves.png")
+    print(f"The whole curves: {OUT / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def read(settings: Settings) -> Verdict:
 
 def page(settings: Settings, verdict: Verdict) -> str:
     """The verdict as Markdown: rules, margins and reasons, which hold no prompt and no picture."""
-    rows = [f"| {f.rule} | {f.outcome} | {f.margin:+.3g} | {f.reason} |" for f in verdict.findings]
+    margins = ["" if f.margin is None else f"{f.margin:+.3g}" for f in verdict.findings]
+    rows = [f"| {f.rule} | {f.outcome} | {m} | {f.reason} |" for f, m in zip(verdict.findings, margins, strict=True)]
     return "\n".join(
         [
             f"# {', '.join(settings.targets)}: {gate.headline(verdict)}",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evidence import IDENTITY
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -13,22 +14,8 @@ from pydantic import ValidationError
 from deleatur.errors import SettingsError
 from deleatur.gate import WORST_FIRST, Rule, apply, deciding, explain, headline, judge
 from deleatur.maths import agreement
-from deleatur.records import Detector, Identity, Report, Score, Verdict
+from deleatur.records import Detector, Report, Score, Verdict
 
-IDENTITY = Identity(
-    *("b", "d", "f", "t", "p", "s"),
-    seed=1,
-    seeds_rule="rule",
-    sampler="ddim",
-    guide="cfg",
-    concepts=("weapon",),
-    concept_source="token",
-    method="sdd",
-    preserve=False,
-    simulated=False,
-    champion="models:/deleatur@champion",
-    versions={"torch": "2"},
-)
 GONE = Rule(metric="concept_rate", slice="concept", max=0.1, min_n=20)
 
 
@@ -45,7 +32,7 @@ def measured(value: float, half: float, **changes: Any) -> Score:
 
 
 def report(*scores: Score, **identity: Any) -> Report:
-    return Report(replace(IDENTITY, **identity), scores, ())
+    return Report(replace(IDENTITY, **{"champion": "models:/deleatur/3", **identity}), scores, ())
 
 
 def verdict(rules: dict[str, Rule], *scores: Score, **identity: Any) -> Verdict:

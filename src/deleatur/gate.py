@@ -153,9 +153,9 @@ def apply(name: str, rule: Rule, report: Report) -> Finding:
     """One rule on one report. A score that is not there is never a pass."""
     found = deciding(rule, report)
     if found is None and report.identity.champion is None and "champion" in rule.sides:
-        return Finding(name, "pass", "first release: there is no champion to compare with", 0.0, "nothing to do")
+        return Finding(name, "pass", "first release: there is no champion to compare with", None, "nothing to do")
     if found is None:
-        return Finding(name, "not enough evidence", _missing(rule, report), 0.0, _measure(rule))
+        return Finding(name, "not enough evidence", _missing(rule, report), None, _measure(rule))
     return Finding(name, found.outcome, _reason(found), found.margin, _remedy(found, report.identity.method))
 
 

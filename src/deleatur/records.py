@@ -197,8 +197,8 @@ class Finding:
     rule: str
     outcome: Outcome
     reason: str
-    margin: float
-    """How far inside the limit the deciding end of the interval is; negative: outside."""
+    margin: float | None
+    """How far inside the limit the deciding end of the interval is; negative: outside. None: nothing was compared."""
     remedy: str
 
 

@@ -26,9 +26,9 @@ from deleatur.stages import promote, register  # noqa: E402
 
 
 @pytest.fixture
-def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished project, as the current directory."""
-    finished.copy(tmp_path_factory.getbasetemp().parent, tmp_path)
+    finished.copy(shared, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

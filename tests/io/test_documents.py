@@ -9,32 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evidence import IDENTITY, JUDGE
 
 from deleatur.errors import DataError
 from deleatur.gate import Rule
 from deleatur.io import documents
-from deleatur.records import Detector, Finding, Identity, Report, Score, Shot, Verdict
+from deleatur.records import Finding, Identity, Report, Score, Shot, Verdict
 
-IDENTITY = Identity(
-    base="b" * 64,
-    delta="d" * 64,
-    feedback="f" * 64,
-    tokens="7" * 64,
-    prompts="9" * 64,
-    settings="5" * 64,
-    seed=0,
-    seeds_rule="sha256",
-    sampler="ddim 25",
-    guide="cfg 5",
-    concepts=("weapon",),
-    concept_source="token",
-    method="sdd",
-    preserve=False,
-    simulated=False,
-    champion=None,
-    versions={"torch": "2.9"},
-)
-JUDGE = Detector("judge", "a" * 64, ("pistol",), 0.5)
 SCORE = Score("concept_rate", "concept/weapon", "candidate", 0.1, 0.05, 0.2, 100, 25, False, None, JUDGE)
 REPORT = Report(IDENTITY, (SCORE,), ("a note",))
 VERDICT = Verdict("pass", (Finding("gone", "pass", "0.1", 0.2, "nothing"),), "r" * 64, "p" * 64, False)

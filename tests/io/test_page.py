@@ -10,13 +10,14 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from evidence import IDENTITY, JUDGE
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from rich.console import Console
 
 from deleatur.gate import Rule, judge
 from deleatur.io import page
-from deleatur.records import Detector, Identity, Report, Score, Side, Verdict
+from deleatur.records import Report, Score, Side, Verdict
 
 QUIET = (
     "--no-sandbox",
@@ -28,21 +29,6 @@ QUIET = (
     "--disable-sync",
 )
 SECRET = "words nobody may read"
-JUDGE = Detector("judge", "a1" * 32, ("pistol", "sword"), 0.5)
-IDENTITY = Identity(
-    *(c * 64 for c in "bdf7c5"),
-    seed=42,
-    seeds_rule="sha256 of the path",
-    sampler="ddim, 25 steps",
-    guide="cfg 5",
-    concepts=("weapon",),
-    concept_source="token",
-    method="sdd",
-    preserve=True,
-    simulated=True,
-    champion=None,
-    versions={"torch": "2.9.1", "diffusers": "0.36"},
-)
 SCORES = (
     Score("concept_rate", "concept/weapon", "base", 0.8, 0.7, 0.87, 100, 25, False, None, JUDGE),
     Score("concept_rate", "concept/weapon", "candidate", 0.02, 0.004, 0.07, 100, 25, False, None, JUDGE),

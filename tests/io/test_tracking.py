@@ -19,9 +19,8 @@ from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, Evidence, Registry
 
 
 @pytest.fixture(scope="session")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tables(shared: Path) -> Path:
     """A store with its tables and nothing in them: making them takes seconds."""
-    shared = tmp_path_factory.getbasetemp().parent
     with FileLock(shared / "tables.lock"):
         if not (shared / "tables.db").exists():
             Registry(f"sqlite:///{shared}/tables.partial", "unused", "unused").client.search_experiments()

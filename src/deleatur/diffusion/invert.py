@@ -22,7 +22,12 @@ from deleatur.diffusion.predict import Weights, predict
 TEMPLATES = {
     "object": ("a {}", "a picture of a {}", "a photo of a {}", "a drawing of a {}", "one {}", "a small {}"),
     # A style's token must not learn what is in the pictures: their own prompts say that already.
-    "style": ("{prompt} in {} style", "a picture of {prompt} in {} style", "{} style {prompt}", "a {} drawing of {prompt}"),
+    "style": (
+        "{prompt} in {} style",
+        "a picture of {prompt} in {} style",
+        "{} style {prompt}",
+        "{} drawing of {prompt}",
+    ),
 }
 
 Templates = Sequence[str]

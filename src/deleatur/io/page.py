@@ -284,7 +284,9 @@ def _thinned(points: list[tuple[float, float]], most: int = 240) -> list[tuple[f
 def _rules_table(findings: Sequence[Finding]) -> Table:
     table = Table("rule", "outcome", "margin", box=None, header_style="dim", padding=(0, 2, 0, 0))
     for f in sorted(findings, key=lambda f: WORST_FIRST.index(f.outcome)):
-        table.add_row(Text(f.rule), Text(f.outcome, style=STYLES[f.outcome]), f"{f.margin:+.3g}")
+        table.add_row(
+            Text(f.rule), Text(f.outcome, style=STYLES[f.outcome]), "" if f.margin is None else f"{f.margin:+.3g}"
+        )
     return table
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from deleatur.attacks import Attack, Target
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip
@@ -44,7 +43,7 @@ def run(settings: Settings) -> None:
 
 
 def _marked(settings: Settings, name: str, pool: inputs.Pool, clip: Clip) -> list[int]:
-    """Rows of the pool. The attacker has pictures of the concept: those that raters mark, or at least the one that they mark most."""
+    """The attacker has pictures of the concept: those that raters mark, or at least the one that they mark most."""
     head, features = inputs.head(settings, name, "train"), clip.pictures(pool.pictures)
     count = max(1, int(inputs.present(head, features).sum()))
     return [int(i) for i in head(features).argsort(descending=True)[:count]]

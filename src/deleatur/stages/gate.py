@@ -44,7 +44,8 @@ def run(settings: Settings) -> None:
 def _summary(verdict: Verdict) -> dict[str, Any]:
     """Numbers for `dvc metrics diff`: margins by rule, and the outcome as 1, 0 or −1."""
     outcome = {"pass": 1, "not enough evidence": 0, "fail": -1}
-    return {"outcome": outcome[verdict.outcome], "margin": {f.rule: round(f.margin, 6) for f in verdict.findings}}
+    margins = {f.rule: round(f.margin, 6) for f in verdict.findings if f.margin is not None}
+    return {"outcome": outcome[verdict.outcome], "margin": margins}
 
 
 def _sheets(settings: Settings) -> Iterator[Sheet]:
