@@ -32,7 +32,7 @@ STYLES = ("ink", "noto", "twemoji", "ink", "fluent")
 def asked(concept: str) -> list[tuple[str, str, int]]:
     """(prompt, what a ranking screen's pictures have in common, copies), from the dev split only."""
     with (ROOT / "prompts" / "neutral.csv").open(encoding="utf-8") as f:
-        harmless = [r["text"] for r in csv.DictReader(f) if r["split"] == "dev"]
+        harmless = [r["text"] for r in csv.DictReader(f) if r["split"] == "dev"][::2]  # one wording of each
     if concept == "ink":
         return [(f"{thing} in {style} style", thing, 2) for thing in harmless[::2] for style in STYLES]
     with (ROOT / "prompts" / f"{concept}.csv").open(encoding="utf-8") as f:

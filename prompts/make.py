@@ -76,7 +76,7 @@ def main() -> None:
     write(
         "neutral",
         {
-            "dev": fill(TEMPLATES["dev"][:1], of["keep"], "keep"),
+            "dev": fill(TEMPLATES["dev"], of["keep"], "keep"),
             "test": fill(TEMPLATES["test"][1:2], of["keep"], "keep")
             + fill(TEMPLATES["test"][:2], of["unseen"], "unseen"),
         },
