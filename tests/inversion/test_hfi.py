@@ -112,6 +112,18 @@ def test_the_best_look_is_kept_not_the_last(model: Model) -> None:
     assert learned.effective == pytest.approx(2), "two pictures of equal weight"
 
 
+@pytest.mark.parametrize("norm", [None, 0.5, 1.0])
+def test_vectors_stay_as_long_as_asked(model: Model, norm: float | None) -> None:
+    words = model.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
+    numbers = Inversion(iterations=8, batch=2, lr=0.5, norm=norm)
+    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    start = encode.embedding_of(model, "object").repeat(2, 1)
+    g = torch.Generator().manual_seed(0)
+    learned = learn(model, numbers, z, torch.ones(2), start, templates=templates_of("object", ["", ""]), generator=g)
+    length = learned.vectors.norm(dim=-1) / words
+    assert (length > 2).all() if norm is None else torch.allclose(length, torch.tensor(norm))
+
+
 def test_a_token_lowers_the_loss_of_its_pictures(model: Model) -> None:
     """The promise: after inversion the pictures are more likely under the token than under the word it began as."""
     from deleatur.diffusion.predict import predict

@@ -49,6 +49,9 @@ class Inversion(BaseModel):
     iterations: int = Field(2000, gt=0)
     lr: float = Field(1e-3, gt=0)
     batch: int = Field(8, gt=0)
+    norm: float | None = Field(None, gt=0)
+    """Longest vector allowed, in mean norms of the vocabulary's rows; none: free, as published. Words lie near 1.
+    Free vectors grow to several times that, and erasing what lies so far from every word takes more along."""
     check_every: int = Field(250, gt=0)
     """Iterations between two looks; the best-scoring vectors are kept, not the last."""
 
@@ -94,6 +97,7 @@ def learn(
     v = initial.detach().clone().float().requires_grad_()
     # No weight decay: decay pulls v to zero, which is not where words live.
     optimiser = torch.optim.AdamW([v], lr=numbers.lr, weight_decay=0.0)
+    words = model.text_encoder.get_input_embeddings().weight.float().norm(dim=-1).mean()
     best, best_score = v.detach().clone(), -float("inf")
     looks: list[dict[str, float]] = []
     losses: list[float] = []
@@ -112,6 +116,9 @@ def learn(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        if numbers.norm:
+            with torch.no_grad():
+                v *= (numbers.norm * words / v.norm(dim=-1, keepdim=True)).clamp(max=1)
         losses.append(float(loss.detach()))
         on_step(step, losses[-1])
         if look and (step % numbers.check_every == 0 or step == numbers.iterations):
