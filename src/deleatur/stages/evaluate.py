@@ -210,6 +210,9 @@ def _notes(settings: Settings) -> list[str]:
         "t for means; pictures of one prompt count as one cluster, and few prompts widen every interval.",
         f"Tokens stand for {'the learned soft tokens' if settings.erase.source == 'token' else 'the words given'}.",
     ]
+    for name in settings.targets:
+        sentences = ", ".join(f"“{s}”" for s in settings.concepts[name].sentences)
+        notes.append(f"Words and tokens of {name} were erased in {sentences}; the papers erase them alone: “{{}}”.")
     if "nudenet" in settings.evaluate.detectors:
         notes.append("NudeNet's network is for photographs: on drawings its rates are near zero and say little.")
     return notes
