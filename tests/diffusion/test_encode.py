@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,8 @@ def test_plain_diffusers_reads_our_token_and_encodes_it_alike(model: Model, tmp_
     again = load_token(tmp_path / "weapon.safetensors")
     assert torch.equal(again.vectors, vectors)
     assert again.provenance["seed"] == 1
+    save_token(tmp_path / "fewer.safetensors", replace(again, vectors=again.vectors[:1]))
+    assert torch.equal(load_token(tmp_path / "fewer.safetensors").vectors, vectors[:1]), "not the shape it once had"
     pipe = StableDiffusionPipeline(
         **tiny.parts(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )

@@ -38,7 +38,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save_token(path: Path, token: SoftToken) -> None:
     """One key, the placeholder, with all rows (m·v, d): what diffusers' `load_textual_inversion` reads."""
     m, v, d = token.vectors.shape
-    facts = {"concept": token.concept, "tokens": m, "vectors": v, **token.provenance}
+    facts = {**token.provenance, "concept": token.concept, "tokens": m, "vectors": v}
     save(path, {token.placeholder: token.vectors.reshape(m * v, d)}, facts)
 
 
