@@ -153,7 +153,14 @@ def test_metrics_with_a_known_answer(name: str, expected: float, gallery: Galler
 def test_inverters(model: Model, name: str) -> None:
     inverter: Inverter = make("inversion", name, Inverter)
     z = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    rated = Rated(z, torch.linspace(0.5, 1, 6), torch.eye(6), rank=False, templates=templates_of("object", [""] * 6))
+    rated = Rated(
+        z,
+        torch.linspace(0.5, 1, 6),
+        torch.eye(6),
+        False,
+        torch.zeros(6, dtype=torch.bool),
+        templates_of("object", [""] * 6),
+    )
     before = fingerprint(model.text_encoder), fingerprint(model.unet)
     start = encode.embedding_of(model, "object")
     tokens = inverter.invert(model, rated, start, seed=0, look=lambda v: 0.0)

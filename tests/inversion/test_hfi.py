@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -35,7 +37,7 @@ def test_vote_weights_follow_the_clipped_share(r: Tensor) -> None:
 
 def pool(n: int, r: Tensor, features: Tensor, rank: bool = False) -> Rated:
     z = torch.randn(n, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    return Rated(z, r, features, rank, templates_of("object", [""] * n))
+    return Rated(z, r, features, rank, torch.zeros(n, dtype=torch.bool), templates_of("object", [""] * n))
 
 
 def test_a_rare_kind_gets_its_token() -> None:
@@ -53,6 +55,14 @@ def test_pictures_that_raters_refused_are_never_used() -> None:
     r = torch.tensor([0.9, 0.8, 0.1, 0.2])
     [rows] = HFI(top=4).clusters(pool(4, r, torch.eye(4)), seed=0)
     assert set(rows.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_reward_never_overrules_the_raters_of_the_picture_itself(tokens: int) -> None:
+    rated = pool(4, torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.eye(4))
+    rated = replace(rated, refused=torch.tensor([True, False, False, False]))
+    found = HFI(top=4, tokens=tokens).clusters(rated, seed=0)
+    assert {i for rows in found for i in rows.tolist()} == ({1, 2} if tokens == 1 else {1, 2, 3})
 
 
 def invert(model: Model, method: HFI | TextualInversion, rated: Rated) -> list[Learned]:

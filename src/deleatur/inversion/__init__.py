@@ -26,6 +26,8 @@ class Rated:
     """(n, d) CLIP features."""
     rank: bool
     """Rewards are standardised ranking scores, not vote shares."""
+    refused: Tensor
+    """(n,) bool: most raters of the picture itself said no, whatever r_ψ thinks of it."""
     templates: Sequence[Templates]
     """(n) sentences that a token may stand in for each."""
 

@@ -45,9 +45,10 @@ class HFI(Inverter):
 
     def clusters(self, rated: Rated, seed: int) -> list[Tensor]:
         """Indices of the selected pictures, one tensor per token."""
-        good = (rated.rewards >= self.threshold).nonzero().squeeze(1)
+        good = ((rated.rewards >= self.threshold) & ~rated.refused).nonzero().squeeze(1)
         if len(good) < self.tokens:
-            good = rated.rewards.argsort(descending=True)[: max(self.tokens, min(self.top, len(rated.rewards)))]
+            best_first = rated.rewards.masked_fill(rated.refused, -torch.inf).argsort(descending=True)
+            good = best_first[: max(self.tokens, min(self.top, int((~rated.refused).sum())))]
         labels = torch.zeros(len(good), dtype=torch.long)
         if self.tokens > 1:
             means = KMeans(self.tokens, n_init=10, random_state=derive(seed, "invert", "clusters") % 2**32)

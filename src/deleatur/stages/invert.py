@@ -13,11 +13,12 @@ from deleatur.diffusion.features import Clip
 from deleatur.diffusion.invert import Learned, Look, templates_of
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.sample import sample
+from deleatur.feedback import votes
 from deleatur.feedback.reward import Head
 from deleatur.inversion import Rated
 from deleatur.io import tables, tensors
 from deleatur.maths.seeds import derive
-from deleatur.records import SoftToken
+from deleatur.records import Kind, SoftToken
 from deleatur.settings import Settings
 from deleatur.stages import inputs
 from deleatur.stages.progress import bar
@@ -36,7 +37,8 @@ def run(settings: Settings) -> None:
         head, features = inputs.head(settings, name, "train"), clip.pictures(pool.pictures)
         rewards = head(features)
         templates = templates_of(spec.templates, pool.prompt)
-        rated = Rated(inputs.latents(model, pool.pictures), rewards, features, head.rank, templates)
+        latents = inputs.latents(model, pool.pictures)
+        rated = Rated(latents, rewards, features, head.rank, _refused(pool, spec.kind), templates)
         look = _look(settings, model, clip, head, name)
         with bar(f"invert {name}", 1) as advance:
             done = 0
@@ -69,6 +71,15 @@ def run(settings: Settings) -> None:
         tensors.save_token(settings.paths.tokens / f"{name}.safetensors", token)
         metrics[name] = [_describe(model, t) for t in learned]
     tables.write_json(settings.paths.tokens / "metrics.json", metrics)
+
+
+def _refused(pool: inputs.Pool, kind: Kind) -> Tensor:
+    """Pictures that their own raters said no to. A reward that has learned from few answers may think otherwise."""
+    out = torch.zeros(len(pool.pictures), dtype=torch.bool)
+    if kind == "binary":
+        found = votes.votes(pool.answers, votes.raters(pool.answers)).dropna(subset=["vote"])
+        out[[pool.row[d] for d in found["item"][found["vote"] < 0.5]]] = True
+    return out
 
 
 def _describe(model: Model, learned: Learned) -> dict[str, Any]:
