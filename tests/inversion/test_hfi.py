@@ -13,6 +13,7 @@ from torch import Tensor
 from deleatur.diffusion import encode
 from deleatur.diffusion.invert import Inversion, Learned, learn, templates_of
 from deleatur.diffusion.load import Model, fingerprint
+from deleatur.errors import DataError
 from deleatur.inversion import Rated
 from deleatur.inversion.hfi import HFI
 from deleatur.inversion.textual_inversion import TextualInversion
@@ -57,12 +58,14 @@ def test_pictures_that_raters_refused_are_never_used() -> None:
     assert set(rows.tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_a_reward_never_overrules_the_raters_of_the_picture_itself(tokens: int) -> None:
     rated = pool(4, torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.eye(4))
     rated = replace(rated, refused=torch.tensor([True, False, False, False]))
     found = HFI(top=4, tokens=tokens).clusters(rated, seed=0)
     assert {i for rows in found for i in rows.tolist()} == ({1, 2} if tokens == 1 else {1, 2, 3})
+    with pytest.raises(DataError, match="refused"):
+        HFI().clusters(replace(rated, refused=torch.ones(4).bool()), seed=0)
 
 
 def invert(model: Model, method: HFI | TextualInversion, rated: Rated) -> list[Learned]:

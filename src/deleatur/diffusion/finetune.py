@@ -272,7 +272,7 @@ def _iterate(
         t_k, c_k = taus[calm.k.to(taus.device)], keep[calm.condition.to(keep.device)]
         with torch.no_grad():
             goal = torch.cat([goal, nets.base(calm.z, t_k, c_k)])
-        # One pass of the student over both: half the price of two, and the same gradient.
+        # One pass of the student over both costs less than two, for the same gradient.
         z, tau, conditions = torch.cat([z, calm.z]), torch.cat([t, t_k]), torch.cat([c, c_k])
     run.optimiser.zero_grad(set_to_none=True)
     # ε₀ and ε_s are not batched together: the backward pass would then run over both.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deleatur.diffusion.invert import Inversion, Learned, Look, learn
 from deleatur.diffusion.load import Model
+from deleatur.errors import DataError
 from deleatur.inversion import Inverter, Rated, start_rows
 from deleatur.maths.seeds import derive, generator
 
@@ -45,17 +46,22 @@ class HFI(Inverter):
 
     def clusters(self, rated: Rated, seed: int) -> list[Tensor]:
         """Indices of the selected pictures, one tensor per token."""
-        good = ((rated.rewards >= self.threshold) & ~rated.refused).nonzero().squeeze(1)
+        free = (~rated.refused).nonzero().squeeze(1)
+        if not len(free):
+            raise DataError(
+                "every picture was refused by its raters: there is nothing to invert", hint="see docs/feedback.md"
+            )
+        good = free[rated.rewards[free] >= self.threshold]
         if len(good) < self.tokens:
-            best_first = rated.rewards.masked_fill(rated.refused, -torch.inf).argsort(descending=True)
-            good = best_first[: max(self.tokens, min(self.top, int((~rated.refused).sum())))]
+            good = free[rated.rewards[free].argsort(descending=True)[: max(self.tokens, self.top)]]
+        count = min(self.tokens, len(good))
         labels = torch.zeros(len(good), dtype=torch.long)
-        if self.tokens > 1:
-            means = KMeans(self.tokens, n_init=10, random_state=derive(seed, "invert", "clusters") % 2**32)
+        if count > 1:
+            means = KMeans(count, n_init=10, random_state=derive(seed, "invert", "clusters") % 2**32)
             labels = torch.from_numpy(means.fit_predict(rated.features[good].double().numpy())).long()
-        share = -(-self.top // self.tokens)
+        share = -(-self.top // count)
         out = []
-        for label in range(self.tokens):
+        for label in range(count):
             own = good[labels == label]
             out.append(own[rated.rewards[own].argsort(descending=True, stable=True)][:share])
         return out
@@ -70,9 +76,10 @@ class HFI(Inverter):
         look: Look,
         on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
     ) -> list[Learned]:
-        total = self.tokens * self.loop.iterations
+        clusters = self.clusters(rated, seed)
+        total = len(clusters) * self.loop.iterations
         learned = []
-        for i, rows in enumerate(self.clusters(rated, seed)):
+        for i, rows in enumerate(clusters):
             g = generator(seed, "invert", i)
             done = i * self.loop.iterations
             learned.append(
