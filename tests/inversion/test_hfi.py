@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +125,24 @@ def test_the_best_look_is_kept_not_the_last(model: Model) -> None:
     assert torch.equal(learned.vectors, seen[1])
     assert [row["score"] for row in learned.looks] == [0.2, 0.9, 0.1]
     assert learned.effective == pytest.approx(2), "two pictures of equal weight"
+
+
+@pytest.mark.parametrize("name", ["weapon", "vice", "ink"])
+def test_no_token_is_learned_in_the_words_of_a_test_prompt(name: str) -> None:
+    """What is reported is about wordings that nothing was trained on."""
+    root = Path(__file__).parents[2]
+    with (root / "prompts" / f"{name}.csv").open() as f:
+        rows = [r for r in csv.DictReader(f) if r["split"] == "test" and r["role"] == "concept"]
+    with (root / "prompts" / "neutral.csv").open() as f:
+        things = {r["label"].partition(":")[2] for r in csv.DictReader(f)} | {
+            r["label"].partition(":")[2] for r in rows
+        }
+    for kind, word in (("object", None), ("style", name)):
+        for thing in things:
+            article = "an" if thing[0] in "aeiou" else "a"
+            learned = templates_of(kind, [f"{article} {thing}"])[0]
+            said = {t.replace("{}", word or thing) for t in learned if t != "{}"}
+            assert not said & {r["text"] for r in rows}
 
 
 @pytest.mark.parametrize("norm", [None, 0.5, 1.0])

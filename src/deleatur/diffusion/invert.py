@@ -20,7 +20,7 @@ from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights, predict
 
 TEMPLATES = {
-    "object": ("a {}", "a picture of a {}", "a photo of a {}", "a drawing of a {}", "one {}", "a small {}"),
+    "object": ("a {}", "a picture of a {}", "a photo of a {}", "a painting of a {}", "one {}", "a small {}"),
     # A style's token must not learn what is in the pictures: their own prompts say that already.
     "style": ("{prompt} in {} style", "{prompt} drawn in {} style", "{} style {prompt}", "{} {prompt}"),
 }
