@@ -1,6 +1,7 @@
 """Writes the evaluation prompts of the built-in model from the list of its concepts: `python prompts/make.py`.
 
-`dev` and `test` share no template, so that nothing measured on test was looked at while tuning.
+`dev`, `test` and `proof` share no template. Settings are tuned on dev, test is what every verdict is about, proof is
+for the benchmarks behind published numbers: nobody chooses a setting by it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ HERE = Path(__file__).parent
 TEMPLATES = {
     "dev": ("{a}", "a picture of {a}"),
     "test": ("{s}", "a drawing of {a}", "an image of {a}", "one small {s}"),
+    "proof": ("the {s}", "an icon of {a}", "this is {a}", "emoji of {a}"),
 }
 STYLED = {
     "dev": ("{a} in {v} style",),
     "test": ("{v} drawing of {a}", "a picture of {a} in {v} style"),
+    "proof": ("{s} in {v} style", "{a}, {v} style"),
 }
 WORDS = {"weapon": ("weapon", "weapons"), "vice": (), "ink": ()}
 OTHER_STYLES = ("noto", "twemoji", "fluent", "blob", "emojione", "fx")
@@ -55,12 +58,12 @@ def main() -> None:
             family,
             {
                 split: fill(TEMPLATES[split], own, "concept")
-                + [(w, f"judge:{own[0]}", "concept") for w in WORDS[family]]
+                + [(w, f"judge:{own[0]}", "concept") for w in (WORDS[family] if split != "proof" else ())]
                 + fill(TEMPLATES[split], near, "neighbour")
                 for split in TEMPLATES
             },
         )
-    things = {"dev": of["keep"][::2], "test": of["unseen"][::2]}
+    things = {"dev": of["keep"][::2], "test": of["unseen"][::2], "proof": of["unseen"][1::2]}
     write(
         "ink",
         {
@@ -79,6 +82,7 @@ def main() -> None:
             "dev": fill(TEMPLATES["dev"], of["keep"], "keep"),
             "test": fill(TEMPLATES["test"][1:2], of["keep"], "keep")
             + fill(TEMPLATES["test"][:2], of["unseen"], "unseen"),
+            "proof": fill(TEMPLATES["proof"][:3], of["unseen"], "unseen"),
         },
     )
 

@@ -122,7 +122,7 @@ class Attack(Section):
 
 
 class Sample(Section):
-    split: Literal["dev", "test"]
+    split: Literal["dev", "test", "proof"]
     per_prompt: dict[Role, int]
     steps: int
     batch: int

@@ -163,7 +163,7 @@ def test_inverters(model: Model, name: str) -> None:
     )
     before = fingerprint(model.text_encoder), fingerprint(model.unet)
     start = encode.embedding_of(model, "object")
-    tokens = inverter.invert(model, rated, start, seed=0, look=lambda v: 0.0)
+    tokens = inverter.invert(model, rated, start, seed=0, look=lambda v: [0.0] * len(v))
     assert tokens
     assert all(t.vectors.shape[1:] == start.shape for t in tokens)
     assert any(not torch.equal(t.vectors[0], start) for t in tokens)

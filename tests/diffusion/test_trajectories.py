@@ -12,7 +12,7 @@ from deleatur.diffusion import predict as predict_module
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import guided_step
-from deleatur.diffusion.trajectories import Fresh, Pool, Source, draw_stages, stage_weights
+from deleatur.diffusion.trajectories import Fresh, Pool, Replay, Source, Visit, draw_stages, stage_weights
 
 
 def source(model: Model, steps: int, seed: int = 0, conditions: int = 2) -> Source:
@@ -102,6 +102,38 @@ def test_pool_state_survives_its_tensors(model: Model) -> None:
         a, b = one.visit({}), other.visit({})
         assert torch.equal(a.z, b.z)
         assert torch.equal(a.k, b.k)
+
+
+def rounds(replay: Replay, n: int) -> list[tuple[Visit, Tensor]]:
+    return [replay.visit() for _ in range(n)]
+
+
+def test_replayed_states_are_those_of_trajectories_each_used_once(model: Model) -> None:
+    """6 trajectories of 3 steps, 2 states a visit: 9 visits are all of them, the tenth begins new ones."""
+    s = source(model, 3)
+    replay = Replay(s, {}, batch=2, slots=6)
+    first = replay.z.reshape(3, 6, *replay.z.shape[1:])
+    found = rounds(replay, 9)
+    k, condition = (torch.cat([getattr(v, part) for v, _ in found]) for part in ("k", "condition"))
+    assert Counter(k.tolist()) == {0: 6, 1: 6, 2: 6}
+    assert Counter(condition.tolist()) == {0: 9, 1: 9}
+    states = torch.cat([v.z for v, _ in found])
+    for slot in range(6):
+        for stage in range(3):
+            z = walk(model, s, first[0, slot : slot + 1], stage, int(replay.condition[slot]))[0]
+            assert torch.allclose(first[stage, slot], z, atol=1e-4)
+            assert (states == first[stage, slot]).flatten(1).all(1).sum() == 1
+    fresh, _ = replay.visit()
+    assert not any((states == z).all() for z in fresh.z)
+
+
+def test_what_a_replay_says_of_a_state_is_the_networks_prediction(model: Model) -> None:
+    s = source(model, 4)
+    visit, eps = Replay(s, {}, batch=5, slots=3).visit()
+    t = torch.tensor(model.schedule.taus(4))[visit.k]
+    with torch.no_grad():
+        expected = predict_module.predict(model, {}, visit.z, t, s.conditions[visit.condition])
+    assert torch.allclose(eps, expected, atol=1e-5)
 
 
 def test_beta_law_has_its_moments() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.invert import Inversion, Learned, learn, templates_of
+from deleatur.diffusion.invert import Inversion, Learned, Lesson, learn, templates_of
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.errors import DataError
 from deleatur.inversion import Rated
@@ -70,9 +70,16 @@ def test_a_reward_never_overrules_the_raters_of_the_picture_itself(tokens: int) 
         HFI().clusters(replace(rated, refused=torch.ones(4).bool()), seed=0)
 
 
+def lesson(n: int, z: Tensor | None = None, seed: int = 0) -> Lesson:
+    """n pictures of equal weight."""
+    g = torch.Generator().manual_seed(seed)
+    latents = torch.randn(n, 4, 4, 4, generator=g) if z is None else z
+    return Lesson(latents, torch.full((n,), 1 / n), templates_of("object", [""] * n), g)
+
+
 def invert(model: Model, method: HFI | TextualInversion, rated: Rated) -> list[Learned]:
     initial = encode.embedding_of(model, "object")
-    return method.invert(model, rated, initial, seed=1, look=lambda v: 1 - float(v.square().mean()))
+    return method.invert(model, rated, initial, seed=1, look=lambda v: (1 - v.square().mean((1, 2))).tolist())
 
 
 def test_inversion_changes_no_network_and_repeats_itself(model: Model) -> None:
@@ -90,13 +97,13 @@ def test_a_token_whose_pictures_raters_would_not_mark_is_left_out_but_never_all(
     model: Model, scores: list[float], left: list[int]
 ) -> None:
     rated = pool(6, torch.full((6,), 0.8), torch.eye(3).repeat(2, 1))
-    told, seen = iter(scores), []
+    seen: list[Tensor] = []
 
-    def look(v: Tensor) -> float:
-        seen.append(v.clone())
-        return next(told)
+    def look(v: Tensor) -> list[float]:
+        seen.extend(v.clone())
+        return scores
 
-    method = HFI(tokens=3, loop=Inversion(iterations=2, batch=2, check_every=2))
+    method = HFI(tokens=3, loop=Inversion(iterations=2, batch=2, check_every=2, together=3))
     initial = encode.embedding_of(model, "object")
     kept = method.invert(model, rated, initial, seed=1, look=look)
     assert [t.vectors.tolist() for t in kept] == [seen[i].tolist() for i in left]
@@ -106,22 +113,12 @@ def test_the_best_look_is_kept_not_the_last(model: Model) -> None:
     scores = iter([0.2, 0.9, 0.1])
     seen: list[Tensor] = []
 
-    def look(v: Tensor) -> float:
-        seen.append(v.clone())
-        return next(scores)
+    def look(v: Tensor) -> list[float]:
+        seen.append(v[0].clone())
+        return [next(scores)]
 
-    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     numbers = Inversion(iterations=6, batch=2, check_every=2, lr=1e-2)
-    learned = learn(
-        model,
-        numbers,
-        z,
-        torch.full((2,), 0.5),
-        encode.embedding_of(model, "object")[None],
-        templates=templates_of("object", ["", ""]),
-        generator=torch.Generator().manual_seed(0),
-        look=look,
-    )
+    [learned] = learn(model, numbers, [lesson(2)], encode.embedding_of(model, "object")[None, None], look=look)
     assert torch.equal(learned.vectors, seen[1])
     assert [row["score"] for row in learned.looks] == [0.2, 0.9, 0.1]
     assert learned.effective == pytest.approx(2), "two pictures of equal weight"
@@ -149,10 +146,7 @@ def test_no_token_is_learned_in_the_words_of_a_test_prompt(name: str) -> None:
 def test_vectors_stay_as_long_as_asked(model: Model, norm: float | None) -> None:
     words = model.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
     numbers = Inversion(iterations=8, batch=2, lr=0.5, norm=norm)
-    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    start = encode.embedding_of(model, "object").repeat(2, 1)
-    g = torch.Generator().manual_seed(0)
-    learned = learn(model, numbers, z, torch.ones(2), start, templates=templates_of("object", ["", ""]), generator=g)
+    [learned] = learn(model, numbers, [lesson(2)], encode.embedding_of(model, "object").repeat(1, 2, 1))
     length = learned.vectors.norm(dim=-1) / words
     assert (length > 2).all() if norm is None else torch.allclose(length, torch.tensor(norm))
 
@@ -173,8 +167,21 @@ def test_a_token_lowers_the_loss_of_its_pictures(model: Model) -> None:
 
     start = encode.embedding_of(model, "object")[None]
     numbers = Inversion(iterations=60, batch=16, lr=0.05)
-    learned = learn(model, numbers, z0, torch.ones(4), start, templates=templates_of("object", [""] * 4), generator=g)
+    [learned] = learn(model, numbers, [lesson(4, z0)], start[None])
     assert loss(learned.vectors) < loss(start)
+
+
+def test_tokens_learned_together_are_those_learned_one_by_one(model: Model) -> None:
+    start = encode.embedding_of(model, "object").repeat(3, 1, 1)
+
+    def learned(together: int) -> list[Learned]:
+        numbers = Inversion(iterations=5, batch=2, lr=1e-2, together=together)
+        return learn(model, numbers, [lesson(4, seed=i) for i in range(3)], start)
+
+    for one, shared in zip(learned(1), learned(2), strict=True):
+        assert torch.allclose(one.vectors, shared.vectors, atol=1e-5)
+        assert one.losses == pytest.approx(shared.losses, rel=1e-4)
+        assert not torch.allclose(one.vectors, start[0], atol=1e-3)
 
 
 def test_the_control_sees_no_rating(model: Model) -> None:

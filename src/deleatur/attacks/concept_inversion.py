@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from deleatur.attacks import Access, Attack, Found, Target
-from deleatur.diffusion.invert import Inversion, learn
+from deleatur.diffusion.invert import Inversion, Lesson, learn
 from deleatur.maths.seeds import generator
 
 
@@ -24,16 +24,9 @@ class ConceptInversion(Attack):
 
     def attack(self, target: Target, *, seed: int, on_step: Callable[[int, int, float], None]) -> Found:
         n, numbers = len(target.latents), self.loop
-        learned = learn(
-            target.model,
-            numbers,
-            target.latents,
-            torch.full((n,), 1 / n),
-            target.initial.repeat(numbers.vectors, 1),
-            templates=target.templates,
-            generator=generator(seed, "attack", "concept_inversion", target.concept),
-            unet=target.weights,
-            on_step=lambda step, loss: on_step(step, numbers.iterations, loss),
-        )
+        g = generator(seed, "attack", "concept_inversion", target.concept)
+        lesson = Lesson(target.latents, torch.full((n,), 1 / n), target.templates, g)
+        start = target.initial.repeat(1, numbers.vectors, 1)
+        [learned] = learn(target.model, numbers, [lesson], start, unet=target.weights, on_step=on_step)
         calls = numbers.iterations * numbers.batch
         return Found(learned.vectors[None], {"forward": calls, "backward": calls}, learned.losses)

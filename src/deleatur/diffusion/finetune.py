@@ -26,7 +26,7 @@ from deleatur.diffusion.load import Model
 from deleatur.diffusion.overlay import difference
 from deleatur.diffusion.predict import Weights, predict
 from deleatur.diffusion.select import Selector, select
-from deleatur.diffusion.trajectories import Law, Source, Trajectories, trajectories
+from deleatur.diffusion.trajectories import Law, Replay, Resumable, Source, Trajectories, trajectories
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.seeds import generator
 
@@ -118,13 +118,20 @@ class State:
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
     optimiser: torch.optim.AdamW
-    sources: dict[str, Trajectories]
+    source: Trajectories
+    """Of the states that are erased."""
+    calm: Replay | None
+    """Of the states that are preserved, all of them the base model's."""
     generators: dict[str, torch.Generator]
     best: dict[str, Tensor]
     step: int = 0
     looks: list[dict[str, float]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     stop: str = ""
+
+    @property
+    def sources(self) -> dict[str, Resumable]:
+        return {"erase": self.source} | ({"keep": self.calm} if self.calm else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is a tensor, by a flat name."""
@@ -182,18 +189,16 @@ def start(model: Model, loop: Loop, c_p: Tensor, c_0: Tensor, keep: Tensor | Non
     # The rate can differ per run only through settings: no schedule, no warm-up, as released.
     optimiser = torch.optim.AdamW(student.values(), lr=loop.lr, weight_decay=loop.weight_decay)
     generators = {"erase": generator(seed, "erase", "trajectories")}
+    prompted = Source(model, c_0, c_p, loop.guidance, loop.steps, generators["erase"])
     shape = {"batch": loop.batch, "slots": loop.slots}
-    source = Source(model, c_0, c_p, loop.guidance, loop.steps, generators["erase"])
-    sources: dict[str, Trajectories] = {
-        "erase": trajectories(loop.trajectories, source, _cast(model, teacher), law=loop.law, **shape)
-    }
+    source = trajectories(loop.trajectories, prompted, _cast(model, teacher), law=loop.law, **shape)
+    calm = None
     if loop.preserve:
         if keep is None:
             raise SettingsError("erase.loop.preserve is above 0 but there is no prompt to preserve")
         generators["keep"] = generator(seed, "erase", "keep")
-        calm = Source(model, c_0, keep, loop.guidance, loop.steps, generators["keep"])
-        sources["keep"] = trajectories(loop.trajectories, calm, {}, law="uniform", **shape)
-    return State(student, teacher, optimiser, sources, generators, {})
+        calm = Replay(Source(model, c_0, keep, loop.guidance, loop.steps, generators["keep"]), {}, **shape)
+    return State(student, teacher, optimiser, source, calm, generators, {})
 
 
 def _cast(model: Model, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -260,20 +265,19 @@ def _iterate(
         return lambda z, t, c: predict(model, weights, z, t, c)
 
     nets = Networks(network(student), network(teacher), network({}))
-    visit = run.sources["erase"].visit(teacher)
+    visit = run.source.visit(teacher)
     t = taus[visit.k.to(taus.device)]
     which = visit.condition if paired else (run.step * loop.batch + torch.arange(len(visit.k))) % len(c_s)
     c = c_s[which.to(c_s.device)]
     with torch.no_grad():
         goal = target(nets, visit.z, t, c)
     z, tau, conditions = visit.z, t, c
-    if loop.preserve and keep is not None:
-        calm = run.sources["keep"].visit({})
-        t_k, c_k = taus[calm.k.to(taus.device)], keep[calm.condition.to(keep.device)]
-        with torch.no_grad():
-            goal = torch.cat([goal, nets.base(calm.z, t_k, c_k)])
+    if run.calm and keep is not None:
+        calm, eps = run.calm.visit()
         # One pass of the student over both costs less than two, for the same gradient.
-        z, tau, conditions = torch.cat([z, calm.z]), torch.cat([t, t_k]), torch.cat([c, c_k])
+        z, goal = torch.cat([z, calm.z]), torch.cat([goal, eps])
+        tau = torch.cat([t, taus[calm.k.to(taus.device)]])
+        conditions = torch.cat([c, keep[calm.condition.to(keep.device)]])
     run.optimiser.zero_grad(set_to_none=True)
     # ε₀ and ε_s are not batched together: the backward pass would then run over both.
     error = (nets.student(z, tau, conditions).float() - goal.float()).square().flatten(1).mean(1)

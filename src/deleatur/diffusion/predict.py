@@ -26,11 +26,17 @@ def predict(model: Model, weights: Weights, z: Tensor, t: Tensor, c: Tensor) -> 
 
 
 @torch.no_grad()
+def pair(model: Model, weights: Weights, z: Tensor, t: Tensor, c_0: Tensor, c_p: Tensor) -> tuple[Tensor, Tensor]:
+    """(ε₀, ε_p): the predictions for the empty prompt and for c_p, in one call of 2B rows."""
+    both = torch.cat([c_0.expand(len(z), -1, -1), c_p.expand(len(z), -1, -1)])
+    eps_0, eps_p = predict(model, weights, torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+    return eps_0, eps_p
+
+
+@torch.no_grad()
 def guided_step(
     model: Model, weights: Weights, z: Tensor, k: Tensor, c_0: Tensor, c_p: Tensor, s_g: float, n: int
 ) -> Tensor:
     """z⁽ᵏ⁾ → z⁽ᵏ⁺¹⁾: one DDIM step of the n-step sampler with classifier-free guidance, k (B,) per row."""
     t = torch.tensor(model.schedule.taus(n), device=z.device)[k]
-    both = torch.cat([c_0.expand(len(z), -1, -1), c_p.expand(len(z), -1, -1)])
-    eps_0, eps_p = predict(model, weights, torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
-    return model.schedule.ddim(z, cfg(eps_0, eps_p, s_g), t, n)
+    return model.schedule.ddim(z, cfg(*pair(model, weights, z, t, c_0, c_p), s_g), t, n)

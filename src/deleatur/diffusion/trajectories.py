@@ -1,4 +1,4 @@
-"""Where training states come from: trajectories of the guided sampler, fresh or from a staggered pool.
+"""Where training states come from: trajectories of the guided sampler, fresh, from a staggered pool, or replayed.
 
 N: sampler steps            k: steps already done, 0 … N−1       M: slots of the pool
 b: states per iteration     τ_k: noise level of z⁽ᵏ⁾              S: states used of one trajectory (pool: S = N)
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from deleatur.diffusion.load import Model
-from deleatur.diffusion.predict import Weights, guided_step
+from deleatur.diffusion.predict import Weights, guided_step, pair
+from deleatur.maths.guidance import cfg
 
 Law = Literal["uniform", "beta33"]
 
@@ -27,10 +28,13 @@ class Visit:
     condition: Tensor
 
 
-class Trajectories(Protocol):
-    def visit(self, weights: Weights) -> Visit: ...
+class Resumable(Protocol):
     def tensors(self) -> dict[str, Tensor]: ...
     def restore(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+class Trajectories(Resumable, Protocol):
+    def visit(self, weights: Weights) -> Visit: ...
 
 
 def draw_stages(law: Law, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -150,6 +154,54 @@ class Pool:
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("order", "k", "condition", "z", "position", "started")
+        return {n: getattr(self, n) for n in names}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, value in tensors.items():
+            setattr(self, name, value)
+
+
+class Replay:
+    """M whole trajectories of weights that never change: their states in random order, once each, then M new ones.
+
+    Such trajectories need not be made one step at a time, and what the weights predict at each state is known from
+    making it: a training target for nothing.
+    """
+
+    def __init__(self, source: Source, weights: Weights, *, batch: int, slots: int) -> None:
+        self.source, self.weights, self.batch, self.slots = source, weights, batch, slots
+        self.turns = torch.randperm(len(source.conditions), generator=source.generator)
+        self.started = torch.zeros((), dtype=torch.long)
+        self._make()
+
+    def visit(self) -> tuple[Visit, Tensor]:
+        """The next b states, and what the weights predict there under their condition (b, C, H, W)."""
+        if int(self.position) + self.batch > len(self.order):
+            self._make()
+        rows = self.order[int(self.position) : int(self.position) + self.batch]
+        self.position += self.batch
+        return Visit(self.z[rows], self.k[rows], self.condition[rows]), self.eps[rows]
+
+    def _make(self) -> None:
+        s, schedule = self.source, self.source.model.schedule
+        own = self.turns[(int(self.started) + torch.arange(self.slots)) % len(self.turns)]
+        z, c_p = s.noise(self.slots), s.conditions[own.to(s.conditions.device)]
+        states, predictions = [], []
+        for tau in schedule.taus(s.steps):
+            t = torch.full((self.slots,), tau, device=z.device)
+            eps_0, eps_p = pair(s.model, self.weights, z, t, s.empty, c_p)
+            states.append(z)
+            predictions.append(eps_p)
+            z = schedule.ddim(z, cfg(eps_0, eps_p, s.s_g), t, s.steps)
+        self.z, self.eps = torch.cat(states), torch.cat(predictions)
+        self.k = torch.arange(s.steps).repeat_interleave(self.slots)
+        self.condition = own.repeat(s.steps)
+        self.order = torch.randperm(len(self.z), generator=s.generator)
+        self.position = torch.zeros((), dtype=torch.long)
+        self.started += self.slots
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("turns", "started", "z", "eps", "k", "condition", "order", "position")
         return {n: getattr(self, n) for n in names}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

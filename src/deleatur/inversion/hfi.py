@@ -19,7 +19,7 @@ from pydantic import Field
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from deleatur.diffusion.invert import Inversion, Learned, Look, learn
+from deleatur.diffusion.invert import Inversion, Learned, Lesson, Look, learn
 from deleatur.diffusion.load import Model
 from deleatur.errors import DataError
 from deleatur.inversion import Inverter, Rated, start_rows
@@ -76,24 +76,14 @@ class HFI(Inverter):
         look: Look,
         on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
     ) -> list[Learned]:
-        clusters = self.clusters(rated, seed)
-        total = len(clusters) * self.loop.iterations
-        learned = []
-        for i, rows in enumerate(clusters):
+        lessons, starts = [], []
+        for i, rows in enumerate(self.clusters(rated, seed)):
             g = generator(seed, "invert", i)
-            done = i * self.loop.iterations
-            learned.append(
-                learn(
-                    model,
-                    self.loop,
-                    rated.latents[rows],
-                    self.weights(rated.rewards[rows], rank=rated.rank),
-                    start_rows(initial, self.loop.vectors, g),
-                    templates=[rated.templates[i] for i in rows.tolist()],
-                    generator=g,
-                    look=look,
-                    on_step=lambda step, loss, done=done: on_step(done + step, total, loss),  # type: ignore[misc]
-                )
+            starts.append(start_rows(initial, self.loop.vectors, g))
+            templates = [rated.templates[row] for row in rows.tolist()]
+            lessons.append(
+                Lesson(rated.latents[rows], self.weights(rated.rewards[rows], rank=rated.rank), templates, g)
             )
+        learned = learn(model, self.loop, lessons, torch.stack(starts), look=look, on_step=on_step)
         scores = [max(found["score"] for found in t.looks) for t in learned]
         return [t for t, score in zip(learned, scores, strict=True) if score >= min(self.threshold, max(scores))]

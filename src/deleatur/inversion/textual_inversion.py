@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.invert import Inversion, Learned, Look, learn
+from deleatur.diffusion.invert import Inversion, Learned, Lesson, Look, learn
 from deleatur.diffusion.load import Model
 from deleatur.inversion import Inverter, Rated, start_rows
 from deleatur.maths.seeds import generator
@@ -28,15 +28,7 @@ class TextualInversion(Inverter):
         on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
     ) -> list[Learned]:
         n, g = len(rated.latents), generator(seed, "invert", 0)
-        learned = learn(
-            model,
-            self.loop,
-            rated.latents,
-            torch.full((n,), 1 / n),
-            start_rows(initial, self.loop.vectors, g),
-            templates=rated.templates,
-            generator=g,
-            # The last vectors are kept, not the best-rated ones: the control must not see a single rating.
-            on_step=lambda step, loss: on_step(step, self.loop.iterations, loss),
-        )
-        return [learned]
+        lesson = Lesson(rated.latents, torch.full((n,), 1 / n), rated.templates, g)
+        start = start_rows(initial, self.loop.vectors, g)[None]
+        # The last vectors are kept, not the best-rated ones: the control must not see a single rating.
+        return learn(model, self.loop, [lesson], start, on_step=on_step)

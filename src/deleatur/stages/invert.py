@@ -95,15 +95,17 @@ def _describe(model: Model, learned: Learned) -> dict[str, Any]:
 
 
 def _look(settings: Settings, model: Model, clip: Clip, head: Head, name: str) -> Look:
-    """Pictures from the bare token, always from the same noise, scored with r_ψ."""
+    """Pictures from each bare token, always from the same noise, scored with r_ψ."""
     guide, n = inputs.guide(settings), LOOK
     seeds = [derive(settings.seed, "invert", "look", name, i) for i in range(n)]
     others = guide.conditions(encode.encode_text(model, [""]), [])
 
-    def look(vectors: Tensor) -> float:
+    def look(vectors: Tensor) -> list[float]:
         with torch.no_grad():
-            c = encode.encode(model, [(vectors,)]).states.expand(n, -1, -1)
-        pictures = sample(model, c, seeds, guide=guide, others=others, steps=settings.sample.steps, batch=n)
-        return float(head(clip.pictures(pictures)).mean())
+            c = encode.encode(model, [(rows,) for rows in vectors]).states.repeat_interleave(n, 0)
+        steps = settings.sample.steps
+        pictures = sample(model, c, seeds * len(vectors), guide=guide, others=others, steps=steps, batch=n)
+        scores: list[float] = head(clip.pictures(pictures)).reshape(-1, n).mean(1).tolist()
+        return scores
 
     return look
