@@ -1,6 +1,6 @@
 """How much of a concept goes, and what goes with it, along the erasure: python benchmarks/selectivity.py [--help]
 
-Every run erases from its own tokens and training seed, and stops to be measured on test prompts and noise that no
+Every run erases from its own tokens and training seed, and stops to be measured on proof prompts and noise that no
 setting was chosen on. Finished runs are kept and not repeated. Prints the table of the last points; the picture has
 all of them.
 """
@@ -95,8 +95,8 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
 @cache
 def prompts(concept: str) -> list[Prompt]:
     settings = Settings.load(bench.ROOT / "params.yaml")
-    found = inputs.prompts(settings.concepts[concept].prompts, "test", concept)
-    found += inputs.prompts(settings.paths.prompts, "test", "")
+    found = inputs.prompts(settings.concepts[concept].prompts, "proof", concept)
+    found += inputs.prompts(settings.paths.prompts, "proof", "")
     return [p for p in found if p.role in PICTURES for _ in range(PICTURES[p.role])]
 
 
@@ -216,7 +216,7 @@ def main() -> None:
         for preserve, seed, concept, source in product(asked.preserve, asked.seeds, asked.concepts, asked.sources)
     ]
     found = {run: points(run, asked.every) for run in runs}
-    bench.show("Removal against retention, test prompts", [row(run, p) for run, p in found.items()])
+    bench.show("Removal against retention, proof prompts", [row(run, p) for run, p in found.items()])
     picture(found, OUT / "curves.png")
     print(f"The whole curves: {OUT / 'curves.png'}")
 
