@@ -64,7 +64,8 @@ class Loop(BaseModel):
     batch: int = Field(1, gt=0)
     """b, states per iteration."""
     slots: int = Field(32, gt=0)
-    """M, trajectories of the pool; M/b of 8 or more keeps successive gradients apart. Preserved ones are made M at once."""
+    """M, trajectories of the pool; M/b of 8 or more keeps successive gradients apart.
+    Preserved ones are made M at once."""
     law: Law = "uniform"
     """Which stages are trained on: uniform (SDD) or beta33, mid-trajectory (HFI)."""
     preserve: float = Field(0.0, ge=0)
