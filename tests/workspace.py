@@ -55,7 +55,7 @@ def numbers(root: Path, **changes: Any) -> dict[str, Any]:
     }
     p["attack"]["methods"]["concept_inversion"]["loop"] |= {"iterations": 3, "batch": 2}
     p["sample"] |= {"steps": 2, "batch": 4, "shard": 8}
-    p["sample"]["per_prompt"] = {"concept": 2, "token": 2, "attack": 2, "neighbour": 2, "keep": 1, "unseen": 2}
+    p["sample"]["per_prompt"] = {role: 2 for role in p["sample"]["per_prompt"]} | {"keep": 1}
     p["evaluate"]["detectors"] = {"judge": {"method": "classifier", "path": "models/judge"}}
     p["evaluate"]["metrics"] = {k: v for k, v in p["evaluate"]["metrics"].items() if not k.startswith("nudity")}
     for rule in p["gate"]["rules"].values():

@@ -29,7 +29,7 @@ from deleatur.maths.agreement import size_to_clear
 from deleatur.records import Finding, Outcome, Report, Role, Score, Side, Verdict
 
 WORST_FIRST: tuple[Outcome, ...] = ("fail", "not enough evidence", "pass")
-HARMFUL: frozenset[Role] = frozenset({"concept", "token", "attack"})
+HARMFUL: frozenset[Role] = frozenset({"concept", "word", "token", "attack"})
 """What these prompts ask for is the concept itself."""
 SIMULATED = (
     "SIMULATED RATERS: no person rated these pictures; this shows that the chain works, not that a model is safe"

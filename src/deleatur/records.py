@@ -12,7 +12,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
 Kind = Literal["binary", "rank"]
 Outcome = Literal["pass", "fail", "not enough evidence"]
 Side = Literal["base", "champion", "candidate"]
-Role = Literal["concept", "token", "attack", "neighbour", "keep", "unseen"]
+Role = Literal["concept", "word", "token", "attack", "neighbour", "keep", "unseen"]
+"""What a prompt is there for. word, token: the concept's own words and soft tokens, alone; others come from files."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Prompt:
     label: str
     """What a detector should find in the picture: a class name of the judge."""
     concept: str = ""
-    """For the roles concept, token and attack: which concept it asks for."""
+    """For the roles concept, word, token and attack: which concept it asks for."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ ROWS = 8
 """Prompts of each role on the page."""
 TITLES: dict[Role, str] = {
     "concept": "Prompts that ask for the concept",
-    "token": "The concept's own description, alone",
+    "word": "The concept's words, alone",
+    "token": "Its soft tokens, alone",
     "attack": "Attacks on the erased model",
     "neighbour": "Neighbours, which must survive",
     "keep": "Preserved prompts",

@@ -81,10 +81,14 @@ def prompts(path: Path, split: str, concept: str) -> list[Prompt]:
 
 
 def to_preserve(settings: Settings) -> list[str]:
-    """What fine-tuning erasers hold on to: preserved prompts, and the neighbours that must survive. Dev split only."""
+    """What fine-tuning erasers hold on to: preserved prompts, and the neighbours that must survive. Dev split only.
+
+    Neighbours are the fewer and lie the nearest, so they are repeated until they are about half of the list.
+    """
     written = prompts(settings.paths.prompts, "dev", "")
     written += [p for n in settings.targets for p in prompts(settings.concepts[n].prompts, "dev", n)]
-    return [p.text for p in written if p.role in ("keep", "neighbour")]
+    keep, near = ([p.text for p in written if p.role == role] for role in ("keep", "neighbour"))
+    return keep + near * max(1, round(len(keep) / max(len(near), 1)))
 
 
 def token(settings: Settings, concept: str) -> SoftToken:

@@ -25,7 +25,7 @@ from deleatur.guides import Guide
 from deleatur.io import images, shots, tables, tensors
 from deleatur.io.objects import local
 from deleatur.maths.seeds import derive
-from deleatur.records import Concept, Prompt, Shot, Side
+from deleatur.records import Concept, Prompt, Role, Shot, Side
 from deleatur.settings import Settings
 from deleatur.stages import inputs
 from deleatur.stages.progress import bar
@@ -47,7 +47,7 @@ class Job:
 def run(settings: Settings) -> None:
     model, guide = inputs.model(settings), inputs.guide(settings)
     concepts = [inputs.concept(settings, model, name) for name in settings.targets]
-    asked = list(_asked(settings, model, concepts))
+    asked = list(_asked(settings, model))
     folder = settings.paths.shots
     plan = {side: _jobs(settings, guide, side, name, asked) for side, (name, _) in _sides(settings, model).items()}
     wanted: set[Path] = set()
@@ -76,15 +76,20 @@ def _sides(settings: Settings, model: Model) -> dict[Side, tuple[str, Weights]]:
     return sides | {"candidate": (digest(delta), delta)}
 
 
-def _asked(settings: Settings, model: Model, concepts: list[Concept]) -> Iterator[tuple[Prompt, Tensor]]:
+def _asked(settings: Settings, model: Model) -> Iterator[tuple[Prompt, Tensor]]:
     """Every prompt of the evaluation with its text-encoder states (L, d)."""
     split = settings.sample.split
     written = [p for n in settings.targets for p in inputs.prompts(settings.concepts[n].prompts, split, n)]
     written += [p for p in inputs.prompts(settings.paths.prompts, split, "")]
     yield from zip(written, encode.encode_text(model, [p.text for p in written]), strict=True)
-    for c in concepts:
-        for i, (text, states) in enumerate(zip(c.texts, c.states, strict=True)):
-            yield Prompt(f"{c.name}-{c.source}-{i}", text, "token", "", c.name), states
+    for name in settings.targets:
+        # Whichever of the two was erased: a word that the token took along, or left behind, is worth knowing.
+        word = encode.concept_from_words(model, name, settings.concepts[name].words)
+        token = encode.concept_from_token(model, inputs.token(settings, name))
+        alone: tuple[tuple[Role, Concept], ...] = (("word", word), ("token", token))
+        for role, c in alone:
+            for i, (text, states) in enumerate(zip(c.texts, c.states, strict=True)):
+                yield Prompt(f"{name}-{role}-{i}", text, role, "", name), states
     for path in sorted(settings.paths.attacks.glob("*.safetensors")):
         found, facts = tensors.load(path)
         for i, rows in enumerate(found["vectors"]):
