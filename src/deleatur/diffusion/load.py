@@ -116,7 +116,8 @@ def assemble(
     """Parts already in memory as a frozen Model."""
     place = device or torch.device("cpu")
     for part in (unet, vae, text_encoder):
-        part.to(place).eval().requires_grad_(False)
+        # Channels last: convolutions are a third faster on a CPU, and what tensor cores want.
+        part.to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
         if next(part.parameters()).dtype != dtype:
             part.to(dtype)
     config = scheduler.config
