@@ -23,7 +23,7 @@ from deleatur.settings import Settings
 from deleatur.stages import inputs
 from deleatur.stages.progress import bar
 
-LOOK = 8
+LOOK = 4
 """Pictures drawn from the bare token at each look."""
 
 
@@ -103,8 +103,8 @@ def _look(settings: Settings, model: Model, clip: Clip, head: Head, name: str) -
     def look(vectors: Tensor) -> list[float]:
         with torch.no_grad():
             c = encode.encode(model, [(rows,) for rows in vectors]).states.repeat_interleave(n, 0)
-        steps = settings.sample.steps
-        pictures = sample(model, c, seeds * len(vectors), guide=guide, others=others, steps=steps, batch=n)
+        steps, batch = settings.sample.steps, settings.sample.batch
+        pictures = sample(model, c, seeds * len(vectors), guide=guide, others=others, steps=steps, batch=batch)
         scores: list[float] = head(clip.pictures(pictures)).reshape(-1, n).mean(1).tolist()
         return scores
 
