@@ -85,8 +85,9 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
         seed=settings.seed,
         on_step=on_step,
     )
-    before = looked(run.concept, {})
-    out = [{"step": step, **compared(before, looked(run.concept, w))} for step, w in {0: {}, **saved}.items()]
+    before = untouched(run.concept)
+    after = {0: before, **{step: looked(run.concept, w) for step, w in saved.items()}}
+    out = [{"step": step, **compared(before, seen)} for step, seen in after.items()]
     OUT.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(out, indent=1))
     return out
@@ -104,6 +105,11 @@ def prompts(concept: str) -> list[Prompt]:
 def eyes(name: str) -> Detector:
     spec = dict(Settings.load(bench.ROOT / "params.yaml").evaluate.detectors[name])
     return inputs.method("detectors", Detector, spec.pop("method"), spec, name)
+
+
+@cache
+def untouched(concept: str) -> dict[str, Any]:
+    return looked(concept, {})
 
 
 def looked(concept: str, weights: Weights) -> dict[str, Any]:
@@ -208,7 +214,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", choices=["token", "words"], default=["token", "words"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103])
     parser.add_argument("--preserve", nargs="+", choices=["on", "off"], default=["on", "off"])
-    parser.add_argument("--every", type=int, default=100, help="iterations between two points")
+    parser.add_argument("--every", type=int, default=200, help="iterations between two points")
     asked = parser.parse_args()
     bench.run(bench.variant("ingest", {}), ("ingest",))
     runs = [
