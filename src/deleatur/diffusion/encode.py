@@ -116,8 +116,7 @@ def concept_from_words(model: Model, name: str, words: Sequence[str], sentences:
 @torch.no_grad()
 def concept_from_token(model: Model, token: SoftToken, sentences: Sequence[str] = BARE) -> Concept:
     """A concept as HFI knows it: each of its soft tokens, in each of the sentences."""
-    named = [(f"{token.placeholder} #{i}", rows) for i, rows in enumerate(token.vectors, 1)]
-    texts, pieces = _told(named, sentences)
+    texts, pieces = _told(list(zip(token.placeholders, token.vectors, strict=True)), sentences)
     return _concept(model, token.concept, "token", texts, pieces)
 
 

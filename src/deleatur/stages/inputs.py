@@ -92,7 +92,7 @@ def to_preserve(settings: Settings) -> list[str]:
 
 
 def token(settings: Settings, concept: str) -> SoftToken:
-    return tensors.load_token(settings.paths.tokens / f"{concept}.safetensors")
+    return tensors.load_token(settings.paths.tokens / concept)
 
 
 def concept(settings: Settings, model: Model, name: str) -> Concept:

@@ -67,8 +67,7 @@ def run(settings: Settings) -> None:
             "reward": hashlib.sha256(path.read_bytes()).hexdigest(),
             "seed": settings.seed,
         }
-        token = SoftToken(name, f"<{name}>", vectors, provenance)
-        tensors.save_token(settings.paths.tokens / f"{name}.safetensors", token)
+        tensors.save_token(settings.paths.tokens / name, SoftToken(name, vectors, provenance))
         metrics[name] = [_describe(model, t) for t in learned]
     tables.write_json(settings.paths.tokens / "metrics.json", metrics)
 
