@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,17 @@ from torch import Tensor
 from deleatur.diffusion import predict as predict_module
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.load import Model
-from deleatur.diffusion.predict import guided_step
-from deleatur.diffusion.trajectories import Fresh, Pool, Replay, Source, Visit, draw_stages, stage_weights
+from deleatur.diffusion.predict import Weights, guided_step
+from deleatur.diffusion.trajectories import (
+    Fresh,
+    Pool,
+    Replay,
+    Source,
+    Visit,
+    draw_stages,
+    stage_weights,
+    trajectories,
+)
 
 
 def source(model: Model, steps: int, seed: int = 0, conditions: int = 2) -> Source:
@@ -160,3 +170,25 @@ def test_a_thinned_pool_follows_the_law(model: Model) -> None:
     share = torch.bincount(k, minlength=5).double() / len(k)
     accept = stage_weights("beta33", 5).double()
     assert torch.allclose(share, accept / accept.sum(), atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "pool"])
+def test_trajectories_go_no_further_than_the_last_stage_that_is_trained_on(
+    model: Model, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The first S of N stages, each as often as the others, on the levels of the N-step sampler."""
+    s = replace(source(model, 6), stages=3)
+    advanced: list[int] = []
+    plain = Source.advance
+
+    def advance(self: Source, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+        advanced.extend(k.tolist())
+        return plain(self, weights, z, k, condition)
+
+    monkeypatch.setattr(Source, "advance", advance)
+    made = trajectories(kind, s, {}, batch=2, slots=6, law="uniform")  # type: ignore[arg-type]
+    seen = Counter(k for _ in range(30) for k in made.visit({}).k.tolist())
+    assert set(seen) == {0, 1, 2}
+    assert max(advanced) == 1, "a state after the last stage is never made"
+    if kind == "pool":
+        assert set(seen.values()) == {20}

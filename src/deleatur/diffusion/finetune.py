@@ -60,6 +60,8 @@ class Loop(BaseModel):
     """s_g."""
     steps: int = Field(50, gt=0)
     """N."""
+    stages: int | None = Field(None, gt=0)
+    """S: only the first S of the N stages are trained on, where it is decided what a picture will show; none: all."""
     trajectories: Literal["fresh", "pool"] = "fresh"
     batch: int = Field(1, gt=0)
     """b, states per iteration."""
@@ -190,7 +192,7 @@ def start(model: Model, loop: Loop, c_p: Tensor, c_0: Tensor, keep: Tensor | Non
     # The rate can differ per run only through settings: no schedule, no warm-up, as released.
     optimiser = torch.optim.AdamW(student.values(), lr=loop.lr, weight_decay=loop.weight_decay)
     generators = {"erase": generator(seed, "erase", "trajectories")}
-    prompted = Source(model, c_0, c_p, loop.guidance, loop.steps, generators["erase"])
+    prompted = Source(model, c_0, c_p, loop.guidance, loop.steps, generators["erase"], loop.stages)
     shape = {"batch": loop.batch, "slots": loop.slots}
     source = trajectories(loop.trajectories, prompted, _cast(model, teacher), law=loop.law, **shape)
     calm = None
