@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from deleatur.diffusion import predict as predict_module
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights, guided_step
+from deleatur.diffusion.select import select
 from deleatur.diffusion.trajectories import (
     Fresh,
     Pool,
@@ -81,6 +83,49 @@ def test_every_state_of_the_pool_is_a_state_of_a_fresh_trajectory(model: Model) 
         for k, z in states:
             expected = walk(model, s, started[slot][None], k, int(condition[slot]))[0]
             assert torch.allclose(z, expected, atol=1e-4)
+
+
+def moving(model: Model, i: int) -> dict[str, Tensor]:
+    """A teacher that differs at every visit."""
+    return {n: w + 0.01 * (i + 1) for n, w in select(model.unet, "xattn_kv").items()}
+
+
+@pytest.mark.parametrize(("steps", "batch", "slots"), [(4, 2, 6), (3, 3, 7), (2, 4, 4)])
+def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int, batch: int, slots: int) -> None:
+    """The staggered pool of the notes (section 7.2), written out: a list of slots, one after the other."""
+    s, own = source(model, steps, seed=3, conditions=3), torch.Generator().manual_seed(3)
+    pool = Pool(s, moving(model, 0), batch=batch, slots=slots, law="uniform")
+
+    def advanced(rows: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
+        """One guided step of some slots, in one call: other shapes of a call have other last bits."""
+        if not rows:
+            return
+        z, k = torch.stack([r["z"] for r in rows]), torch.tensor([r["k"] for r in rows])
+        c_p = torch.stack([s.conditions[r["c"]] for r in rows])
+        for row, z_next in zip(rows, guided_step(model, weights, z, k, s.empty, c_p, 3.0, steps), strict=True):
+            row["z"], row["k"] = z_next, row["k"] + 1
+
+    order = torch.randperm(slots, generator=own).tolist()
+    turns = torch.randperm(slots, generator=own).tolist()
+    noise = torch.randn(slots, 4, 4, 4, generator=own)
+    table = [{"z": noise[i], "k": 0, "c": turns[i] % 3} for i in range(slots)]
+    begins = [i * steps // slots for i in range(slots)]  # spread evenly
+    for _ in range(steps):
+        advanced([r for r, begin in zip(table, begins, strict=True) if r["k"] < begin], moving(model, 0))
+    started, position, renewed = slots, 0, 0
+    for i in range(3 * steps):
+        mine = [table[order[(position + j) % slots]] for j in range(batch)]
+        position += batch
+        visit = pool.visit(moving(model, i))
+        assert torch.equal(visit.z, torch.stack([r["z"] for r in mine]))
+        assert visit.k.tolist() == [r["k"] for r in mine]
+        assert visit.condition.tolist() == [r["c"] for r in mine]
+        ended = [r for r in mine if r["k"] == steps - 1]
+        advanced([r for r in mine if r["k"] < steps - 1], moving(model, i))
+        for row, z in zip(ended, torch.randn(len(ended), 4, 4, 4, generator=own) if ended else (), strict=True):
+            row.update(z=z, k=0, c=started % 3)  # at N a slot begins anew, with the next description
+            started, renewed = started + 1, renewed + 1
+    assert renewed >= slots, "every slot began anew"
 
 
 def test_stages_of_the_pool_are_uniform(model: Model) -> None:

@@ -22,8 +22,6 @@ from deleatur.settings import ConceptSpec, Found, Ingest, Paths, Settings
 from deleatur.stages import ingest
 from deleatur.stages.simulate import simulate
 
-pytestmark = pytest.mark.usefixtures("great_expectations")
-
 
 def concept(kind: Any) -> ConceptSpec:
     found = Found(detector="judge", labels=("x",))

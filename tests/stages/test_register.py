@@ -123,6 +123,9 @@ def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
     [given] = run.inputs.dataset_inputs
     tags = registry.tags("1")
     assert tags["feedback"].startswith(given.dataset.digest)
+    assert tags["base"] == inputs.model(fresh).digest, "which model was changed"
+    assert run.data.tags["deleatur.base"] == tags["base"]
+    assert run.data.params["base.model"] == "models/pipeline"
     assert (tags["outcome"], tags["simulated"], tags["git_dirty"]) == ("pass", "true", "true")  # params.yaml was edited
     assert len(tags["git_commit"]) == 40
     assert tags["dvc_lock"] == versions.lock_digest(Path())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -57,10 +57,7 @@ class Head:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """(n, d) → scores (n,)."""
-        t = self.tensors
-        hidden = F.gelu(F.linear(x, t["in.weight"], t["in.bias"]))
-        r = F.linear(hidden, t["out.weight"], t["out.bias"]).squeeze(-1)
-        return (r - t["mean"]) / t["std"]
+        return (_score(self.tensors, x) - self.tensors["mean"]) / self.tensors["std"]
 
 
 @dataclass(frozen=True)
@@ -119,33 +116,49 @@ def quality(scores: Tensor, target: Votes | Pairs) -> float:
 def _train(
     x: Tensor, target: Votes | Pairs, numbers: Numbers, seed: int, epochs: int, watch: Callable[[Head], None] | None
 ) -> Head:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)  # nn.Linear and dropout draw from the global generator; restored on leaving
-        net = nn.Sequential(
-            nn.Linear(x.shape[1], numbers.hidden), nn.GELU(), nn.Dropout(numbers.dropout), nn.Linear(numbers.hidden, 1)
-        )
-        optimiser = torch.optim.AdamW(net.parameters(), lr=numbers.lr, weight_decay=numbers.weight_decay)
-        for _ in range(epochs):
-            loss = _loss(net(x).squeeze(-1), target)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            if watch:
-                watch(_freeze(net, x, isinstance(target, Pairs)))
-    return _freeze(net, x, isinstance(target, Pairs))
+    g = torch.Generator().manual_seed(seed % 2**63)
+    t = _begin(x.shape[1], numbers.hidden, g)
+    optimiser = torch.optim.AdamW(t.values(), lr=numbers.lr, weight_decay=numbers.weight_decay)
+    left = 1 - numbers.dropout
+    for _ in range(epochs):
+        mask = torch.empty(len(x), numbers.hidden).bernoulli_(left, generator=g) / left
+        loss = _loss(_score(t, x, mask), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if watch:
+            watch(_freeze(t, x, isinstance(target, Pairs)))
+    return _freeze(t, x, isinstance(target, Pairs))
 
 
-def _freeze(net: nn.Sequential, x: Tensor, rank: bool) -> Head:
-    state = net.state_dict()
-    tensors = {n: state[f"{i}.{p}"].clone() for n, i, p in _NAMES}
+def _begin(d: int, hidden: int, g: torch.Generator) -> dict[str, Tensor]:
+    """The weights that `nn.Linear` begins with, which draws them from the global generator and no other."""
+
+    def drawn(*shape: int, fan_in: int) -> Tensor:
+        bound = fan_in**-0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=g).requires_grad_()
+
+    return {
+        "in.weight": drawn(hidden, d, fan_in=d),
+        "in.bias": drawn(hidden, fan_in=d),
+        "out.weight": drawn(1, hidden, fan_in=hidden),
+        "out.bias": drawn(1, fan_in=hidden),
+    }
+
+
+def _score(t: dict[str, Tensor], x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(n, d) → (n,). mask (n, hidden): dropout, in training."""
+    hidden = F.gelu(F.linear(x, t["in.weight"], t["in.bias"]))
+    return F.linear(hidden if mask is None else hidden * mask, t["out.weight"], t["out.bias"]).squeeze(-1)
+
+
+def _freeze(t: dict[str, Tensor], x: Tensor, rank: bool) -> Head:
+    tensors = {n: w.detach().clone() for n, w in t.items()}
     plain = Head(tensors | {"mean": torch.tensor(0.0), "std": torch.tensor(1.0)}, rank)
     if not rank:
         return plain
     r = plain(x)
     return Head(tensors | {"mean": r.mean(), "std": r.std().clamp(min=1e-6)}, rank)
-
-
-_NAMES = [("in.weight", 0, "weight"), ("in.bias", 0, "bias"), ("out.weight", 3, "weight"), ("out.bias", 3, "bias")]
 
 
 def _loss(r: Tensor, target: Votes | Pairs) -> Tensor:
