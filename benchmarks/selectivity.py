@@ -124,7 +124,7 @@ def looked(concept: str, weights: Weights) -> dict[str, Any]:
         encode.encode_text(model, texts),
         seeds,
         guide=guide,
-        others=guide.conditions(encode.encode_text(model, [""]), []),
+        conditions=guide.conditions(model, []),
         steps=settings.sample.steps,
         batch=settings.sample.batch,
         weights=weights,

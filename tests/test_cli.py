@@ -69,6 +69,9 @@ def test_check_accepts_the_project_and_speaks_json(here: Path) -> None:
         ({"erase__method": "nothing"}, "no 'nothing' among erasers"),
         ({"erase__loop": {"itertions": 5}}, "loop.itertions"),
         ({"guide__scale": "much"}, "scale"),
+        ({"guide": {"method": "sld", "warm_up": 2}}, "weapon from step 2 on"),
+        ({"guide": {"method": "sega", "concepts": {"weapon": {"warm_up": 9}}, "edit": {"warm_up": 0}}}, "step 9"),
+        ({"guide": {"method": "sld", "preset": "most"}}, "preset"),
         ({"targets": ["unknown"]}, "unknown"),
         ({"targets": []}, "at least one"),
         ({"sede": 3}, "sede"),
@@ -82,6 +85,20 @@ def test_a_wrong_setting_is_named_and_the_next_command_given(here: Path, changes
     assert said in result.output.replace("\n", " ")
     assert "Next:" in result.output or "not among" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        {"method": "negative", "scale": 4},
+        {"method": "sld", "preset": "strong", "warm_up": 1},
+        {"method": "sega", "edit": {"warm_up": 5}, "concepts": {"weapon": {"warm_up": 0, "strength": 6}}},
+    ],
+)
+def test_a_guide_is_chosen_by_name(here: Path, guide: dict[str, Any]) -> None:
+    result = run(app, ["check", "--params", write(here / "guided.yaml", guide=guide)])
+    assert result.exit_code == 0, result.output
+    assert f"guide: {guide['method']}" in result.output
 
 
 def test_no_params_file_says_where_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,4 +124,8 @@ def test_methods_prints_numbers_with_their_meaning() -> None:
     found = json.loads(run(app, ["methods", "erasers", "--json"]).output)
     assert found["erasers"]["sdd"]["numbers"]["loop.iterations"]["default"] == 1500
     assert "EMA" in json.dumps(found) or "m." in json.dumps(found)
+    guides = json.loads(run(app, ["methods", "guides", "--json"]).output)["guides"]
+    assert set(guides) == {"cfg", "negative", "sld", "sega"}
+    assert all("arXiv" in guides[name]["source"] for name in ("cfg", "sld", "sega"))
+    assert all(number["meaning"] for guide in guides.values() for number in guide["numbers"].values())
     assert run(app, ["methods", "nonsense"]).exit_code == 2

@@ -56,6 +56,21 @@ def test_joined_is_the_comma_list(model: Model) -> None:
     assert torch.allclose(words.states, encode.encode_text(model, ["gun", "sword"]), atol=1e-6)
 
 
+def test_a_list_is_one_sentence_where_it_fits_and_equal_parts_of_it_where_it_does_not(model: Model) -> None:
+    short, long = (encode.concept_from_words(model, "w", ["gun", "sword", "cat", "dog"] * n) for n in (1, 3))
+    assert torch.equal(encode.listed(model, [short]), encode.joined(model, [short]))
+    assert torch.equal(encode.listed(model, [short, short])[:1], encode.joined(model, [short]))
+    parts = ["gun, sword, cat, dog"] * 3  # 23 tokens in one, 11 in each of two, and there is room for 14
+    assert torch.allclose(
+        encode.listed(model, [long]),
+        encode.encode_text(
+            model, [", ".join(parts)[: len("gun, sword, cat, dog, gun, sword")], "cat, dog, gun, sword, cat, dog"]
+        ),
+        atol=1e-6,
+    )
+    assert torch.equal(encode.listed(model, []), encode.encode_text(model, [""]))
+
+
 def test_a_description_in_a_sentence_is_that_sentence_and_knows_its_own_place(model: Model) -> None:
     sentences = ("{}", "a {}, no")
     words = encode.concept_from_words(model, "w", ["gun", "red cat"], sentences)

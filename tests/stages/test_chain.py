@@ -117,6 +117,20 @@ def test_a_new_candidate_leaves_the_base_models_pictures(root: Path) -> None:
     assert not old & set((root / "out/shots/candidate").iterdir())
 
 
+def test_a_guide_steers_the_candidate_alone(root: Path) -> None:
+    before = shots.read(root / "out/shots", "base")
+    guide = {"method": "sld", "preset": "max", "scale": json.loads(before["guidance"][0])["scale"]}
+    settings = change(root, guide=guide)
+    for name in ("sample", "evaluate"):
+        stages.run(name, settings)
+    base, candidate = (shots.read(root / "out/shots", side) for side in ("base", "candidate"))
+    pd.testing.assert_frame_equal(base, before)
+    assert {json.loads(g)["method"] for g in candidate["guidance"]} == {"sld"}
+    assert not set(base["image"]) & set(candidate["image"])
+    notes = documents.read(root / "out/report/report.json", Report).notes
+    assert any("drawn with the guide sld" in note for note in notes)
+
+
 def test_another_metric_draws_and_looks_at_nothing_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("looked again")

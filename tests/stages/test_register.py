@@ -162,6 +162,13 @@ def test_only_a_pass_moves_aliases_and_the_old_champion_is_remembered(fresh: Set
     assert aliases(fresh) == {CHAMPION: "2", LAST: "1"}
 
 
+def test_a_pass_that_a_guide_had_a_part_in_is_logged_and_releases_nothing(fresh: Settings) -> None:
+    guided = fresh.model_copy(update={"guide": fresh.guide.model_copy(update={"method": "negative"})})
+    register.run(guided)
+    assert counts(fresh) == (1, 0)
+    assert aliases(fresh) == {}
+
+
 def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
     register.run(asking(fresh))
     assert aliases(fresh) == {CHALLENGER: "1"}

@@ -45,6 +45,7 @@ def check(settings: Settings) -> list[str]:
             chosen.append((shelf, numbers["method"], rest, f"evaluate.{shelf}.{name}"))
     for shelf, name, numbers, where in chosen:
         inputs.method(shelf, SHELVES[shelf], name, numbers, where)
+    inputs.guide(settings)
     lines = [f"{where}: {name}" for _, name, _, where in chosen]
     for name in settings.targets:
         inputs.inverter(settings, name)

@@ -63,8 +63,7 @@ def _probe(settings: Settings, model: Model, concepts: Sequence[Concept], kept: 
     noise, and rates them with r_ψ and CLIP. Only prompts of the dev split: what is reported later is never looked at.
     """
     clip, guide = inputs.clip(settings), inputs.guide(settings)
-    empty = encode.encode_text(model, [""])
-    others = guide.conditions(empty, concepts)
+    conditions = guide.conditions(model, concepts)
     rated: list[tuple[Any, Tensor]] = []
     for concept in concepts:
         spec = settings.concepts[concept.name]
@@ -78,7 +77,9 @@ def _probe(settings: Settings, model: Model, concepts: Sequence[Concept], kept: 
     def draw(c: Tensor, purpose: str, weights: Weights) -> Tensor:
         seeds = [derive(settings.seed, "erase", "look", purpose, i) for i in range(len(c))]
         steps, batch = settings.sample.steps, settings.sample.batch
-        pictures = sample(model, c, seeds, guide=guide, others=others, steps=steps, weights=weights, batch=batch)
+        pictures = sample(
+            model, c, seeds, guide=guide, conditions=conditions, steps=steps, weights=weights, batch=batch
+        )
         return clip.pictures(pictures)
 
     def probe(weights: Weights) -> Reading:

@@ -213,6 +213,11 @@ def _notes(settings: Settings) -> list[str]:
     for name in settings.targets:
         sentences = ", ".join(f"“{s}”" for s in settings.concepts[name].sentences)
         notes.append(f"Words and tokens of {name} were erased in {sentences}; the papers erase them alone: “{{}}”.")
+    if settings.guide.method != inputs.PLAIN:
+        notes.append(
+            f"The candidate is drawn with the guide {settings.guide.method}; base and champion are drawn plainly. "
+            "Its numbers hold where pictures are drawn with this guide: an exported model does not bring it along."
+        )
     if "nudenet" in settings.evaluate.detectors:
         notes.append("NudeNet's network is for photographs: on drawings its rates are near zero and say little.")
     return notes

@@ -30,6 +30,8 @@ from deleatur.settings import Settings, explain, merged
 M = TypeVar("M", bound=BaseModel)
 
 DELTA = "delta.safetensors"
+PLAIN = "cfg"
+"""The guide that plain diffusers draws with."""
 
 
 def method(shelf: str, base: type[M], name: str, numbers: Mapping[str, Any], where: str) -> M:
@@ -47,7 +49,17 @@ def numbers_of(section: BaseModel, *known: str) -> dict[str, Any]:
 
 
 def guide(settings: Settings) -> Guide:
-    return method("guides", Guide, settings.guide.method, numbers_of(settings.guide), "guide")
+    """Raises SettingsError for one that the sampler would finish without."""
+    found = method("guides", Guide, settings.guide.method, numbers_of(settings.guide), "guide")
+    late = {name: found.starts(name) for name in settings.targets if found.starts(name) >= settings.sample.steps}
+    if late:
+        names, first = ", ".join(late), min(late.values())
+        raise SettingsError(
+            f"guide ({settings.guide.method}) steers away from {names} from step {first} on (its warm_up), and the "
+            f"sampler's steps are 0 to {settings.sample.steps - 1}: it would do nothing",
+            hint="lower the guide's warm_up, or raise sample.steps; then: deleatur check",
+        )
+    return found
 
 
 def inverter(settings: Settings, concept: str) -> Inverter:

@@ -97,13 +97,20 @@ def _look(settings: Settings, model: Model, clip: Clip, head: Head, name: str) -
     """Pictures from each bare token, always from the same noise, scored with r_ψ."""
     guide, n = inputs.guide(settings), LOOK
     seeds = [derive(settings.seed, "invert", "look", name, i) for i in range(n)]
-    others = guide.conditions(encode.encode_text(model, [""]), [])
+    conditions = guide.conditions(model, [])  # steered towards nothing but the token
 
     def look(vectors: Tensor) -> list[float]:
         with torch.no_grad():
             c = encode.encode(model, [(rows,) for rows in vectors]).states.repeat_interleave(n, 0)
-        steps, batch = settings.sample.steps, settings.sample.batch
-        pictures = sample(model, c, seeds * len(vectors), guide=guide, others=others, steps=steps, batch=batch)
+        pictures = sample(
+            model,
+            c,
+            seeds * len(vectors),
+            guide=guide,
+            conditions=conditions,
+            steps=settings.sample.steps,
+            batch=settings.sample.batch,
+        )
         scores: list[float] = head(clip.pictures(pictures)).reshape(-1, n).mean(1).tolist()
         return scores
 
