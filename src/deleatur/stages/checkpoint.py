@@ -101,7 +101,8 @@ class Checkpoint:
 
     def _save(self, state: State) -> None:
         began = time.monotonic()
-        tensors.save(self.path, state.tensors(), {"belongs": self._belongs, "numbers": state.numbers()})
+        numbers = json.dumps(state.numbers())  # as text, so that keys keep their order
+        tensors.save(self.path, state.tensors(), {"belongs": self._belongs, "numbers": numbers})
         now = time.monotonic()
         self._due = now + max(EVERY, (now - began) / SHARE)
 
@@ -113,15 +114,15 @@ class Checkpoint:
             saved, facts = tensors.load(self.path)
         except DataError as e:
             raise DataError(f"{self.path} is no checkpoint that can be read", hint=f"rm {self.path}") from e
-        changes = list(_changes(facts["belongs"], self._belongs))
-        if changes:
+        numbers = json.loads(facts["numbers"])
+        if changes := list(_changes(facts["belongs"], self._belongs)):
             lines = "".join(f"\n  {change}" for change in changes)
             raise SettingsError(
-                f"{self._stage} was stopped after step {facts['numbers']['step']}, and since then has changed:{lines}\n"
+                f"{self._stage} was stopped after step {numbers['step']}, and since then has changed:{lines}\n"
                 "Changed back, it goes on. To give up what is saved and start anew, remove it.",
                 hint=f"rm {self.path}",
             )
-        return saved, facts["numbers"]
+        return saved, numbers
 
 
 def belongs(
