@@ -7,6 +7,7 @@ where PREFECT_API_URL names a server, it uses that.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,7 @@ from prefect.settings import (
 from pydantic import Field
 from tasks import decide, page, publish, register, reproduce, waiting
 
-from deleatur.errors import DeleaturError
+from deleatur.errors import ContinueMe, DeleaturError
 from deleatur.records import Outcome
 from deleatur.settings import Settings
 from deleatur.stages import STAGES
@@ -77,9 +78,13 @@ def erase(approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10) -> Done
 
 if __name__ == "__main__":
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the end of this process is an end by request
     with temporary_settings(set_defaults=EMBEDDED):
         try:
             print(erase())
         except DeleaturError as e:
             print(f"{type(e).__name__}: {e}\nNext: {e.hint}", file=sys.stderr)
             sys.exit(e.exit_code)
+        except KeyboardInterrupt:
+            print("Stopped.\nNext: the same command, to go on", file=sys.stderr)
+            sys.exit(ContinueMe.exit_code)

@@ -68,15 +68,19 @@ def test_a_stage_depends_on_its_section_and_on_code_and_numbers_that_exist(name:
 
 def test_every_path_that_a_stage_writes_is_one_of_settings_and_is_read_by_a_later_one_only() -> None:
     settings = Settings.load(ROOT / "params.yaml")
-    written = {path.as_posix() for path in settings.paths.model_dump().values()} - {
-        settings.paths.models.as_posix(),
-        settings.paths.prompts.as_posix(),
-    }
+    brought_or_between = {settings.paths.models, settings.paths.prompts, settings.paths.state}
+    written = {path.as_posix() for path in set(settings.paths.model_dump().values()) - brought_or_between}
     assert set(made()) == written
     for name, stage in CHAIN["stages"].items():
         for path in places(stage["deps"]):
             if path in made():
                 assert STAGES.index(made()[path]) < STAGES.index(name)
+
+
+def test_what_a_stopped_stage_goes_on_from_lies_in_no_output() -> None:
+    """DVC removes outputs before it runs the stage."""
+    state = Settings.load(ROOT / "params.yaml").paths.state
+    assert not any(state.is_relative_to(out) for out in made())
 
 
 def test_metrics_and_plots_lie_in_what_stages_write() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -173,15 +172,14 @@ def demo(params: Params = Path("params.yaml")) -> None:
 
     Runs what is not done yet (`dvc repro`), registers the result in MLflow, prints the verdict and what to do next.
     """
-    from deleatur.io.versions import environment
+    from deleatur.io.versions import attached
     from deleatur.stages.gate import show
 
-    env = environment()
-    if subprocess.run([sys.executable, "-m", "dvc", "repro", "dvc.yaml"], check=False, env=env).returncode:
+    if attached([sys.executable, "-m", "dvc", "repro", "dvc.yaml"]):
         raise ServiceError(
             "a stage did not end well; what it said is above", hint="deleatur demo (goes on where it stopped)"
         )
-    if subprocess.run([sys.executable, "-m", "deleatur", "stage", "register"], check=False, env=env).returncode:
+    if attached([sys.executable, "-m", "deleatur", "stage", "register"]):
         raise ServiceError("the result was not registered; what went wrong is above", hint="deleatur stage register")
     found = show(params)
     out.print(found.table)

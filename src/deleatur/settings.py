@@ -41,6 +41,8 @@ class Paths(Section):
     tokens: Path
     delta: Path
     attacks: Path
+    state: Path
+    """What long stages save as they go. No output of a stage: DVC would remove it before the stage runs again."""
     shots: Path
     scores: Path
     report: Path

@@ -225,7 +225,7 @@ def test_attacks(model: Model, name: str) -> None:
     z = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     target = Target(model, {}, "weapon", z, encode.embedding_of(model, "object"), templates_of("style", ["cat"] * 4))
     steps: list[int] = []
-    found = attack.attack(target, seed=0, on_step=lambda step, total, loss: steps.append(step))
+    found = attack.attack(target, seed=0, on_step=lambda p: steps.append(p.step))
     assert found.vectors.ndim == 3
     assert steps == list(range(1, LOOP["iterations"] + 1)), "the budget is respected"
     assert found.budget == {"forward": 6, "backward": 6}

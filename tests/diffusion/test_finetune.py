@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.finetune import Progress, Reading, start
+from deleatur.diffusion.finetune import Progress, Reading
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import predict
 from deleatur.diffusion.select import select
@@ -212,8 +212,7 @@ def test_a_run_taken_up_again_remembers_its_looks_and_its_best(
     readings = iter(READINGS)
     with pytest.raises(Killed):
         sdd.erase(model, [concept], keep=None, seed=1, probe=lambda w: next(readings), on_step=on_step)
-    state = start(model, sdd.loop, concept.states, encode.encode_text(model, [""]), None, seed=999)
-    state.restore(*load(tmp_path / "state.safetensors"))
+    state = load(tmp_path / "state.safetensors")
     again = sdd.erase(model, [concept], keep=None, seed=1, probe=lambda w: next(readings), state=state)
     assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors)
     assert again.record == whole.record

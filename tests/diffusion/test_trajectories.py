@@ -68,7 +68,7 @@ def test_a_fresh_state_is_the_end_of_its_own_trajectory(model: Model) -> None:
 def test_every_state_of_the_pool_is_a_state_of_a_fresh_trajectory(model: Model) -> None:
     """With a frozen teacher a slot's states are those of one trajectory from the slot's own noise."""
     s = source(model, 4)
-    pool = Pool(s, {}, batch=2, slots=4, law="uniform")
+    pool = Pool(s, batch=2, slots=4, law="uniform")
     started = {slot: pool.z[slot].clone() for slot in (pool.k == 0).nonzero().flatten().tolist()}
     condition = pool.condition.clone()
     seen: dict[int, list[tuple[int, Tensor]]] = {slot: [] for slot in started}
@@ -94,7 +94,7 @@ def moving(model: Model, i: int) -> dict[str, Tensor]:
 def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int, batch: int, slots: int) -> None:
     """The staggered pool of the notes (section 7.2), written out: a list of slots, one after the other."""
     s, own = source(model, steps, seed=3, conditions=3), torch.Generator().manual_seed(3)
-    pool = Pool(s, moving(model, 0), batch=batch, slots=slots, law="uniform")
+    pool = Pool(s, batch=batch, slots=slots, law="uniform")
 
     def advanced(rows: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
         """One guided step of some slots, in one call: other shapes of a call have other last bits."""
@@ -129,7 +129,7 @@ def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int
 
 
 def test_stages_of_the_pool_are_uniform(model: Model) -> None:
-    pool = Pool(source(model, 4), {}, batch=2, slots=8, law="uniform")
+    pool = Pool(source(model, 4), batch=2, slots=8, law="uniform")
     counts = Counter(k for _ in range(16) for k in pool.visit({}).k.tolist())
     assert set(counts) == {0, 1, 2, 3}
     assert max(counts.values()) - min(counts.values()) <= 1
@@ -142,14 +142,14 @@ def test_conditions_take_turns(model: Model) -> None:
 
 
 def test_a_pool_of_one_step_trains_on_pure_noise(model: Model) -> None:
-    pool = Pool(source(model, 1), {}, batch=4, slots=4, law="uniform")
+    pool = Pool(source(model, 1), batch=4, slots=4, law="uniform")
     visits = [pool.visit({}) for _ in range(3)]
     assert all((v.k == 0).all() for v in visits)
     assert not torch.equal(visits[0].z, visits[1].z)
 
 
 def test_pool_state_survives_its_tensors(model: Model) -> None:
-    one, other = (Pool(source(model, 3, seed), {}, batch=2, slots=4, law="uniform") for seed in (0, 1))
+    one, other = (Pool(source(model, 3, seed), batch=2, slots=4, law="uniform") for seed in (0, 1))
     one.visit({})
     other.restore({n: t.clone() for n, t in one.tensors().items()})
     other.source.generator.set_state(one.source.generator.get_state())
@@ -167,8 +167,8 @@ def test_replayed_states_are_those_of_trajectories_each_used_once(model: Model) 
     """6 trajectories of 3 steps, 2 states a visit: 9 visits are all of them, the tenth begins new ones."""
     s = source(model, 3)
     replay = Replay(s, {}, batch=2, slots=6)
-    first = replay.z.reshape(3, 6, *replay.z.shape[1:])
     found = rounds(replay, 9)
+    first = replay.z.reshape(3, 6, *replay.z.shape[1:])
     k, condition = (torch.cat([getattr(v, part) for v, _ in found]) for part in ("k", "condition"))
     assert Counter(k.tolist()) == {0: 6, 1: 6, 2: 6}
     assert Counter(condition.tolist()) == {0: 9, 1: 9}
@@ -210,7 +210,7 @@ def test_thinning_reproduces_the_beta_law() -> None:
 
 
 def test_a_thinned_pool_follows_the_law(model: Model) -> None:
-    pool = Pool(source(model, 5), {}, batch=2, slots=16, law="beta33")
+    pool = Pool(source(model, 5), batch=2, slots=16, law="beta33")
     k = torch.cat([pool.visit({}).k for _ in range(300)])
     share = torch.bincount(k, minlength=5).double() / len(k)
     accept = stage_weights("beta33", 5).double()
@@ -231,7 +231,7 @@ def test_trajectories_go_no_further_than_the_last_stage_that_is_trained_on(
         return plain(self, weights, z, k, condition)
 
     monkeypatch.setattr(Source, "advance", advance)
-    made = trajectories(kind, s, {}, batch=2, slots=6, law="uniform")  # type: ignore[arg-type]
+    made = trajectories(kind, s, batch=2, slots=6, law="uniform")  # type: ignore[arg-type]
     seen = Counter(k for _ in range(30) for k in made.visit({}).k.tolist())
     assert set(seen) == {0, 1, 2}
     assert max(advanced) == 1, "a state after the last stage is never made"

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.finetune import Progress, Reading, start
+from deleatur.diffusion.finetune import Progress, Reading
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import predict
+from deleatur.diffusion.state import Saved
 from deleatur.erasers.keep import Keep
 from deleatur.erasers.sdd import SDD
 from deleatur.errors import ErasureRefused
@@ -117,49 +118,108 @@ def test_every_order_of_roles_runs(model: Model, order: str) -> None:
     assert erase(model, words(model, "gun", "sword"), order=order, iterations=3).record["steps"] == 3
 
 
-def test_stops_at_the_target_and_at_the_guard(model: Model) -> None:
-    readings = iter([Reading(1.0, 1.0), Reading(0.5, 0.97), Reading(0.1, 0.96), Reading(0.0, 0.95)])
-    sdd = SDD(order="single", loop={**QUICK, "iterations": 40, "check_every": 2, "stop_at": 0.2, "guard": 0.1})
-    reached = sdd.erase(model, [words(model, "gun")], keep=None, seed=0, probe=lambda w: next(readings))
+def looked(model: Model, *readings: Reading, told: list[Progress] | None = None, **numbers: Any) -> Delta:
+    """A run whose looks, the one before its first step included, say what is given."""
+    says = iter(readings)
+    loop = {**QUICK, "iterations": 40, "check_every": 2, "guard": 0.1, **numbers}
+    return SDD(order="single", loop=loop).erase(  # type: ignore[arg-type]
+        model,
+        [words(model, "gun")],
+        keep=None,
+        seed=0,
+        probe=lambda w: next(says),
+        on_step=lambda p: told.append(p) if told is not None else None,
+    )
+
+
+def same(one: Delta, other: Delta) -> bool:
+    return all(torch.equal(one.tensors[n], other.tensors[n]) for n in other.tensors)
+
+
+def test_stops_at_the_target(model: Model) -> None:
+    told: list[Progress] = []
+    reached = looked(
+        model, Reading(1.0, 1.0), Reading(0.5, 0.97), Reading(0.1, 0.96), Reading(0.0, 0.95), told=told, stop_at=0.2
+    )
     assert (reached.record["stop"], reached.record["steps"]) == ("target", 4)
-    readings = iter([Reading(1.0, 1.0), Reading(0.6, 0.95), Reading(0.3, 0.5)])
-    guarded = sdd.erase(model, [words(model, "gun")], keep=None, seed=0, probe=lambda w: next(readings))
-    assert (guarded.record["stop"], guarded.record["steps"]) == ("guard", 4)
-    two = SDD(order="single", loop={**QUICK, "iterations": 2}).erase(model, [words(model, "gun")], keep=None, seed=0)
-    assert all(torch.equal(guarded.tensors[n], two.tensors[n]) for n in two.tensors), "the look before the damage"
+    assert [(p.step, p.total) for p in told] == [(1, 40), (2, 40), (3, 40), (4, 4)], "there is no more to wait for"
+    assert same(reached, erase(model, words(model, "gun"), seed=0, iterations=4))
+
+
+@pytest.mark.parametrize(
+    ("readings", "best"),
+    [
+        ([(0.6, 0.95), (0.3, 0.5)], 2),
+        ([(0.2, 0.95), (0.4, 0.95), (0.3, 0.5)], 2),  # fewest of the concept's pictures, not newest
+        ([(0.4, 0.95), (0.2, 0.95), (0.3, 0.5)], 4),
+        ([(0.2, 0.92), (0.2, 0.95), (0.1, 0.5)], 4),  # of two alike, the one that keeps more
+        ([(0.2, 0.95), (0.1, 0.95, 0.2)], 2),  # what is kept is recognised still, but blank or noise
+    ],
+)
+def test_at_the_guard_the_best_look_before_it_comes_back(
+    model: Model, readings: list[tuple[float, ...]], best: int
+) -> None:
+    guarded = looked(model, Reading(1.0, 1.0), *(Reading(*r) for r in readings))
+    assert (guarded.record["stop"], guarded.record["steps"]) == ("guard", 2 * len(readings))
+    assert same(guarded, erase(model, words(model, "gun"), seed=0, iterations=best))
+
+
+def test_the_last_step_is_looked_at_too(model: Model) -> None:
+    readings = [Reading(1.0, 1.0), Reading(0.5, 0.95), Reading(0.4, 0.95)]
+    well = looked(model, *readings, Reading(0.3, 0.95), iterations=5)
+    assert [look["step"] for look in well.record["looks"]] == [0, 2, 4, 5]
+    assert well.record["stop"] == "end"
+    spoiled = looked(model, *readings, Reading(0.0, 0.1), iterations=5)
+    assert (spoiled.record["stop"], spoiled.record["steps"]) == ("guard", 5)
+    assert same(spoiled, erase(model, words(model, "gun"), seed=0, iterations=4))
 
 
 def test_a_run_that_destroys_the_model_at_once_is_refused(model: Model) -> None:
-    readings = iter([Reading(1.0, 1.0), Reading(0.9, 0.2)])
-    sdd = SDD(order="single", loop={**QUICK, "check_every": 2, "guard": 0.1})
-    with pytest.raises(ErasureRefused, match="preserved prompts fell"):
-        sdd.erase(model, [words(model, "gun")], keep=None, seed=0, probe=lambda w: next(readings))
+    with pytest.raises(ErasureRefused, match=r"kept from 1.000 to 0.200$"):
+        looked(model, Reading(1.0, 1.0), Reading(0.9, 0.2))
+    with pytest.raises(ErasureRefused, match=r"contrast from 30.000 to 2.000$"):
+        looked(model, Reading(1.0, 1.0, 30.0), Reading(0.9, 1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("lr", "iterations", "said"), [(5.0, 1, "times their norm"), (1e30, 1, "by inf times"), (1e30, 3, "became")]
+)
+def test_without_a_look_too_a_run_that_destroys_the_model_is_refused(
+    model: Model, lr: float, iterations: int, said: str
+) -> None:
+    with pytest.raises(ErasureRefused, match=said):
+        erase(model, words(model, "gun"), lr=lr, iterations=iterations)
 
 
 @pytest.mark.parametrize("trajectories", ["fresh", "pool"])
-@pytest.mark.parametrize("stop_at", [1, 3])
-def test_a_saved_run_goes_on_with_the_same_bits(model: Model, trajectories: str, stop_at: int, tmp_path: Path) -> None:
+def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, trajectories: str, tmp_path: Path) -> None:
+    """Convolutions included, whose tensors are laid out in memory as no file lays them out; and the best look."""
     concept, kept = words(model, "gun", "sword"), encode.encode_text(model, ["", "a cat"])
     numbers = {**QUICK, "iterations": 6, "preserve": 1.0, "trajectories": trajectories, "slots": 6, "law": "beta33"}
+    numbers |= {"train": "full", "check_every": 2, "guard": 0.1}
     sdd = SDD(order="single", loop=numbers)  # type: ignore[arg-type]
-    whole = sdd.erase(model, [concept], keep=kept, seed=3)
-    path = tmp_path / "state.safetensors"
+    readings = {0: Reading(1.0, 1.0), 2: Reading(0.2, 0.95), 4: Reading(0.3, 0.95), 6: Reading(0.1, 0.5)}
 
-    class Killed(Exception):
-        pass
+    def run(state: Saved | None = None) -> tuple[Delta, list[int]]:
+        told = [-1] if state is None else []
 
-    def on_step(p: Progress) -> None:
-        if p.step == stop_at:
-            save(path, p.state.tensors(), p.state.numbers())
-            raise Killed
+        def on_step(p: Progress) -> None:
+            told.append(p.step)
+            if state is None:
+                save(tmp_path / str(p.step), p.state.tensors(), p.state.numbers())
 
-    with pytest.raises(Killed):
-        sdd.erase(model, [concept], keep=kept, seed=3, on_step=on_step)
-    state = start(model, sdd.loop, concept.states, encode.encode_text(model, [""]), kept, 999)
-    state.restore(*load(path))
-    again = sdd.erase(model, [concept], keep=kept, seed=3, state=state)
-    assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors)
-    assert whole.record["curve"] == again.record["curve"]
+        delta = sdd.erase(
+            model, [concept], keep=kept, seed=3, on_step=on_step, state=state, probe=lambda w: readings[told[-1] + 1]
+        )
+        return delta, told
+
+    whole, _ = run()
+    assert whole.record["stop"] == "guard"
+    for step in range(1, 7):
+        again, told = run(load(tmp_path / str(step)))
+        assert told == list(range(step, 7)), "it goes on where it was"
+        assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors)
+        assert whole.record == again.record
 
 
 def test_trainable_parameters_of_stable_diffusion_are_the_published_number() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import finished
+import psutil
 import pytest
 import yaml
 
@@ -100,6 +101,20 @@ def test_a_stage_that_was_stopped_is_continued(monkeypatch: pytest.MonkeyPatch) 
 
     assert one() is True
     assert tries == ["erase", "erase"]
+
+
+def test_whoever_stops_the_flow_is_told_to_run_it_again(project: Path) -> None:
+    change("erase", source="words")
+    script = Path(__file__).parents[2] / "flows" / "erase.py"
+    us = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ours = psutil.Process(us.pid)
+    while not any(p.cmdline()[-2:] == ["stage", "erase"] for p in ours.children(recursive=True)):
+        assert us.poll() is None
+        time.sleep(0.1)
+    us.terminate()
+    said, _ = us.communicate(timeout=120)
+    assert us.returncode == ContinueMe.exit_code, said
+    assert "to go on" in said
 
 
 @pytest.mark.parametrize("decision", ["approve", "decline"])

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.invert import Inversion, Learned, Lesson, learn, templates_of
+from deleatur.diffusion.invert import Inversion, Learned, Lesson, Progress, learn, templates_of
 from deleatur.diffusion.load import Model, fingerprint
+from deleatur.diffusion.state import Saved
 from deleatur.errors import DataError
 from deleatur.inversion import Rated
 from deleatur.inversion.hfi import HFI
 from deleatur.inversion.textual_inversion import TextualInversion
+from deleatur.io.tensors import load, save
 
 rewards = st.lists(st.floats(-3, 3), min_size=2, max_size=20).map(torch.tensor)
 
@@ -182,6 +184,34 @@ def test_tokens_learned_together_are_those_learned_one_by_one(model: Model) -> N
         assert torch.allclose(one.vectors, shared.vectors, atol=1e-5)
         assert one.losses == pytest.approx(shared.losses, rel=1e-4)
         assert not torch.allclose(one.vectors, start[0], atol=1e-3)
+
+
+def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, tmp_path: Path) -> None:
+    """Two groups of tokens, so that one of them is done, half done and not begun; the best look is not the last."""
+    first = encode.embedding_of(model, "object").repeat(3, 1, 1)
+    numbers = Inversion(iterations=4, batch=2, lr=1e-2, together=2, check_every=2, norm=1.0)
+
+    def run(state: Saved | None = None) -> tuple[list[Learned], list[Progress]]:
+        told: list[Progress] = []
+
+        def on_step(p: Progress) -> None:
+            told.append(p)
+            if state is None:
+                save(tmp_path / str(p.step), p.state.tensors(), p.state.numbers())
+
+        lessons = [lesson(4, seed=i) for i in range(3)]
+        learned = learn(
+            model, numbers, lessons, first, look=lambda v: v.norm(dim=(1, 2)).tolist(), on_step=on_step, state=state
+        )
+        return learned, told
+
+    whole, seen = run()
+    for step in range(1, 9):
+        again, told = run(load(tmp_path / str(step)))
+        assert [(p.step, p.total, p.loss) for p in told] == [(p.step, p.total, p.loss) for p in seen[step - 1 :]]
+        for a, b in zip(whole, again, strict=True):
+            assert torch.equal(a.vectors, b.vectors)
+            assert (a.looks, a.losses, a.effective) == (b.looks, b.losses, b.effective)
 
 
 def test_the_control_sees_no_rating(model: Model) -> None:

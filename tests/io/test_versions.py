@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import finished
+import psutil
 import pytest
 import yaml
 
@@ -121,6 +122,47 @@ def test_whoever_stops_us_stops_the_stage_after_it_has_saved(root: Path, how: si
     assert (root / "saved").read_text() == "state"
     with pytest.raises(ProcessLookupError):
         os.kill(stage, 0)
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, tmp_path: Path) -> None:
+    """First we are asked to stop, and the stage through us; then the stage alone; then nobody."""
+    whole, root = tmp_path / "whole", tmp_path / "stopped"
+    for place in (whole, root):
+        finished.copy(shared, place)
+        params = yaml.safe_load((place / "params.yaml").read_text())
+        params["erase"]["loop"] |= {"iterations": 120, "check_every": 0}
+        (place / "params.yaml").write_text(yaml.safe_dump(params))
+    assert versions.reproduce("erase", whole)
+
+    code = (
+        "from pathlib import Path; from deleatur.io import versions;"
+        "versions.reproduce('erase', Path(), print, lambda p: Path('at').write_text(str(p.done)))"
+    )
+    us = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert int(awaited(root / "at")) < 120
+    us.terminate()
+    said, _ = us.communicate(timeout=120)
+    assert us.returncode == ContinueMe.exit_code
+    assert "saved after step" in said, "the stage's last words are heard"
+
+    done: list[int] = []
+
+    def stop_the_stage(progress: Progress) -> None:
+        done.append(progress.done)
+        running = psutil.Process().children(recursive=True)
+        for stage in (p for p in running if p.cmdline()[-2:] == ["stage", "erase"]):
+            stage.terminate()
+
+    with pytest.raises(ContinueMe, match="saved after step"):
+        versions.reproduce("erase", root, on_progress=stop_the_stage)
+    first = done[0]
+    done.clear()
+    assert versions.reproduce("erase", root, on_progress=lambda p: done.append(p.done))
+    assert 1 <= first <= done[0] < 120
+    assert done[-1] == 120
+    for path in (whole / "out/delta").iterdir():
+        assert path.read_bytes() == (root / "out/delta" / path.name).read_bytes(), path.name
 
 
 def awaited(path: Path) -> str:

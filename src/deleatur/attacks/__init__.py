@@ -10,9 +10,10 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deleatur.diffusion.invert import Templates
+from deleatur.diffusion.invert import Progress, Templates
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights
+from deleatur.diffusion.state import Saved
 
 Access = Literal["prompts", "text_encoder", "white_box", "original_model"]
 
@@ -46,5 +47,15 @@ class Attack(BaseModel):
     access: ClassVar[Access]
 
     @abstractmethod
-    def attack(self, target: Target, *, seed: int, on_step: Callable[[int, int, float], None]) -> Found:
-        """Soft prompts for the erased model. Whether they succeed is judged on sampled pictures, not here."""
+    def attack(
+        self,
+        target: Target,
+        *,
+        seed: int,
+        on_step: Callable[[Progress], None] = lambda p: None,
+        state: Saved | None = None,
+    ) -> Found:
+        """Soft prompts for the erased model. Whether they succeed is judged on sampled pictures, not here.
+
+        state: what a run of the same arguments saved, to go on with.
+        """

@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 
 from deleatur.attacks import Access, Attack, Found, Target
-from deleatur.diffusion.invert import Inversion, Lesson, learn
+from deleatur.diffusion.invert import Inversion, Lesson, Progress, learn
+from deleatur.diffusion.state import Saved
 from deleatur.maths.seeds import generator
 
 
@@ -22,11 +23,18 @@ class ConceptInversion(Attack):
     access: ClassVar[Access] = "white_box"
     loop: Inversion = Field(default_factory=Inversion)
 
-    def attack(self, target: Target, *, seed: int, on_step: Callable[[int, int, float], None]) -> Found:
+    def attack(
+        self,
+        target: Target,
+        *,
+        seed: int,
+        on_step: Callable[[Progress], None] = lambda p: None,
+        state: Saved | None = None,
+    ) -> Found:
         n, numbers = len(target.latents), self.loop
         g = generator(seed, "attack", "concept_inversion", target.concept)
         lesson = Lesson(target.latents, torch.full((n,), 1 / n), target.templates, g)
         start = target.initial.repeat(1, numbers.vectors, 1)
-        [learned] = learn(target.model, numbers, [lesson], start, unet=target.weights, on_step=on_step)
+        [learned] = learn(target.model, numbers, [lesson], start, unet=target.weights, on_step=on_step, state=state)
         calls = numbers.iterations * numbers.batch
         return Found(learned.vectors[None], {"forward": calls, "backward": calls}, learned.losses)

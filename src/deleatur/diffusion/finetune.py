@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from deleatur.diffusion.load import Model
 from deleatur.diffusion.overlay import difference
 from deleatur.diffusion.predict import Weights, predict
 from deleatur.diffusion.select import Selector, select
+from deleatur.diffusion.state import Saved, moments, parts, restore_moments
 from deleatur.diffusion.trajectories import Law, Replay, Resumable, Source, Trajectories, trajectories
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.seeds import generator
@@ -73,13 +74,17 @@ class Loop(BaseModel):
     preserve: float = Field(0.0, ge=0)
     """Weight of the keep-loss on prompts to preserve."""
     check_every: int = Field(0, ge=0)
-    """Iterations between two looks at sampled pictures; 0: never, train to the end."""
+    """Iterations between two looks at sampled pictures, the last of them at the end; 0: never, train to the end."""
     stop_at: float = Field(0.0, ge=0, le=1)
     """Stop once the concept's rate on the looked-at pictures is at or below this."""
     guard: float = Field(1.0, ge=0)
-    """Stop, and go back to the best earlier look, once preserved prompts score worse than the base by this share."""
+    """Stop, and go back to the best earlier look, once preserved prompts score worse than the base by this share.
+    The best is the one with the fewest of the concept's pictures."""
     least_change: float = Field(1e-5, ge=0)
     """A run whose relative change of the trained weights is smaller is refused: it did nothing."""
+    most_change: float = Field(2.0, gt=0)
+    """A run whose relative change is larger, or is no number, is refused: it destroyed the model. Adam moves a weight
+    by `lr` per iteration at most: 1500 of 1e-5 are half of the 0.03 that weights of Stable Diffusion have."""
 
     @model_validator(mode="before")
     @classmethod
@@ -109,9 +114,14 @@ class Reading:
     """Share of the concept's pictures that still show it."""
     kept: float
     """How well preserved prompts are still followed; any scale, higher is better."""
+    contrast: float = 1.0
+    """How much the preserved prompts' pictures vary in the large; blank ones and noise do not."""
 
 
 Probe = Callable[[Weights], Reading]
+
+BLANK = 0.25
+"""Share of the base pictures' contrast below which pictures count as blank or as noise."""
 
 
 @dataclass
@@ -141,8 +151,7 @@ class State:
         flat = {
             f"{part}/{n}": t.detach() for part in ("student", "teacher", "best") for n, t in getattr(self, part).items()
         }
-        for name, parameter in self.student.items():
-            flat |= {f"adam/{k}/{name}": v for k, v in self.optimiser.state.get(parameter, {}).items()}
+        flat |= {f"adam/{path}": t for path, t in moments(self.optimiser, self.student).items()}
         flat |= {f"source/{s}/{n}": t for s, source in self.sources.items() for n, t in source.tensors().items()}
         return flat | {f"generator/{n}": g.get_state() for n, g in self.generators.items()}
 
@@ -153,34 +162,29 @@ class State:
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Puts a saved run back into this freshly started one."""
-        by_part: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            part, rest = name.split("/", 1)
-            by_part.setdefault(part, {})[rest] = tensor
+        saved = parts(tensors)
         for part in ("student", "teacher"):
-            for name, value in by_part[part].items():
+            for name, value in saved[part].items():
                 getattr(self, part)[name].copy_(value)
-        self.best = by_part.get("best", {})
-        for name, value in by_part.get("adam", {}).items():
-            key, parameter = name.split("/", 1)
-            self.optimiser.state.setdefault(self.student[parameter], {})[key] = value
+        self.best = {n: torch.empty_like(self.teacher[n]).copy_(w) for n, w in saved.get("best", {}).items()}
+        restore_moments(self.optimiser, self.student, saved["adam"])
+        states = parts(saved["source"])
         for name, source in self.sources.items():
-            saved = by_part.get("source", {})
-            source.restore({k.split("/", 1)[1]: v for k, v in saved.items() if k.startswith(f"{name}/")})
+            source.restore(states[name])
         for name, g in self.generators.items():
-            g.set_state(by_part["generator"][name])
+            g.set_state(saved["generator"][name])
         for key, value in numbers.items():
             setattr(self, key, value)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the callback is told after every iteration."""
+    """What the callback is told after every iteration, and once by a run that goes on before its next."""
 
     step: int
     total: int
+    """No more than `step` once the run has stopped."""
     loss: float
-    reading: Reading | None
     state: State
 
 
@@ -194,7 +198,7 @@ def start(model: Model, loop: Loop, c_p: Tensor, c_0: Tensor, keep: Tensor | Non
     generators = {"erase": generator(seed, "erase", "trajectories")}
     prompted = Source(model, c_0, c_p, loop.guidance, loop.steps, generators["erase"], loop.stages)
     shape = {"batch": loop.batch, "slots": loop.slots}
-    source = trajectories(loop.trajectories, prompted, _cast(model, teacher), law=loop.law, **shape)
+    source = trajectories(loop.trajectories, prompted, law=loop.law, **shape)
     calm = None
     if loop.preserve:
         if keep is None:
@@ -222,14 +226,20 @@ def finetune(
     seed: int,
     on_step: Callable[[Progress], None],
     probe: Probe | None = None,
-    state: State | None = None,
+    state: Saved | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trains and returns (θ* − θ₀ by name, record of the run). The model itself is not touched.
+
+    `state`: what the state of a run with the same arguments gave after some iteration; the result is the same to the
+    bit as if that run had never been left.
 
     `paired`: c_s has a row for each row of c_p, and a state is trained under the condition that made it; otherwise
     rows of c_s are taken in turn. Raises ErasureRefused when the weights hardly moved or the run destroyed the model.
     """
-    run = state or start(model, loop, c_p, c_0, keep, seed)
+    run = start(model, loop, c_p, c_0, keep, seed)
+    if state:
+        run.restore(*state)
+        on_step(_told(loop, run))
     average = get_ema_multi_avg_fn(loop.ema)
     taus = torch.tensor(model.schedule.taus(loop.steps), device=model.device)
     if loop.check_every and probe and not run.looks:
@@ -238,14 +248,13 @@ def finetune(
         loss = _iterate(model, loop, target, run, taus, c_s, c_0, paired, keep, average)
         run.step += 1
         run.curve.append({"step": run.step, **loss})
-        reading = None
-        if loop.check_every and probe and run.step % loop.check_every == 0:
-            reading = probe(_cast(model, run.teacher))
-            _judge(loop, run, _look(run, reading))
-        on_step(Progress(run.step, loop.iterations, loss["loss"], reading, run))
+        if loop.check_every and probe and (run.step % loop.check_every == 0 or run.step == loop.iterations):
+            _look(run, probe(_cast(model, run.teacher)))
+            _judge(loop, run)
+        on_step(_told(loop, run))
     weights = run.best if run.stop == "guard" else run.teacher
     delta = difference(model, weights)
-    _refuse_nothing(model, loop, delta)
+    _refuse_extremes(model, loop, delta)
     record = {"steps": run.step, "stop": run.stop or "end", "looks": run.looks, "curve": run.curve}
     return delta, record
 
@@ -297,42 +306,57 @@ def _iterate(
         with torch.no_grad():
             drift = F.mse_loss(nets.student(visit.z, t, c_0), nets.base(visit.z, t, c_0))
         numbers["drift"] = float(drift)
-    if not math.isfinite(numbers["loss"]):
-        raise ErasureRefused(f"the loss became {numbers['loss']} at step {run.step}", hint="lower erase.loop.lr")
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(numbers[name]):
+            raise ErasureRefused(f"{name} became {numbers[name]} at step {run.step}", hint="lower erase.loop.lr")
     run.optimiser.step()
     with torch.no_grad():
         average(list(run.teacher.values()), [p.detach() for p in run.student.values()], run.step)
     return numbers
 
 
-def _look(run: State, reading: Reading) -> Reading:
-    run.looks.append({"step": run.step, "concept": reading.concept, "kept": reading.kept})
-    return reading
+def _told(loop: Loop, run: State) -> Progress:
+    return Progress(run.step, run.step if run.stop else loop.iterations, run.curve[-1]["loss"], run)
 
 
-def _judge(loop: Loop, run: State, reading: Reading) -> None:
-    """Stops at the target, or at the guard; remembers the best look in between."""
-    first = run.looks[0]
-    spoiled = first["kept"] - reading.kept > loop.guard * abs(first["kept"])
-    if spoiled and not run.best:
+def _look(run: State, reading: Reading) -> None:
+    run.looks.append({"step": run.step, **asdict(reading)})
+
+
+def _judge(loop: Loop, run: State) -> None:
+    """Stops at the target, or at the guard; remembers the best look in between: the least concept, then the most kept.
+
+    A look is spoiled when preserved prompts are followed less, or when their pictures are blank or noise.
+    """
+    first, last = run.looks[0], run.looks[-1]
+    least = {"kept": first["kept"] - loop.guard * abs(first["kept"]), "contrast": BLANK * first["contrast"]}
+    good = [look for look in run.looks[1:] if all(look[what] >= value for what, value in least.items())]
+    if not good:
+        fell = [f"{what} from {first[what]:.3f} to {last[what]:.3f}" for what in least if not last[what] >= least[what]]
         raise ErasureRefused(
-            f"preserved prompts fell from {first['kept']:.3f} to {reading.kept:.3f} before the concept went",
+            f"preserved prompts fell before the concept went: {', '.join(fell)}",
             hint="lower erase.loop.lr, raise erase.loop.preserve or check more often (erase.loop.check_every)",
         )
-    if spoiled:
+    if last not in good:
         run.stop = "guard"
         return
-    run.best = {n: w.clone() for n, w in run.teacher.items()}
-    if reading.concept <= loop.stop_at:
+    if last is min(good, key=lambda look: (look["concept"], -look["kept"])):
+        run.best = {n: w.clone() for n, w in run.teacher.items()}
+    if last["concept"] <= loop.stop_at:
         run.stop = "target"
 
 
-def _refuse_nothing(model: Model, loop: Loop, delta: dict[str, Tensor]) -> None:
+def _refuse_extremes(model: Model, loop: Loop, delta: dict[str, Tensor]) -> None:
     own = select(model.unet, loop.train)
     moved = math.sqrt(sum(float(d.square().sum()) for d in delta.values()))
-    size = math.sqrt(sum(float(p.float().square().sum()) for p in own.values()))
-    if moved < loop.least_change * size:
+    change = moved / math.sqrt(sum(float(p.float().square().sum()) for p in own.values()))
+    if change < loop.least_change:
         raise ErasureRefused(
-            f"the trained weights moved by {moved / size:.1e} of their norm: nothing was erased",
+            f"the trained weights moved by {change:.1e} of their norm: nothing was erased",
             hint="raise erase.loop.iterations or erase.loop.lr",
+        )
+    if not change <= loop.most_change:  # also where it is not a number
+        raise ErasureRefused(
+            f"the trained weights moved by {change:.1f} times their norm: little of the model is left",
+            hint="lower erase.loop.lr or erase.loop.iterations",
         )

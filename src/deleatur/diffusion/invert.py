@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,7 @@ from torch import Tensor
 from deleatur.diffusion.encode import Prompt, encode
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights, predict
+from deleatur.diffusion.state import Saved, moments, parts, restore_moments
 
 TEMPLATES = {
     "object": ("a {}", "a picture of a {}", "a photo of a {}", "a painting of a {}", "one {}", "a small {}"),
@@ -77,6 +79,61 @@ class Learned:
     """Effective number of pictures, 1/Σw²."""
 
 
+@dataclass
+class State:
+    """All of a run: what one save must hold for the next process to go on with the same bits."""
+
+    vectors: list[Tensor]
+    """m tokens (v, d)."""
+    optimiser: torch.optim.AdamW
+    generators: list[torch.Generator]
+    best: Tensor
+    """(m, v, d)."""
+    losses: Tensor
+    """(m, iterations)."""
+    looks: list[list[dict[str, float]]]
+    step: int = 0
+    """Of all groups of tokens, one after the other."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is a tensor, by a flat name."""
+        names = self._named()
+        flat = {f"vectors/{n}": v.detach() for n, v in names.items()} | {"best/": self.best, "losses/": self.losses}
+        flat |= {f"adam/{path}": t for path, t in moments(self.optimiser, names).items()}
+        return flat | {f"generator/{i}": g.get_state() for i, g in enumerate(self.generators)}
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything that is not."""
+        return {"step": self.step, "looks": self.looks}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Puts a saved run back into this freshly started one."""
+        saved, names = parts(tensors), self._named()
+        for name, value in saved["vectors"].items():
+            names[name].copy_(value)
+        self.best.copy_(saved["best"][""])
+        self.losses.copy_(saved["losses"][""])
+        restore_moments(self.optimiser, names, saved["adam"])
+        for i, g in enumerate(self.generators):
+            g.set_state(saved["generator"][str(i)])
+        self.step, self.looks = numbers["step"], numbers["looks"]
+
+    def _named(self) -> dict[str, Tensor]:
+        return {str(i): v for i, v in enumerate(self.vectors)}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the callback is told after every iteration, and once by a run that goes on before its next."""
+
+    step: int
+    total: int
+    loss: float
+    """Mean of the tokens that are learned at the time."""
+    state: State
+
+
 Look = Callable[[Tensor], Sequence[float]]
 """vectors (m, v, d) → for each token, how much pictures drawn from it bare show the concept; higher is better."""
 
@@ -87,6 +144,18 @@ def around(rows: Tensor, template: str) -> Prompt:
     return [p for p in (before, rows, after) if not isinstance(p, str) or p.strip()]
 
 
+def start(model: Model, numbers: Inversion, lessons: Sequence[Lesson], initial: Tensor) -> State:
+    """A run before its first step."""
+    first = initial.detach().to(model.device, torch.float32)
+    vectors = [rows.clone().requires_grad_() for rows in first]
+    # No weight decay: decay pulls v to zero, which is not where words live. Adam works on each number by itself, and
+    # leaves alone what has no gradient: tokens that share an optimiser do not feel each other.
+    optimiser = torch.optim.AdamW(vectors, lr=numbers.lr, weight_decay=0.0)
+    losses = torch.zeros(len(lessons), numbers.iterations)
+    generators = [lesson.generator for lesson in lessons]
+    return State(vectors, optimiser, generators, first.clone(), losses, [[] for _ in lessons])
+
+
 def learn(
     model: Model,
     numbers: Inversion,
@@ -95,67 +164,77 @@ def learn(
     *,
     look: Look | None = None,
     unet: Weights | None = None,
-    on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+    on_step: Callable[[Progress], None] = lambda p: None,
+    state: Saved | None = None,
 ) -> list[Learned]:
     """A token (v, d) for each of m lessons, starting at `initial` (m, v, d).
 
     Only the vectors carry a gradient: the network, its text encoder and the table stay as they are.
     `unet` lays other weights over the model, for inversion against an erased one. Without `look` the last vectors come
-    back, with it the best. on_step(step, total, loss) is called after every iteration of every group of tokens.
+    back, with it the best. `state`: what the state of a run with the same arguments gave after some iteration; the
+    result is the same to the bit as if that run had never been left.
     """
-    starts = range(0, len(lessons), numbers.together)
-    total = len(starts) * numbers.iterations
-    out: list[Learned] = []
-    for turn, first in enumerate(starts):
-        group = slice(first, first + numbers.together)
+    run, n = start(model, numbers, lessons, initial), numbers.iterations
+    total = -(-len(lessons) // numbers.together) * n
 
-        def told(step: int, loss: float, done: int = turn * numbers.iterations) -> None:
-            on_step(done + step, total, loss)
+    def tell() -> None:
+        group, step = divmod(run.step - 1, n)
+        on_step(Progress(run.step, total, float(run.losses[_tokens(numbers, group), step].mean()), run))
 
-        out += _learn(model, numbers, lessons[group], initial[group], look, unet or {}, told)
-    return out
+    if state:
+        run.restore(*state)
+        tell()
+    table = model.text_encoder.get_input_embeddings().weight.float()
+    longest = numbers.norm * table.norm(dim=-1).mean() if numbers.norm else None
+    while run.step < total:
+        group, step = divmod(run.step, n)
+        _iterate(model, numbers, lessons, run, _tokens(numbers, group), step, unet or {}, longest)
+        run.step += 1
+        if look and ((step + 1) % numbers.check_every == 0 or step + 1 == n):
+            _look(run, _tokens(numbers, group), step + 1, look)
+        tell()
+    kept = run.best if look else torch.stack(run.vectors).detach()
+    effective = [float(1 / lesson.weights.double().square().sum()) for lesson in lessons]
+    return [Learned(*token) for token in zip(kept, run.looks, run.losses.tolist(), effective, strict=True)]
 
 
-def _learn(
+def _tokens(numbers: Inversion, group: int) -> slice:
+    """Which tokens are learned in the same network calls."""
+    return slice(group * numbers.together, (group + 1) * numbers.together)
+
+
+def _iterate(
     model: Model,
     numbers: Inversion,
     lessons: Sequence[Lesson],
-    initial: Tensor,
-    look: Look | None,
+    run: State,
+    tokens: slice,
+    step: int,
     unet: Weights,
-    on_step: Callable[[int, float], None],
-) -> list[Learned]:
-    v = initial.detach().clone().float().requires_grad_()
-    # No weight decay: decay pulls v to zero, which is not where words live. Adam works on each number by itself, so
-    # tokens that share an optimiser do not feel each other.
-    optimiser = torch.optim.AdamW([v], lr=numbers.lr, weight_decay=0.0)
-    longest = (numbers.norm or 0) * model.text_encoder.get_input_embeddings().weight.float().norm(dim=-1).mean()
-    m = len(lessons)
-    best, best_scores = v.detach().clone(), [-float("inf")] * m
-    looks: list[list[dict[str, float]]] = [[] for _ in lessons]
-    losses: list[Tensor] = []
-    for step in range(1, numbers.iterations + 1):
-        drawn = [_draw(model, numbers, lesson, rows) for lesson, rows in zip(lessons, v, strict=True)]
-        z_t, t, eps = (torch.cat(part) for part in zip(*((d.z_t, d.t, d.eps) for d in drawn), strict=True))
-        c = encode(model, [prompt for d in drawn for prompt in d.prompts]).states
-        error = (predict(model, unet, z_t, t, c) - eps).float().square()
-        own = error.reshape(m, -1).mean(1)
-        optimiser.zero_grad()
-        own.sum().backward()
-        optimiser.step()
-        if numbers.norm:
-            with torch.no_grad():
+    longest: Tensor | None,
+) -> None:
+    vectors = run.vectors[tokens]
+    drawn = [_draw(model, numbers, lesson, v) for lesson, v in zip(lessons[tokens], vectors, strict=True)]
+    z_t, t, eps = (torch.cat(part) for part in zip(*((d.z_t, d.t, d.eps) for d in drawn), strict=True))
+    c = encode(model, [prompt for d in drawn for prompt in d.prompts]).states
+    error = (predict(model, unet, z_t, t, c) - eps).float().square()
+    own = error.reshape(len(vectors), -1).mean(1)
+    run.optimiser.zero_grad()
+    own.sum().backward()
+    run.optimiser.step()
+    if longest is not None:
+        with torch.no_grad():
+            for v in vectors:
                 v *= (longest / v.norm(dim=-1, keepdim=True)).clamp(max=1)
-        losses.append(own.detach().cpu())
-        on_step(step, float(losses[-1].mean()))
-        if look and (step % numbers.check_every == 0 or step == numbers.iterations):
-            for i, score in enumerate(look(v.detach())):
-                looks[i].append({"step": step, "score": score})
-                if score > best_scores[i]:
-                    best[i], best_scores[i] = v[i].detach(), score
-    kept, curves = best if look else v.detach(), torch.stack(losses, 1).tolist()
-    effective = [float(1 / lesson.weights.double().square().sum()) for lesson in lessons]
-    return [Learned(*token) for token in zip(kept, looks, curves, effective, strict=True)]
+    run.losses[tokens, step] = own.detach().cpu()
+
+
+def _look(run: State, tokens: slice, step: int, look: Look) -> None:
+    vectors = torch.stack(run.vectors[tokens]).detach()
+    for i, (rows, score) in enumerate(zip(vectors, look(vectors), strict=True), tokens.start):
+        if score > max((earlier["score"] for earlier in run.looks[i]), default=-float("inf")):
+            run.best[i] = rows
+        run.looks[i].append({"step": step, "score": score})
 
 
 @dataclass(frozen=True)

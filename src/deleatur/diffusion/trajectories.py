@@ -29,6 +29,8 @@ class Visit:
 
 
 class Resumable(Protocol):
+    """Draws nothing before its first visit: a run that goes on would only throw it away."""
+
     def tensors(self) -> dict[str, Tensor]: ...
     def restore(self, tensors: dict[str, Tensor]) -> None: ...
 
@@ -115,7 +117,7 @@ class Pool:
     Expected gradient as with `Fresh`, up to the teacher's movement during a trajectory's life of S·M/b iterations.
     """
 
-    def __init__(self, source: Source, weights: Weights, *, batch: int, slots: int, law: Law) -> None:
+    def __init__(self, source: Source, *, batch: int, slots: int, law: Law) -> None:
         self.source, self.batch = source, batch
         self.accept = stage_weights(law, source.used)
         self.order = torch.randperm(slots, generator=source.generator)
@@ -124,13 +126,12 @@ class Pool:
         self.z = source.noise(slots)
         self.position = torch.zeros((), dtype=torch.long)
         self.started = torch.tensor(slots)
-        for j in range(int(self.k.max())):
-            rows = (self.k > j).nonzero().squeeze(1)
-            self.z[rows] = source.advance(weights, self.z[rows], torch.full_like(rows, j), self.condition[rows])
 
     def visit(self, weights: Weights) -> Visit:
         """The next b accepted states. Visited slots are moved on under `weights`, accepted or not."""
         s = self.source
+        if self.position == 0:
+            self._stagger(weights)
         visited: list[int] = []
         accepted: list[int] = []
         while len(accepted) < self.batch and len(visited) < len(self.order):
@@ -144,6 +145,11 @@ class Pool:
         out = Visit(self.z[rows].clone(), self.k[rows].clone(), self.condition[rows].clone())
         self._move_on(weights, torch.tensor(visited))
         return out
+
+    def _stagger(self, weights: Weights) -> None:
+        for j in range(int(self.k.max())):
+            rows = (self.k > j).nonzero().squeeze(1)
+            self.z[rows] = self.source.advance(weights, self.z[rows], torch.full_like(rows, j), self.condition[rows])
 
     def _move_on(self, weights: Weights, rows: Tensor) -> None:
         s = self.source
@@ -163,8 +169,7 @@ class Pool:
         return {n: getattr(self, n) for n in names}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        for name, value in tensors.items():
-            setattr(self, name, value)
+        _put_back(self, tensors)
 
 
 class Replay:
@@ -177,8 +182,9 @@ class Replay:
     def __init__(self, source: Source, weights: Weights, *, batch: int, slots: int) -> None:
         self.source, self.weights, self.batch, self.slots = source, weights, batch, slots
         self.turns = torch.randperm(len(source.conditions), generator=source.generator)
-        self.started = torch.zeros((), dtype=torch.long)
-        self._make()
+        self.started = self.position = torch.zeros((), dtype=torch.long)
+        self.order = self.k = self.condition = torch.zeros(0, dtype=torch.long)
+        self.z = self.eps = torch.zeros(0)
 
     def visit(self) -> tuple[Visit, Tensor]:
         """The next b states, and what the weights predict there under their condition (b, C, H, W)."""
@@ -199,25 +205,27 @@ class Replay:
             states.append(z)
             predictions.append(eps_p)
             z = schedule.ddim(z, cfg(eps_0, eps_p, s.s_g), t, s.steps)
-        self.z, self.eps = torch.cat(states), torch.cat(predictions)
+        # Laid out as they will be when they come back from disk.
+        self.z, self.eps = torch.cat(states).contiguous(), torch.cat(predictions).contiguous()
         self.k = torch.arange(s.steps).repeat_interleave(self.slots)
         self.condition = own.repeat(s.steps)
         self.order = torch.randperm(len(self.z), generator=s.generator)
         self.position = torch.zeros((), dtype=torch.long)
-        self.started += self.slots
+        self.started = self.started + self.slots
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("turns", "started", "z", "eps", "k", "condition", "order", "position")
         return {n: getattr(self, n) for n in names}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        for name, value in tensors.items():
-            setattr(self, name, value)
+        _put_back(self, tensors)
 
 
-def trajectories(
-    kind: Literal["fresh", "pool"], source: Source, weights: Weights, *, batch: int, slots: int, law: Law
-) -> Fresh | Pool:
-    if kind == "fresh":
-        return Fresh(source, batch=batch, law=law)
-    return Pool(source, weights, batch=batch, slots=slots, law=law)
+def _put_back(states: Pool | Replay, tensors: dict[str, Tensor]) -> None:
+    """States and predictions go to the network's device; what is counted and drawn stays on the CPU."""
+    for name, value in tensors.items():
+        setattr(states, name, value.to(states.source.model.device) if name in ("z", "eps") else value)
+
+
+def trajectories(kind: Literal["fresh", "pool"], source: Source, *, batch: int, slots: int, law: Law) -> Fresh | Pool:
+    return Fresh(source, batch=batch, law=law) if kind == "fresh" else Pool(source, batch=batch, slots=slots, law=law)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deleatur.diffusion.finetune import Probe, Progress, State
+from deleatur.diffusion.finetune import Probe, Progress
 from deleatur.diffusion.load import Model
+from deleatur.diffusion.state import Saved
 from deleatur.records import Concept, Delta
 
 
@@ -32,11 +33,11 @@ class Eraser(BaseModel):
         seed: int,
         on_step: Callable[[Progress], None] = lambda p: None,
         probe: Probe | None = None,
-        state: State | None = None,
+        state: Saved | None = None,
     ) -> Delta:
         """The difference that removes the concepts.
 
         keep (q, L, d): states of prompts to preserve, for methods that use them. probe looks at sampled pictures.
-        state: a saved run to go on with. Same model, settings and seed: same delta.
+        state: what a run of the same arguments saved, to go on with. Same model, settings and seed: same delta.
         Raises ErasureRefused when the run did nothing or destroyed the model.
         """

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from deleatur.diffusion.finetune import Probe, Progress, State
+from deleatur.diffusion.finetune import Probe, Progress
 from deleatur.diffusion.load import Model
+from deleatur.diffusion.state import Saved
 from deleatur.erasers import Eraser
 from deleatur.records import Concept, Delta
 
@@ -27,6 +28,6 @@ class Keep(Eraser):
         seed: int,
         on_step: Callable[[Progress], None] = lambda p: None,
         probe: Probe | None = None,
-        state: State | None = None,
+        state: Saved | None = None,
     ) -> Delta:
         return Delta({}, model.digest, "keep", self.model_dump(), tuple(c.name for c in concepts))

@@ -17,9 +17,10 @@ from pydantic import Field
 from torch import Tensor
 
 from deleatur.diffusion.encode import encode_text, joined
-from deleatur.diffusion.finetune import Loop, Networks, Probe, Progress, State, Target, finetune
+from deleatur.diffusion.finetune import Loop, Networks, Probe, Progress, Target, finetune
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.select import select
+from deleatur.diffusion.state import Saved
 from deleatur.erasers import Eraser
 from deleatur.records import Concept, Delta
 
@@ -64,7 +65,7 @@ class SDD(Eraser):
         seed: int,
         on_step: Callable[[Progress], None] = lambda p: None,
         probe: Probe | None = None,
-        state: State | None = None,
+        state: Saved | None = None,
     ) -> Delta:
         c_0 = encode_text(model, [""])
         c_p, c_s = self.roles(model, concepts)

@@ -10,8 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deleatur.diffusion.invert import Learned, Look, Templates
+from deleatur.diffusion.invert import Learned, Look, Progress, Templates
 from deleatur.diffusion.load import Model
+from deleatur.diffusion.state import Saved
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,19 @@ class Inverter(BaseModel):
         *,
         seed: int,
         look: Look,
-        on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+        on_step: Callable[[Progress], None] = lambda p: None,
+        state: Saved | None = None,
     ) -> list[Learned]:
-        """The m tokens of a concept, each (v, d), from the start row `initial` (d,)."""
+        """The m tokens of a concept, each (v, d), from the start row `initial` (d,).
+
+        state: what a run of the same arguments saved, to go on with.
+        """
 
 
 def start_rows(initial: Tensor, vectors: int, generator: torch.Generator) -> Tensor:
     """(v, d): the start row repeated, later rows jittered by 1 % of its norm so that they can part."""
     rows = initial.repeat(vectors, 1)
-    jitter = torch.randn(vectors, len(initial), generator=generator) * initial.norm() * 0.01 / len(initial) ** 0.5
+    jitter = torch.randn(vectors, len(initial), generator=generator).to(initial)
     jitter[0] = 0
-    out: Tensor = rows + jitter
+    out: Tensor = rows + jitter * initial.norm() * 0.01 / len(initial) ** 0.5
     return out

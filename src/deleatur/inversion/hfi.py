@@ -19,8 +19,9 @@ from pydantic import Field
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from deleatur.diffusion.invert import Inversion, Learned, Lesson, Look, learn
+from deleatur.diffusion.invert import Inversion, Learned, Lesson, Look, Progress, learn
 from deleatur.diffusion.load import Model
+from deleatur.diffusion.state import Saved
 from deleatur.errors import DataError
 from deleatur.inversion import Inverter, Rated, start_rows
 from deleatur.maths.seeds import derive, generator
@@ -74,7 +75,8 @@ class HFI(Inverter):
         *,
         seed: int,
         look: Look,
-        on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+        on_step: Callable[[Progress], None] = lambda p: None,
+        state: Saved | None = None,
     ) -> list[Learned]:
         lessons, starts = [], []
         for i, rows in enumerate(self.clusters(rated, seed)):
@@ -84,6 +86,6 @@ class HFI(Inverter):
             lessons.append(
                 Lesson(rated.latents[rows], self.weights(rated.rewards[rows], rank=rated.rank), templates, g)
             )
-        learned = learn(model, self.loop, lessons, torch.stack(starts), look=look, on_step=on_step)
+        learned = learn(model, self.loop, lessons, torch.stack(starts), look=look, on_step=on_step, state=state)
         scores = [max(found["score"] for found in t.looks) for t in learned]
         return [t for t, score in zip(learned, scores, strict=True) if score >= min(self.threshold, max(scores))]

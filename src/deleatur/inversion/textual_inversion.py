@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.invert import Inversion, Learned, Lesson, Look, learn
+from deleatur.diffusion.invert import Inversion, Learned, Lesson, Look, Progress, learn
 from deleatur.diffusion.load import Model
+from deleatur.diffusion.state import Saved
 from deleatur.inversion import Inverter, Rated, start_rows
 from deleatur.maths.seeds import generator
 
@@ -25,10 +26,11 @@ class TextualInversion(Inverter):
         *,
         seed: int,
         look: Look,
-        on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+        on_step: Callable[[Progress], None] = lambda p: None,
+        state: Saved | None = None,
     ) -> list[Learned]:
         n, g = len(rated.latents), generator(seed, "invert", 0)
         lesson = Lesson(rated.latents, torch.full((n,), 1 / n), rated.templates, g)
         start = start_rows(initial, self.loop.vectors, g)[None]
         # The last vectors are kept, not the best-rated ones: the control must not see a single rating.
-        return learn(model, self.loop, [lesson], start, on_step=on_step)
+        return learn(model, self.loop, [lesson], start, on_step=on_step, state=state)

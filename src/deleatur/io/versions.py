@@ -79,7 +79,8 @@ def reproduce(
 
     Raises what the stage itself raised (ContinueMe and ServiceError are worth another try, the others are not),
     ServiceError when it was killed or broke down, and DataError when DVC refused to run it. Whoever interrupts us
-    interrupts the stage: it is asked to save its state, and waited for.
+    interrupts the stage: it is asked to save its state, and waited for. The interruption itself is what is raised then,
+    and no error of ours, which a scheduler would take for one more reason to try again.
     """
     ran = False
 
@@ -136,6 +137,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": path}
 
 
+def attached(command: Sequence[str]) -> int:
+    """Runs a command on our own terminal to its end; its exit code.
+
+    Raises ContinueMe after Ctrl-C, which the command hears as we do, and is given the time to act on.
+    """
+    child = subprocess.Popen(command, env=environment())
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.wait()
+        raise ContinueMe(
+            "stopped; what was done and what was saved is kept", hint="the same command, to go on"
+        ) from None
+
+
 def follow(
     command: Sequence[str], root: Path, on_line: Callable[[str], None], on_progress: Callable[[Progress], None]
 ) -> tuple[int, list[str]]:
@@ -174,8 +190,8 @@ def follow(
                     tell()
             finally:
                 _end(child)
-            reader.join()
-            tell()
+                reader.join()
+                tell()
         return child.returncode, list(tail)
 
 
@@ -227,12 +243,12 @@ def _signal(child: subprocess.Popen[str], number: int) -> bool:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, where nobody has arranged something else."""
+    """SIGTERM unwinds the stack as Ctrl-C does, where nobody has arranged something else; the exit code says go on."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ContinueMe.exit_code))
     try:
         yield
     finally:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
-from deleatur.errors import SettingsError
+from deleatur.errors import ContinueMe, SettingsError
 from deleatur.settings import Settings
 
 STAGES = ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate", "register")
@@ -12,7 +16,22 @@ STAGES = ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate",
 
 
 def run(name: str, settings: Settings) -> None:
-    """Runs one stage. Raises SettingsError when there is none of that name."""
+    """Runs one stage. Raises SettingsError when there is none of that name, ContinueMe when it was asked to stop."""
     if name not in STAGES:
         raise SettingsError(f"no stage {name!r}: there is {', '.join(STAGES)}", hint="deleatur stage --help")
-    import_module(f"deleatur.stages.{name}").run(settings)
+    with _stoppable(name):
+        import_module(f"deleatur.stages.{name}").run(settings)
+
+
+@contextmanager
+def _stoppable(name: str) -> Iterator[None]:
+    """SIGTERM is what Ctrl-C is, and either of them is no accident. Loops that save do so first: see `checkpoint`."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise ContinueMe(f"{name} was stopped; what it had saved is kept", hint="the same command, to go on") from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

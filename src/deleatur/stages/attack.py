@@ -1,25 +1,29 @@
-"""delta → attacks/: soft prompts that try to bring the concept back."""
+"""delta → attacks/: soft prompts that try to bring the concept back. Saves as it goes; killed, it goes on there."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from deleatur.attacks import Attack, Target
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip
-from deleatur.diffusion.invert import templates_of
+from deleatur.diffusion.invert import Progress, templates_of
+from deleatur.diffusion.load import Model
 from deleatur.diffusion.overlay import weights_of
 from deleatur.io import tables, tensors
 from deleatur.settings import Settings
-from deleatur.stages import inputs
-from deleatur.stages.progress import bar
+from deleatur.stages import identity, inputs
+from deleatur.stages.checkpoint import Checkpoint, belongs
+from deleatur.stages.progress import Bar, bar
 
 
 def run(settings: Settings) -> None:
     model, clip = inputs.model(settings), inputs.clip(settings)
     weights = weights_of(model, tensors.load_delta(settings.paths.delta / inputs.DELTA))
-    folder = tables.emptied(settings.paths.attacks)
-    record: dict[str, Any] = {}
+    made: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+    checkpoints, record = [], {}
     for name in settings.targets:
         spec, pool = settings.concepts[name], inputs.Pool(settings, name)
         rows = _marked(settings, name, pool, clip)
@@ -29,17 +33,37 @@ def run(settings: Settings) -> None:
         target = Target(model, weights, name, inputs.latents(model, pictures), initial, templates)
         for kind, numbers in settings.attack.methods.items():
             attack = inputs.method("attacks", Attack, kind, numbers, f"attack.methods.{kind}")
-            with bar(f"attack {name}: {kind}", 1) as advance:
+            own = _belongs(settings, model, clip, name, kind)
+            checkpoint = Checkpoint(settings, "attack", f"attack-{name}-{kind}", own)
+            checkpoints.append(checkpoint)
+            with checkpoint, bar(f"attack {name}: {kind}", 1) as advance:
 
-                def on_step(step: int, total: int, loss: float, advance: Any = advance) -> None:
-                    advance.total(total)
-                    advance(note=f"loss {loss:.4f}")
+                def on_step(p: Progress, checkpoint: Checkpoint = checkpoint, advance: Bar = advance) -> None:
+                    checkpoint(p.state)
+                    advance.at(p.step, p.total, f"loss {p.loss:.4f}")
 
-                found = attack.attack(target, seed=settings.seed, on_step=on_step)
+                found = attack.attack(target, seed=settings.seed, on_step=on_step, state=checkpoint.state)
             facts = {"concept": name, "attack": kind, "access": attack.access, "budget": found.budget}
-            tensors.save(folder / f"{name}-{kind}.safetensors", {"vectors": found.vectors}, facts)
+            made[f"{name}-{kind}"] = (found.vectors, facts)
             record[f"{name}-{kind}"] = facts | {"pictures": len(pictures), "last_loss": found.losses[-1]}
+    folder = tables.emptied(settings.paths.attacks)
+    for stem, (vectors, facts) in made.items():
+        tensors.save(folder / f"{stem}.safetensors", {"vectors": vectors}, facts)
     tables.write_json(folder / "record.json", record)
+    for checkpoint in checkpoints:
+        checkpoint.remove()
+
+
+def _belongs(settings: Settings, model: Model, clip: Clip, name: str, kind: str) -> dict[str, Any]:
+    """Of one attack on one concept: what the others are changes nothing."""
+    content = {
+        "feedback": tables.read_json(settings.paths.feedback / "summary.json")["feedback"],
+        "reward": identity.files([settings.paths.reward / f"{name}.safetensors"]),
+        "delta": identity.files([settings.paths.delta / inputs.DELTA]),
+    }
+    code = ["attacks", "diffusion", "maths", "stages/inputs.py", "stages/attack.py"]
+    sections = ["base", "seed", f"concepts.{name}", f"attack.methods.{kind}"]
+    return belongs(settings, sections=sections, code=code, model=model, clip=clip, content=content)
 
 
 def _marked(settings: Settings, name: str, pool: inputs.Pool, clip: Clip) -> list[int]:

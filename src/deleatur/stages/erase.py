@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from deleatur.diffusion import encode
+from deleatur.diffusion.features import Clip
 from deleatur.diffusion.finetune import Probe, Progress, Reading
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights
@@ -19,7 +22,8 @@ from deleatur.maths.distances import cosine
 from deleatur.maths.seeds import derive
 from deleatur.records import Concept
 from deleatur.settings import Settings
-from deleatur.stages import inputs
+from deleatur.stages import identity, inputs
+from deleatur.stages.checkpoint import Checkpoint, belongs
 from deleatur.stages.progress import bar
 
 LOOK = 20
@@ -27,20 +31,21 @@ LOOK = 20
 
 
 def run(settings: Settings) -> None:
-    model = inputs.model(settings)
+    model, clip = inputs.model(settings), inputs.clip(settings)
     eraser = inputs.method(
         "erasers", Eraser, settings.erase.method, inputs.numbers_of(settings.erase, "source"), "erase"
     )
     concepts = [inputs.concept(settings, model, name) for name in settings.targets]
     kept = inputs.to_preserve(settings)
-    with bar(f"erase {'+'.join(settings.targets)}", 1) as advance:
+    checkpoint = Checkpoint(settings, "erase", "erase", _belongs(settings, model, clip))
+    with checkpoint, bar(f"erase {'+'.join(settings.targets)}", 1) as advance:
 
         def on_step(p: Progress) -> None:
-            advance.total(p.total)
+            checkpoint(p.state)
             note = f"loss {p.loss:.4f}"
             if p.state.looks:
                 note += f"  concept {p.state.looks[-1]['concept']:.2f}  kept {p.state.looks[-1]['kept']:.3f}"
-            advance(note=note)
+            advance.at(p.step, p.total, note)
 
         delta = eraser.erase(
             model,
@@ -48,7 +53,8 @@ def run(settings: Settings) -> None:
             keep=encode.encode_text(model, ["", *kept]),
             seed=settings.seed,
             on_step=on_step,
-            probe=_probe(settings, model, concepts, kept),
+            probe=_probe(settings, model, clip, concepts, kept),
+            state=checkpoint.state,
         )
     folder = tables.emptied(settings.paths.delta)
     tensors.save_delta(folder / inputs.DELTA, delta)
@@ -56,13 +62,34 @@ def run(settings: Settings) -> None:
     for name in ("curve", "looks"):
         tables.write_json(folder / f"{name}.json", record.pop(name, []))
     tables.write_json(folder / "record.json", record)
+    checkpoint.remove()
 
 
-def _probe(settings: Settings, model: Model, concepts: Sequence[Concept], kept: Sequence[str]) -> Probe:
+def _belongs(settings: Settings, model: Model, clip: Clip) -> dict[str, Any]:
+    paths, specs = settings.paths, [settings.concepts[name] for name in settings.targets]
+    content = {
+        "reward": identity.files([paths.reward / f"{name}.safetensors" for name in settings.targets]),
+        "prompts": identity.files([paths.prompts, *(spec.prompts for spec in specs)]),
+    }
+    if settings.erase.source == "token":
+        content["tokens"] = identity.files([p for n in settings.targets for p in sorted((paths.tokens / n).iterdir())])
+    sections = ["base", "seed", "targets", *(f"concepts.{name}" for name in settings.targets), "guide", "erase"]
+    code = ["diffusion", "maths", f"erasers/{settings.erase.method}.py", f"guides/{settings.guide.method}.py"]
+    return belongs(
+        settings,
+        sections=[*sections, "sample.steps"],
+        code=[*code, "stages/inputs.py", "stages/erase.py"],
+        model=model,
+        clip=clip,
+        content=content,
+    )
+
+
+def _probe(settings: Settings, model: Model, clip: Clip, concepts: Sequence[Concept], kept: Sequence[str]) -> Probe:
     """Draws a few concept prompts, the concept's own tokens or words, and preserved prompts, always from the same
     noise, and rates them with r_ψ and CLIP. Only prompts of the dev split: what is reported later is never looked at.
     """
-    clip, guide = inputs.clip(settings), inputs.guide(settings)
+    guide = inputs.guide(settings)
     conditions = guide.conditions(model, concepts)
     rated: list[tuple[Any, Tensor]] = []
     for concept in concepts:
@@ -74,16 +101,20 @@ def _probe(settings: Settings, model: Model, concepts: Sequence[Concept], kept: 
     calm = encode.encode_text(model, calm_texts)
     words = clip.texts(calm_texts)
 
-    def draw(c: Tensor, purpose: str, weights: Weights) -> Tensor:
+    def draw(c: Tensor, purpose: str, weights: Weights) -> list[Image.Image]:
         seeds = [derive(settings.seed, "erase", "look", purpose, i) for i in range(len(c))]
         steps, batch = settings.sample.steps, settings.sample.batch
-        pictures = sample(
-            model, c, seeds, guide=guide, conditions=conditions, steps=steps, weights=weights, batch=batch
-        )
-        return clip.pictures(pictures)
+        return sample(model, c, seeds, guide=guide, conditions=conditions, steps=steps, weights=weights, batch=batch)
 
     def probe(weights: Weights) -> Reading:
-        hits = torch.cat([inputs.present(head, draw(c, "concept", weights)) for head, c in rated])
-        return Reading(float(hits.float().mean()), float(cosine(draw(calm, "kept", weights), words).mean()))
+        hits = torch.cat([inputs.present(head, clip.pictures(draw(c, "concept", weights))) for head, c in rated])
+        kept = draw(calm, "kept", weights)
+        followed = cosine(clip.pictures(kept), words).mean()
+        return Reading(float(hits.float().mean()), float(followed), float(np.mean([contrast(p) for p in kept])))
 
     return probe
+
+
+def contrast(picture: Image.Image) -> float:
+    """Standard deviation of an 8 × 8 thumbnail's pixels, 0 … 127: near 0 for a blank picture, and for noise too."""
+    return float(np.asarray(picture.resize((8, 8), Image.Resampling.BOX), np.float64).std((0, 1)).mean())

@@ -31,8 +31,8 @@ def of(settings: Settings) -> Identity:
         base=delta.base,
         delta=digest(dict(delta.tensors)),
         feedback=summary["feedback"],
-        tokens=_files(sorted(settings.paths.tokens.rglob("*.safetensors"))),
-        prompts=_files(prompts),
+        tokens=files(sorted(settings.paths.tokens.rglob("*.safetensors"))),
+        prompts=files(prompts),
         settings=hashlib.sha256(settings_text.encode()).hexdigest(),
         seed=settings.seed,
         seeds_rule=seeds.RULE,
@@ -48,7 +48,8 @@ def of(settings: Settings) -> Identity:
     )
 
 
-def _files(paths: list[Path]) -> str:
+def files(paths: list[Path]) -> str:
+    """One digest of several files, by name and content."""
     h = hashlib.sha256()
     for path in paths:
         h.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())

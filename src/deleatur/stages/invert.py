@@ -1,4 +1,7 @@
-"""feedback + reward → tokens/<concept>.safetensors: HFI, the ratings condensed into soft tokens."""
+"""feedback + reward → tokens/<concept>/: HFI, the ratings condensed into soft tokens.
+
+Saves as it goes; killed, it goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip
-from deleatur.diffusion.invert import Learned, Look, templates_of
+from deleatur.diffusion.invert import Learned, Look, Progress, templates_of
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.sample import sample
 from deleatur.feedback import votes
@@ -20,8 +23,9 @@ from deleatur.io import tables, tensors
 from deleatur.maths.seeds import derive
 from deleatur.records import Kind, SoftToken
 from deleatur.settings import Settings
-from deleatur.stages import inputs
-from deleatur.stages.progress import bar
+from deleatur.stages import identity, inputs
+from deleatur.stages.checkpoint import Checkpoint, belongs
+from deleatur.stages.progress import Bar, bar
 
 LOOK = 4
 """Pictures drawn from the bare token at each look."""
@@ -29,8 +33,7 @@ LOOK = 4
 
 def run(settings: Settings) -> None:
     model, clip = inputs.model(settings), inputs.clip(settings)
-    tables.emptied(settings.paths.tokens)
-    metrics: dict[str, Any] = {}
+    tokens, checkpoints, metrics = [], [], {}
     for name in settings.targets:
         spec, pool = settings.concepts[name], inputs.Pool(settings, name)
         method = inputs.inverter(settings, name)
@@ -40,14 +43,13 @@ def run(settings: Settings) -> None:
         latents = inputs.latents(model, pool.pictures)
         rated = Rated(latents, rewards, features, head.rank, _refused(pool, spec.kind), templates)
         look = _look(settings, model, clip, head, name)
-        with bar(f"invert {name}", 1) as advance:
-            done = 0
+        checkpoint = Checkpoint(settings, "invert", f"invert-{name}", _belongs(settings, model, clip, name))
+        checkpoints.append(checkpoint)
+        with checkpoint, bar(f"invert {name}", 1) as advance:
 
-            def on_step(step: int, total: int, loss: float, advance: Any = advance) -> None:
-                nonlocal done
-                advance.total(total)
-                advance(step - done, note=f"loss {loss:.4f}")
-                done = step
+            def on_step(p: Progress, checkpoint: Checkpoint = checkpoint, advance: Bar = advance) -> None:
+                checkpoint(p.state)
+                advance.at(p.step, p.total, f"loss {p.loss:.4f}")
 
             learned = method.invert(
                 model,
@@ -56,6 +58,7 @@ def run(settings: Settings) -> None:
                 seed=settings.seed,
                 look=look,
                 on_step=on_step,
+                state=checkpoint.state,
             )
         vectors = torch.stack([t.vectors for t in learned]).cpu()
         path = settings.paths.reward / f"{name}.safetensors"
@@ -67,9 +70,26 @@ def run(settings: Settings) -> None:
             "reward": hashlib.sha256(path.read_bytes()).hexdigest(),
             "seed": settings.seed,
         }
-        tensors.save_token(settings.paths.tokens / name, SoftToken(name, vectors, provenance))
+        tokens.append(SoftToken(name, vectors, provenance))
         metrics[name] = [_describe(model, t) for t in learned]
-    tables.write_json(settings.paths.tokens / "metrics.json", metrics)
+    folder = tables.emptied(settings.paths.tokens)
+    for token in tokens:
+        tensors.save_token(folder / token.concept, token)
+    tables.write_json(folder / "metrics.json", metrics)
+    for checkpoint in checkpoints:
+        checkpoint.remove()
+
+
+def _belongs(settings: Settings, model: Model, clip: Clip, name: str) -> dict[str, Any]:
+    """Of one concept: what the others are changes nothing."""
+    content = {
+        "feedback": tables.read_json(settings.paths.feedback / "summary.json")["feedback"],
+        "reward": identity.files([settings.paths.reward / f"{name}.safetensors"]),
+    }
+    code = ["feedback/votes.py", "inversion/__init__.py", f"inversion/{settings.invert.method}.py"]
+    code += [f"guides/{settings.guide.method}.py", "diffusion", "maths", "stages/inputs.py", "stages/invert.py"]
+    sections = ["base", "seed", f"concepts.{name}", "guide", "invert", "sample.steps"]
+    return belongs(settings, sections=sections, code=code, model=model, clip=clip, content=content)
 
 
 def _refused(pool: inputs.Pool, kind: Kind) -> Tensor:

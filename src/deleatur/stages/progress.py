@@ -23,11 +23,12 @@ class Bar:
         self._task = progress.add_task(what, total=total, note="")
         self._done = self._told = 0
 
-    def total(self, total: int) -> None:
-        """How much there is, where that is known only once the work has begun."""
+    def at(self, done: int, total: int, note: str = "") -> None:
+        """Where work is that counts for itself, and knows how much there is only once it has begun."""
         if total != self._total:
             self._total = total
             self._progress.update(self._task, total=total)
+        self(done - self._done, note)
 
     def __call__(self, n: int = 1, note: str = "") -> None:
         self._done += n

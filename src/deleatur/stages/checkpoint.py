@@ -1,0 +1,185 @@
+"""What a long loop saves as it goes: killed anywhere and started again, it goes on, and ends with the same bits.
+
+A checkpoint is one file, `paths.state`/NAME.safetensors: the state of the loop, and what it belongs to. It is written
+whole or not at all. It lies apart from what the stage writes, which DVC removes before it runs a stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+import deleatur
+from deleatur.diffusion.features import Clip
+from deleatur.diffusion.load import Model, fingerprint
+from deleatur.diffusion.state import Saved
+from deleatur.errors import ContinueMe, DataError, ErasureRefused, SettingsError
+from deleatur.io import tensors
+from deleatur.settings import Settings
+
+EVERY = 60.0
+"""Seconds from one save to the next: what a `kill -9` costs at most."""
+SHARE = 0.01
+"""Of the time may go into saving: where it takes a second, it is done every hundred seconds."""
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+"""Those whose next version may round differently."""
+
+
+class State(Protocol):
+    step: int
+
+    def tensors(self) -> dict[str, Tensor]: ...
+    def numbers(self) -> dict[str, Any]: ...
+
+
+class Checkpoint:
+    """The saved state of one loop of a stage. `state` is where to go on, if there is anything.
+
+    Used as a context around the loop, which calls it after every step. Inside, the first Ctrl-C or SIGTERM lets the
+    step end, saves and raises ContinueMe; a second one does not wait. An erasure that is refused leaves nothing to go
+    on with; all else stays until `remove`, which is for when the stage's output is complete.
+    """
+
+    def __init__(self, settings: Settings, stage: str, name: str, belongs: Mapping[str, Any]) -> None:
+        self.path = settings.paths.state / f"{name}.safetensors"
+        self._stage, self._belongs = stage, json.loads(json.dumps(belongs))
+        self._asked = False
+        self._newest: State | None = None
+        self._due = time.monotonic() + EVERY
+        self.state = self._load()
+
+    def __call__(self, state: State) -> None:
+        self._newest = state
+        if self._asked:
+            self._stop(state)
+        if time.monotonic() >= self._due:
+            self._save(state)
+
+    def __enter__(self) -> Checkpoint:
+        main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+        heard = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, and the like
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if isinstance(error, ErasureRefused):
+            self.remove()
+        if error is None and self._asked and self._newest:
+            self._stop(self._newest)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        for partial in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a process killed while it wrote
+            partial.unlink()
+
+    def _ask(self, *_: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def _stop(self, state: State) -> None:
+        self._save(state)
+        raise ContinueMe(
+            f"{self._stage} was stopped and is saved after step {state.step}", hint="the same command, to go on"
+        )
+
+    def _save(self, state: State) -> None:
+        began = time.monotonic()
+        numbers = json.dumps(state.numbers())  # as text, so that keys keep their order
+        tensors.save(self.path, state.tensors(), {"belongs": self._belongs, "numbers": numbers})
+        now = time.monotonic()
+        self._due = now + max(EVERY, (now - began) / SHARE)
+
+    def _load(self) -> Saved | None:
+        """Raises SettingsError, naming what differs, when the file belongs to another run."""
+        if not self.path.is_file():
+            return None
+        try:
+            saved, facts = tensors.load(self.path)
+        except DataError as e:
+            raise DataError(f"{self.path} is no checkpoint that can be read", hint=f"rm {self.path}") from e
+        numbers = json.loads(facts["numbers"])
+        if changes := list(_changes(facts["belongs"], self._belongs)):
+            lines = "".join(f"\n  {change}" for change in changes)
+            raise SettingsError(
+                f"{self._stage} was stopped after step {numbers['step']}, and since then has changed:{lines}\n"
+                "Changed back, it goes on. To give up what is saved and start anew, remove it.",
+                hint=f"rm {self.path}",
+            )
+        return saved, numbers
+
+
+def belongs(
+    settings: Settings,
+    *,
+    sections: Iterable[str],
+    code: Iterable[str],
+    model: Model,
+    clip: Clip,
+    content: Mapping[str, str],
+) -> dict[str, Any]:
+    """All that can change a loop's result, by name: settings in full, networks, files and our own code by digest.
+
+    sections: dotted names within params.yaml. code: files and folders of the package. content: name → digest.
+    """
+    plain = settings.model_dump(mode="json", by_alias=True)
+    networks = {
+        "UNet of base.model": model.digest,
+        "text encoder of base.model": model.text_digest,
+        "VAE of base.model": fingerprint(model.vae),
+        "network reward.clip": clip.digest,
+    }
+    return {
+        "settings": {dotted: _at(plain, dotted) for dotted in sections},
+        "content": networks | dict(content),
+        "code": {f"src/deleatur/{part}": _source(part) for part in code},
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _at(plain: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        plain = plain[key]
+    return plain
+
+
+def _source(part: str) -> str:
+    place = Path(deleatur.__file__).parent / part
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each thing that is no longer as it was."""
+    was, is_ = (dict(_flat("", side["settings"])) for side in (saved, now))
+    for name in sorted(was.keys() | is_.keys()):
+        if was.get(name) != is_.get(name):
+            yield f"{name}: it was {json.dumps(was.get(name))}, now it is {json.dumps(is_.get(name))}"
+    for kind, what in (("content", "its content"), ("code", "its code"), ("versions", "its version")):
+        for name in sorted(saved[kind].keys() | now[kind].keys()):
+            if saved[kind].get(name) != now[kind].get(name):
+                yield f"{name}: {what}"
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from _flat(f"{prefix}.{key}" if prefix else key, inner)
