@@ -23,7 +23,7 @@ def one(preset: str, seed: int, iterations: int) -> dict[str, str]:
     bench.run(tokens, ("reward", "invert"))
     shared = {"tokens": str(tokens.paths.tokens), "reward": str(tokens.paths.reward)}
     loop = {"preset": preset, **LOOPS[preset], "iterations": iterations, "preserve": 0.0, "check_every": 0}
-    settings = bench.variant(f"preset-{preset}-{seed}", {"seed": seed, "erase": {"loop": loop}}, shared)
+    settings = bench.variant(f"preset-{preset}-{seed}", {"seed": seed, "erase": {"sdd": {"loop": loop}}}, shared)
     seconds = bench.run(settings, ("erase", "sample", "evaluate"))
     found = bench.scores(settings)
     return {

@@ -44,22 +44,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Loop(BaseModel):
     """Numbers of the loop. Defaults are SDD's released ones at Stable Diffusion's size."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     preset: Literal["parity", "fast-safe", "fast", "sweep"] = "parity"
     """Where the numbers below come from that are not given."""
     train: Selector = "xattn"
+    """Which tensors of the UNet train."""
     iterations: int = Field(1500, gt=0)
+    """Steps of the optimiser."""
     lr: float = Field(1e-5, gt=0)
+    """Learning rate of AdamW; no schedule, no warm-up."""
     weight_decay: float = Field(1e-4, ge=0)
+    """Of AdamW; it pulls the weights to zero, not to the base model's."""
     clip: float = Field(1.0, gt=0)
     """Cap of the global gradient norm over the trained tensors."""
     ema: float = Field(0.999, ge=0, le=1)
     """m. 0.999 over 1500 steps keeps 22 % of θ₀: the returned teacher lags by design."""
     guidance: float = 3.0
-    """s_g."""
+    """s_g, of the trajectories' sampler."""
     steps: int = Field(50, gt=0)
-    """N."""
+    """N, steps of that sampler."""
     trajectories: Literal["fresh", "pool"] = "fresh"
     batch: int = Field(1, gt=0)
     """b, states per iteration."""
@@ -83,7 +87,8 @@ class Loop(BaseModel):
     @classmethod
     def fill(cls, given: Any) -> Any:
         """The preset's numbers under those that were given; an unknown preset is left for validation to refuse."""
-        return {**PRESETS.get(given.get("preset", "parity"), {}), **given} if isinstance(given, dict) else given
+        named = given.get("preset", "parity") if isinstance(given, dict) else None
+        return {**PRESETS.get(named, {}), **given} if isinstance(named, str) else given
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def start(model: Model, loop: Loop, c_p: Tensor, c_0: Tensor, keep: Tensor | Non
     calm = None
     if loop.preserve:
         if keep is None:
-            raise SettingsError("erase.loop.preserve is above 0 but there is no prompt to preserve")
+            raise SettingsError("loop.preserve is above 0 but there is no prompt to preserve")
         generators["keep"] = generator(seed, "erase", "keep")
         calm = Replay(Source(model, c_0, keep, loop.guidance, loop.steps, generators["keep"]), {}, **shape)
     return State(student, teacher, optimiser, source, calm, generators, {})
@@ -296,7 +301,7 @@ def _iterate(
             drift = F.mse_loss(nets.student(visit.z, t, c_0), nets.base(visit.z, t, c_0))
         numbers["drift"] = float(drift)
     if not math.isfinite(numbers["loss"]):
-        raise ErasureRefused(f"the loss became {numbers['loss']} at step {run.step}", hint="lower erase.loop.lr")
+        raise ErasureRefused(f"the loss became {numbers['loss']} at step {run.step}", hint="lower the eraser's loop.lr")
     run.optimiser.step()
     with torch.no_grad():
         average(list(run.teacher.values()), [p.detach() for p in run.student.values()], run.step)
@@ -315,7 +320,7 @@ def _judge(loop: Loop, run: State, reading: Reading) -> None:
     if spoiled and not run.best:
         raise ErasureRefused(
             f"preserved prompts fell from {first['kept']:.3f} to {reading.kept:.3f} before the concept went",
-            hint="lower erase.loop.lr, raise erase.loop.preserve or check more often (erase.loop.check_every)",
+            hint="lower the eraser's loop.lr, raise loop.preserve or check more often (loop.check_every)",
         )
     if spoiled:
         run.stop = "guard"
@@ -332,5 +337,5 @@ def _refuse_nothing(model: Model, loop: Loop, delta: dict[str, Tensor]) -> None:
     if moved < loop.least_change * size:
         raise ErasureRefused(
             f"the trained weights moved by {moved / size:.1e} of their norm: nothing was erased",
-            hint="raise erase.loop.iterations or erase.loop.lr",
+            hint="raise the eraser's loop.iterations or loop.lr",
         )
