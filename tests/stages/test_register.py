@@ -116,7 +116,7 @@ def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
     registry = promote.registry_of(fresh)
     [run] = registry.client.search_runs([registry.experiment_id])
     assert run.info.status == "FINISHED"
-    assert run.data.params["erase.loop.lr"] == "0.001"
+    assert run.data.params["erase.sdd.loop.lr"] == "0.001"
     assert not any(name.startswith("register") for name in run.data.params)
     assert len(registry.client.get_metric_history(run.info.run_id, "erase/curve/loss")) > 1
     assert {"clip_score/unseen/candidate-base", "clip_score/unseen/candidate-base.low"} <= set(run.data.metrics)
@@ -183,7 +183,7 @@ def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
     register.run(asking(second))
     promote.decline(second, "2", "Ada", reason="too blurred")
     assert aliases(fresh) == {CHAMPION: "1"}
-    with pytest.raises(DataError, match="not the challenger"):
+    with pytest.raises(DataError, match="version 2 of deleatur does not wait"):
         promote.promote(second, "2", "Ada")
 
 
