@@ -28,9 +28,9 @@ def run(settings: Settings) -> None:
     with bar("reward", 2 * len(settings.targets)) as advance:
         for name in settings.targets:
             spec, pool = settings.concepts[name], inputs.Pool(settings, name)
-            features = clip.pictures(pool.pictures)
             with at(name):
                 held_out = _held_out(settings, pool.answers)
+            features = clip.pictures(pool.pictures)
             heads, found = {}, {}
             for which, mine in (("train", ~held_out), ("held_out", held_out)):
                 target = _target(pool, pool.answers[mine], spec.kind)
@@ -85,12 +85,12 @@ def _target(pool: inputs.Pool, answers: pd.DataFrame, kind: Kind) -> Votes | Pai
     raters = votes.raters(answers)
     if kind == "rank":
         found = votes.pairs(answers, raters)
-        rows = [torch.tensor([pool.row[d] for d in found[c]]) for c in ("higher", "lower")]
-        return Pairs(rows[0], rows[1], _floats(found["weight"]))
+        better, worse = (torch.tensor([pool.row[d] for d in found[c]], dtype=torch.long) for c in ("higher", "lower"))
+        return Pairs(better, worse, _floats(found["weight"]))
     y, weight = torch.zeros(len(pool.pictures)), torch.zeros(len(pool.pictures))
     found = votes.votes(answers, raters).dropna(subset=["vote"])
-    at = torch.tensor([pool.row[d] for d in found["item"]])
-    y[at], weight[at] = _floats(found["vote"]), _floats(found["weight"])
+    rows = [pool.row[d] for d in found["item"]]
+    y[rows], weight[rows] = _floats(found["vote"]), _floats(found["weight"])
     return Votes(y, weight)
 
 
