@@ -117,6 +117,17 @@ def test_a_new_candidate_leaves_the_base_models_pictures(root: Path) -> None:
     assert not old & set((root / "out/shots/candidate").iterdir())
 
 
+def test_another_method_runs_by_its_name_alone(root: Path) -> None:
+    """The control that sees no rating, and the model as it was: no concept is gone, no picture moves."""
+    for name in ("invert", "erase", "attack", "sample", "evaluate", "gate"):
+        stages.run(name, change(root, invert={"method": "textual_inversion"}, erase={"method": "keep"}))
+    report = documents.read(root / "out/report/report.json", Report)
+    assert report.identity.method == "keep"
+    moved = [s for s in report.scores if s.metric == "perceptual" and s.side == "candidate" and s.versus is None]
+    assert moved
+    assert all(s.value == 0 for s in moved)
+
+
 def test_another_metric_draws_and_looks_at_nothing_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("looked again")

@@ -65,6 +65,7 @@ class Loop(BaseModel):
     steps: int = Field(50, gt=0)
     """N, steps of that sampler."""
     trajectories: Literal["fresh", "pool"] = "fresh"
+    """Where training states come from: fresh, a new trajectory for each (SDD); pool, all states of M staggered ones."""
     batch: int = Field(1, gt=0)
     """b, states per iteration."""
     slots: int = Field(32, gt=0)
