@@ -24,7 +24,6 @@ from deleatur.detectors import Detector
 from deleatur.diffusion import encode
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
-from deleatur.erasers import Eraser
 from deleatur.maths import agreement
 from deleatur.maths.distances import cosine
 from deleatur.maths.seeds import derive
@@ -54,9 +53,8 @@ class Run:
         tokens = bench.variant(f"{self.concept}-tokens-{self.seed}", {"targets": [self.concept], "seed": self.seed})
         if self.source == "token":
             bench.run(tokens, ("reward", "invert"))
-        erase: dict[str, Any] = {"source": self.source, "loop": {"check_every": 0}}
-        if not self.preserve:
-            erase["loop"]["preserve"] = 0.0
+        loop = {"check_every": 0} | ({} if self.preserve else {"preserve": 0.0})
+        erase = {"source": self.source, "sdd": {"loop": loop}}
         changes = {"targets": [self.concept], "seed": self.seed, "erase": erase}
         return bench.variant(self.name, changes, {"tokens": str(tokens.paths.tokens)})
 
@@ -69,9 +67,7 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
         return found
     settings = run.settings
     model = inputs.model(settings)
-    eraser = inputs.method(
-        "erasers", Eraser, settings.erase.method, inputs.numbers_of(settings.erase, "source"), "erase"
-    )
+    eraser = inputs.eraser(settings)
     saved: dict[int, Weights] = {}
 
     def on_step(progress: Any) -> None:

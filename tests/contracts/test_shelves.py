@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def spoken(model: Model) -> list[Concept]:
     rows = torch.stack([encode.embedding_of(model, "sword")[None] + 1, encode.embedding_of(model, "cat")[None] - 1])
     return [
         encode.concept_from_words(model, "weapon", ["gun"]),
-        encode.concept_from_token(model, SoftToken("ink", "<ink>", rows, {})),
+        encode.concept_from_token(model, SoftToken("ink", rows, {})),
     ]
 
 
@@ -146,6 +147,7 @@ def test_detectors(name: str, classifier: Path) -> None:
     assert np.allclose(all_at_once.scores, in_twos.scores, atol=1e-5), "batch size is irrelevant"
     assert np.allclose(all_at_once.scores[::-1], reversed_.scores, atol=1e-5), "order is kept"
     assert len(all_at_once.weights) == 64, "the weights' digest is recorded"
+    assert whole.peek() == all_at_once.labels, "told without loading"
     assert whole.detect([]).scores.shape == (0, len(all_at_once.labels))
 
 
@@ -173,6 +175,10 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
 @pytest.mark.parametrize("name", plug.names("metrics"))
 def test_metrics(name: str, gallery: Gallery) -> None:
     metric: Metric = make("metrics", name, Metric)
+    needed = metric.needs(gallery.prompts, gallery.counts)
+    assert all(label in gallery.seen[detector].labels for detector, label in needed)
+    asked_for = {detector: gallery.seen[detector] for detector, _ in needed}
+    metric.values(replace(gallery, seen=asked_for), gallery)  # reads no detector that it does not ask for
     assert isinstance(metric.higher_is_better, bool)
     values = metric.values(gallery, gallery)
     assert values.shape == (10,)
@@ -235,6 +241,10 @@ def test_every_method_names_its_source_and_explains_its_numbers() -> None:
     for shelf, methods in catalogue(None).items():
         assert set(methods) == set(plug.names(shelf)), shelf
         assert all(m["source"] for m in methods.values())
+        silent = [
+            (m, n) for m, told in methods.items() for n, number in told["numbers"].items() if not number["meaning"]
+        ]
+        assert not silent
 
 
 def test_a_shelfs_files_never_import_each_other() -> None:

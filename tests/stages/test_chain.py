@@ -119,7 +119,7 @@ def test_a_new_candidate_leaves_the_base_models_pictures(root: Path) -> None:
 
 def test_a_guide_steers_the_candidate_alone(root: Path) -> None:
     before = shots.read(root / "out/shots", "base")
-    guide = {"method": "sld", "preset": "max", "scale": json.loads(before["guidance"][0])["scale"]}
+    guide = {"method": "sld", "sld": {"preset": "max", "scale": json.loads(before["guidance"][0])["scale"]}}
     settings = change(root, guide=guide)
     for name in ("sample", "evaluate"):
         stages.run(name, settings)
@@ -129,6 +129,17 @@ def test_a_guide_steers_the_candidate_alone(root: Path) -> None:
     assert not set(base["image"]) & set(candidate["image"])
     notes = documents.read(root / "out/report/report.json", Report).notes
     assert any("drawn with the guide sld" in note for note in notes)
+
+
+def test_another_method_runs_by_its_name_alone(root: Path) -> None:
+    """The control that sees no rating, and the model as it was: no concept is gone, no picture moves."""
+    for name in ("invert", "erase", "attack", "sample", "evaluate", "gate"):
+        stages.run(name, change(root, invert={"method": "textual_inversion"}, erase={"method": "keep"}))
+    report = documents.read(root / "out/report/report.json", Report)
+    assert report.identity.method == "keep"
+    moved = [s for s in report.scores if s.metric == "perceptual" and s.side == "candidate" and s.versus is None]
+    assert moved
+    assert all(s.value == 0 for s in moved)
 
 
 def test_another_metric_draws_and_looks_at_nothing_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

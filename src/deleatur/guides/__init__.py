@@ -16,7 +16,7 @@ from deleatur.records import Concept
 class Guide(BaseModel):
     """A combination rule with named numbers. Keeps no state of its own: state goes in and comes out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     scale: float = 7.5
     """s_g of classifier-free guidance, 1 … 20; 7.5 is Stable Diffusion's habit."""

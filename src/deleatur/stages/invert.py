@@ -88,7 +88,7 @@ def _belongs(settings: Settings, model: Model, clip: Clip, name: str) -> dict[st
     }
     code = ["feedback/votes.py", "inversion/__init__.py", f"inversion/{settings.invert.method}.py"]
     code += [f"guides/{settings.guide.method}.py", "diffusion", "maths", "stages/inputs.py", "stages/invert.py"]
-    sections = ["base", "seed", f"concepts.{name}", "guide", "invert", "sample.steps"]
+    sections = ["base", "seed", f"concepts.{name}", "guide", "invert", "reward.clip", "sample.steps"]
     return belongs(settings, sections=sections, code=code, model=model, clip=clip, content=content)
 
 
