@@ -163,6 +163,10 @@ def set_number(*path: str, value: Any) -> Callable[[], None]:
     return change
 
 
+def set_loop(name: str, value: float) -> Callable[[], None]:
+    return set_number("erase", "sdd", "loop", name, value=value)
+
+
 def another_token() -> None:
     token = tensors.load_token(Path("out/tokens/weapon"))
     token.vectors.add_(1)
@@ -177,12 +181,12 @@ def another_feedback() -> None:
 CHANGES = {
     "setting": (
         "erase",
-        set_number("erase", "sdd", "loop", "lr", value=0.5),
+        set_loop("lr", 0.5),
         "erase.sdd.loop.lr: it was 0.001, now it is 0.5",
     ),
     "new setting": (
         "erase",
-        set_number("erase", "sdd", "loop", "clip", value=2.0),
+        set_loop("clip", 2.0),
         "loop.clip: it was null, now it is 2.0",
     ),
     "seed": ("erase", set_number("seed", value=7), "seed: it was 42, now it is 7"),
