@@ -179,7 +179,8 @@ class Progress:
     total: int
     loss: float
     reading: Reading | None
-    state: State
+    state: State | None = None
+    """None where a run is too short to be worth saving."""
 
 
 def start(model: Model, loop: Loop, c_p: Tensor, c_0: Tensor, keep: Tensor | None, seed: int) -> State:

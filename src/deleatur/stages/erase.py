@@ -38,7 +38,7 @@ def run(settings: Settings) -> None:
         def on_step(p: Progress) -> None:
             advance.total(p.total)
             note = f"loss {p.loss:.4f}"
-            if p.state.looks:
+            if p.state and p.state.looks:
                 note += f"  concept {p.state.looks[-1]['concept']:.2f}  kept {p.state.looks[-1]['kept']:.3f}"
             advance(note=note)
 
