@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,12 +85,33 @@ class Concept:
     end: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class LowRank(Mapping[str, "Tensor"]):
+    """Differences of many matrices that read the same input, each made when it is asked for: up[name] @ down.
+
+    up: (o, r) by name, down: (r, d), in fp32. Instead of o·d numbers for each matrix, o·r, and r·d for all of them.
+    """
+
+    up: Mapping[str, Tensor]
+    down: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        # In float64, so that the order in which a machine adds up does not show in the fp32 result.
+        return (self.up[name].double() @ self.down.double()).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.up)
+
+    def __len__(self) -> int:
+        return len(self.up)
+
+
 @dataclass(frozen=True)
 class Delta:
     """What an eraser gives back: differences of weights against one base model, never a whole model."""
 
     tensors: Mapping[str, Tensor]
-    """Parameter name of the UNet → difference, in fp32."""
+    """Parameter name of the UNet → difference, in fp32. LowRank where they are, in memory and on disk."""
     base: str
     """Digest of the UNet the differences belong to."""
     method: str

@@ -149,6 +149,14 @@ def tokens_of(model: Model, *parts: str | Tensor) -> int:
 
 
 @torch.no_grad()
+def instead(model: Model, concept: Concept, text: str) -> Tensor:
+    """States (n, L, d) of the concept's sentences with `text` in its place; "" empties the whole sentence."""
+    if not text:
+        return encode_text(model, [""]).expand(len(concept.states), -1, -1)
+    return encode(model, [(before, text, after) for before, _, after in concept.pieces]).states
+
+
+@torch.no_grad()
 def joined(model: Model, concepts: Sequence[Concept]) -> Tensor:
     """E("c₁, c₂, …, c_K") (1, L, d): every description of every concept in one sentence."""
     return encode(model, [_list([p for c in concepts for p in c.pieces])]).states

@@ -191,7 +191,8 @@ class Progress:
     total: int
     """No more than `step` once the run has stopped."""
     loss: float
-    state: State
+    state: State | None = None
+    """None where a run is too short to be worth saving."""
 
 
 def start(model: Model, loop: Loop, c_p: Tensor, c_0: Tensor, keep: Tensor | None, seed: int) -> State:

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from deleatur.errors import DataError
 from deleatur.io.tables import emptied, replacing
-from deleatur.records import Delta, SoftToken
+from deleatur.records import Delta, LowRank, SoftToken
+
+DOWN, UP = "down", "up/"
+"""Of a low-rank delta: what all tensors share, and the prefix of what each has for itself."""
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -61,9 +64,15 @@ def save_delta(path: Path, delta: Delta) -> None:
         "settings": dict(delta.settings),
         "concepts": list(delta.concepts),
     }
-    save(path, delta.tensors, facts)
+    tensors = delta.tensors
+    if isinstance(tensors, LowRank):
+        tensors = {DOWN: tensors.down, **{UP + n: t for n, t in tensors.up.items()}}
+    save(path, tensors, facts)
 
 
 def load_delta(path: Path) -> Delta:
     tensors, facts = load(path)
-    return Delta(tensors, facts["base"], facts["method"], facts["settings"], tuple(facts["concepts"]))
+    found: Mapping[str, Tensor] = tensors
+    if DOWN in tensors:
+        found = LowRank({n.removeprefix(UP): t for n, t in tensors.items() if n != DOWN}, tensors[DOWN])
+    return Delta(found, facts["base"], facts["method"], facts["settings"], tuple(facts["concepts"]))

@@ -38,9 +38,10 @@ def run(settings: Settings) -> None:
     with checkpoint, bar(f"erase {'+'.join(settings.targets)}", 1) as advance:
 
         def on_step(p: Progress) -> None:
-            checkpoint(p.state)
             note = f"loss {p.loss:.4f}"
-            if p.state.looks:
+            if p.state:
+                checkpoint(p.state)
+            if p.state and p.state.looks:
                 note += f"  concept {p.state.looks[-1]['concept']:.2f}  kept {p.state.looks[-1]['kept']:.3f}"
             advance.at(p.step, p.total, note)
 

@@ -1,0 +1,241 @@
+"""UCE's and RECE's promises: projections say of the concept what they say of its alternative, and little else moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from deleatur.diffusion import encode
+from deleatur.diffusion.edit import pairs
+from deleatur.diffusion.finetune import Progress, Reading
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.predict import predict
+from deleatur.erasers import Eraser
+from deleatur.erasers.rece import RECE
+from deleatur.erasers.uce import UCE
+from deleatur.errors import ErasureRefused
+from deleatur.io.tensors import load_delta, save_delta
+from deleatur.maths import closed_form
+from deleatur.records import Concept, Delta, LowRank, SoftToken
+
+EXACT = {"lam": 1e-4, "preserve": 1.0}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """A tiny pipeline whose states have room: sixteen dimensions could not hold a sentence of sixteen states and lead
+    another one elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "WIDTH", 64)
+        return tiny.model()
+
+
+def words(model: Model, *names: str, concept: str = "weapon", sentences: tuple[str, ...] = ("{}",)) -> Concept:
+    return encode.concept_from_words(model, concept, names, sentences)
+
+
+def erase(
+    model: Model, eraser: Eraser, *concepts: Concept, keep: tuple[str, ...] = ("", "a cat"), **more: Any
+) -> Delta:
+    return eraser.erase(model, concepts, keep=encode.encode_text(model, list(keep)), seed=1, **more)
+
+
+def values(weights: dict[str, Tensor], states: Tensor) -> Tensor:
+    """What every key and value projection says of states (n, d)."""
+    return torch.cat([states @ w.T for w in weights.values()], -1)
+
+
+def own_and_edited(model: Model, delta: Delta) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    edited = weights_of(model, delta)
+    return {n: model.unet.get_parameter(n) for n in edited}, edited
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    return float((x - y).norm() / y.norm())
+
+
+@pytest.mark.parametrize("eraser", [UCE(edit=EXACT), RECE(edit=EXACT, hold=True)])
+def test_the_concept_becomes_the_empty_prompt_and_preserved_prompts_stay(model: Model, eraser: Eraser) -> None:
+    gun = words(model, "gun")
+    own, edited = own_and_edited(model, erase(model, eraser, gun))
+    empty, cat = encode.encode_text(model, ["", "a cat"])
+    assert distance(values(own, gun.states[0]), values(own, empty)) > 0.25, "the effect exists before"
+    assert distance(values(edited, gun.states[0]), values(own, empty)) < 0.02, "and is gone after"
+    for kept in (empty, cat):
+        assert distance(values(edited, kept), values(own, kept)) < 0.02
+
+
+def test_what_the_network_predicts_follows(model: Model) -> None:
+    weights = weights_of(model, erase(model, UCE(edit=EXACT), words(model, "gun")))
+    g = torch.Generator().manual_seed(5)
+    z, t = torch.randn(16, 4, 4, 4, generator=g), torch.linspace(50, 950, 16).long()
+
+    def gap(weights: dict[str, Tensor], prompt: str, versus: str) -> float:
+        states = encode.encode_text(model, [prompt, versus])
+        ours, other = predict(model, weights, z, t, states[:1]), predict(model, {}, z, t, states[1:])
+        return float((ours - other).square().mean())
+
+    before = gap({}, "gun", "")
+    assert before > 1e-5
+    assert gap(weights, "gun", "") < 0.01 * before
+    assert gap(weights, "a cat", "a cat") < 0.01 * before
+
+
+def test_an_alternative_is_what_the_concept_becomes(model: Model) -> None:
+    gun, sword = words(model, "gun", sentences=("a {} of",)), words(model, "sword", concept="blade")
+    delta = erase(model, UCE(edit=EXACT, alternatives={"weapon": "dog"}), gun, sword)
+    own, edited = own_and_edited(model, delta)
+    dog, empty = encode.encode_text(model, ["a dog of", ""])
+    assert distance(values(own, gun.states[0, 2:]), values(own, dog[2:])) > 0.25
+    assert distance(values(edited, gun.states[0, 2:]), values(own, dog[2:])) < 0.05
+    assert distance(values(edited, sword.states[0, 1:]), values(own, empty[1:])) < 0.05, "the other has none"
+
+
+def test_preserved_prompts_stay_the_more_they_weigh(model: Model) -> None:
+    cat = encode.encode_text(model, ["a cat"])[0]
+
+    def drift(eta_p: float) -> float:
+        own, edited = own_and_edited(model, erase(model, UCE(edit={"preserve": eta_p}), words(model, "gun")))
+        return distance(values(edited, cat), values(own, cat))
+
+    free, light, heavy = (drift(p) for p in (0.0, 0.1, 1e4))
+    assert free > 0.1, "there is something to preserve from"
+    assert heavy < 1e-3 < light < free
+
+
+def test_the_empty_prompt_is_preserved_when_nothing_else_is(model: Model) -> None:
+    gun, c_0 = words(model, "gun"), encode.encode_text(model, [""])
+    without, with_empty = (UCE().erase(model, [gun], keep=k, seed=0) for k in (None, c_0))
+    assert all(torch.equal(without.tensors[n], with_empty.tensors[n]) for n in without.tensors)
+
+
+def test_preserved_prompts_weigh_by_their_number_as_released(model: Model) -> None:
+    few, many = ("", "a cat", "a dog"), ("a cat",) * 20
+    for keep, eta_p in ((few, 1 / 3), (many, 0.1)):
+        left_out, said = (
+            erase(model, UCE(edit={"preserve": p}), words(model, "gun"), keep=keep) for p in (None, eta_p)
+        )
+        assert all(torch.equal(left_out.tensors[n], said.tensors[n]) for n in said.tensors)
+
+
+def test_which_states_of_a_sentence_are_erased(model: Model) -> None:
+    """`own`: the last piece of a word, all rows of a token; `onward`: from there to the end."""
+    red_cat = words(model, "red cat", sentences=("a {} of",))
+    rows = torch.stack([torch.stack([encode.embedding_of(model, w) for w in ("gun", "cat")])])
+    token = encode.concept_from_token(model, SoftToken("weapon", rows, {}), ("a {} of",))
+    last = red_cat.content[0][-1]
+    c_0 = encode.encode_text(model, [""])[0].double()
+    for concept, start, end in ((red_cat, last, last + 1), (token, 2, 4)):
+        for which, at in (("own", slice(start, end)), ("onward", slice(start, None)), ("all", slice(None))):
+            c, g = pairs(model, [concept], {}, which)  # type: ignore[arg-type]
+            assert torch.equal(c, concept.states[0, at].double())
+            assert torch.equal(g, c_0[at])
+
+
+def test_a_token_with_a_words_row_is_erased_as_the_word(model: Model) -> None:
+    rows = encode.embedding_of(model, "gun")[None, None]
+    token = encode.concept_from_token(model, SoftToken("weapon", rows, {}), ("a {}",))
+    one, other = (erase(model, RECE(), c) for c in (token, words(model, "gun", sentences=("a {}",))))
+    assert all(torch.allclose(one.tensors[n], other.tensors[n], atol=1e-4) for n in one.tensors)
+
+
+def test_only_what_reads_the_text_is_touched_and_kept_as_factors(model: Model, tmp_path: Path) -> None:
+    delta = erase(model, UCE(edit={"columns": "own"}), words(model, "gun", "sword"))
+    assert set(delta.tensors) == UCE().touches(model)
+    assert all("attn2.to_k" in n or "attn2.to_v" in n for n in delta.tensors)
+    save_delta(tmp_path / "d.safetensors", delta)
+    again = load_delta(tmp_path / "d.safetensors").tensors
+    for found in (delta.tensors, again):
+        assert isinstance(found, LowRank)
+        assert found.down.shape == (2, 64), "two states, rank two"
+    assert all(torch.linalg.matrix_rank(d) <= 2 for d in again.values())
+
+
+def test_no_epoch_is_uce(model: Model) -> None:
+    uce, rece = (erase(model, e, words(model, "gun")) for e in (UCE(), RECE(epochs=0)))
+    assert all(torch.equal(uce.tensors[n], rece.tensors[n]) for n in uce.tensors)
+
+
+def test_each_epoch_leaves_less_to_be_brought_back(model: Model) -> None:
+    """Measured on the weights that come back, by the attack that the next epoch would answer."""
+    gun = words(model, "gun")
+    c, g = pairs(model, [gun], {}, "all")
+
+    def back(delta: Delta) -> float:
+        own, edited = ([w.double() for w in side.values()] for side in own_and_edited(model, delta))
+        rows = torch.cat([*edited, 0.1**0.5 * torch.eye(64, dtype=torch.float64)])
+        goal = torch.cat([*(w @ c.T for w in own), torch.zeros(64, len(c), dtype=torch.float64)])
+        found = torch.linalg.lstsq(rows, goal).solution.T
+        missed = sum(float((found @ e.T - c @ w.T).square().sum()) for e, w in zip(edited, own, strict=True))
+        return 1 - missed / closed_form.apart(closed_form.gram(own), c, g)
+
+    edit = {"preserve": 0.01, "columns": "own"}
+    after = [back(erase(model, RECE(edit=edit, epochs=n), gun)) for n in range(4)]
+    assert after[0] > 0.3, "UCE alone leaves the concept within reach"
+    assert sorted(after, reverse=True) == after
+    curve = erase(model, RECE(edit=edit), gun).record["curve"]
+    assert [row["back"] for row in curve[1:]] == pytest.approx(after[:3], abs=1e-4), "and that is what it reports"
+    enough = erase(model, RECE(edit=edit, stop_at=(after[1] + after[2]) / 2), gun)
+    assert (enough.record["stop"], enough.record["steps"]) == ("target", 3)
+
+
+def test_an_epoch_lets_go_of_what_was_erased_before_unless_it_is_held(model: Model) -> None:
+    gun = words(model, "gun")
+    empty = encode.encode_text(model, [""])[0]
+
+    def left(eraser: Eraser) -> float:
+        own, edited = own_and_edited(model, erase(model, eraser, gun))
+        return distance(values(edited, gun.states[0]), values(own, empty))
+
+    uce, published, held = (left(e) for e in (UCE(edit=EXACT), RECE(edit=EXACT), RECE(edit=EXACT, hold=True)))
+    assert published > 10 * uce
+    assert held < 0.1 * published
+
+
+def test_every_step_is_reported(model: Model) -> None:
+    told: list[Progress] = []
+    delta = erase(model, RECE(epochs=2), words(model, "gun"), on_step=told.append)
+    assert [(p.step, p.total) for p in told] == [(1, 3), (2, 3), (3, 3)]
+    assert [row["loss"] for row in delta.record["curve"]] == [p.loss for p in told]
+    assert all(0 <= p.loss < 1 for p in told), "the share of the way that is left"
+
+
+def test_pictures_are_looked_at_only_where_a_guard_is_set(model: Model) -> None:
+    gun = words(model, "gun")
+    readings = iter([Reading(1.0, 1.0), Reading(0.4, 0.95), Reading(0.3, 0.94), Reading(0.2, 0.5)])
+    rece = RECE(epochs=3, edit={"guard": 0.1})
+    guarded = erase(model, rece, gun, probe=lambda w: next(readings))
+    assert guarded.record["stop"] == "guard"
+    assert [look["kept"] for look in guarded.record["looks"]] == [1.0, 0.95, 0.94, 0.5]
+    one = erase(model, RECE(epochs=1), gun)
+    assert all(torch.equal(guarded.tensors[n], one.tensors[n]) for n in one.tensors), "the step before the damage"
+
+    def never(weights: Any) -> Reading:
+        raise AssertionError
+
+    assert erase(model, RECE(epochs=1), gun, probe=never).record["looks"] == []
+
+
+def test_an_edit_that_destroys_the_model_is_refused(model: Model) -> None:
+    readings = iter([Reading(1.0, 1.0), Reading(0.0, 0.2)])
+    with pytest.raises(ErasureRefused, match="preserved prompts fell"):
+        erase(model, UCE(edit={"guard": 0.1}), words(model, "gun"), probe=lambda w: next(readings))
+    with pytest.raises(ErasureRefused, match="times their norm"):
+        erase(model, UCE(edit={"most_change": 0.01}), words(model, "gun"))
+
+
+@pytest.mark.parametrize("eraser", [UCE(), RECE()])
+def test_an_edit_that_does_nothing_is_refused(model: Model, eraser: Eraser) -> None:
+    empty = encode.encode_text(model, [""])
+    nothing = Concept("weapon", "words", ("",), (("",),), empty, ((),), (1,))
+    with pytest.raises(ErasureRefused, match="nothing was erased"):
+        erase(model, eraser, nothing)
+    same = type(eraser)(alternatives={"weapon": "gun"})
+    with pytest.raises(ErasureRefused, match="nothing was erased"):
+        erase(model, same, words(model, "gun"))

@@ -1,0 +1,29 @@
+"""The stage takes every kind of eraser: those that train for hours, and those that are a formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import workspace
+
+from deleatur import stages
+from deleatur.io import tables, tensors
+from deleatur.records import LowRank
+from deleatur.settings import Erase
+from deleatur.stages import inputs
+
+
+def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = workspace.make(tmp_path)
+    for name in ("ingest", "reward"):
+        stages.run(name, settings)
+    for method in ("uce", "rece"):
+        stages.run("erase", settings.model_copy(update={"erase": Erase(method=method, source="words")}))
+        delta = tensors.load_delta(settings.paths.delta / inputs.DELTA)
+        assert isinstance(delta.tensors, LowRank)
+        assert (delta.method, delta.concepts) == (method, ("weapon",))
+        curve = tables.read_json(settings.paths.delta / "curve.json")
+        assert [row["step"] for row in curve] == list(range(1, len(curve) + 1))
+        assert tables.read_json(settings.paths.delta / "record.json")["steps"] == len(curve)
