@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 from prefect import flow  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey  # noqa: E402
+from prefect.settings import PREFECT_API_URL  # noqa: E402
 
 from deleatur.errors import ContinueMe, SettingsError  # noqa: E402
 from deleatur.io import versions  # noqa: E402
@@ -105,10 +107,13 @@ def test_a_stage_that_was_stopped_is_continued(monkeypatch: pytest.MonkeyPatch) 
 def test_whoever_stops_the_flow_is_told_to_run_it_again(project: Path) -> None:
     change("erase", source="words")
     script = Path(__file__).parents[2] / "flows" / "erase.py"
-    us = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
+    us = subprocess.Popen(
+        [sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     ours = psutil.Process(us.pid)
     while not any(p.cmdline()[-2:] == ["stage", "erase"] for p in ours.children(recursive=True)):
-        assert us.poll() is None
+        assert us.poll() is None, us.communicate()[0]
         time.sleep(0.1)
     us.terminate()
     said, _ = us.communicate(timeout=120)
