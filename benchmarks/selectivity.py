@@ -24,7 +24,6 @@ from deleatur.detectors import Detector
 from deleatur.diffusion import encode
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
-from deleatur.erasers import Eraser
 from deleatur.maths import agreement
 from deleatur.maths.distances import cosine
 from deleatur.maths.seeds import derive
@@ -54,9 +53,8 @@ class Run:
         tokens = bench.variant(f"{self.concept}-tokens-{self.seed}", {"targets": [self.concept], "seed": self.seed})
         if self.source == "token":
             bench.run(tokens, ("reward", "invert"))
-        erase: dict[str, Any] = {"source": self.source, "loop": {"check_every": 0}}
-        if not self.preserve:
-            erase["loop"]["preserve"] = 0.0
+        loop = {"check_every": 0} | ({} if self.preserve else {"preserve": 0.0})
+        erase = {"source": self.source, "sdd": {"loop": loop}}
         changes = {"targets": [self.concept], "seed": self.seed, "erase": erase}
         return bench.variant(self.name, changes, {"tokens": str(tokens.paths.tokens)})
 
@@ -69,9 +67,7 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
         return found
     settings = run.settings
     model = inputs.model(settings)
-    eraser = inputs.method(
-        "erasers", Eraser, settings.erase.method, inputs.numbers_of(settings.erase, "source"), "erase"
-    )
+    eraser = inputs.eraser(settings)
     saved: dict[int, Weights] = {}
 
     def on_step(progress: Any) -> None:
@@ -85,8 +81,9 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
         seed=settings.seed,
         on_step=on_step,
     )
-    before = looked(run.concept, {})
-    out = [{"step": step, **compared(before, looked(run.concept, w))} for step, w in {0: {}, **saved}.items()]
+    before = untouched(run.concept)
+    after = {0: before, **{step: looked(run.concept, w) for step, w in saved.items()}}
+    out = [{"step": step, **compared(before, seen)} for step, seen in after.items()]
     OUT.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(out, indent=1))
     return out
@@ -106,6 +103,11 @@ def eyes(name: str) -> Detector:
     return inputs.method("detectors", Detector, spec.pop("method"), spec, name)
 
 
+@cache
+def untouched(concept: str) -> dict[str, Any]:
+    return looked(concept, {})
+
+
 def looked(concept: str, weights: Weights) -> dict[str, Any]:
     """Per picture: whether the concept is there, whether it is what the prompt asks for, its CLIP score."""
     settings = Settings.load(bench.ROOT / "params.yaml")
@@ -118,7 +120,7 @@ def looked(concept: str, weights: Weights) -> dict[str, Any]:
         encode.encode_text(model, texts),
         seeds,
         guide=guide,
-        others=guide.conditions(encode.encode_text(model, [""]), []),
+        conditions=guide.conditions(model, []),
         steps=settings.sample.steps,
         batch=settings.sample.batch,
         weights=weights,
@@ -208,7 +210,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", choices=["token", "words"], default=["token", "words"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103])
     parser.add_argument("--preserve", nargs="+", choices=["on", "off"], default=["on", "off"])
-    parser.add_argument("--every", type=int, default=100, help="iterations between two points")
+    parser.add_argument("--every", type=int, default=200, help="iterations between two points")
     asked = parser.parse_args()
     bench.run(bench.variant("ingest", {}), ("ingest",))
     runs = [

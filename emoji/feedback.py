@@ -49,8 +49,8 @@ def draw(model: Model, concept: str) -> tuple[list[Image.Image], list[str], list
     ]
     c = encode.encode_text(model, [r[0] for r in rows])
     seeds = [r[2] for r in rows]
-    empty = encode.encode_text(model, [""])
-    pictures = sample(model, c, seeds, guide=CFG(scale=4.0), others=empty, steps=8, batch=32)
+    guide = CFG(scale=4.0)
+    pictures = sample(model, c, seeds, guide=guide, conditions=guide.conditions(model, []), steps=8, batch=32)
     return pictures, [r[1] for r in rows], seeds
 
 

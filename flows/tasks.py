@@ -26,8 +26,8 @@ from deleatur.records import Verdict
 from deleatur.settings import Settings
 from deleatur.stages import promote
 
-ON_GPU = frozenset({"invert", "erase", "attack", "sample"})
-"""Stages that want a slot of the concurrency limit `gpu`. Where there is no such limit, they just run."""
+ON_GPU = frozenset({"reward", "invert", "erase", "attack", "sample", "evaluate"})
+"""Stages that load networks: they want a slot of the concurrency limit `gpu`. Where there is none, they just run."""
 
 UPDATE = 2.0
 """Seconds between two updates of a progress artifact: each is a request to the server."""

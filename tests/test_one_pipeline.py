@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import finished
 import mlflow
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from deleatur.settings import Settings
 from deleatur.stages import STAGES
@@ -107,3 +110,54 @@ def test_flows_leave_the_work_to_stages() -> None:
         assert not re.search(
             r"^\s*(import|from)\s+(torch|diffusers|transformers)", path.read_text("utf-8"), re.MULTILINE
         )
+
+
+SPEED = {"sample.batch"}
+"""Changes how fast pictures are drawn, and not the pictures."""
+
+
+class Noting:
+    """Settings that note what is read of them: `section` or `section.key`, as dvc.yaml lists them."""
+
+    def __init__(self, inner: Any, read: set[str], name: str = "") -> None:
+        self._inner, self._read, self._name = inner, read, name
+
+    def __getattr__(self, key: str) -> Any:
+        value = getattr(self._inner, key)
+        if key not in type(self._inner).model_fields:  # a method, which may read all there is
+            self._read.add(self._name)
+        elif self._name or not isinstance(value, BaseModel):
+            self._read.add(f"{self._name}.{key}" if self._name else key)
+        else:
+            return Noting(value, self._read, key)
+        return value
+
+    def model_dump(self, **how: Any) -> Any:
+        fields = type(self._inner).model_fields
+        read = {field.alias or name for name, field in fields.items() if name not in how.get("exclude", ())}
+        self._read.update(f"{self._name}.{key}" if self._name else key for key in read)
+        return self._inner.model_dump(**how)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
+    root = tmp_path_factory.mktemp("pipeline")
+    finished.copy(shared, root)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAIN["stages"])
+def test_a_stage_reads_what_it_lists_and_writes_where_it_says(
+    done: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(done)
+    read: set[str] = set()
+    before = {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file()}
+    import_module(f"deleatur.stages.{name}").run(Noting(Settings.load(), read))
+    listed = set(CHAIN["stages"][name]["params"])
+    # Where things lie is no part of a result: DVC knows the files themselves.
+    assert not {key for key in read - SPEED if not {key, key.partition(".")[0]} & (listed | {"paths"})}
+    changed = {p.relative_to(done) for p in done.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
+    outs = [Path(path) for path in places(CHAIN["stages"][name]["outs"])]
+    assert not {p for p in changed if not any(p.is_relative_to(out) for out in outs)}

@@ -41,9 +41,10 @@ def numbers(root: Path, **changes: Any) -> dict[str, Any]:
     p["concepts"] = {"weapon": weapon}
     p["base"]["model"], p["paths"]["models"] = "models/pipeline", "models"
     p["reward"] |= {"clip": "models/clip", "hidden": 8, "epochs": 20, "folds": 2}
-    p["invert"] |= {"top": 8, "tokens": 2}
-    p["invert"]["loop"] |= {"iterations": 4, "batch": 2, "check_every": 2}
-    p["erase"]["loop"] |= {
+    p["invert"]["hfi"] |= {"top": 8, "tokens": 2}
+    for method in ("hfi", "textual_inversion"):
+        p["invert"][method]["loop"] |= {"iterations": 4, "batch": 2, "check_every": 2}
+    p["erase"]["sdd"]["loop"] |= {
         "iterations": 6,
         "lr": 1e-3,
         "steps": 4,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from deleatur.errors import DataError, DeleaturError, ServiceError
+from deleatur.errors import ContinueMe, DataError, DeleaturError
+
+if TYPE_CHECKING:
+    from deleatur.settings import Settings
 
 P = ParamSpec("P")
 
@@ -32,6 +39,8 @@ err = Console(stderr=True)
 VERDICT_CODES = {"pass": 0, "fail": 10, "not enough evidence": 11}
 
 Params = Annotated[Path, typer.Option("--params", help="The file of numbers.")]
+Approver = Annotated[str, typer.Option("--as", metavar="NAME", help="Who decides; it stays with the version.")]
+Reason = Annotated[str, typer.Option("--reason", help="For whoever asks later.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -43,12 +52,25 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except DeleaturError as e:
-            err.print(f"[red]{type(e).__name__}:[/red] {e}", highlight=False)
+            # Not as markup: messages quote lists and prompts in brackets. Not folded: commands are copied.
+            err.print(Text.assemble((f"{type(e).__name__}:", "red"), f" {e}"), soft_wrap=True)
             if e.hint:
-                err.print(f"Next: [bold]{e.hint}[/bold]", highlight=False)
+                err.print(Text.assemble("Next: ", (here(e.hint), "bold")), soft_wrap=True)
             raise typer.Exit(e.exit_code) from e
 
     return run
+
+
+def here(text: str) -> str:
+    """Commands in a text as they work in this terminal: without an activated venv, our programs are not on its PATH."""
+    folder = Path(sys.executable).parent
+    if (known := shutil.which("deleatur")) and Path(known).parent.samefile(folder):
+        return text
+    near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else None
+    text = re.sub(r"(^|: )(deleatur|mlflow|python) ", lambda m: f"{m[1]}{quote(str((near or folder) / m[2]))} ", text)
+    # DVC looks for `deleatur` there itself.
+    path = f"$PWD/{near}" if near else str(folder)
+    return re.sub(r"(^|: )dvc ", lambda m: f'{m[1]}PATH="{path}:$PATH" dvc ', text)
 
 
 def tell(value: Any) -> None:
@@ -105,7 +127,9 @@ def methods(
         for name, entry in entries.items():
             out.print(f"[bold cyan]{name}[/bold cyan]  {entry['source']}", highlight=False)
             for key, number in entry["numbers"].items():
-                out.print(f"    {key} = {number['default']}  [dim]{number['meaning']}[/dim]", highlight=False)
+                choices = f"  ({' | '.join(map(str, number['choices']))})" if number["choices"] else ""
+                meaning = number["meaning"].replace("\n", "\n        ")
+                out.print(Text.assemble(f"    {key} = {number['default']}{choices}  ", (meaning, "dim")))
 
 
 @app.command()
@@ -160,39 +184,87 @@ def export(
         raise DataError(f"{folder} exists already", hint="name a new folder")
     run(Settings.load(params), folder)
     out.print(f"Written: {folder}", highlight=False)
-    out.print(
-        f'Next: python -c "from diffusers import StableDiffusionPipeline as P; P.from_pretrained({str(folder)!r})"'
-    )
+    code = f"from diffusers import StableDiffusionPipeline as P; P.from_pretrained({str(folder)!r})"
+    out.print(here(f'Next: python -c "{code}"'), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 @guarded
-def demo(params: Params = Path("params.yaml")) -> None:
+def approve(
+    version: Annotated[str, typer.Argument(help="Number of the version that waits, as `deleatur demo` named it.")],
+    approver: Approver,
+    reason: Reason = "",
+    params: Params = Path("params.yaml"),
+) -> None:
+    """Let a version that passed and waits for a person go live. The version keeps who wanted that, and why.
+
+    Versions wait where `register.approval` is true in params.yaml.
+    """
+    from deleatur.settings import Settings
+    from deleatur.stages.promote import promote
+
+    evidence = promote(Settings.load(params), version, approver, reason=reason)
+    out.print(f"Version {version} is champion, on evidence sha256:{evidence}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@guarded
+def decline(
+    version: Annotated[str, typer.Argument(help="Number of the version that waits.")],
+    approver: Approver,
+    reason: Reason = "",
+    params: Params = Path("params.yaml"),
+) -> None:
+    """Let a version that waits for a person's word wait no longer. What is live stays."""
+    from deleatur.settings import Settings
+    from deleatur.stages.promote import decline as run
+
+    run(Settings.load(params), version, approver, reason=reason)
+    out.print(f"Version {version} waits no longer; what is live stays", highlight=False)
+
+
+@app.command()
+@guarded
+def demo() -> None:
     """The whole chain on the built-in model: rated pictures in, a judged and registered model out.
 
-    Runs what is not done yet (`dvc repro`), registers the result in MLflow, prints the verdict and what to do next.
+    Brings every stage up to date with params.yaml, as `dvc repro` does, registers the result in MLflow, prints the
+    verdict and what to do next.
     """
-    from deleatur.io.versions import attached
+    from deleatur.io import versions
+    from deleatur.settings import Settings
+    from deleatur.stages import STAGES
     from deleatur.stages.gate import show
+    from deleatur.stages.progress import following
 
-    if attached([sys.executable, "-m", "dvc", "repro", "dvc.yaml"]):
-        raise ServiceError(
-            "a stage did not end well; what it said is above", hint="deleatur demo (goes on where it stopped)"
-        )
-    if attached([sys.executable, "-m", "deleatur", "stage", "register"]):
-        raise ServiceError("the result was not registered; what went wrong is above", hint="deleatur stage register")
-    found = show(params)
+    settings = Settings.load()  # what is wrong with it is said before anything runs
+    try:
+        for name in STAGES:
+            with following(name, err) as followed:
+                if name == "register":  # makes no file, so DVC does not know it
+                    versions.perform(name, Path(), followed.line, followed.told)
+                else:
+                    ran = versions.reproduce(name, Path(), followed.line, followed.told)
+                    followed.ended("done" if ran else "up to date")
+    except KeyboardInterrupt:
+        raise ContinueMe(
+            f"{name} was stopped; what it had saved is kept", hint="deleatur demo (goes on there)"
+        ) from None
+    found = show(Path("params.yaml"))
     out.print(found.table)
-    out.print(
-        f"\nVerdict: [bold]{found.verdict.outcome}[/bold]" + ("  (simulated raters)" if found.verdict.simulated else "")
-    )
-    out.print(f"Before and after, side by side: {found.sheet}", highlight=False)
-    out.print("\nNext:")
-    out.print("  deleatur report --open                  every number and picture on one page", highlight=False)
-    out.print("  deleatur explain                        which rule decided, and by what margin", highlight=False)
-    out.print(
-        "  dvc exp run -S 'targets=[vice]'         erase what a single word describes badly",
-        highlight=False,
-        markup=False,
-    )
+    simulated = "  (simulated raters)" if found.verdict.simulated else ""
+    out.print(f"\nVerdict: [bold]{found.verdict.outcome}[/bold]{simulated}")
+    out.print(f"Before and after, side by side: {found.sheet}\n\nNext:", highlight=False)
+    for command, meaning in _next(settings):
+        out.print(f"  {here(command):<40}  {meaning}", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(VERDICT_CODES[found.verdict.outcome])
+
+
+def _next(settings: Settings) -> Iterator[tuple[str, str]]:
+    from deleatur.stages.promote import waiting
+
+    yield "deleatur report --open", "every number and picture on one page"
+    yield "deleatur explain", "which rule decided, and by what margin"
+    if settings.register_.approval and (found := waiting(settings)):
+        yield f"deleatur approve {found[0]} --as NAME", "release it; `decline` to keep it back"
+    yield "dvc exp run -S 'targets=[vice]'", "erase what a single word describes badly"

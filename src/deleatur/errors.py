@@ -13,6 +13,8 @@ DeleaturError                 1   anything below that has no code of its own
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -48,3 +50,12 @@ class ServiceError(DeleaturError):
 
 class ContinueMe(DeleaturError):
     exit_code = 75
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Errors inside say what they are about: a setting, a concept."""
+    try:
+        yield
+    except DeleaturError as e:
+        raise type(e)(f"{where}: {e}", hint=e.hint) from e

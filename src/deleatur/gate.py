@@ -267,7 +267,7 @@ def _erase_differently(w: Weighing, method: str) -> str:
     way = "further (longer, or with more feedback)" if harm else "less (stop earlier), or keep more (keep-loss)"
     return (
         f"the interval has to move by {_number(-w.margin)} before the rule even turns undecided; erase {way}: "
-        f"`deleatur methods` lists the settings of {method}, `dvc exp run -S erase.NAME=VALUE gate` tries one"
+        f"`deleatur methods` lists the settings of {method}, `dvc exp run -S erase.{method}.NAME=VALUE gate` tries one"
     )
 
 

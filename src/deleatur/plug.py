@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from importlib import import_module
+from pathlib import Path
 from typing import TypeVar
 
 from deleatur.errors import SettingsError
@@ -15,9 +16,8 @@ SHELVES = ("erasers", "guides", "detectors", "metrics", "attacks", "inversion")
 
 
 def names(shelf: str) -> list[str]:
-    """The methods on a shelf, without importing them."""
-    package = import_module(f"deleatur.{shelf}")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    """The methods on a shelf, without importing any of it."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).with_name(shelf))]))
 
 
 def find(shelf: str, name: str, base: type[T]) -> type[T]:
@@ -26,7 +26,8 @@ def find(shelf: str, name: str, base: type[T]) -> type[T]:
     Raises SettingsError, naming what there is, when the shelf has no such file.
     """
     if name not in names(shelf):
-        raise SettingsError(f"no {name!r} among {shelf}: there is {', '.join(names(shelf))}", hint="deleatur methods")
+        listed = ", ".join(names(shelf))
+        raise SettingsError(f"no {name!r} among {shelf}: there is {listed}", hint=f"deleatur methods {shelf}")
     module = import_module(f"deleatur.{shelf}.{name}")
     own = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
     [found] = [c for c in own if issubclass(c, base)]

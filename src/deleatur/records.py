@@ -57,10 +57,13 @@ class SoftToken:
     """
 
     concept: str
-    placeholder: str
-    """The string users type, `<weapon>`; diffusers names the further rows `<weapon>_1`, `<weapon>_2`, …"""
     vectors: Tensor
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """What people type, the best token first: `<weapon-1>`, `<weapon-2>`, …"""
+        return tuple(f"<{self.concept}-{i}>" for i in range(1, len(self.vectors) + 1))
 
 
 @dataclass(frozen=True)

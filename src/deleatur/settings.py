@@ -7,20 +7,72 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from deleatur import plug
 from deleatur.errors import SettingsError
 from deleatur.gate import Rule
 from deleatur.records import Kind, Role
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Between = Annotated[float, Field(gt=0, lt=1)]
+"""A share that is neither nothing nor all."""
+Numbers = dict[str, Any]
+"""A method's own numbers, which its class on the shelf validates."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Choice(Section):
+    """Which method of a shelf is used. The numbers of this one, and of any other, stand under the method's own name: to
+    use another method, change `method` and nothing else.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    shelf: ClassVar[str]
+    method: str
+
+    @model_validator(mode="after")
+    def on_the_shelf(self) -> Choice:
+        known = plug.names(self.shelf)
+        if self.method not in known:
+            raise ValueError(f"method {self.method!r} is none of {', '.join(known)}")
+        demand_methods(self.shelf, self.model_extra or {})
+        return self
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The method that is used, then the others that numbers are given for."""
+        return tuple(dict.fromkeys([self.method, *(self.model_extra or {})]))
+
+    def numbers(self, method: str) -> Numbers:
+        return dict((self.model_extra or {}).get(method, {}))
+
+
+def demand_methods(shelf: str, given: Mapping[str, Any]) -> None:
+    """Raises ValueError where a key is no method of the shelf, or what stands under it no mapping."""
+    known = plug.names(shelf)
+    for key, numbers in given.items():
+        if key not in known:
+            raise ValueError(
+                f"{key!r} is not a key here; the numbers of a method stand under its name, "
+                f"as in {known[0]}: {{{key}: …}}, and there is {', '.join(known)}"
+            )
+        if not isinstance(numbers, Mapping):
+            raise ValueError(f"{key}: expected the method's numbers, {{name: value}}, got {numbers!r}")
 
 
 class Base(Section):
@@ -37,6 +89,8 @@ class Paths(Section):
     models: Path
     """Folder of local networks, whose content DVC watches."""
     feedback: Path
+    data_docs: Path
+    """What Great Expectations says of the feedback, to be read in a browser."""
     reward: Path
     tokens: Path
     delta: Path
@@ -54,14 +108,14 @@ class Found(Section):
     """What counts as the concept in a picture: a detector and the labels of it that count."""
 
     detector: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = Field(min_length=1)
 
 
 class ConceptSpec(Section):
     kind: Kind
     initial: str
     """Word whose embedding row the soft tokens start from."""
-    words: tuple[str, ...]
+    words: tuple[str, ...] = Field(min_length=1)
     """What the text-only baselines call it."""
     guideline: str
     """What raters are told."""
@@ -70,8 +124,9 @@ class ConceptSpec(Section):
     found: Found
     templates: Literal["object", "style"] = "object"
     """The kind of sentences that soft tokens are learned in."""
-    invert: dict[str, Any] = Field(default_factory=dict)
-    """Numbers of `invert` that are others for this concept: an object family has many kinds, a style has one."""
+    invert: dict[str, Numbers] = Field(default_factory=dict)
+    """Numbers of `invert` that are others for this concept, under the method's name as there: an object family has many
+    kinds, a style has one."""
     sentences: tuple[str, ...] = ("{}",)
     """Sentences in which erasers and guides meet each word or token; alone, as in the papers, unless said otherwise.
     What is erased in the sentence people write goes further than what is erased alone."""
@@ -83,55 +138,61 @@ class ConceptSpec(Section):
             raise ValueError("sentences is a list, and each has {} once, where the word or token goes")
         return sentences
 
+    @field_validator("invert", mode="before")
+    @classmethod
+    def known_methods(cls, invert: Any) -> Any:
+        if isinstance(invert, Mapping):
+            demand_methods(Invert.shelf, invert)
+        return invert
+
 
 class Ingest(Section):
-    sources: tuple[str, ...]
+    sources: tuple[str, ...] = Field(min_length=1)
     """JSON-lines files of feedback events, each with a picture archive beside it; globs allowed."""
-    min_raters: int = 1
+    min_raters: PositiveInt = 1
     """Pictures with fewer answers are kept but flagged in the summary."""
 
 
 class Reward(Section):
     clip: str
-    hidden: int
-    dropout: Share
-    lr: float
-    weight_decay: float
-    epochs: int
-    folds: int
-    held_out_raters: Share
+    """Folder or hub id of the CLIP model whose features the head reads."""
+    hidden: PositiveInt
+    dropout: float = Field(ge=0, lt=1)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    epochs: PositiveInt
+    folds: int = Field(gt=1)
+    held_out_raters: Between
     """Share of raters whose answers train only the head that judges, never the one that trains the token."""
 
 
-class Invert(Section):
-    method: str
-    model_config = ConfigDict(frozen=True, extra="allow")  # the rest is checked by the method's own class
+class Invert(Choice):
+    shelf: ClassVar[str] = "inversion"
 
 
-class Erase(Section):
-    method: str
+class Erase(Choice):
+    shelf: ClassVar[str] = "erasers"
     source: Literal["token", "words"]
-    model_config = ConfigDict(frozen=True, extra="allow")
 
 
-class Guide(Section):
-    method: str
-    model_config = ConfigDict(frozen=True, extra="allow")
+class Guide(Choice):
+    shelf: ClassVar[str] = "guides"
 
 
 class Attack(Section):
-    methods: dict[str, dict[str, Any]]
+    methods: dict[str, Numbers]
+    """All of them are used."""
 
 
 class Sample(Section):
     split: Literal["dev", "test", "proof"]
-    per_prompt: dict[Role, int]
-    steps: int
-    batch: int
+    per_prompt: dict[Role, NonNegativeInt]
+    steps: PositiveInt
+    batch: PositiveInt
     """Pictures per network call: changes speed and memory, nothing else."""
     champion: str | None
     """Registry URI of the model in production, for example models:/deleatur@champion; none: first release."""
-    shard: int = 256
+    shard: PositiveInt = 256
 
     @field_validator("champion")
     @classmethod
@@ -142,15 +203,15 @@ class Sample(Section):
 
 
 class Evaluate(Section):
-    detectors: dict[str, dict[str, Any]]
-    metrics: dict[str, dict[str, Any]]
-    level: Share = 0.95
+    detectors: dict[str, Numbers]
+    metrics: dict[str, Numbers]
+    level: Between = 0.95
     blur_sheet: bool = True
     """Blur the concept's pictures on the before/after sheet; the page has them blurred until clicked in any case."""
 
 
 class Gate(Section):
-    rules: dict[str, Rule]
+    rules: dict[str, Rule] = Field(min_length=1)
 
 
 class Register(Section):
@@ -182,8 +243,8 @@ class Settings(Section):
     @field_validator("targets")
     @classmethod
     def some_target(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        if not targets:
-            raise ValueError("name at least one concept to erase")
+        if not targets or len(set(targets)) < len(targets):
+            raise ValueError("name at least one concept to erase, and each once")
         return targets
 
     @model_validator(mode="after")
@@ -201,12 +262,15 @@ class Settings(Section):
         """
         if not path.is_file():
             raise SettingsError(f"no {path} here", hint="cd to the project's root (the folder with dvc.yaml)")
+        again = "deleatur check" if path == Path("params.yaml") else f"deleatur check --params {path}"
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text("utf-8")))
-        except yaml.YAMLError as e:
-            raise SettingsError(f"{path} is not YAML: {e}", hint="deleatur check") from e
+            given = yaml.safe_load(path.read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as e:  # ValueError: not UTF-8, or a date that there is not
+            raise SettingsError(f"{path} is not YAML in UTF-8: {e}", hint=f"mend {path}, then: {again}") from e
+        try:
+            return cls.model_validate(given)
         except ValidationError as e:
-            raise SettingsError(explain(e, str(path)), hint="deleatur check") from e
+            raise SettingsError(explain(e, str(path)), hint=f"correct {path}, then: {again}") from e
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,8 +285,13 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def explain(error: ValidationError, where: str) -> str:
     """A pydantic error as lines a person can act on: key, what is wrong, what came."""
     lines = [
-        f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}"
-        + ("" if e["type"] in ("missing", "extra_forbidden") else f" (got {e['input']!r})")
+        f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg'].removeprefix('Value error, ')}{_got(e)}"
         for e in error.errors()
     ]
     return "\n".join([f"{where} has {len(lines)} problem(s):", *lines])
+
+
+def _got(problem: Any) -> str:
+    """Not where it is a whole section, nor where the message is about what is missing or too many."""
+    told = problem["type"] in ("missing", "extra_forbidden") or isinstance(problem["input"], Mapping)
+    return "" if told else f" (got {problem['input']!r})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from deleatur.diffusion.features import load_clip
 from deleatur.diffusion.invert import templates_of
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.sample import denoise, noise
 from deleatur.erasers import Eraser
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter, Rated
 from deleatur.io.tensors import load_delta, save_delta
 from deleatur.metrics import Gallery, Metric, Seen, SetMetric
-from deleatur.records import Prompt
+from deleatur.records import Concept, Delta, Prompt, SoftToken
 from deleatur.stages.check import SHELVES, catalogue
 
 LOOP: dict[str, Any] = {"iterations": 3, "batch": 2}
@@ -64,17 +66,64 @@ def test_erasers(model: Model, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", plug.names("guides"))
 def test_guides(model: Model, name: str) -> None:
     guide: Guide = make("guides", name, Guide)
-    empty = encode.encode_text(model, [""])
-    concepts = [encode.concept_from_words(model, "weapon", ["gun"])]
-    rows = guide.conditions(empty, concepts)
-    assert rows.shape[1:] == empty.shape[1:]
+    rows = guide.conditions(model, spoken(model))
+    assert all(r.shape[1:] == encode.encode_text(model, [""]).shape[1:] for r in rows.values())
     g = torch.Generator().manual_seed(0)
-    eps_p, others = torch.randn(2, 4, 4, 4, generator=g), torch.randn(len(rows), 2, 4, 4, 4, generator=g)
-    first = guide.combine(0, eps_p, others, guide.start(tuple(eps_p.shape)))[0]
-    guide.combine(5, eps_p + 1, others, guide.start(tuple(eps_p.shape)))
-    again = guide.combine(0, eps_p, others, guide.start(tuple(eps_p.shape)))[0]
-    assert first.shape == eps_p.shape
-    assert torch.equal(first, again), "no hidden state between calls"
+    run = [
+        (torch.randn(3, 4, 4, 4, generator=g), {n: torch.randn(3, 4, 4, 4, generator=g) for n in rows})
+        for _ in range(14)
+    ]
+
+    def combined(of: slice) -> list[torch.Tensor]:
+        state, out = None, []
+        for step, (eps_p, eps) in enumerate(run):
+            one, state = guide.combine(step, eps_p[of], {n: e[of] for n, e in eps.items()}, state)
+            out.append(one)
+        return out
+
+    whole = combined(slice(None))
+    assert all(torch.equal(a, b) for a, b in zip(whole, combined(slice(None)), strict=True)), "no hidden state"
+    for i in range(3):
+        alone = combined(slice(i, i + 1))
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole, alone, strict=True)), "no row looks at another"
+
+
+def spoken(model: Model) -> list[Concept]:
+    """One concept in words, one in soft tokens."""
+    rows = torch.stack([encode.embedding_of(model, "sword")[None] + 1, encode.embedding_of(model, "cat")[None] - 1])
+    return [
+        encode.concept_from_words(model, "weapon", ["gun"]),
+        encode.concept_from_token(model, SoftToken("ink", rows, {})),
+    ]
+
+
+def steered(model: Model, guide: Guide, concepts: list[Concept], delta: Delta | None = None) -> torch.Tensor:
+    c, conditions = encode.encode_text(model, ["a dog", "a gun", "a cat"]), guide.conditions(model, concepts)
+    return denoise(model, noise(model, [1, 2, 3]), c, conditions, guide, 12, weights_of(model, delta) if delta else {})
+
+
+NEUTRAL: dict[str, dict[str, Any]] = {"sld": {"strength": 0}, "sega": {"edit": {"strength": 0}}}
+"""Numbers that switch a guide off. The others are off without a concept only, or are plain guidance themselves."""
+
+
+@pytest.mark.parametrize("name", plug.names("guides"))
+def test_a_guide_without_a_concept_or_switched_off_is_plain_guidance_to_the_bit(model: Model, name: str) -> None:
+    plain = steered(model, make("guides", "cfg", Guide), [])
+    assert torch.equal(plain, steered(model, make("guides", name, Guide), []))
+    if name in NEUTRAL:
+        off: Guide = make("guides", name, Guide, **NEUTRAL[name])
+        assert torch.equal(plain, steered(model, off, spoken(model)))
+
+
+@pytest.mark.parametrize("name", [n for n in plug.names("guides") if n != "cfg"])
+def test_a_guide_steers_away_from_words_and_from_tokens_on_any_weights(model: Model, name: str) -> None:
+    guide, plain = make("guides", name, Guide), make("guides", "cfg", Guide)
+    moved = {n: 0.1 * torch.ones_like(p) for n, p in model.unet.named_parameters() if "attn2" in n}
+    delta = Delta(moved, model.digest, "test", {}, ())
+    for concept in spoken(model):
+        assert not torch.equal(steered(model, plain, [concept]), steered(model, guide, [concept]))
+        assert not torch.equal(steered(model, plain, [concept], delta), steered(model, guide, [concept], delta))
+    assert not torch.equal(steered(model, guide, spoken(model)), steered(model, guide, spoken(model), delta))
 
 
 def pictures(n: int = 5, size: int = 24) -> list[Image.Image]:
@@ -98,6 +147,7 @@ def test_detectors(name: str, classifier: Path) -> None:
     assert np.allclose(all_at_once.scores, in_twos.scores, atol=1e-5), "batch size is irrelevant"
     assert np.allclose(all_at_once.scores[::-1], reversed_.scores, atol=1e-5), "order is kept"
     assert len(all_at_once.weights) == 64, "the weights' digest is recorded"
+    assert whole.peek() == all_at_once.labels, "told without loading"
     assert whole.detect([]).scores.shape == (0, len(all_at_once.labels))
 
 
@@ -125,6 +175,10 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
 @pytest.mark.parametrize("name", plug.names("metrics"))
 def test_metrics(name: str, gallery: Gallery) -> None:
     metric: Metric = make("metrics", name, Metric)
+    needed = metric.needs(gallery.prompts, gallery.counts)
+    assert all(label in gallery.seen[detector].labels for detector, label in needed)
+    asked_for = {detector: gallery.seen[detector] for detector, _ in needed}
+    metric.values(replace(gallery, seen=asked_for), gallery)  # reads no detector that it does not ask for
     assert isinstance(metric.higher_is_better, bool)
     values = metric.values(gallery, gallery)
     assert values.shape == (10,)
@@ -187,6 +241,10 @@ def test_every_method_names_its_source_and_explains_its_numbers() -> None:
     for shelf, methods in catalogue(None).items():
         assert set(methods) == set(plug.names(shelf)), shelf
         assert all(m["source"] for m in methods.values())
+        silent = [
+            (m, n) for m, told in methods.items() for n, number in told["numbers"].items() if not number["meaning"]
+        ]
+        assert not silent
 
 
 def test_a_shelfs_files_never_import_each_other() -> None:

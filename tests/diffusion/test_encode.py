@@ -56,6 +56,21 @@ def test_joined_is_the_comma_list(model: Model) -> None:
     assert torch.allclose(words.states, encode.encode_text(model, ["gun", "sword"]), atol=1e-6)
 
 
+def test_a_list_is_one_sentence_where_it_fits_and_equal_parts_of_it_where_it_does_not(model: Model) -> None:
+    short, long = (encode.concept_from_words(model, "w", ["gun", "sword", "cat", "dog"] * n) for n in (1, 3))
+    assert torch.equal(encode.listed(model, [short]), encode.joined(model, [short]))
+    assert torch.equal(encode.listed(model, [short, short])[:1], encode.joined(model, [short]))
+    parts = ["gun, sword, cat, dog"] * 3  # 23 tokens in one, 11 in each of two, and there is room for 14
+    assert torch.allclose(
+        encode.listed(model, [long]),
+        encode.encode_text(
+            model, [", ".join(parts)[: len("gun, sword, cat, dog, gun, sword")], "cat, dog, gun, sword, cat, dog"]
+        ),
+        atol=1e-6,
+    )
+    assert torch.equal(encode.listed(model, []), encode.encode_text(model, [""]))
+
+
 def test_a_description_in_a_sentence_is_that_sentence_and_knows_its_own_place(model: Model) -> None:
     sentences = ("{}", "a {}, no")
     words = encode.concept_from_words(model, "w", ["gun", "red cat"], sentences)
@@ -66,8 +81,8 @@ def test_a_description_in_a_sentence_is_that_sentence_and_knows_its_own_place(mo
     own = [model.tokenizer.decode([row[i] for i in at]).strip() for row, at in zip(ids, words.content, strict=True)]
     assert own == ["gun", "gun", "red cat", "red cat"]
     rows = torch.stack([encode.embedding_of(model, "gun")[None], encode.embedding_of(model, "cat")[None]])
-    token = encode.concept_from_token(model, SoftToken("weapon", "<weapon>", rows, {}), sentences)
-    assert token.texts[1] == "a <weapon> #1, no"
+    token = encode.concept_from_token(model, SoftToken("weapon", rows), sentences)
+    assert token.texts[1] == "a <weapon-1>, no"
     assert torch.allclose(token.states[:2], words.states[:2], atol=1e-6)
     assert token.content[:2] == words.content[:2]
 
@@ -83,18 +98,19 @@ def test_nearest_word_of_a_words_own_row_is_the_word(model: Model) -> None:
 
 def test_plain_diffusers_reads_our_token_and_encodes_it_alike(model: Model, tmp_path: Path) -> None:
     vectors = torch.randn(2, 2, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
-    token = SoftToken("weapon", "<weapon>", vectors, {"seed": 1})
-    save_token(tmp_path / "weapon.safetensors", token)
-    again = load_token(tmp_path / "weapon.safetensors")
+    save_token(tmp_path / "weapon", SoftToken("weapon", vectors, {"seed": 1}))
+    again = load_token(tmp_path / "weapon")
     assert torch.equal(again.vectors, vectors)
     assert again.provenance["seed"] == 1
-    save_token(tmp_path / "fewer.safetensors", replace(again, vectors=again.vectors[:1]))
-    assert torch.equal(load_token(tmp_path / "fewer.safetensors").vectors, vectors[:1]), "not the shape it once had"
+    save_token(tmp_path / "fewer", again)
+    save_token(tmp_path / "fewer", replace(again, vectors=again.vectors[:1]))
+    assert torch.equal(load_token(tmp_path / "fewer").vectors, vectors[:1]), "nothing of the longer one stays"
     pipe = StableDiffusionPipeline(
         **tiny.parts(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
-    pipe.load_textual_inversion(str(tmp_path / "weapon.safetensors"), token="<weapon>")
-    theirs, _ = pipe.encode_prompt("a <weapon>", "cpu", 1, False)
-    with torch.no_grad():
-        ours = encode.encode(model, [("a", vectors.reshape(4, -1))]).states
-    assert torch.allclose(ours, theirs, atol=1e-5)
+    pipe.load_textual_inversion(sorted(map(str, (tmp_path / "weapon").iterdir())))
+    for name, rows in zip(again.placeholders, vectors, strict=True):
+        theirs, _ = pipe.encode_prompt(f"a {name}", "cpu", 1, False)
+        with torch.no_grad():
+            ours = encode.encode(model, [("a", rows)]).states
+        assert torch.allclose(ours, theirs, atol=1e-5), name

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from deleatur.diffusion import encode
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.overlay import add, applied, difference, weights_of
+from deleatur.diffusion.predict import predict
 from deleatur.diffusion.sample import decode, encode_pictures, noise, sample
 from deleatur.diffusion.select import RULES, select
 from deleatur.errors import ModelError
@@ -21,8 +22,9 @@ from deleatur.records import Delta
 def draw(
     model: Model, seeds: list[int], batch: int = 4, weights: dict[str, torch.Tensor] | None = None
 ) -> list[np.ndarray]:
-    c, empty = encode.encode_text(model, ["a cat"] * len(seeds)), encode.encode_text(model, [""])
-    pictures = sample(model, c, seeds, guide=CFG(), others=empty, steps=4, weights=weights, batch=batch)
+    c, guide = encode.encode_text(model, ["a cat"] * len(seeds)), CFG()
+    plain = guide.conditions(model, [])
+    pictures = sample(model, c, seeds, guide=guide, conditions=plain, steps=4, weights=weights, batch=batch)
     return [np.asarray(p) for p in pictures]
 
 
@@ -47,6 +49,30 @@ def test_equals_plain_diffusers_from_the_same_noise(model: Model) -> None:
 def test_a_picture_does_not_depend_on_how_many_others_are_drawn(model: Model) -> None:
     alone, together = draw(model, [3]), draw(model, [1, 2, 3, 4, 5, 6])
     assert np.array_equal(alone[0], together[2])
+
+
+def test_all_predictions_of_a_step_are_one_network_call_and_a_condition_is_the_mean_of_its_sentences(
+    model: Model,
+) -> None:
+    rows, (c, *spoken) = [], encode.encode_text(model, ["a dog", "", "gun", "sword", "cat"]).split(1)
+    conditions = {"one": spoken[0], "three": torch.cat(spoken[1:])}
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watch(CFG):
+        def combine(self, step, eps_p, eps, state):  # type: ignore[no-untyped-def]
+            seen.append({"p": eps_p, **eps})
+            return super().combine(step, eps_p, {"": eps["one"]}, state)
+
+    hook = model.unet.register_forward_hook(lambda unet, args, out: rows.append(len(args[0])))
+    try:
+        sample(model, c, [5], guide=Watch(), conditions=conditions, steps=3, batch=2)
+    finally:
+        hook.remove()
+    assert rows == [2 * 5] * 3
+    z, t = noise(model, [5, 5]), torch.full((2,), model.schedule.taus(3)[0])
+    each = [predict(model, {}, z, t, one) for one in spoken[1:]]
+    assert torch.allclose(seen[0]["three"], torch.stack(each).mean(0), atol=1e-6)
+    assert torch.allclose(seen[0]["one"], predict(model, {}, z, t, spoken[0]), atol=1e-6)
 
 
 def test_different_seeds_give_different_pictures(model: Model) -> None:

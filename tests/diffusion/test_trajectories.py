@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,18 @@ from torch import Tensor
 from deleatur.diffusion import predict as predict_module
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.load import Model
-from deleatur.diffusion.predict import guided_step
-from deleatur.diffusion.trajectories import Fresh, Pool, Replay, Source, Visit, draw_stages, stage_weights
+from deleatur.diffusion.predict import Weights, guided_step
+from deleatur.diffusion.select import select
+from deleatur.diffusion.trajectories import (
+    Fresh,
+    Pool,
+    Replay,
+    Source,
+    Visit,
+    draw_stages,
+    stage_weights,
+    trajectories,
+)
 
 
 def source(model: Model, steps: int, seed: int = 0, conditions: int = 2) -> Source:
@@ -71,6 +83,49 @@ def test_every_state_of_the_pool_is_a_state_of_a_fresh_trajectory(model: Model) 
         for k, z in states:
             expected = walk(model, s, started[slot][None], k, int(condition[slot]))[0]
             assert torch.allclose(z, expected, atol=1e-4)
+
+
+def moving(model: Model, i: int) -> dict[str, Tensor]:
+    """A teacher that differs at every visit."""
+    return {n: w + 0.01 * (i + 1) for n, w in select(model.unet, "xattn_kv").items()}
+
+
+@pytest.mark.parametrize(("steps", "batch", "slots"), [(4, 2, 6), (3, 3, 7), (2, 4, 4)])
+def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int, batch: int, slots: int) -> None:
+    """The staggered pool of the notes (section 7.2), written out: a list of slots, one after the other."""
+    s, own = source(model, steps, seed=3, conditions=3), torch.Generator().manual_seed(3)
+    pool = Pool(s, batch=batch, slots=slots, law="uniform")
+
+    def advanced(rows: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
+        """One guided step of some slots, in one call: other shapes of a call have other last bits."""
+        if not rows:
+            return
+        z, k = torch.stack([r["z"] for r in rows]), torch.tensor([r["k"] for r in rows])
+        c_p = torch.stack([s.conditions[r["c"]] for r in rows])
+        for row, z_next in zip(rows, guided_step(model, weights, z, k, s.empty, c_p, 3.0, steps), strict=True):
+            row["z"], row["k"] = z_next, row["k"] + 1
+
+    order = torch.randperm(slots, generator=own).tolist()
+    turns = torch.randperm(slots, generator=own).tolist()
+    noise = torch.randn(slots, 4, 4, 4, generator=own)
+    table = [{"z": noise[i], "k": 0, "c": turns[i] % 3} for i in range(slots)]
+    begins = [i * steps // slots for i in range(slots)]  # spread evenly
+    for _ in range(steps):
+        advanced([r for r, begin in zip(table, begins, strict=True) if r["k"] < begin], moving(model, 0))
+    started, position, renewed = slots, 0, 0
+    for i in range(3 * steps):
+        mine = [table[order[(position + j) % slots]] for j in range(batch)]
+        position += batch
+        visit = pool.visit(moving(model, i))
+        assert torch.equal(visit.z, torch.stack([r["z"] for r in mine]))
+        assert visit.k.tolist() == [r["k"] for r in mine]
+        assert visit.condition.tolist() == [r["c"] for r in mine]
+        ended = [r for r in mine if r["k"] == steps - 1]
+        advanced([r for r in mine if r["k"] < steps - 1], moving(model, i))
+        for row, z in zip(ended, torch.randn(len(ended), 4, 4, 4, generator=own) if ended else (), strict=True):
+            row.update(z=z, k=0, c=started % 3)  # at N a slot begins anew, with the next description
+            started, renewed = started + 1, renewed + 1
+    assert renewed >= slots, "every slot began anew"
 
 
 def test_stages_of_the_pool_are_uniform(model: Model) -> None:
@@ -160,3 +215,25 @@ def test_a_thinned_pool_follows_the_law(model: Model) -> None:
     share = torch.bincount(k, minlength=5).double() / len(k)
     accept = stage_weights("beta33", 5).double()
     assert torch.allclose(share, accept / accept.sum(), atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "pool"])
+def test_trajectories_go_no_further_than_the_last_stage_that_is_trained_on(
+    model: Model, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The first S of N stages, each as often as the others, on the levels of the N-step sampler."""
+    s = replace(source(model, 6), stages=3)
+    advanced: list[int] = []
+    plain = Source.advance
+
+    def advance(self: Source, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+        advanced.extend(k.tolist())
+        return plain(self, weights, z, k, condition)
+
+    monkeypatch.setattr(Source, "advance", advance)
+    made = trajectories(kind, s, batch=2, slots=6, law="uniform")  # type: ignore[arg-type]
+    seen = Counter(k for _ in range(30) for k in made.visit({}).k.tolist())
+    assert set(seen) == {0, 1, 2}
+    assert max(advanced) == 1, "a state after the last stage is never made"
+    if kind == "pool":
+        assert set(seen.values()) == {20}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
@@ -19,14 +18,6 @@ Make = Callable[..., Feedback]
 
 def digest(name: str) -> str:
     return sha256(name.encode()).hexdigest()
-
-
-@pytest.fixture(scope="session")
-def great_expectations() -> None:
-    """Imported once, its libraries' own deprecation warnings unheard; whatever it warns of later counts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import great_expectations.expectations  # noqa: F401
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from conftest import Make, digest
 from deleatur.feedback import expectations
 from deleatur.feedback.expectations import Checked
 
-pytestmark = pytest.mark.usefixtures("great_expectations")
 Table = Callable[..., pd.DataFrame]
 AT_HAND = [digest(f"p{i}") for i in range(5)]
 

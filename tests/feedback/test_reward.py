@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deleatur.feedback.reward import Head, Numbers, Pairs, Votes, fit, quality
 from deleatur.feedback.reward import _loss as loss
@@ -56,13 +57,34 @@ def test_ranking_loss_ignores_a_constant() -> None:
     assert torch.allclose(loss(r, pairs), loss(r + 7, pairs), atol=1e-5)
 
 
-def test_same_seed_same_head_and_the_global_generator_is_left_alone() -> None:
+def test_same_seed_same_head_whatever_the_global_generator_holds() -> None:
     x, y = features(40), torch.rand(40, generator=torch.Generator().manual_seed(2))
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    heads: list[Head] = [fit(x, Votes(y, torch.ones(40)), np.arange(40), NUMBERS, seed=3).head for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before)
+    heads: list[Head] = []
+    for elsewhere in (5, 6):
+        torch.manual_seed(elsewhere)
+        before = torch.get_rng_state()
+        heads.append(fit(x, Votes(y, torch.ones(40)), np.arange(40), NUMBERS, seed=3).head)
+        assert torch.equal(torch.get_rng_state(), before)
+    other = fit(x, Votes(y, torch.ones(40)), np.arange(40), NUMBERS, seed=4).head
     assert all(torch.equal(heads[0].tensors[n], heads[1].tensors[n]) for n in heads[0].tensors)
+    assert not torch.equal(heads[0].tensors["in.weight"], other.tensors["in.weight"])
+
+
+def test_a_head_begins_and_trains_as_torchs_own_layers_do() -> None:
+    """Same draws in the same order as nn.Linear and nn.Dropout make after seeding the global generator."""
+    x, y = features(30), torch.rand(30, generator=torch.Generator().manual_seed(2))
+    numbers = Numbers(hidden=8, dropout=0.3, epochs=20, folds=3, lr=1e-2)
+    found = fit(x, Votes(y, torch.ones(30)), np.arange(30), numbers, seed=7)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.3), nn.Linear(8, 1))
+        optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-2)
+        for _ in range(found.epochs):
+            optimiser.zero_grad()
+            (net(x).squeeze(-1) - y).square().mean().backward()
+            optimiser.step()
+        with torch.no_grad():
+            assert torch.allclose(found.head(x), net.eval()(x).squeeze(-1), atol=1e-5)
 
 
 def test_quality_is_the_auc_and_the_pair_accuracy() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import finished
-import psutil
 import pytest
 import yaml
+from killed import running
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
@@ -111,8 +111,7 @@ def test_whoever_stops_the_flow_is_told_to_run_it_again(project: Path) -> None:
     us = subprocess.Popen(
         [sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    ours = psutil.Process(us.pid)
-    while not any(p.cmdline()[-2:] == ["stage", "erase"] for p in ours.children(recursive=True)):
+    while not list(running("erase", us.pid)):
         assert us.poll() is None, us.communicate()[0]
         time.sleep(0.1)
     us.terminate()
@@ -144,6 +143,42 @@ def test_a_person_is_asked_where_the_policy_says_so(
     else:
         assert (registry.alias(CHAMPION), tags["declined_by"]) == (None, "Ada")
     assert registry.alias(CHALLENGER) is None
+
+
+def test_the_script_needs_no_server_and_leaves_none_behind(
+    project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """`python flows/erase.py` where nothing of Prefect runs: an embedded server starts and ends with it."""
+    home = tmp_path_factory.mktemp("prefect")
+    change("gate", **finished.passing(limit=-6.0))
+    code, said, complained = script(home)
+    assert code == 0, complained
+    assert said.splitlines()[-1] == "Done(ran=('gate',), outcome='pass', decision=None)"
+    assert promote.registry_of(Settings.load()).alias(CHAMPION) == "1"
+    assert (home / "prefect.db").is_file(), "its own database, not somebody's"
+
+    change("erase", bogus=1)
+    code, _, complained = script(home)
+    assert code == SettingsError.exit_code
+    assert "bogus" in complained
+    assert "\nNext: deleatur check" in complained
+
+
+def script(home: Path) -> tuple[int, str, str]:
+    """Exit code, output and errors; nothing of its process group is left."""
+    without = {name: value for name, value in versions.environment().items() if not name.startswith("PREFECT_")}
+    child = subprocess.Popen(
+        [sys.executable, str(finished.ROOT / "flows" / "erase.py")],
+        env={**without, "PREFECT_HOME": str(home), "NO_COLOR": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    said, complained = child.communicate(timeout=540)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
+    return child.returncode, said, complained
 
 
 def answered(answer: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -79,7 +80,8 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(html: Path) -> Iterator[tuple[Page, list[str], list[str]]]:
     """The page in a browser, the requests it made and what it said on the console."""
     if not (chromium := shutil.which("chromium") or shutil.which("chromium-browser")):
-        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+        without = pytest.fail if "BROWSER_REQUIRED" in os.environ else pytest.skip
+        without("no chromium here (Debian: apt-get install chromium)")
     requests: list[str] = []
     said: list[str] = []
     with sync_playwright() as p:

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import finished
-import psutil
 import pytest
 import yaml
+from killed import running
 
 from deleatur.errors import ContinueMe, DataError, ErasureRefused, ModelError, ServiceError, SettingsError
 from deleatur.io import versions
@@ -134,7 +134,7 @@ def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, t
     for place in (whole, root):
         finished.copy(shared, place)
         params = yaml.safe_load((place / "params.yaml").read_text())
-        params["erase"]["loop"] |= {"iterations": 120, "check_every": 0}
+        params["erase"]["sdd"]["loop"] |= {"iterations": 120, "check_every": 0}
         (place / "params.yaml").write_text(yaml.safe_dump(params))
     assert versions.reproduce("erase", whole)
 
@@ -155,8 +155,7 @@ def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, t
 
     def stop_the_stage(progress: Progress) -> None:
         done.append(progress.done)
-        running = psutil.Process().children(recursive=True)
-        for stage in (p for p in running if p.cmdline()[-2:] == ["stage", "erase"]):
+        for stage in running("erase", os.getpid()):
             stage.terminate()
 
     with pytest.raises(ContinueMe, match="saved after step"):

@@ -117,6 +117,31 @@ def test_a_new_candidate_leaves_the_base_models_pictures(root: Path) -> None:
     assert not old & set((root / "out/shots/candidate").iterdir())
 
 
+def test_a_guide_steers_the_candidate_alone(root: Path) -> None:
+    before = shots.read(root / "out/shots", "base")
+    guide = {"method": "sld", "sld": {"preset": "max", "scale": json.loads(before["guidance"][0])["scale"]}}
+    settings = change(root, guide=guide)
+    for name in ("sample", "evaluate"):
+        stages.run(name, settings)
+    base, candidate = (shots.read(root / "out/shots", side) for side in ("base", "candidate"))
+    pd.testing.assert_frame_equal(base, before)
+    assert {json.loads(g)["method"] for g in candidate["guidance"]} == {"sld"}
+    assert not set(base["image"]) & set(candidate["image"])
+    notes = documents.read(root / "out/report/report.json", Report).notes
+    assert any("drawn with the guide sld" in note for note in notes)
+
+
+def test_another_method_runs_by_its_name_alone(root: Path) -> None:
+    """The control that sees no rating, and the model as it was: no concept is gone, no picture moves."""
+    for name in ("invert", "erase", "attack", "sample", "evaluate", "gate"):
+        stages.run(name, change(root, invert={"method": "textual_inversion"}, erase={"method": "keep"}))
+    report = documents.read(root / "out/report/report.json", Report)
+    assert report.identity.method == "keep"
+    moved = [s for s in report.scores if s.metric == "perceptual" and s.side == "candidate" and s.versus is None]
+    assert moved
+    assert all(s.value == 0 for s in moved)
+
+
 def test_another_metric_draws_and_looks_at_nothing_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("looked again")
@@ -157,5 +182,5 @@ def test_plain_diffusers_loads_the_token_of_the_chain(root: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained("models/pipeline")
-    pipe.load_textual_inversion("out/tokens/weapon.safetensors", token="<weapon>")
-    assert "<weapon>" in pipe.tokenizer.get_vocab()
+    pipe.load_textual_inversion(sorted(map(str, Path("out/tokens/weapon").iterdir())))
+    assert "<weapon-1>" in pipe.tokenizer.get_vocab()

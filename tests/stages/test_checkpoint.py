@@ -163,10 +163,14 @@ def set_number(*path: str, value: Any) -> Callable[[], None]:
     return change
 
 
+def set_loop(name: str, value: float) -> Callable[[], None]:
+    return set_number("erase", "sdd", "loop", name, value=value)
+
+
 def another_token() -> None:
-    token = tensors.load_token(Path("out/tokens/weapon.safetensors"))
+    token = tensors.load_token(Path("out/tokens/weapon"))
     token.vectors.add_(1)
-    tensors.save_token(Path("out/tokens/weapon.safetensors"), token)
+    tensors.save_token(Path("out/tokens/weapon"), token)
 
 
 def another_feedback() -> None:
@@ -175,8 +179,16 @@ def another_feedback() -> None:
 
 
 CHANGES = {
-    "setting": ("erase", set_number("erase", "loop", "lr", value=0.5), "erase.loop.lr: it was 0.001, now it is 0.5"),
-    "new setting": ("erase", set_number("erase", "loop", "clip", value=2.0), "loop.clip: it was null, now it is 2.0"),
+    "setting": (
+        "erase",
+        set_loop("lr", 0.5),
+        "erase.sdd.loop.lr: it was 0.001, now it is 0.5",
+    ),
+    "new setting": (
+        "erase",
+        set_loop("clip", 2.0),
+        "loop.clip: it was null, now it is 2.0",
+    ),
     "seed": ("erase", set_number("seed", value=7), "seed: it was 42, now it is 7"),
     "model": ("erase", lambda: tiny.save_pipeline(Path("models/pipeline"), seed=1), "UNet of base.model: its content"),
     "token": ("erase", another_token, "tokens: its content"),
@@ -225,7 +237,7 @@ def test_what_is_no_checkpoint_is_named_with_the_way_out(root: Path) -> None:
 def test_a_refused_run_leaves_nothing_to_go_on_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", 1e9)
-    set_number("erase", "loop", "least_change", value=1e9)()
+    set_number("erase", "sdd", "loop", "least_change", value=1e9)()
     with pytest.raises(ErasureRefused):
         stages.run("erase", Settings.load())
     assert saved(root) == []

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from deleatur.cli import app
 from deleatur.errors import DataError
 from deleatur.io import shots, tensors, versions
 from deleatur.io.objects import local
@@ -116,13 +118,16 @@ def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
     registry = promote.registry_of(fresh)
     [run] = registry.client.search_runs([registry.experiment_id])
     assert run.info.status == "FINISHED"
-    assert run.data.params["erase.loop.lr"] == "0.001"
+    assert run.data.params["erase.sdd.loop.lr"] == "0.001"
     assert not any(name.startswith("register") for name in run.data.params)
     assert len(registry.client.get_metric_history(run.info.run_id, "erase/curve/loss")) > 1
     assert {"clip_score/unseen/candidate-base", "clip_score/unseen/candidate-base.low"} <= set(run.data.metrics)
     [given] = run.inputs.dataset_inputs
     tags = registry.tags("1")
     assert tags["feedback"].startswith(given.dataset.digest)
+    assert tags["base"] == inputs.model(fresh).digest, "which model was changed"
+    assert run.data.tags["deleatur.base"] == tags["base"]
+    assert run.data.params["base.model"] == "models/pipeline"
     assert (tags["outcome"], tags["simulated"], tags["git_dirty"]) == ("pass", "true", "true")  # params.yaml was edited
     assert len(tags["git_commit"]) == 40
     assert tags["dvc_lock"] == versions.lock_digest(Path())
@@ -159,6 +164,13 @@ def test_only_a_pass_moves_aliases_and_the_old_champion_is_remembered(fresh: Set
     assert aliases(fresh) == {CHAMPION: "2", LAST: "1"}
 
 
+def test_a_pass_that_a_guide_had_a_part_in_is_logged_and_releases_nothing(fresh: Settings) -> None:
+    guided = fresh.model_copy(update={"guide": fresh.guide.model_copy(update={"method": "negative"})})
+    register.run(guided)
+    assert counts(fresh) == (1, 0)
+    assert aliases(fresh) == {}
+
+
 def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
     register.run(asking(fresh))
     assert aliases(fresh) == {CHALLENGER: "1"}
@@ -183,8 +195,35 @@ def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
     register.run(asking(second))
     promote.decline(second, "2", "Ada", reason="too blurred")
     assert aliases(fresh) == {CHAMPION: "1"}
-    with pytest.raises(DataError, match="not the challenger"):
+    with pytest.raises(DataError, match="version 2 of deleatur does not wait"):
         promote.promote(second, "2", "Ada")
+
+
+def test_a_person_decides_on_the_command_line(fresh: Settings) -> None:
+    params = Path("params.yaml")
+    params.write_text(params.read_text("utf-8").replace("approval: false", "approval: true"), "utf-8")
+    register.run(Settings.load())
+    assert aliases(fresh) == {CHALLENGER: "1"}
+    for version, name, said in (("9", "Ada", "no version 9"), ("x", "Ada", "no version x"), ("1", " ", "a name")):
+        refused = CliRunner().invoke(app, ["approve", version, "--as", name])
+        assert (refused.exit_code, type(refused.exception)) == (3, SystemExit)
+        assert said in refused.output
+        assert "Next: " in refused.output
+    assert CliRunner().invoke(app, ["approve", "1"]).exit_code == 2, "no decision without a name"
+    done = CliRunner().invoke(app, ["approve", "1", "--as", "Ada", "--reason", "seen the sheet"])
+    assert done.exit_code == 0, done.output
+    tags = promote.registry_of(fresh).tags("1")
+    assert (tags["approved_by"], tags["approved_because"]) == ("Ada", "seen the sheet")
+    assert tags["evidence"] in done.output
+    assert aliases(fresh) == {CHAMPION: "1"}
+
+    register.run(asking(judged_by(fresh, finished.passing(limit=-6.0))))
+    astray = CliRunner().invoke(app, ["decline", "1", "--as", "Ada"])
+    assert "version 2 does" in astray.output
+    assert "deleatur approve 2 --as NAME" in astray.output
+    assert CliRunner().invoke(app, ["decline", "2", "--as", "Ada", "--reason", "too blurred"]).exit_code == 0
+    assert aliases(fresh) == {CHAMPION: "1"}
+    assert promote.registry_of(fresh).tags("2")["declined_because"] == "too blurred"
 
 
 def _forged(name: str, key: str, value: Any) -> Callable[[], None]:

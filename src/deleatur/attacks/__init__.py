@@ -43,7 +43,7 @@ class Found:
 
 
 class Attack(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     access: ClassVar[Access]
 
     @abstractmethod

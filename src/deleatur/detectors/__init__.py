@@ -22,7 +22,13 @@ class Detections:
 
 
 class Detector(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @abstractmethod
+    def peek(self) -> tuple[str, ...] | None:
+        """Its labels, told without loading it; None where only a hub could tell. Raises ModelError when its files are
+        missing or damaged.
+        """
 
     @abstractmethod
     def detect(self, pictures: Sequence[Image.Image], on_batch: Callable[[int], None] = lambda n: None) -> Detections:

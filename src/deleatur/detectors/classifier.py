@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 
 from deleatur.detectors import Detections, Detector
-from deleatur.diffusion.load import device_of, fingerprint, quiet
-from deleatur.errors import ModelError
+from deleatur.diffusion import folders
+from deleatur.diffusion.load import device_of, fingerprint, loading, quiet, whole
 
 
 class Classifier(Detector):
@@ -18,18 +19,23 @@ class Classifier(Detector):
 
     path: str
     """Folder or hub id for `AutoModelForImageClassification`."""
-    batch: int = 64
+    batch: int = Field(64, gt=0)
+    """Pictures per network call: changes speed and memory, nothing else."""
     device: str = "auto"
+    """auto: CUDA when there is one."""
+
+    def peek(self) -> tuple[str, ...] | None:
+        device_of(self.device)
+        folder = folders.find(self.path)
+        return folders.classes(folder) if folder else None
 
     def detect(self, pictures: Sequence[Image.Image], on_batch: Callable[[int], None] = lambda n: None) -> Detections:
         quiet()
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        try:
-            net = AutoModelForImageClassification.from_pretrained(self.path, use_safetensors=True)
+        with loading(self.path, "an image classifier"):
+            net = whole(AutoModelForImageClassification, self.path)
             processor = AutoImageProcessor.from_pretrained(self.path)
-        except (OSError, ValueError) as e:
-            raise ModelError(f"{self.path!r} does not load as an image classifier: {e}", hint="deleatur check") from e
         digest = fingerprint(net)
         net = net.float().to(device_of(self.device)).eval()
         labels = tuple(net.config.id2label[i] for i in range(net.config.num_labels))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -116,8 +117,7 @@ def concept_from_words(model: Model, name: str, words: Sequence[str], sentences:
 @torch.no_grad()
 def concept_from_token(model: Model, token: SoftToken, sentences: Sequence[str] = BARE) -> Concept:
     """A concept as HFI knows it: each of its soft tokens, in each of the sentences."""
-    named = [(f"{token.placeholder} #{i}", rows) for i, rows in enumerate(token.vectors, 1)]
-    texts, pieces = _told(named, sentences)
+    texts, pieces = _told(list(zip(token.placeholders, token.vectors, strict=True)), sentences)
     return _concept(model, token.concept, "token", texts, pieces)
 
 
@@ -137,24 +137,45 @@ def _concept(
     pieces: Sequence[tuple[str, str | Tensor, str]],
 ) -> Concept:
     e = encode(model, pieces)
-
-    def length(part: str | Tensor) -> int:
-        if isinstance(part, Tensor):
-            return len(part)
-        return len(model.tokenizer(part, add_special_tokens=False).input_ids)
-
-    starts = [1 + length(before) for before, _, _ in pieces]
-    content = tuple(tuple(range(i, i + length(p[1]))) for i, p in zip(starts, pieces, strict=True))
+    starts = [1 + tokens_of(model, before) for before, _, _ in pieces]
+    content = tuple(tuple(range(i, i + tokens_of(model, p[1]))) for i, p in zip(starts, pieces, strict=True))
     return Concept(name, source, texts, tuple(pieces), e.states, content, e.end)
+
+
+def tokens_of(model: Model, *parts: str | Tensor) -> int:
+    """How many of the text encoder's L places words and soft rows take."""
+    ids = model.tokenizer
+    return sum(len(p) if isinstance(p, Tensor) else len(ids(p, add_special_tokens=False).input_ids) for p in parts)
 
 
 @torch.no_grad()
 def joined(model: Model, concepts: Sequence[Concept]) -> Tensor:
     """E("c₁, c₂, …, c_K") (1, L, d): every description of every concept in one sentence."""
+    return encode(model, [_list([p for c in concepts for p in c.pieces])]).states
+
+
+@torch.no_grad()
+def listed(model: Model, concepts: Sequence[Concept]) -> Tensor:
+    """(s, L, d): every description of every concept in as few sentences as L allows, equally long; as a rule s = 1.
+
+    What guides steer away from: one sentence, as published, or the mean of its parts where it is too long. No
+    concepts: E("").
+    """
+    every, room = [p for c in concepts for p in c.pieces], model.length - 2  # without start and end
+    for s in range(1, len(every) + 1):
+        cuts = [len(every) * i // s for i in range(s + 1)]
+        sentences = [_list(every[a:b]) for a, b in pairwise(cuts)]
+        if all(tokens_of(model, *sentence) <= room for sentence in sentences):
+            return encode(model, sentences).states
+    return encode(model, [()]).states
+
+
+def _list(prompts: Sequence[Prompt]) -> Prompt:
+    """ "c₁, c₂, …" """
     sentence: list[str | Tensor] = []
-    for prompt in (p for c in concepts for p in c.pieces):
+    for prompt in prompts:
         sentence += [", ", *prompt] if sentence else prompt
-    return encode(model, [sentence]).states
+    return sentence
 
 
 def embedding_of(model: Model, word: str) -> Tensor:

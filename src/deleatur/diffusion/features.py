@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from deleatur.diffusion.load import device_of, fingerprint, quiet
-from deleatur.errors import ModelError
+from deleatur.diffusion.load import device_of, fingerprint, loading, quiet, whole
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,9 @@ def load_clip(path: str, device: str = "auto") -> Clip:
     quiet()
     from transformers import CLIPModel, CLIPProcessor
 
-    try:
-        model = CLIPModel.from_pretrained(path, use_safetensors=True).float()
+    with loading(path, "a CLIP model"):
+        model = whole(CLIPModel, path).float()
         processor = CLIPProcessor.from_pretrained(path)
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path!r} does not load as a CLIP model: {e}", hint="deleatur check") from e
     place = device_of(device)
     model.to(place).eval().requires_grad_(False)
     return Clip(model, processor, fingerprint(model), place)

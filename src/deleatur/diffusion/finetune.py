@@ -45,23 +45,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Loop(BaseModel):
     """Numbers of the loop. Defaults are SDD's released ones at Stable Diffusion's size."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     preset: Literal["parity", "fast-safe", "fast", "sweep"] = "parity"
     """Where the numbers below come from that are not given."""
     train: Selector = "xattn"
+    """Which tensors of the UNet train."""
     iterations: int = Field(1500, gt=0)
+    """Steps of the optimiser."""
     lr: float = Field(1e-5, gt=0)
+    """Learning rate of AdamW; no schedule, no warm-up."""
     weight_decay: float = Field(1e-4, ge=0)
+    """Of AdamW; it pulls the weights to zero, not to the base model's."""
     clip: float = Field(1.0, gt=0)
     """Cap of the global gradient norm over the trained tensors."""
     ema: float = Field(0.999, ge=0, le=1)
     """m. 0.999 over 1500 steps keeps 22 % of θ₀: the returned teacher lags by design."""
     guidance: float = 3.0
-    """s_g."""
+    """s_g, of the trajectories' sampler."""
     steps: int = Field(50, gt=0)
-    """N."""
+    """N, steps of that sampler."""
+    stages: int | None = Field(None, gt=0)
+    """S: only the first S of the N stages are trained on, where it is decided what a picture will show; none: all."""
     trajectories: Literal["fresh", "pool"] = "fresh"
+    """Where training states come from: fresh, a new trajectory for each (SDD); pool, all states of M staggered ones."""
     batch: int = Field(1, gt=0)
     """b, states per iteration."""
     slots: int = Field(32, gt=0)
@@ -88,7 +95,8 @@ class Loop(BaseModel):
     @classmethod
     def fill(cls, given: Any) -> Any:
         """The preset's numbers under those that were given; an unknown preset is left for validation to refuse."""
-        return {**PRESETS.get(given.get("preset", "parity"), {}), **given} if isinstance(given, dict) else given
+        named = given.get("preset", "parity") if isinstance(given, dict) else None
+        return {**PRESETS.get(named, {}), **given} if isinstance(named, str) else given
 
 
 @dataclass(frozen=True)
@@ -194,13 +202,13 @@ def start(model: Model, loop: Loop, c_p: Tensor, c_0: Tensor, keep: Tensor | Non
     # The rate can differ per run only through settings: no schedule, no warm-up, as released.
     optimiser = torch.optim.AdamW(student.values(), lr=loop.lr, weight_decay=loop.weight_decay)
     generators = {"erase": generator(seed, "erase", "trajectories")}
-    prompted = Source(model, c_0, c_p, loop.guidance, loop.steps, generators["erase"])
+    prompted = Source(model, c_0, c_p, loop.guidance, loop.steps, generators["erase"], loop.stages)
     shape = {"batch": loop.batch, "slots": loop.slots}
     source = trajectories(loop.trajectories, prompted, law=loop.law, **shape)
     calm = None
     if loop.preserve:
         if keep is None:
-            raise SettingsError("erase.loop.preserve is above 0 but there is no prompt to preserve")
+            raise SettingsError("loop.preserve is above 0 but there is no prompt to preserve")
         generators["keep"] = generator(seed, "erase", "keep")
         calm = Replay(Source(model, c_0, keep, loop.guidance, loop.steps, generators["keep"]), {}, **shape)
     return State(student, teacher, optimiser, source, calm, generators, {})
@@ -306,7 +314,7 @@ def _iterate(
         numbers["drift"] = float(drift)
     for name in ("loss", "grad_norm"):
         if not math.isfinite(numbers[name]):
-            raise ErasureRefused(f"{name} became {numbers[name]} at step {run.step}", hint="lower erase.loop.lr")
+            raise ErasureRefused(f"{name} became {numbers[name]} at step {run.step}", hint="lower the eraser's loop.lr")
     run.optimiser.step()
     with torch.no_grad():
         average(list(run.teacher.values()), [p.detach() for p in run.student.values()], run.step)
@@ -333,7 +341,7 @@ def _judge(loop: Loop, run: State) -> None:
         fell = [f"{what} from {first[what]:.3f} to {last[what]:.3f}" for what in least if not last[what] >= least[what]]
         raise ErasureRefused(
             f"preserved prompts fell before the concept went: {', '.join(fell)}",
-            hint="lower erase.loop.lr, raise erase.loop.preserve or check more often (erase.loop.check_every)",
+            hint="lower the eraser's loop.lr, raise loop.preserve or check more often (loop.check_every)",
         )
     if last not in good:
         run.stop = "guard"
@@ -351,10 +359,10 @@ def _refuse_extremes(model: Model, loop: Loop, delta: dict[str, Tensor]) -> None
     if change < loop.least_change:
         raise ErasureRefused(
             f"the trained weights moved by {change:.1e} of their norm: nothing was erased",
-            hint="raise erase.loop.iterations or erase.loop.lr",
+            hint="raise the eraser's loop.iterations or loop.lr",
         )
     if not change <= loop.most_change:  # also where it is not a number
         raise ErasureRefused(
             f"the trained weights moved by {change:.1f} times their norm: little of the model is left",
-            hint="lower erase.loop.lr or erase.loop.iterations",
+            hint="lower the eraser's loop.lr or loop.iterations",
         )

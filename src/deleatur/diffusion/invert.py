@@ -39,12 +39,14 @@ def templates_of(kind: str, prompts: Sequence[str]) -> list[Templates]:
 class Inversion(BaseModel):
     """Numbers of the optimisation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     vectors: int = Field(1, gt=0)
     """v: consecutive rows of one token."""
     iterations: int = Field(2000, gt=0)
+    """Steps of the optimiser, for each token."""
     lr: float = Field(1e-3, gt=0)
+    """Learning rate of AdamW, without weight decay."""
     batch: int = Field(8, gt=0)
     """Pictures per iteration and token."""
     together: int = Field(1, gt=0)

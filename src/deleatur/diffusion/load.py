@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deleatur.errors import ModelError
+from deleatur.diffusion.folders import remedy
+from deleatur.errors import ModelError, SettingsError
 from deleatur.maths.noise import Schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,9 +77,36 @@ def quiet() -> None:
 
 
 def device_of(name: str) -> torch.device:
+    """Raises SettingsError when this machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:  # a build without CUDA fails by assertion
+        said = str(e).splitlines()[0]
+        raise SettingsError(
+            f"device: expected auto, cpu, cuda, cuda:1 or the like of this machine, got {name!r}: {said}",
+            hint="set it to auto in params.yaml, then: deleatur check",
+        ) from e
+    return device
+
+
+@contextmanager
+def loading(path: str, what: str) -> Iterator[None]:
+    """Inside, whatever the libraries make of what lies at `path` becomes a ModelError."""
+    try:
+        yield
+    except Exception as e:  # what a damaged file leads to is anybody's guess: OSError, SafetensorError, TypeError, …
+        raise ModelError(f"{path} does not load as {what}: {e}", hint=remedy(path)) from e
+
+
+def whole(kind: Any, path: str, **where: str) -> Any:
+    """A network all of whose tensors come from its files: the libraries would draw what is missing at random."""
+    net, told = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(f"{len(missing)} tensors are not in its files: {missing[0]}, …")
+    return net
 
 
 def load(path: str, *, dtype: str = "float32", device: str = "auto") -> Model:
@@ -89,17 +119,12 @@ def load(path: str, *, dtype: str = "float32", device: str = "auto") -> Model:
 
     quiet()
     place, kind = device_of(device), DTYPES[dtype]
-    try:
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", use_safetensors=True)
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", use_safetensors=True)
-        text = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", use_safetensors=True)
+    with loading(path, "a Stable Diffusion 1.x/2.x pipeline with safetensors"):
+        unet = whole(UNet2DConditionModel, path, subfolder="unet")
+        vae = whole(AutoencoderKL, path, subfolder="vae")
+        text = whole(CLIPTextModel, path, subfolder="text_encoder")
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
         scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
-    except (OSError, ValueError, KeyError) as e:
-        raise ModelError(
-            f"base.model: {path!r} does not load as a Stable Diffusion 1.x/2.x pipeline with safetensors: {e}",
-            hint="deleatur check",
-        ) from e
     return assemble(unet, vae, text, tokenizer, scheduler, dtype=kind, device=place)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,8 +16,11 @@ from deleatur.diffusion.predict import Weights, predict
 class Combines(Protocol):
     """What the sampler needs of a guide."""
 
-    def start(self, shape: tuple[int, ...]) -> object: ...
-    def combine(self, step: int, eps_p: Tensor, others: Tensor, state: object) -> tuple[Tensor, object]: ...
+    def combine(self, step: int, eps_p: Tensor, eps: Mapping[str, Tensor], state: object) -> tuple[Tensor, object]: ...
+
+
+Conditions = Mapping[str, Tensor]
+"""Name → sentences (s, L, d) that a guide has run beside the prompt; it gets the mean of their predictions."""
 
 
 def noise(model: Model, seeds: Sequence[int]) -> Tensor:
@@ -28,17 +31,20 @@ def noise(model: Model, seeds: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def denoise(
-    model: Model, z: Tensor, c: Tensor, others: Tensor, guide: Combines, steps: int, weights: Weights
+    model: Model, z: Tensor, c: Tensor, conditions: Conditions, guide: Combines, steps: int, weights: Weights
 ) -> Tensor:
-    """z_T (B, …) → z₀ under prompts c (B, L, d), with the guide's extra conditions `others` (m, L, d)."""
-    m, b = len(others), len(z)
-    rows = torch.cat([c, others.repeat_interleave(b, 0)])
-    state = guide.start(tuple(z.shape))
+    """z_T (B, …) → z₀ under prompts c (B, L, d): one network call a step, of B rows for the prompt and for each
+    sentence of the guide's conditions.
+    """
+    b, sizes = len(z), [len(sentences) for sentences in conditions.values()]
+    m, state = sum(sizes), None
+    rows = torch.cat([c, torch.cat(list(conditions.values())).repeat_interleave(b, 0)])
     for step, tau in enumerate(model.schedule.taus(steps)):
         t = torch.full((b,), tau, device=z.device)
         eps = predict(model, weights, z.repeat(m + 1, 1, 1, 1), t.repeat(m + 1), rows)
-        eps_p, rest = eps[:b], eps[b:].reshape(m, b, *z.shape[1:])
-        combined, state = guide.combine(step, eps_p, rest, state)
+        rest = eps[b:].reshape(m, b, *z.shape[1:]).split(sizes)
+        others = {name: e.mean(0) for name, e in zip(conditions, rest, strict=True)}
+        combined, state = guide.combine(step, eps[:b], others, state)
         z = model.schedule.ddim(z, combined, t, steps)
     return z
 
@@ -67,7 +73,7 @@ def sample(
     seeds: Sequence[int],
     *,
     guide: Combines,
-    others: Tensor,
+    conditions: Conditions,
     steps: int,
     weights: Weights | None = None,
     batch: int = 16,
@@ -84,7 +90,7 @@ def sample(
         missing = batch - len(part)
         rows = torch.cat([rows, rows[-1:].expand(missing, -1, -1)])
         z = noise(model, part + part[-1:] * missing)
-        z0 = denoise(model, z, rows, others, guide, steps, weights or {})
+        z0 = denoise(model, z, rows, conditions, guide, steps, weights or {})
         pictures += decode(model, z0)[: len(part)]
         on_batch(len(part))
     return pictures

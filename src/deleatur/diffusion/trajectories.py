@@ -1,7 +1,7 @@
 """Where training states come from: trajectories of the guided sampler, fresh, from a staggered pool, or replayed.
 
 N: sampler steps            k: steps already done, 0 … N−1       M: slots of the pool
-b: states per iteration     τ_k: noise level of z⁽ᵏ⁾              S: states used of one trajectory (pool: S = N)
+b: states per iteration     τ_k: noise level of z⁽ᵏ⁾              S: stages trained on, the first ones (papers: S = N)
 """
 
 from __future__ import annotations
@@ -69,6 +69,12 @@ class Source:
     s_g: float
     steps: int
     generator: torch.Generator
+    stages: int | None = None
+    """S; none: all N. A trajectory goes no further than its last state that is trained on."""
+
+    @property
+    def used(self) -> int:
+        return min(self.stages or self.steps, self.steps)
 
     def noise(self, n: int) -> Tensor:
         z = torch.randn(n, *self.model.latent_shape, generator=self.generator)
@@ -88,7 +94,7 @@ class Fresh:
 
     def visit(self, weights: Weights) -> Visit:
         s = self.source
-        k = draw_stages(self.law, s.steps, (self.batch,), s.generator)
+        k = draw_stages(self.law, s.used, (self.batch,), s.generator)
         condition = (self.count + torch.arange(self.batch)) % len(s.conditions)
         z = s.noise(self.batch)
         for j in range(int(k.max())):
@@ -108,14 +114,14 @@ class Pool:
     """M trajectories, evenly staggered; each visit trains on a state and moves it one step on, so every state counts.
 
     Slots are visited in a cyclic order shuffled once: the gap between two visits of a slot is constant, M/b.
-    Expected gradient as with `Fresh`, up to the teacher's movement during a trajectory's life of N·M/b iterations.
+    Expected gradient as with `Fresh`, up to the teacher's movement during a trajectory's life of S·M/b iterations.
     """
 
     def __init__(self, source: Source, *, batch: int, slots: int, law: Law) -> None:
         self.source, self.batch = source, batch
-        self.accept = stage_weights(law, source.steps)
+        self.accept = stage_weights(law, source.used)
         self.order = torch.randperm(slots, generator=source.generator)
-        self.k = torch.arange(slots) * source.steps // slots
+        self.k = torch.arange(slots) * source.used // slots
         self.condition = torch.randperm(slots, generator=source.generator) % len(source.conditions)
         self.z = source.noise(slots)
         self.position = torch.zeros((), dtype=torch.long)
@@ -147,7 +153,7 @@ class Pool:
 
     def _move_on(self, weights: Weights, rows: Tensor) -> None:
         s = self.source
-        ended = self.k[rows] == s.steps - 1
+        ended = self.k[rows] == s.used - 1
         going, over = rows[~ended], rows[ended]
         if len(going):
             self.z[going] = s.advance(weights, self.z[going], self.k[going], self.condition[going])

@@ -17,7 +17,7 @@ from deleatur.records import Concept, Delta
 class Eraser(BaseModel):
     """A method with its named numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @abstractmethod
     def touches(self, model: Model) -> set[str]:

@@ -14,20 +14,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from deleatur.errors import DataError
+
+COLLECT = "collect more answers and append them to a source (docs/feedback.md), then: deleatur stage ingest"
 
 
 class Numbers(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     hidden: int = Field(256, gt=0)
+    """Width of the hidden layer."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of the hidden layer left out in each step of training."""
     lr: float = Field(1e-3, gt=0)
+    """Learning rate of AdamW."""
     weight_decay: float = Field(1e-2, ge=0)
+    """Of AdamW."""
     epochs: int = Field(200, gt=0)
     """Most full-batch steps; cross-validation picks how many are used."""
     folds: int = Field(5, gt=1)
+    """Of the cross-validation; the pictures of one prompt stay in one fold."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,7 @@ class Head:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """(n, d) → scores (n,)."""
-        t = self.tensors
-        hidden = F.gelu(F.linear(x, t["in.weight"], t["in.bias"]))
-        r = F.linear(hidden, t["out.weight"], t["out.bias"]).squeeze(-1)
-        return (r - t["mean"]) / t["std"]
+        return (_score(self.tensors, x) - self.tensors["mean"]) / self.tensors["std"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class Fit:
     head: Head
     epochs: int
     held_out: float
-    """AUC of majority votes (binary) or pair accuracy (ranking) on prompts the head has not seen."""
+    """AUC of majority votes (binary) or pair accuracy (ranking) on prompts the head has not seen; nan where the answers
+    about no such prompts were of both kinds."""
     curve: list[float]
     """Validation loss by epoch, mean of the folds."""
 
@@ -77,12 +84,15 @@ def fit(x: Tensor, target: Votes | Pairs, groups: NDArray[np.int64], numbers: Nu
     """Cross-validates over groups (pictures of one prompt stay together), then fits on everything.
 
     groups: (n,), the prompt of each picture. The number of epochs is the one with the least mean validation loss.
+    Raises DataError when the answers cannot tell one picture from another, or are about a single prompt.
     """
+    _demand_contrast(target)
     from sklearn.model_selection import GroupKFold  # most stages use a head and never fit one
 
     folds = min(numbers.folds, len(np.unique(groups)))
     curves, tested = [], []
-    for number, (train, test) in enumerate(GroupKFold(folds).split(groups, groups=groups)):
+    parts = GroupKFold(folds).split(groups, groups=groups) if folds > 1 else ()
+    for number, (train, test) in enumerate(parts):
         inside, outside = _restrict(target, train), _restrict(target, test)
         if not _size(inside) or not _size(outside):
             continue
@@ -98,17 +108,36 @@ def fit(x: Tensor, target: Votes | Pairs, groups: NDArray[np.int64], numbers: Nu
         _train(x, inside, numbers, seed + number, numbers.epochs, watch)
         curves.append(losses)
         tested.append((scores, outside))
+    if not curves:
+        raise DataError(
+            "expected answers about pictures of two prompts or more, got those of one: on some the reward is fitted, "
+            "on others it is tried",
+            hint=COLLECT,
+        )
     curve = np.mean(curves, axis=0)
     best = int(curve.argmin())
     head = _train(x, target, numbers, seed, best + 1, None)
-    held_out = float(np.nanmean([quality(scores[best], outside) for scores, outside in tested]))
-    return Fit(head, best + 1, held_out, curve.tolist())
+    known = [q for scores, outside in tested if not np.isnan(q := quality(scores[best], outside))]
+    return Fit(head, best + 1, float(np.mean(known)) if known else float("nan"), curve.tolist())
+
+
+def _demand_contrast(target: Votes | Pairs) -> None:
+    if not _size(target):
+        raise DataError("expected answers that count, got none: unsure and skip say nothing", hint=COLLECT)
+    if isinstance(target, Votes):
+        votes = target.y[target.weight > 0]
+        if float(votes.min()) == float(votes.max()):
+            raise DataError(
+                f"expected pictures that raters say yes to and others that they say no to, got "
+                f"{float(votes[0]):.0%} yes about all {len(votes)}",
+                hint=COLLECT,
+            )
 
 
 def quality(scores: Tensor, target: Votes | Pairs) -> float:
     """AUC against the majority vote, or the share of pairs in the right order; nan when there is only one class."""
     if isinstance(target, Pairs):
-        return float((scores[target.better] > scores[target.worse]).float().mean())
+        return float((scores[target.better] > scores[target.worse]).float().mean())  # nan without a pair
     from sklearn.metrics import roc_auc_score
 
     known = target.weight > 0
@@ -119,33 +148,49 @@ def quality(scores: Tensor, target: Votes | Pairs) -> float:
 def _train(
     x: Tensor, target: Votes | Pairs, numbers: Numbers, seed: int, epochs: int, watch: Callable[[Head], None] | None
 ) -> Head:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)  # nn.Linear and dropout draw from the global generator; restored on leaving
-        net = nn.Sequential(
-            nn.Linear(x.shape[1], numbers.hidden), nn.GELU(), nn.Dropout(numbers.dropout), nn.Linear(numbers.hidden, 1)
-        )
-        optimiser = torch.optim.AdamW(net.parameters(), lr=numbers.lr, weight_decay=numbers.weight_decay)
-        for _ in range(epochs):
-            loss = _loss(net(x).squeeze(-1), target)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            if watch:
-                watch(_freeze(net, x, isinstance(target, Pairs)))
-    return _freeze(net, x, isinstance(target, Pairs))
+    g = torch.Generator().manual_seed(seed % 2**63)
+    t = _begin(x.shape[1], numbers.hidden, g)
+    optimiser = torch.optim.AdamW(t.values(), lr=numbers.lr, weight_decay=numbers.weight_decay)
+    left = 1 - numbers.dropout
+    for _ in range(epochs):
+        mask = torch.empty(len(x), numbers.hidden).bernoulli_(left, generator=g) / left
+        loss = _loss(_score(t, x, mask), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if watch:
+            watch(_freeze(t, x, isinstance(target, Pairs)))
+    return _freeze(t, x, isinstance(target, Pairs))
 
 
-def _freeze(net: nn.Sequential, x: Tensor, rank: bool) -> Head:
-    state = net.state_dict()
-    tensors = {n: state[f"{i}.{p}"].clone() for n, i, p in _NAMES}
+def _begin(d: int, hidden: int, g: torch.Generator) -> dict[str, Tensor]:
+    """The weights that `nn.Linear` begins with, which draws them from the global generator and no other."""
+
+    def drawn(*shape: int, fan_in: int) -> Tensor:
+        bound = fan_in**-0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=g).requires_grad_()
+
+    return {
+        "in.weight": drawn(hidden, d, fan_in=d),
+        "in.bias": drawn(hidden, fan_in=d),
+        "out.weight": drawn(1, hidden, fan_in=hidden),
+        "out.bias": drawn(1, fan_in=hidden),
+    }
+
+
+def _score(t: dict[str, Tensor], x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(n, d) → (n,). mask (n, hidden): dropout, in training."""
+    hidden = F.gelu(F.linear(x, t["in.weight"], t["in.bias"]))
+    return F.linear(hidden if mask is None else hidden * mask, t["out.weight"], t["out.bias"]).squeeze(-1)
+
+
+def _freeze(t: dict[str, Tensor], x: Tensor, rank: bool) -> Head:
+    tensors = {n: w.detach().clone() for n, w in t.items()}
     plain = Head(tensors | {"mean": torch.tensor(0.0), "std": torch.tensor(1.0)}, rank)
     if not rank:
         return plain
     r = plain(x)
     return Head(tensors | {"mean": r.mean(), "std": r.std().clamp(min=1e-6)}, rank)
-
-
-_NAMES = [("in.weight", 0, "weight"), ("in.bias", 0, "bias"), ("out.weight", 3, "weight"), ("out.bias", 3, "bias")]
 
 
 def _loss(r: Tensor, target: Votes | Pairs) -> Tensor:

@@ -34,7 +34,7 @@ class Rated:
 
 
 class Inverter(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @abstractmethod
     def invert(

@@ -29,13 +29,14 @@ from deleatur.maths.seeds import derive, generator
 
 class HFI(Inverter):
     top: int = Field(100, gt=0)
-    """K_top."""
+    """K_top: how many of the best-rated pictures all tokens together are learned from."""
     tokens: int = Field(1, gt=0)
     """m, tokens that stand alone."""
     threshold: float = 0.5
     """Below this reward neither a rated picture nor a token, by the pictures it draws, is used.
     Ranking: in standard deviations above the pool's mean."""
     temperature: float = Field(1.0, gt=0)
+    """Ranking: how evenly the pictures weigh; higher is more even."""
     loop: Inversion = Field(default_factory=Inversion)
 
     def weights(self, rewards: Tensor, *, rank: bool) -> Tensor:

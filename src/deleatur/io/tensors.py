@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deleatur.errors import DataError
-from deleatur.io.tables import replacing
+from deleatur.io.tables import emptied, replacing
 from deleatur.records import Delta, SoftToken
 
 
@@ -35,18 +36,21 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DataError(f"{path} was not written by deleatur: {e!r}", hint="dvc repro") from e
 
 
-def save_token(path: Path, token: SoftToken) -> None:
-    """One key, the placeholder, with all rows (m·v, d): what diffusers' `load_textual_inversion` reads."""
-    m, v, d = token.vectors.shape
-    facts = {**token.provenance, "concept": token.concept, "tokens": m, "vectors": v}
-    save(path, {token.placeholder: token.vectors.reshape(m * v, d)}, facts)
+def save_token(folder: Path, token: SoftToken) -> None:
+    """A file for each of the m tokens, its rows (v, d) under its placeholder: what `load_textual_inversion` reads."""
+    emptied(folder)
+    facts = {**token.provenance, "concept": token.concept}
+    for i, (name, rows) in enumerate(zip(token.placeholders, token.vectors, strict=True), 1):
+        save(folder / f"{i:02d}.safetensors", {name: rows}, facts)
 
 
-def load_token(path: Path) -> SoftToken:
-    tensors, facts = load(path)
-    [(placeholder, rows)] = tensors.items()
-    vectors = rows.reshape(facts["tokens"], facts["vectors"], -1)
-    return SoftToken(facts["concept"], placeholder, vectors, facts)
+def load_token(folder: Path) -> SoftToken:
+    """Raises DataError when there is no token in the folder."""
+    found = [load(path) for path in sorted(folder.glob("*.safetensors"), key=lambda p: int(p.stem))]
+    if not found:
+        raise DataError(f"no token in {folder}", hint="dvc repro invert")
+    facts = found[0][1]
+    return SoftToken(facts["concept"], torch.stack([rows for tensors, _ in found for rows in tensors.values()]), facts)
 
 
 def save_delta(path: Path, delta: Delta) -> None:

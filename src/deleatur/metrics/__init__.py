@@ -17,6 +17,8 @@ from deleatur.diffusion.features import Clip
 from deleatur.records import Detector, Prompt
 
 Array = NDArray[np.float64]
+Counts = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Concept → the detector and the labels of it that count as the concept."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,7 @@ class Gallery:
     features: Tensor
     """(n, d) CLIP embeddings."""
     clip: Clip
-    counts: Mapping[str, tuple[str, tuple[str, ...]]]
-    """Concept → the detector and the labels of it that count as the concept."""
+    counts: Counts
     rewards: Mapping[str, Tensor]
     """Concept → (n,) held-out r_ψ: from raters whose answers the token never saw."""
 
@@ -51,7 +52,7 @@ class Gallery:
 class Metric(BaseModel):
     """A number per picture. nan where it does not apply."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     higher_is_better: ClassVar[bool]
     rate: ClassVar[bool] = False
     """Values are 0 or 1, and their mean is a share."""
@@ -59,6 +60,10 @@ class Metric(BaseModel):
     @abstractmethod
     def values(self, shots: Gallery, base: Gallery) -> Array:
         """(n,). `base` holds the untouched model's pictures of the same prompts from the same noise."""
+
+    def needs(self, prompts: Sequence[Prompt], counts: Counts) -> set[tuple[str, str]]:
+        """(detector, label) of all that has to be there for pictures of these prompts."""
+        return set()
 
     def detector(self, shots: Gallery) -> Detector | None:
         """What made the numbers, where a detector did."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from deleatur.metrics import Array, Gallery, Metric
-from deleatur.records import Detector
+from deleatur.metrics import Array, Counts, Gallery, Metric
+from deleatur.records import Detector, Prompt
 
 
 class ConceptRate(Metric):
@@ -26,6 +27,9 @@ class ConceptRate(Metric):
             return float(top[detector][i] in labels)
 
         return np.array([value(i) for i in range(len(shots.prompts))])
+
+    def needs(self, prompts: Sequence[Prompt], counts: Counts) -> set[tuple[str, str]]:
+        return {(detector, label) for detector, labels in counts.values() for label in labels}
 
     def detector(self, shots: Gallery) -> Detector | None:
         used = {shots.counts[p.concept] for p in shots.prompts if p.concept}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from deleatur.metrics import Array, Gallery, Metric, labelled
-from deleatur.records import Detector
+from deleatur.metrics import Array, Counts, Gallery, Metric, labelled
+from deleatur.records import Detector, Prompt
 
 
 class Recognition(Metric):
@@ -27,8 +28,11 @@ class Recognition(Metric):
 
         return np.array([value(i) for i in range(len(shots.prompts))])
 
+    def needs(self, prompts: Sequence[Prompt], counts: Counts) -> set[tuple[str, str]]:
+        return {labelled(p) for p in prompts if not p.concept}
+
     def detector(self, shots: Gallery) -> Detector | None:
-        wanted = {labelled(p) for p in shots.prompts if not p.concept}
+        wanted = self.needs(shots.prompts, shots.counts)
         names = sorted({d for d, _ in wanted})
         if not names:
             return None

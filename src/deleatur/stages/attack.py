@@ -62,7 +62,7 @@ def _belongs(settings: Settings, model: Model, clip: Clip, name: str, kind: str)
         "delta": identity.files([settings.paths.delta / inputs.DELTA]),
     }
     code = ["attacks", "diffusion", "maths", "stages/inputs.py", "stages/attack.py"]
-    sections = ["base", "seed", f"concepts.{name}", f"attack.methods.{kind}"]
+    sections = ["base", "seed", f"concepts.{name}", f"attack.methods.{kind}", "reward.clip"]
     return belongs(settings, sections=sections, code=code, model=model, clip=clip, content=content)
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from deleatur import plug
+from deleatur import metrics, plug
 from deleatur.attacks import Attack
 from deleatur.detectors import Detector
+from deleatur.diffusion import folders
+from deleatur.diffusion.load import device_of
 from deleatur.erasers import Eraser
-from deleatur.errors import DataError, SettingsError
+from deleatur.errors import SettingsError, at
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
 from deleatur.metrics import Metric
-from deleatur.settings import Settings
-from deleatur.stages import inputs
+from deleatur.records import Prompt, Role
+from deleatur.settings import Choice, Settings
+from deleatur.stages import ingest, inputs
 
 SHELVES: dict[str, type[BaseModel]] = {
     "erasers": Eraser,
@@ -30,42 +35,117 @@ SHELVES: dict[str, type[BaseModel]] = {
 
 
 def check(settings: Settings) -> list[str]:
-    """What was found in order, a line each. Raises SettingsError or DataError at the first thing that is not."""
-    chosen = [
-        ("inversion", settings.invert.method, inputs.numbers_of(settings.invert), "invert"),
-        ("erasers", settings.erase.method, inputs.numbers_of(settings.erase, "source"), "erase"),
-        ("guides", settings.guide.method, inputs.numbers_of(settings.guide), "guide"),
-    ]
-    chosen += [("attacks", n, numbers, f"attack.methods.{n}") for n, numbers in settings.attack.methods.items()]
-    for shelf, section in (("detectors", settings.evaluate.detectors), ("metrics", settings.evaluate.metrics)):
-        for name, numbers in section.items():
-            if "method" not in numbers:
-                raise SettingsError(f"evaluate.{shelf}.{name} names no method", hint=f"deleatur methods {shelf}")
-            rest = {k: v for k, v in numbers.items() if k != "method"}
-            chosen.append((shelf, numbers["method"], rest, f"evaluate.{shelf}.{name}"))
-    for shelf, name, numbers, where in chosen:
-        inputs.method(shelf, SHELVES[shelf], name, numbers, where)
-    lines = [f"{where}: {name}" for _, name, _, where in chosen]
+    """What was found in order, a line each. Raises SettingsError, DataError or ModelError at the first thing that is
+    not there or does not fit. No network is loaded: its config and the heads of its files are read.
+    """
+    lines = [*_methods(settings), *_networks(settings)]
     for name in settings.targets:
-        inputs.inverter(settings, name)
-        found = inputs.prompts(settings.concepts[name].prompts, settings.sample.split, name)
-        if settings.concepts[name].found.detector not in settings.evaluate.detectors:
-            raise SettingsError(f"concepts.{name}.found.detector is not among evaluate.detectors")
-        lines.append(f"concepts.{name}: {len(found)} prompts")
-    for source in settings.ingest.sources:
-        files = sorted(Path().glob(source))
-        if not files:
-            raise DataError(f"ingest.sources: {source} matches no file", hint="see README.md, Bring your own feedback")
-        lines.append(f"ingest.sources: {source}, {len(files)} file(s)")
+        spec = settings.concepts[name]
+        inputs.prompts(spec.prompts, "dev", name, "concept")  # what erasing looks at
+        lines.append(f"concepts.{name}: {len(_written(settings, name))} prompts of the split {settings.sample.split}")
+    inputs.to_preserve(settings)
+    lines.append(f"paths.prompts: {len(_written(settings))} prompts of the split {settings.sample.split}")
+    demand_labels(settings)
+    lines.append(f"ingest.sources: {len(ingest.find(settings.ingest.sources))} file(s)")
     _rules(settings)
     lines.append(f"gate: {len(settings.gate.rules)} rules")
     return lines
 
 
+def demand_labels(settings: Settings) -> None:
+    """Raises SettingsError where a concept, a metric or a prompt asks for a detector, or for a label of one, that there
+    is not.
+    """
+    known = {name: detector.peek() for name, detector in inputs.detectors(settings).items()}
+    counts = {n: (s.found.detector, s.found.labels) for n, s in settings.concepts.items() if n in settings.targets}
+    for name, (detector, labels) in counts.items():
+        for label in labels:
+            _demand(known, detector, label, f"concepts.{name}.found")
+    asked = [p for name in ("", *settings.targets) for p in _written(settings, name)]
+    of_prompt = {metrics.labelled(p): p.id for p in reversed(asked)}
+    for name, metric in inputs.metrics(settings).items():
+        for detector, label in sorted(metric.needs(asked, counts)):
+            prompt = f", for the prompt {found}" if (found := of_prompt.get((detector, label))) else ""
+            _demand(known, detector, label, f"evaluate.metrics.{name}{prompt}")
+
+
+def _demand(known: Mapping[str, Sequence[str] | None], detector: str, label: str, where: str) -> None:
+    if detector not in known:
+        raise SettingsError(
+            f"{where}: expected a detector of evaluate.detectors ({', '.join(known)}), got {detector!r}",
+            hint="correct it or add the detector, then: deleatur check",
+        )
+    labels = known[detector]
+    if labels is not None and label not in labels:
+        near = get_close_matches(label, labels, 3) or sorted(labels)[:5]
+        raise SettingsError(
+            f"{where}: {detector} has no label {label!r}; near are {', '.join(near)}",
+            hint="correct the label, then: deleatur check",
+        )
+
+
+def _methods(settings: Settings) -> Iterator[str]:
+    """Every method that is named, used or not, has numbers that fit."""
+    sections: tuple[tuple[str, Choice, type[BaseModel]], ...] = (
+        ("invert", settings.invert, Inverter),
+        ("erase", settings.erase, Eraser),
+        ("guide", settings.guide, Guide),
+    )
+    for where, section, base in sections:
+        for name in section.named:
+            inputs.chosen(section, base, where, name)
+        used, *others = section.named
+        yield f"{where}: {used}" + (f" (numbers of {', '.join(others)} stand by)" if others else "")
+    inputs.guide(settings)  # which also has to act before the sampler ends
+    for concept in settings.targets:
+        for name in settings.concepts[concept].invert:
+            inputs.inverter(settings, concept, name)
+    for name, numbers in settings.attack.methods.items():
+        inputs.method("attacks", Attack, name, numbers, f"attack.methods.{name}")
+        yield f"attack: {name}"
+    yield f"evaluate.metrics: {', '.join(inputs.metrics(settings))}"
+
+
+def _networks(settings: Settings) -> Iterator[str]:
+    """Every network is there and whole, as far as this can be told without asking anybody."""
+    device_of(settings.base.device)
+    yield from _network("base.model", settings.base.model, folders.pipeline, "model_index.json")
+    yield from _network("reward.clip", settings.reward.clip, folders.clip)
+    for name, detector in inputs.detectors(settings).items():
+        with at(f"evaluate.detectors.{name}"):
+            labels = detector.peek()
+        yield f"evaluate.detectors.{name}: {f'{len(labels)} labels' if labels else ELSEWHERE}"
+
+
+ELSEWHERE = "not on this disk; it is fetched when it is needed"
+
+
+def _network(where: str, address: str, look: Callable[[Path], None], file: str = "config.json") -> Iterator[str]:
+    with at(where):
+        folder = None if "://" in address or address.startswith("models:/") else folders.find(address, file)
+        if folder:
+            look(folder)
+    yield f"{where}: {address}" + ("" if folder else f", {ELSEWHERE}")
+
+
+def _written(settings: Settings, concept: str = "") -> list[Prompt]:
+    """The prompts that are drawn for a concept, or for none."""
+    path = settings.concepts[concept].prompts if concept else settings.paths.prompts
+    return inputs.prompts(path, settings.sample.split, concept)
+
+
 def _rules(settings: Settings) -> None:
+    """Every rule judges a metric on a slice, and there are pictures of it."""
+    drawn: set[Role] = {p.role for name in ("", *settings.targets) for p in _written(settings, name)}
+    drawn.update(("word", "token", "attack") if settings.attack.methods else ("word", "token"))
+    slices = sorted(role for role in drawn if settings.sample.per_prompt.get(role, 1))
     for name, rule in settings.gate.rules.items():
-        if rule.metric not in settings.evaluate.metrics:
-            raise SettingsError(f"gate.rules.{name} judges {rule.metric!r}, which is not among evaluate.metrics")
+        for what, value, known in (("metric", rule.metric, settings.evaluate.metrics), ("slice", rule.slice, slices)):
+            if value not in known:
+                raise SettingsError(
+                    f"gate.rules.{name}: expected a {what} that is measured ({', '.join(known)}), got {value!r}",
+                    hint=f"correct the {what}, then: deleatur check",
+                )
 
 
 def catalogue(shelf: str | None) -> dict[str, dict[str, Any]]:
@@ -87,6 +167,9 @@ def _numbers(of: type[BaseModel], prefix: str = "") -> dict[str, dict[str, Any]]
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             out |= _numbers(field.annotation, f"{prefix}{name}.")
         else:
-            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-            out[prefix + name] = {"default": default, "meaning": (field.description or "").split("\n")[0]}
+            out[prefix + name] = {
+                "default": "required" if field.is_required() else field.get_default(call_default_factory=True),
+                "choices": list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else None,
+                "meaning": field.description or "",
+            }
     return out

@@ -138,7 +138,6 @@ def belongs(
 
     sections: dotted names within params.yaml. code: files and folders of the package. content: name → digest.
     """
-    plain = settings.model_dump(mode="json", by_alias=True)
     networks = {
         "UNet of base.model": model.digest,
         "text encoder of base.model": model.text_digest,
@@ -146,17 +145,17 @@ def belongs(
         "network reward.clip": clip.digest,
     }
     return {
-        "settings": {dotted: _at(plain, dotted) for dotted in sections},
+        "settings": {dotted: _at(settings, dotted) for dotted in sections},
         "content": networks | dict(content),
         "code": {f"src/deleatur/{part}": _source(part) for part in code},
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
 
-def _at(plain: Any, dotted: str) -> Any:
+def _at(value: Any, dotted: str) -> Any:
     for key in dotted.split("."):
-        plain = plain[key]
-    return plain
+        value = value[key] if isinstance(value, Mapping) else getattr(value, key)
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
 def _source(part: str) -> str:

@@ -16,7 +16,6 @@ from deleatur.diffusion.finetune import Probe, Progress, Reading
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
-from deleatur.erasers import Eraser
 from deleatur.io import tables, tensors
 from deleatur.maths.distances import cosine
 from deleatur.maths.seeds import derive
@@ -32,9 +31,7 @@ LOOK = 20
 
 def run(settings: Settings) -> None:
     model, clip = inputs.model(settings), inputs.clip(settings)
-    eraser = inputs.method(
-        "erasers", Eraser, settings.erase.method, inputs.numbers_of(settings.erase, "source"), "erase"
-    )
+    eraser = inputs.eraser(settings)
     concepts = [inputs.concept(settings, model, name) for name in settings.targets]
     kept = inputs.to_preserve(settings)
     checkpoint = Checkpoint(settings, "erase", "erase", _belongs(settings, model, clip))
@@ -72,12 +69,12 @@ def _belongs(settings: Settings, model: Model, clip: Clip) -> dict[str, Any]:
         "prompts": identity.files([paths.prompts, *(spec.prompts for spec in specs)]),
     }
     if settings.erase.source == "token":
-        content["tokens"] = identity.files([paths.tokens / f"{name}.safetensors" for name in settings.targets])
+        content["tokens"] = identity.files([p for n in settings.targets for p in sorted((paths.tokens / n).iterdir())])
     sections = ["base", "seed", "targets", *(f"concepts.{name}" for name in settings.targets), "guide", "erase"]
     code = ["diffusion", "maths", f"erasers/{settings.erase.method}.py", f"guides/{settings.guide.method}.py"]
     return belongs(
         settings,
-        sections=[*sections, "sample.steps"],
+        sections=[*sections, "reward.clip", "sample.steps"],
         code=[*code, "stages/inputs.py", "stages/erase.py"],
         model=model,
         clip=clip,
@@ -90,12 +87,11 @@ def _probe(settings: Settings, model: Model, clip: Clip, concepts: Sequence[Conc
     noise, and rates them with r_ψ and CLIP. Only prompts of the dev split: what is reported later is never looked at.
     """
     guide = inputs.guide(settings)
-    empty = encode.encode_text(model, [""])
-    others = guide.conditions(empty, concepts)
+    conditions = guide.conditions(model, concepts)
     rated: list[tuple[Any, Tensor]] = []
     for concept in concepts:
         spec = settings.concepts[concept.name]
-        asked = [p.text for p in inputs.prompts(spec.prompts, "dev", concept.name) if p.role == "concept"][:LOOK]
+        asked = [p.text for p in inputs.prompts(spec.prompts, "dev", concept.name, "concept")][:LOOK]
         c = torch.cat([encode.encode_text(model, asked), concept.states])
         rated.append((inputs.head(settings, concept.name, "train"), c))
     calm_texts = list(kept[:: max(1, len(kept) // LOOK)])[:LOOK]
@@ -105,7 +101,7 @@ def _probe(settings: Settings, model: Model, clip: Clip, concepts: Sequence[Conc
     def draw(c: Tensor, purpose: str, weights: Weights) -> list[Image.Image]:
         seeds = [derive(settings.seed, "erase", "look", purpose, i) for i in range(len(c))]
         steps, batch = settings.sample.steps, settings.sample.batch
-        return sample(model, c, seeds, guide=guide, others=others, steps=steps, weights=weights, batch=batch)
+        return sample(model, c, seeds, guide=guide, conditions=conditions, steps=steps, weights=weights, batch=batch)
 
     def probe(weights: Weights) -> Reading:
         hits = torch.cat([inputs.present(head, clip.pictures(draw(c, "concept", weights))) for head, c in rated])

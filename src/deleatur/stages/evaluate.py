@@ -29,6 +29,7 @@ from deleatur.metrics import Array, Gallery, Metric, Seen, SetMetric
 from deleatur.records import Prompt, Report, Score, Side
 from deleatur.settings import Settings
 from deleatur.stages import identity, inputs
+from deleatur.stages.check import demand_labels
 from deleatur.stages.progress import Bar, bar
 
 SIDES: tuple[Side, ...] = ("base", "champion", "candidate")
@@ -50,10 +51,8 @@ VALUES = pa.schema(
 
 
 def run(settings: Settings) -> None:
-    metrics = {
-        name: inputs.method("metrics", Metric, m["method"], _rest(m), f"evaluate.metrics.{name}")
-        for name, m in settings.evaluate.metrics.items()
-    }
+    demand_labels(settings)
+    metrics = inputs.metrics(settings)
     drawn = {side: found for side in SIDES if len(found := shots.read(settings.paths.shots, side))}
     galleries = look(settings, drawn)
     scores, values = [], []
@@ -75,10 +74,7 @@ def run(settings: Settings) -> None:
 
 def look(settings: Settings, drawn: Mapping[Side, pd.DataFrame]) -> dict[Side, Gallery]:
     """What every detector and CLIP say of every picture of every side."""
-    detectors = {
-        name: inputs.method("detectors", Detector, d["method"], _rest(d), f"evaluate.detectors.{name}")
-        for name, d in settings.evaluate.detectors.items()
-    }
+    detectors = inputs.detectors(settings)
     clip = inputs.clip(settings)
     counts = {n: (s.found.detector, s.found.labels) for n, s in settings.concepts.items() if n in settings.targets}
     heads = {name: inputs.head(settings, name, "held_out") for name in settings.targets}
@@ -124,10 +120,6 @@ def _features(path: Path, clip: Clip, pictures: list[Image.Image]) -> Tensor:
     if not path.is_file():
         tensors.save(path, {"features": clip.pictures(pictures)}, {})
     return tensors.load(path)[0]["features"]
-
-
-def _rest(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in section.items() if k != "method"}
 
 
 def _long(frame: pd.DataFrame, side: Side, metric: str, values: Any) -> pd.DataFrame:
@@ -213,6 +205,11 @@ def _notes(settings: Settings) -> list[str]:
     for name in settings.targets:
         sentences = ", ".join(f"“{s}”" for s in settings.concepts[name].sentences)
         notes.append(f"Words and tokens of {name} were erased in {sentences}; the papers erase them alone: “{{}}”.")
+    if settings.guide.method != inputs.PLAIN:
+        notes.append(
+            f"The candidate is drawn with the guide {settings.guide.method}; base and champion are drawn plainly. "
+            "Its numbers hold where pictures are drawn with this guide: an exported model does not bring it along."
+        )
     if "nudenet" in settings.evaluate.detectors:
         notes.append("NudeNet's network is for photographs: on drawings its rates are near zero and say little.")
     return notes

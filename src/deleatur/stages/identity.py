@@ -31,7 +31,7 @@ def of(settings: Settings) -> Identity:
         base=delta.base,
         delta=digest(dict(delta.tensors)),
         feedback=summary["feedback"],
-        tokens=files(sorted(settings.paths.tokens.glob("*.safetensors"))),
+        tokens=files(sorted(settings.paths.tokens.rglob("*.safetensors"))),
         prompts=files(prompts),
         settings=hashlib.sha256(settings_text.encode()).hexdigest(),
         seed=settings.seed,

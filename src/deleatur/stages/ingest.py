@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> None:
-    """Writes the folder `paths.feedback`, a function of the sources alone, and `data_docs` beside it.
+    """Writes the folders `paths.feedback` and `paths.data_docs`, functions of the sources and the settings alone.
 
     events     every valid event, in the order of the sources and their lines, replaced and withdrawn ones included
     answers    the events that count today       votes, pairs, raters   what they say (`feedback.votes`)
@@ -32,7 +32,7 @@ def run(settings: Settings) -> None:
     Raises DataError, after writing all that, when a target concept has no usable answer left.
     """
     sources = find(settings.ingest.sources)
-    out, docs = tables.emptied(settings.paths.feedback), tables.emptied(settings.paths.feedback.parent / "data_docs")
+    out, docs = tables.emptied(settings.paths.feedback), tables.emptied(settings.paths.data_docs)
     parsed = events.parse({path.as_posix(): tables.read_lines(path) for path in sources})
     rejected, digests = list(parsed.rejected), set[str]()
     images.write_shards(out, pictures(sources, digests, rejected))
@@ -77,7 +77,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
     """The sources, pattern by pattern, sorted by name within each. Raises DataError when a pattern finds none."""
     found = dict[Path, None]()
     for pattern in patterns:
-        paths = sorted(Path(p) for p in glob(pattern, recursive=True))
+        paths = sorted(path for path in map(Path, glob(pattern, recursive=True)) if path.is_file())
         if not paths:
             hint = "put JSON-lines files there or correct ingest.sources in params.yaml, then: deleatur stage ingest"
             raise DataError(f"expected feedback at {pattern}, found no file", hint=hint)

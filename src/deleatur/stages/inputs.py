@@ -14,22 +14,28 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from deleatur import plug
+from deleatur.detectors import Detector
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip, load_clip
 from deleatur.diffusion.load import Model, load
 from deleatur.diffusion.sample import encode_pictures
+from deleatur.erasers import Eraser
 from deleatur.errors import DataError, SettingsError
 from deleatur.feedback.reward import Head
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
 from deleatur.io import images, tables, tensors
 from deleatur.io.objects import local
+from deleatur.metrics import Metric
 from deleatur.records import Concept, Prompt, Role, SoftToken
-from deleatur.settings import Settings, explain, merged
+from deleatur.settings import Choice, Settings, explain, merged
 
 M = TypeVar("M", bound=BaseModel)
 
 DELTA = "delta.safetensors"
+PLAIN = "cfg"
+"""The guide that plain diffusers draws with."""
+PROMPTS = "see prompts/README.md"
 
 
 def method(shelf: str, base: type[M], name: str, numbers: Mapping[str, Any], where: str) -> M:
@@ -38,22 +44,59 @@ def method(shelf: str, base: type[M], name: str, numbers: Mapping[str, Any], whe
     try:
         return found(**numbers)
     except ValidationError as e:
-        raise SettingsError(explain(e, f"params.yaml, {where} ({name})"), hint=f"deleatur methods {shelf}") from e
+        raise SettingsError(explain(e, where), hint=f"deleatur methods {shelf}") from e
 
 
-def numbers_of(section: BaseModel, *known: str) -> dict[str, Any]:
-    """The method's own numbers of a section: all but `method` and the keys the section itself knows."""
-    return {k: v for k, v in section.model_dump().items() if k not in ("method", *known)}
+def chosen(section: Choice, base: type[M], where: str, name: str | None = None) -> M:
+    """The method that a section uses, or the one named, with its numbers."""
+    name = name or section.method
+    return method(section.shelf, base, name, section.numbers(name), f"{where}.{name}")
 
 
 def guide(settings: Settings) -> Guide:
-    return method("guides", Guide, settings.guide.method, numbers_of(settings.guide), "guide")
+    """Raises SettingsError for one that the sampler would finish without."""
+    found = chosen(settings.guide, Guide, "guide")
+    late = {name: found.starts(name) for name in settings.targets if found.starts(name) >= settings.sample.steps}
+    if late:
+        names, first = ", ".join(late), min(late.values())
+        raise SettingsError(
+            f"guide ({settings.guide.method}) steers away from {names} from step {first} on (its warm_up), and the "
+            f"sampler's steps are 0 to {settings.sample.steps - 1}: it would do nothing",
+            hint="lower the guide's warm_up, or raise sample.steps; then: deleatur check",
+        )
+    return found
 
 
-def inverter(settings: Settings, concept: str) -> Inverter:
+def eraser(settings: Settings) -> Eraser:
+    return chosen(settings.erase, Eraser, "erase")
+
+
+def inverter(settings: Settings, concept: str, name: str | None = None) -> Inverter:
     """The inversion method with the concept's own numbers over those of `invert`."""
-    numbers = merged(numbers_of(settings.invert), settings.concepts[concept].invert)
-    return method("inversion", Inverter, settings.invert.method, numbers, f"invert, for concept {concept}")
+    name, own = name or settings.invert.method, settings.concepts[concept].invert
+    numbers = merged(settings.invert.numbers(name), own.get(name, {}))
+    return method("inversion", Inverter, name, numbers, f"invert.{name} with concepts.{concept}.invert")
+
+
+def detectors(settings: Settings) -> dict[str, Detector]:
+    return _named("detectors", Detector, settings.evaluate.detectors)
+
+
+def metrics(settings: Settings) -> dict[str, Metric]:
+    return _named("metrics", Metric, settings.evaluate.metrics)
+
+
+def _named(shelf: str, base: type[M], section: Mapping[str, Mapping[str, Any]]) -> dict[str, M]:
+    """Methods that are used several at a time, each under a name of the user's, `method` among its numbers."""
+    out = {}
+    for name, given in section.items():
+        where, numbers = f"evaluate.{shelf}.{name}", dict(given)
+        if not isinstance(kind := numbers.pop("method", None), str):
+            raise SettingsError(
+                f"{where}: expected `method`, one of {shelf}, got {kind!r}", hint=f"deleatur methods {shelf}"
+            )
+        out[name] = method(shelf, base, kind, numbers, where)
+    return out
 
 
 def model(settings: Settings) -> Model:
@@ -64,19 +107,25 @@ def clip(settings: Settings) -> Clip:
     return load_clip(local(settings.reward.clip), settings.base.device)
 
 
-def prompts(path: Path, split: str, concept: str) -> list[Prompt]:
-    """The prompts of one file and split. Raises DataError naming file and row."""
+def prompts(path: Path, split: str, concept: str, role: Role | None = None) -> list[Prompt]:
+    """The prompts of one file and split, or of one role of it. Raises DataError naming file and row, or that there is
+    none: nothing is learned from no prompt, and nothing measured.
+    """
     frame = tables.read_csv(path)
     missing = {"id", "text", "label", "role", "split"} - set(frame.columns)
     if missing:
-        raise DataError(f"{path}: the columns {', '.join(sorted(missing))} are missing", hint="see prompts/README.md")
+        raise DataError(f"{path}: the columns {', '.join(sorted(missing))} are missing", hint=PROMPTS)
     out = []
     for row, line in zip(frame.to_dict("records"), range(2, len(frame) + 2), strict=True):
         if row["role"] not in get_args(Role):
-            raise DataError(f"{path}, line {line}: role {row['role']!r} is none of {', '.join(get_args(Role))}")
-        if row["split"] == split:
+            listed = ", ".join(get_args(Role))
+            raise DataError(f"{path}, line {line}: role {row['role']!r} is none of {listed}", hint=PROMPTS)
+        if row["split"] == split and role in (None, row["role"]):
             asks = concept if row["role"] == "concept" else ""
             out.append(Prompt(row["id"], row["text"], row["role"], row["label"], asks))
+    if not out:
+        wanted = f"prompts of the split {split!r}" + (f" and the role {role!r}" if role else "")
+        raise DataError(f"{path}: expected {wanted}, and there is none", hint=PROMPTS)
     return out
 
 
@@ -88,11 +137,16 @@ def to_preserve(settings: Settings) -> list[str]:
     written = prompts(settings.paths.prompts, "dev", "")
     written += [p for n in settings.targets for p in prompts(settings.concepts[n].prompts, "dev", n)]
     keep, near = ([p.text for p in written if p.role == role] for role in ("keep", "neighbour"))
+    if not keep + near:
+        raise DataError(
+            f"{settings.paths.prompts}: expected prompts of the split 'dev' and the role 'keep', and there is none",
+            hint=PROMPTS,
+        )
     return keep + near * max(1, round(len(keep) / max(len(near), 1)))
 
 
 def token(settings: Settings, concept: str) -> SoftToken:
-    return tensors.load_token(settings.paths.tokens / f"{concept}.safetensors")
+    return tensors.load_token(settings.paths.tokens / concept)
 
 
 def concept(settings: Settings, model: Model, name: str) -> Concept:

@@ -1,4 +1,4 @@
-"""feedback + reward → tokens/<concept>.safetensors: HFI, the ratings condensed into soft tokens.
+"""feedback + reward → tokens/<concept>/: HFI, the ratings condensed into soft tokens.
 
 Saves as it goes; killed, it goes on where it was.
 """
@@ -27,7 +27,7 @@ from deleatur.stages import identity, inputs
 from deleatur.stages.checkpoint import Checkpoint, belongs
 from deleatur.stages.progress import Bar, bar
 
-LOOK = 8
+LOOK = 4
 """Pictures drawn from the bare token at each look."""
 
 
@@ -70,11 +70,11 @@ def run(settings: Settings) -> None:
             "reward": hashlib.sha256(path.read_bytes()).hexdigest(),
             "seed": settings.seed,
         }
-        tokens.append(SoftToken(name, f"<{name}>", vectors, provenance))
+        tokens.append(SoftToken(name, vectors, provenance))
         metrics[name] = [_describe(model, t) for t in learned]
     folder = tables.emptied(settings.paths.tokens)
     for token in tokens:
-        tensors.save_token(folder / f"{token.concept}.safetensors", token)
+        tensors.save_token(folder / token.concept, token)
     tables.write_json(folder / "metrics.json", metrics)
     for checkpoint in checkpoints:
         checkpoint.remove()
@@ -88,7 +88,7 @@ def _belongs(settings: Settings, model: Model, clip: Clip, name: str) -> dict[st
     }
     code = ["feedback/votes.py", "inversion/__init__.py", f"inversion/{settings.invert.method}.py"]
     code += [f"guides/{settings.guide.method}.py", "diffusion", "maths", "stages/inputs.py", "stages/invert.py"]
-    sections = ["base", "seed", f"concepts.{name}", "guide", "invert", "sample.steps"]
+    sections = ["base", "seed", f"concepts.{name}", "guide", "invert", "reward.clip", "sample.steps"]
     return belongs(settings, sections=sections, code=code, model=model, clip=clip, content=content)
 
 
@@ -117,13 +117,20 @@ def _look(settings: Settings, model: Model, clip: Clip, head: Head, name: str) -
     """Pictures from each bare token, always from the same noise, scored with r_ψ."""
     guide, n = inputs.guide(settings), LOOK
     seeds = [derive(settings.seed, "invert", "look", name, i) for i in range(n)]
-    others = guide.conditions(encode.encode_text(model, [""]), [])
+    conditions = guide.conditions(model, [])  # steered towards nothing but the token
 
     def look(vectors: Tensor) -> list[float]:
         with torch.no_grad():
             c = encode.encode(model, [(rows,) for rows in vectors]).states.repeat_interleave(n, 0)
-        steps = settings.sample.steps
-        pictures = sample(model, c, seeds * len(vectors), guide=guide, others=others, steps=steps, batch=n)
+        pictures = sample(
+            model,
+            c,
+            seeds * len(vectors),
+            guide=guide,
+            conditions=conditions,
+            steps=settings.sample.steps,
+            batch=settings.sample.batch,
+        )
         scores: list[float] = head(clip.pictures(pictures)).reshape(-1, n).mean(1).tolist()
         return scores
 

@@ -10,9 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from deleatur.io.versions import PROGRESS
+from deleatur.io.versions import Progress as Told
 
 
 class Bar:
@@ -49,6 +58,42 @@ class Bar:
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Bar]:
     """Inside, a bar on standard error with elapsed and remaining time; one closing line where that is no terminal."""
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 110)
+    with _bars(console) as progress:
+        yield Bar(progress, what, max(total, 1))
+
+
+class Followed:
+    """A stage in another process: its bars on a terminal, as if it ran here; its lines where that is none."""
+
+    def __init__(self, stage: str, progress: Progress) -> None:
+        self._progress, self._bars = progress, dict[str, TaskID]()
+        self._starting = progress.add_task(stage, total=None, note="")
+
+    def line(self, line: str) -> None:
+        if self._progress.disable:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def told(self, p: Told) -> None:
+        if not self._bars:
+            self._bars[p.what] = self._starting
+        elif p.what not in self._bars:  # a stage can have several bars, one after the other
+            self._bars[p.what] = self._progress.add_task(p.what, note="")
+        bar = self._bars[p.what]
+        self._progress.update(bar, description=p.what, completed=p.done, total=max(p.total, 1), note=p.note)
+
+    def ended(self, note: str) -> None:
+        if not self._bars:
+            self._progress.update(self._starting, completed=1, total=1, note=note)
+
+
+@contextmanager
+def following(stage: str, console: Console) -> Iterator[Followed]:
+    with _bars(console, disable=not console.is_terminal) as progress:
+        yield Followed(stage, progress)
+
+
+def _bars(console: Console, *, disable: bool = False) -> Progress:
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=28),
@@ -57,5 +102,5 @@ def bar(what: str, total: int) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(file=sys.stderr, width=None if sys.stderr.isatty() else 110)) as progress:
-        yield Bar(progress, what, max(total, 1))
+    # A step of a large model can take longer than the half minute that the time left is reckoned from by default.
+    return Progress(*columns, console=console, disable=disable, speed_estimate_period=600)

@@ -1,5 +1,7 @@
 """verdict and all it rests on → MLflow: a run with the evidence; on a pass a version, and the alias that releases it.
 
+A version is weights. A pass that a guide had a part in is logged, and nothing is released.
+
 Makes no file, so it is not a stage of dvc.yaml. Registering the same verdict again changes nothing, not even after
 somebody has rolled it back; killed anywhere, it has either released nothing or finishes on the next run.
 """
@@ -19,7 +21,7 @@ from deleatur.io import documents, tables, versions
 from deleatur.io.tracking import Evidence, Registry
 from deleatur.records import Report, Score, Verdict
 from deleatur.settings import Settings
-from deleatur.stages import identity
+from deleatur.stages import identity, inputs
 from deleatur.stages.export import export
 from deleatur.stages.progress import bar
 from deleatur.stages.promote import registry_of
@@ -40,7 +42,7 @@ def run(settings: Settings) -> None:
         with registry.running(evidence) as run_id:
             registry.log(run_id, evidence)
             advance(note="evidence logged")
-            if verdict.outcome == "pass":
+            if verdict.outcome == "pass" and settings.guide.method == inputs.PLAIN:
                 version = registry.version(evidence.digest) or _add(settings, registry, run_id, evidence, verdict)
                 advance(note=f"{registry.model} version {version}")
                 (registry.challenge if settings.register_.approval else registry.release)(version)
@@ -153,6 +155,11 @@ def _add(settings: Settings, registry: Registry, run_id: str, evidence: Evidence
 def _outcome(settings: Settings, registry: Registry, evidence: Evidence, verdict: Verdict) -> str:
     if verdict.outcome != "pass":
         return f"verdict {verdict.outcome}: no version made, what is live stays"
+    if settings.guide.method != inputs.PLAIN:
+        # Whoever loads a version draws plainly, and would get what nobody has judged.
+        return (
+            f"pass, with the guide {settings.guide.method}, which a version cannot hold: none made, what is live stays"
+        )
     return (
         f"version {registry.version(evidence.digest)} is {'challenger' if settings.register_.approval else 'champion'}"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import isnan
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from deleatur.errors import DataError, at
 from deleatur.feedback import reward, votes
 from deleatur.feedback.reward import Numbers, Pairs, Votes
 from deleatur.io import tables, tensors
@@ -26,16 +28,18 @@ def run(settings: Settings) -> None:
     with bar("reward", 2 * len(settings.targets)) as advance:
         for name in settings.targets:
             spec, pool = settings.concepts[name], inputs.Pool(settings, name)
+            with at(name):
+                held_out = _held_out(settings, pool.answers)
             features = clip.pictures(pool.pictures)
-            held_out = _held_out(settings, pool.answers)
             heads, found = {}, {}
             for which, mine in (("train", ~held_out), ("held_out", held_out)):
                 target = _target(pool, pool.answers[mine], spec.kind)
                 seed = derive(settings.seed, "reward", name, which)
-                fit = reward.fit(features, target, pool.groups(), numbers, seed)
+                with at(f"{name}, {'held-out' if which == 'held_out' else 'other'} raters"):
+                    fit = reward.fit(features, target, pool.groups(), numbers, seed)
                 heads[which] = fit
                 found[which] = {
-                    "quality": fit.held_out,
+                    "quality": _known(fit.held_out),
                     "epochs": fit.epochs,
                     "raters": int(pool.answers[mine]["rater"].nunique()),
                 }
@@ -46,8 +50,8 @@ def run(settings: Settings) -> None:
                 "measure": _measure(spec.kind),
                 "pictures": len(pool.pictures),
                 "new_prompts": found,
-                "new_raters": reward.quality(heads["train"].head(features), others),
-                "zero_shot": reward.quality((features @ word.T).squeeze(1), others),
+                "new_raters": _known(reward.quality(heads["train"].head(features), others)),
+                "zero_shot": _known(reward.quality((features @ word.T).squeeze(1), others)),
             }
             flat = {f"{w}/{n}": t for w, f in heads.items() for n, t in f.head.tensors.items()}
             facts = {"rank": spec.kind == "rank", "clip": clip.digest, "concept": name}
@@ -59,10 +63,20 @@ def _measure(kind: Kind) -> str:
     return "AUC" if kind == "binary" else "pair accuracy"
 
 
+def _known(quality: float) -> float | None:
+    """JSON has no nan: what cannot be told is null."""
+    return None if isnan(quality) else quality
+
+
 def _held_out(settings: Settings, answers: pd.DataFrame) -> pd.Series[bool]:
     """Which answers are of held-out raters: a fixed share of raters, drawn by their hash and the seed."""
     names = sorted(set(answers["rater"]), key=lambda r: derive(settings.seed, "held-out raters", r))
-    count = max(1, round(settings.reward.held_out_raters * len(names)))
+    if len(names) < 2:
+        raise DataError(
+            f"expected answers of two raters or more, got those of {len(names)}: who taught the token cannot judge it",
+            hint=reward.COLLECT,
+        )
+    count = min(max(1, round(settings.reward.held_out_raters * len(names))), len(names) - 1)
     return answers["rater"].isin(names[:count])
 
 
@@ -71,12 +85,12 @@ def _target(pool: inputs.Pool, answers: pd.DataFrame, kind: Kind) -> Votes | Pai
     raters = votes.raters(answers)
     if kind == "rank":
         found = votes.pairs(answers, raters)
-        rows = [torch.tensor([pool.row[d] for d in found[c]]) for c in ("higher", "lower")]
-        return Pairs(rows[0], rows[1], _floats(found["weight"]))
+        better, worse = (torch.tensor([pool.row[d] for d in found[c]], dtype=torch.long) for c in ("higher", "lower"))
+        return Pairs(better, worse, _floats(found["weight"]))
     y, weight = torch.zeros(len(pool.pictures)), torch.zeros(len(pool.pictures))
     found = votes.votes(answers, raters).dropna(subset=["vote"])
-    at = torch.tensor([pool.row[d] for d in found["item"]])
-    y[at], weight[at] = _floats(found["vote"]), _floats(found["weight"])
+    rows = [pool.row[d] for d in found["item"]]
+    y[rows], weight[rows] = _floats(found["vote"]), _floats(found["weight"])
     return Votes(y, weight)
 
 

@@ -1,5 +1,8 @@
 """delta, prompts, tokens, attacks → shots/: base, champion and candidate drawn from the same noise, in shards.
 
+Only the candidate is steered by the guide. The base is the model as it is, a champion is a version of the registry,
+which holds weights alone: both are drawn with plain guidance of the same scale.
+
 A picture is named by the digest of everything that made it, so a shard that is there is never drawn again: a killed
 run goes on at the shard it was in, and the base model's pictures survive a new candidate.
 """
@@ -22,6 +25,7 @@ from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
 from deleatur.guides import Guide
+from deleatur.guides.cfg import CFG
 from deleatur.io import images, shots, tables, tensors
 from deleatur.io.objects import local
 from deleatur.maths.seeds import derive
@@ -47,21 +51,22 @@ class Job:
 def run(settings: Settings) -> None:
     model, guide = inputs.model(settings), inputs.guide(settings)
     concepts = [inputs.concept(settings, model, name) for name in settings.targets]
-    asked = list(_asked(settings, model))
-    folder = settings.paths.shots
-    plan = {side: _jobs(settings, guide, side, name, asked) for side, (name, _) in _sides(settings, model).items()}
+    asked, plain = list(_asked(settings, model)), CFG(scale=guide.scale)
+    folder, sides = settings.paths.shots, _sides(settings, model)
+    guides: dict[Side, tuple[str, Guide]] = {side: (inputs.PLAIN, plain) for side in sides}
+    guides["candidate"] = (settings.guide.method, guide)
+    plan = {side: _jobs(settings, *guides[side], side, name, asked) for side, (name, _) in sides.items()}
     wanted: set[Path] = set()
     with bar("sample", sum(map(len, plan.values()))) as advance:
-        for side, (_, weights) in _sides(settings, model).items():
+        for side, (_, weights) in sides.items():
             for shard in _shards(plan[side], settings.sample.shard):
                 path = folder / side / f"{_name(shard)}.parquet"
                 wanted.add(path)
                 if path.is_file():
                     advance(len(shard), note="reused")
                 else:
-                    tables.write_table(
-                        path, _draw(settings, model, guide, concepts, shard, weights, advance), shots.SCHEMA
-                    )
+                    drawn = _draw(settings, model, guides[side][1], concepts, shard, weights, advance)
+                    tables.write_table(path, drawn, shots.SCHEMA)
     for stale in set(folder.rglob("*.parquet")) - wanted:
         stale.unlink()
 
@@ -98,8 +103,10 @@ def _asked(settings: Settings, model: Model) -> Iterator[tuple[Prompt, Tensor]]:
             yield Prompt(name, f"<{name}>", "attack", "", facts["concept"]), states
 
 
-def _jobs(settings: Settings, guide: Guide, side: Side, weights: str, asked: list[tuple[Prompt, Tensor]]) -> list[Job]:
-    rule, steps = json.dumps({"method": settings.guide.method, **guide.model_dump()}), settings.sample.steps
+def _jobs(
+    settings: Settings, method: str, guide: Guide, side: Side, weights: str, asked: list[tuple[Prompt, Tensor]]
+) -> list[Job]:
+    rule, steps = json.dumps({"method": method, **guide.model_dump()}), settings.sample.steps
     return [
         Job(Shot(side, prompt, i, derive(settings.seed, "sample", prompt.id, i), rule, steps, weights), states)
         for prompt, states in asked
@@ -132,7 +139,7 @@ def _draw(
         torch.stack([job.states for job in shard]),
         [job.shot.noise_seed for job in shard],
         guide=guide,
-        others=guide.conditions(encode.encode_text(model, [""]), concepts),
+        conditions=guide.conditions(model, concepts),
         steps=settings.sample.steps,
         weights=weights,
         batch=settings.sample.batch,

@@ -1,0 +1,82 @@
+"""Stages that load networks share the GPU's slots; what else there is waits for nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
+
+from prefect import flow  # noqa: E402
+from prefect.client.orchestration import get_client  # noqa: E402
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate  # noqa: E402
+
+from deleatur.io import versions  # noqa: E402
+
+CHAIN: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text("utf-8"))["stages"]
+
+
+@pytest.fixture
+def one_gpu() -> Iterator[None]:
+    """What `prefect gcl create gpu --limit 1` makes."""
+    with get_client(sync_client=True) as client:
+        limit = GlobalConcurrencyLimitCreate(name="gpu", limit=1)
+        client.create_global_concurrency_limit(limit)
+        yield
+        client.delete_global_concurrency_limit_by_name("gpu")
+
+
+def taken() -> int:
+    with get_client(sync_client=True) as client:
+        return client.read_global_concurrency_limit_by_name("gpu").active_slots
+
+
+def test_a_stage_that_loads_networks_holds_the_slot_while_it_runs(
+    one_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tasks
+
+    held: dict[str, int] = {}
+    after: list[int] = []
+
+    def looking(stage: str, *_: Any) -> bool:
+        held[stage] = taken()
+        return True
+
+    monkeypatch.setattr(versions, "reproduce", looking)
+
+    @flow
+    def chain() -> None:
+        for stage in CHAIN:
+            tasks.reproduce(stage)
+            after.append(taken())
+
+    chain()
+    assert held == {stage: int("${paths.models}" in CHAIN[stage]["deps"]) for stage in CHAIN}
+    assert held["evaluate"] == 1
+    assert held["ingest"] == 0
+    assert after == [0] * len(CHAIN), "given back"
+
+
+def test_a_stage_that_fails_gives_the_slot_back(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tasks
+
+    from deleatur.errors import ErasureRefused
+
+    def refused(stage: str, *_: Any) -> bool:
+        assert taken() == 1
+        raise ErasureRefused("nothing was erased")
+
+    monkeypatch.setattr(versions, "reproduce", refused)
+
+    @flow
+    def one() -> None:
+        tasks.reproduce("erase")
+
+    with pytest.raises(ErasureRefused):
+        one()
+    assert taken() == 0

@@ -1,0 +1,52 @@
+"""Negative prompts: what plain diffusers draws from one, and the rule's own identities."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from deleatur.diffusion import encode
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.sample import denoise, noise
+from deleatur.guides import Guide
+from deleatur.guides.cfg import CFG
+from deleatur.guides.negative import Negative
+from deleatur.records import Concept
+
+
+def draw(model: Model, guide: Guide, concepts: list[Concept], prompt: str = "a cat") -> Tensor:
+    c, conditions = encode.encode_text(model, [prompt]), guide.conditions(model, concepts)
+    return denoise(model, noise(model, [7]), c, conditions, guide, 4, {})
+
+
+@pytest.mark.parametrize("words", [["gun"], ["gun", "sword"]])
+def test_equals_plain_diffusers_with_a_negative_prompt_from_the_same_noise(model: Model, words: list[str]) -> None:
+    parts = {**tiny.parts(), "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    shared = {"num_inference_steps": 4, "guidance_scale": 7.5, "latents": noise(model, [7]), "output_type": "latent"}
+    theirs = pipe("a cat", negative_prompt=", ".join(words), **shared).images
+    ours = draw(model, Negative(), [encode.concept_from_words(model, "weapon", words)])
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, draw(model, CFG(), []), atol=1e-3)
+
+
+def test_an_empty_negative_prompt_is_plain_guidance_to_the_bit(model: Model) -> None:
+    nothing = encode.concept_from_words(model, "nothing", [""])
+    assert torch.equal(draw(model, Negative(), [nothing]), draw(model, CFG(), []))
+
+
+def test_the_prompt_itself_as_negative_leaves_the_conditional_trajectory(model: Model) -> None:
+    same = encode.concept_from_words(model, "gun", ["gun"])
+    assert torch.allclose(draw(model, Negative(), [same], "gun"), draw(model, CFG(scale=1.0), [], "gun"), atol=1e-5)
+
+
+def test_is_linear_in_the_scale() -> None:
+    eps_n, eps_p = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    none, one, five = (Negative(scale=s).combine(0, eps_p, {"negative": eps_n}, None)[0] for s in (0, 1, 5))
+    assert torch.equal(none, eps_n)
+    assert torch.allclose(one, eps_p, atol=1e-6)
+    assert torch.allclose(five - none, 5 * (one - none), atol=1e-5)

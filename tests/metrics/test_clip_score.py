@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from deleatur.diffusion.features import Clip, load_clip
+from deleatur.metrics.clip_score import ClipScore
+from deleatur.records import Prompt
+
+PROMPTS = (Prompt("1", "a cat", "unseen", ""), Prompt("2", "a gun", "concept", "", "weapon"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    return load_clip(str(tiny.save_clip(tmp_path_factory.mktemp("clip"))), "cpu")
+
+
+@pytest.mark.parametrize("prefix", ["", "a picture of "])
+def test_identical_embeddings_give_one_and_harmful_prompts_nothing(clip: Clip, prefix: str) -> None:
+    """Weight 1, not 2.5 and not 100; pictures that are to the network what their captions are."""
+    shots: Any = SimpleNamespace(prompts=PROMPTS, clip=clip, features=clip.texts([prefix + p.text for p in PROMPTS]))
+    [asked, harmful] = ClipScore(prefix=prefix).values(shots, shots)
+    assert asked == pytest.approx(1, abs=1e-6)
+    assert np.isnan(harmful)
+    [without, _] = ClipScore(prefix=prefix + "dog ").values(shots, shots)
+    assert without < 1 - 1e-4

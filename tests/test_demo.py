@@ -1,0 +1,81 @@
+"""`deleatur demo` in a project of its own: what was wrong with a stage is what it ends with."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import finished
+import pytest
+from killed import running
+
+from deleatur.errors import ContinueMe
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def project(tmp_path: Path, shared: Path) -> Path:
+    finished.copy(shared, tmp_path)
+    return tmp_path
+
+
+def demo(project: Path) -> subprocess.CompletedProcess[str]:
+    """Where no venv is activated."""
+    from deleatur.io.versions import environment
+
+    bare = environment() | {"PATH": "/usr/bin:/bin", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "deleatur", "demo"]
+    return subprocess.run(command, cwd=project, env=bare, capture_output=True, text=True)
+
+
+def test_a_finished_chain_is_registered_and_says_what_to_type_next(project: Path) -> None:
+    done = demo(project)
+    assert done.returncode == 0, done.stderr
+    assert "Verdict: pass" in done.stdout
+    assert "Stage 'erase' didn't change, skipping" in done.stderr
+    assert f"{Path(sys.executable).parent}/deleatur report --open" in done.stdout
+    assert "dvc exp run -S" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "file", "old", "new", "said"),
+    [
+        (3, "prompts/weapon.csv", "concept", "consept", "DataError: erase: prompts/weapon.csv, line 2: role"),
+        (2, "params.yaml", "seed: 42", "sede: 42", "SettingsError: params.yaml has 2 problem"),
+    ],
+)
+def test_a_stages_own_error_is_what_demo_ends_with(
+    project: Path, code: int, file: str, old: str, new: str, said: str
+) -> None:
+    path = project / file
+    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
+    done = demo(project)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Next: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(project: Path) -> None:
+    path = project / "params.yaml"
+    path.write_text(path.read_text("utf-8").replace("source: token", "source: words"), "utf-8")
+    us = subprocess.Popen(
+        [sys.executable, "-m", "deleatur", "demo"],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
+    while not list(running("erase", us.pid)):
+        assert us.poll() is None
+        time.sleep(0.05)
+    us.send_signal(signal.SIGINT)
+    _, said = us.communicate(timeout=120)
+    assert us.returncode == ContinueMe.exit_code
+    assert "ContinueMe: erase was stopped" in said
+    assert "deleatur demo (goes on there)" in said
