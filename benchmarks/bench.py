@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ OUT = Path("out/bench")
 def variant(name: str, changes: Mapping[str, Any], shared: Mapping[str, str] | None = None) -> Settings:
     """params.yaml with changes, writing under out/bench/NAME; `shared` stages' folders are somewhere else."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
-    for key in ("reward", "tokens", "delta", "attacks", "shots", "scores", "report", "verdict"):
+    for key in ("reward", "tokens", "delta", "attacks", "state", "shots", "scores", "report", "verdict"):
         params["paths"][key] = str(OUT / name / key)
     params["paths"]["feedback"] = str(OUT / "feedback")
     params["paths"] |= shared or {}
@@ -40,6 +41,7 @@ def run(settings: Settings, names: Iterable[str]) -> dict[str, float]:
     seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
     for name in names:
         if name not in seconds:
+            shutil.rmtree(settings.paths.state, ignore_errors=True)  # a stage that goes on would look quick
             began = time.perf_counter()
             stages.run(name, settings)
             seconds[name] = round(time.perf_counter() - began, 1)

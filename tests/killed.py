@@ -7,11 +7,14 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -84,3 +87,11 @@ class Stage:
         self._process.join(120)
         assert self._process.exitcode is not None, "it still runs"
         return self._process.exitcode
+
+
+def running(name: str, starter: int) -> Iterator[psutil.Process]:
+    """The processes of a stage among those that a process has started, and those these have."""
+    for process in psutil.Process(starter).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.cmdline()[-2:] == ["stage", name]:
+                yield process

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import finished
 import pytest
+from killed import running
+
+from deleatur.errors import ContinueMe
 
 pytestmark = pytest.mark.slow
 
@@ -53,3 +58,24 @@ def test_a_stages_own_error_is_what_demo_ends_with(
     assert said in done.stderr
     assert "Next: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(project: Path) -> None:
+    path = project / "params.yaml"
+    path.write_text(path.read_text("utf-8").replace("source: token", "source: words"), "utf-8")
+    us = subprocess.Popen(
+        [sys.executable, "-m", "deleatur", "demo"],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
+    while not list(running("erase", us.pid)):
+        assert us.poll() is None
+        time.sleep(0.05)
+    us.send_signal(signal.SIGINT)
+    _, said = us.communicate(timeout=120)
+    assert us.returncode == ContinueMe.exit_code
+    assert "ContinueMe: erase was stopped" in said
+    assert "deleatur demo (goes on there)" in said

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from deleatur.errors import DataError, DeleaturError
+from deleatur.errors import ContinueMe, DataError, DeleaturError
 
 if TYPE_CHECKING:
     from deleatur.settings import Settings
@@ -238,13 +238,18 @@ def demo() -> None:
     from deleatur.stages.progress import following
 
     settings = Settings.load()  # what is wrong with it is said before anything runs
-    for name in STAGES:
-        with following(name, err) as followed:
-            if name == "register":  # makes no file, so DVC does not know it
-                versions.perform(name, Path(), followed.line, followed.told)
-            else:
-                ran = versions.reproduce(name, Path(), followed.line, followed.told)
-                followed.ended("done" if ran else "up to date")
+    try:
+        for name in STAGES:
+            with following(name, err) as followed:
+                if name == "register":  # makes no file, so DVC does not know it
+                    versions.perform(name, Path(), followed.line, followed.told)
+                else:
+                    ran = versions.reproduce(name, Path(), followed.line, followed.told)
+                    followed.ended("done" if ran else "up to date")
+    except KeyboardInterrupt:
+        raise ContinueMe(
+            f"{name} was stopped; what it had saved is kept", hint="deleatur demo (goes on there)"
+        ) from None
     found = show(Path("params.yaml"))
     out.print(found.table)
     simulated = "  (simulated raters)" if found.verdict.simulated else ""

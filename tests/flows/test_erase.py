@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import finished
-import psutil
 import pytest
 import yaml
+from killed import running
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
 from prefect import flow  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey  # noqa: E402
+from prefect.settings import PREFECT_API_URL  # noqa: E402
 
 from deleatur.errors import ContinueMe, SettingsError  # noqa: E402
 from deleatur.io import versions  # noqa: E402
@@ -106,10 +107,12 @@ def test_a_stage_that_was_stopped_is_continued(monkeypatch: pytest.MonkeyPatch) 
 def test_whoever_stops_the_flow_is_told_to_run_it_again(project: Path) -> None:
     change("erase", source="words")
     script = Path(__file__).parents[2] / "flows" / "erase.py"
-    us = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    ours = psutil.Process(us.pid)
-    while not any(p.cmdline()[-2:] == ["stage", "erase"] for p in ours.children(recursive=True)):
-        assert us.poll() is None
+    env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
+    us = subprocess.Popen(
+        [sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not list(running("erase", us.pid)):
+        assert us.poll() is None, us.communicate()[0]
         time.sleep(0.1)
     us.terminate()
     said, _ = us.communicate(timeout=120)

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import finished
-import psutil
 import pytest
 import yaml
+from killed import running
 
 from deleatur.errors import ContinueMe, DataError, ErasureRefused, ModelError, ServiceError, SettingsError
 from deleatur.io import versions
@@ -114,7 +114,10 @@ def test_what_a_stage_ends_with_is_what_is_raised(root: Path, stage: str, kind: 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_whoever_stops_us_stops_the_stage_after_it_has_saved(root: Path, how: signal.Signals) -> None:
-    code = "from pathlib import Path; from deleatur.io import versions; versions.reproduce('sleep', Path())"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # ignored in the background
+        "from pathlib import Path; from deleatur.io import versions; versions.reproduce('sleep', Path())"
+    )
     us = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
     stage = int(awaited(root / "pid"))
     us.send_signal(how)
@@ -131,7 +134,7 @@ def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, t
     for place in (whole, root):
         finished.copy(shared, place)
         params = yaml.safe_load((place / "params.yaml").read_text())
-        params["erase"]["loop"] |= {"iterations": 120, "check_every": 0}
+        params["erase"]["sdd"]["loop"] |= {"iterations": 120, "check_every": 0}
         (place / "params.yaml").write_text(yaml.safe_dump(params))
     assert versions.reproduce("erase", whole)
 
@@ -140,7 +143,9 @@ def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, t
         "versions.reproduce('erase', Path(), print, lambda p: Path('at').write_text(str(p.done)))"
     )
     us = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
-    assert int(awaited(root / "at")) < 120
+    while not (root / "at").is_file():
+        assert us.poll() is None
+        time.sleep(0.01)
     us.terminate()
     said, _ = us.communicate(timeout=120)
     assert us.returncode == ContinueMe.exit_code
@@ -150,8 +155,7 @@ def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, t
 
     def stop_the_stage(progress: Progress) -> None:
         done.append(progress.done)
-        running = psutil.Process().children(recursive=True)
-        for stage in (p for p in running if p.cmdline()[-2:] == ["stage", "erase"]):
+        for stage in running("erase", os.getpid()):
             stage.terminate()
 
     with pytest.raises(ContinueMe, match="saved after step"):

@@ -19,11 +19,16 @@ from deleatur.errors import DataError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place to write; what lies there takes the name `path` at once, and only if the block ends well."""
+    """A place to write; what lies there takes the name `path` at once, and only if the block ends well.
+
+    It is on the disk by then: a machine that goes down leaves what was there before, or the whole of what is new.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

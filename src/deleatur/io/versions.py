@@ -137,21 +137,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": path}
 
 
-def attached(command: Sequence[str]) -> int:
-    """Runs a command on our own terminal to its end; its exit code.
-
-    Raises ContinueMe after Ctrl-C, which the command hears as we do, and is given the time to act on.
-    """
-    child = subprocess.Popen(command, env=environment())
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.wait()
-        raise ContinueMe(
-            "stopped; what was done and what was saved is kept", hint="the same command, to go on"
-        ) from None
-
-
 def follow(
     command: Sequence[str], root: Path, on_line: Callable[[str], None], on_progress: Callable[[Progress], None]
 ) -> tuple[int, list[str]]:
