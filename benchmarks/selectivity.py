@@ -20,7 +20,7 @@ import bench
 import matplotlib.pyplot as plt
 import numpy as np
 
-from deleatur.detectors import Detector
+from deleatur.detectors import Detector, Network
 from deleatur.diffusion import encode
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
@@ -98,9 +98,9 @@ def prompts(concept: str) -> list[Prompt]:
 
 
 @cache
-def eyes(name: str) -> Detector:
+def eyes(name: str) -> Network:
     spec = dict(Settings.load(bench.ROOT / "params.yaml").evaluate.detectors[name])
-    return inputs.method("detectors", Detector, spec.pop("method"), spec, name)
+    return inputs.method("detectors", Detector, spec.pop("method"), spec, name).load()
 
 
 @cache
@@ -127,8 +127,7 @@ def looked(concept: str, weights: Weights) -> dict[str, Any]:
     )
     tops = {}
     for name in {found.detector, *(p.label.partition(":")[0] for p in asked)}:
-        seen = eyes(name).detect(pictures)
-        tops[name] = [seen.labels[i] for i in seen.scores.argmax(1)]
+        tops[name] = [eyes(name).labels[i] for i in eyes(name).detect(pictures).argmax(1)]
     right = [float(tops[p.label.partition(":")[0]][i] == p.label.partition(":")[2]) for i, p in enumerate(asked)]
     return {
         "there": np.array([float(top in found.labels) for top in tops[found.detector]]),

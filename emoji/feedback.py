@@ -67,14 +67,14 @@ def colourless(picture: Image.Image) -> float:
 def main() -> None:
     settings = Settings.load(ROOT / "params.yaml")
     model = load(str(ROOT / "models" / "pipeline"))
-    rater = Classifier(path=str(ROOT / "models" / "rater"))
+    rater = Classifier(path=str(ROOT / "models" / "rater")).load()
     for concept, spec in settings.concepts.items():
         pictures, shared, seeds = draw(model, concept)
         if spec.kind == "rank":
             oracle = [colourless(p) for p in pictures]
         else:
-            seen = rater.detect(pictures)
-            oracle = seen.scores[:, [seen.labels.index(label) for label in spec.found.labels]].sum(1).tolist()
+            columns = [rater.labels.index(label) for label in spec.found.labels]
+            oracle = rater.detect(pictures)[:, columns].sum(1).tolist()
         simulate(
             concept,
             spec,

@@ -7,7 +7,9 @@ from deleatur.records import Detector, Identity
 JUDGE = Detector("judge", "a1" * 32, ("pistol", "sword"), 0.5)
 IDENTITY = Identity(
     base="b" * 64,
+    pipeline="1" * 64,
     delta="d" * 64,
+    pictures="2" * 64,
     feedback="f" * 64,
     tokens="7" * 64,
     prompts="c" * 64,

@@ -22,12 +22,12 @@ GONE = Rule(metric="concept_rate", slice="concept", max=0.1, min_n=20)
 def rated(yes: int, n: int, **changes: Any) -> Score:
     """A share of `yes` among n pictures, each of its own prompt."""
     found = agreement.rate(np.r_[np.ones(yes), np.zeros(n - yes)], np.arange(n))
-    score = Score("concept_rate", "concept", "candidate", found.value, found.low, found.high, n, n, False)
+    score = Score("concept_rate", "concept", "candidate", found.value, found.low, found.high, n, n, False, None, None)
     return replace(score, **changes)
 
 
 def measured(value: float, half: float, **changes: Any) -> Score:
-    score = Score("clip", "keep", "candidate", value, value - half, value + half, 100, 25, True)
+    score = Score("clip", "keep", "candidate", value, value - half, value + half, 100, 25, True, None, None)
     return replace(score, **changes)
 
 
@@ -61,7 +61,7 @@ def test_a_ceiling(yes: int, n: int, limit: float, outcome: str, margin: float) 
 @pytest.mark.parametrize(("low", "outcome"), [(0.2, "pass"), (0.1, "not enough evidence"), (-1, "fail")])
 def test_a_floor(low: float, outcome: str) -> None:
     rule = Rule(metric="clip", slice="keep", min=0.2, min_n=1)
-    score = Score("clip", "keep", "candidate", low + 0.05, low, low + 0.2, 10, 10, True)
+    score = Score("clip", "keep", "candidate", low + 0.05, low, low + 0.2, 10, 10, True, None, None)
     assert apply("kept", rule, report(score)).outcome == outcome
 
 

@@ -129,9 +129,9 @@ def save_clip(folder: Path) -> Path:
     return folder
 
 
-def save_classifier(folder: Path, labels: tuple[str, ...]) -> Path:
+def save_classifier(folder: Path, labels: tuple[str, ...], seed: int = 2) -> Path:
     with torch.random.fork_rng():
-        torch.manual_seed(2)
+        torch.manual_seed(seed)
         config = ConvNextConfig(
             patch_size=4,
             num_stages=2,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
@@ -135,19 +137,40 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """All that decides a picture. Which side or prompt it is drawn for does not, nor what is drawn beside it."""
+
+    pipeline: str
+    """Digest of the base model as it lies on disk: every network, its configuration, tokenizer and scheduler."""
+    precision: str
+    weights: str
+    """Digest of the UNet's tensors that were laid over the base model's."""
+    states: str
+    """Digest of the prompt as the text encoder gives it."""
+    conditions: str
+    """Digest of the sentences that the guide runs beside the prompt, in the same form."""
+    guidance: str
+    """The guide and its numbers, as JSON."""
+    steps: int
+    noise_seed: int
+    code: str
+    """Digest of the sources and of the versions of the libraries that drew it."""
+
+    @property
+    def key(self) -> str:
+        """The picture's name."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Shot:
-    """The full recipe of one picture. The picture is a function of this and of the weights, of nothing else."""
+    """One picture of the evaluation."""
 
     side: Side
     prompt: Prompt
     index: int
     """The picture's number among those of its prompt."""
-    noise_seed: int
-    guidance: str
-    """The guide and its numbers, as JSON."""
-    steps: int
-    weights: str
-    """Digest of the UNet that drew it."""
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -156,7 +179,7 @@ class Detector:
 
     name: str
     weights: str
-    """SHA-256 of the weights file."""
+    """SHA-256 over the network's weights and what prepares its input; several are joined by "+", as their names are."""
     labels: tuple[str, ...]
     """The labels that count."""
     cutoff: float
@@ -176,9 +199,10 @@ class Score:
     n: int
     prompts: int
     higher_is_better: bool
-    versus: Side | None = None
+    versus: Side | None
     """None: an absolute number. Otherwise the mean paired difference side − versus, from equal noise."""
-    detector: Detector | None = None
+    detector: Detector | None
+    """None: no network made it. Like `versus` it has no default: a score that leaves it out does not validate."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +210,12 @@ class Identity:
     """What went in. A report without one of these fields does not validate."""
 
     base: str
+    """Digest of the UNet, which the delta belongs to."""
+    pipeline: str
+    """Digest of the whole base model that drew the pictures, see `Recipe`."""
     delta: str
+    pictures: str
+    """Digest of the recipes of all pictures of all sides."""
     feedback: str
     tokens: str
     prompts: str

@@ -191,7 +191,7 @@ class Sample(Section):
     batch: PositiveInt
     """Pictures per network call: changes speed and memory, nothing else."""
     champion: str | None
-    """Registry URI of the model in production, for example models:/deleatur@champion; none: first release."""
+    """Registry URI of the model in production, for example models:/deleatur/3; none: first release."""
     shard: PositiveInt = 256
 
     @field_validator("champion")

@@ -25,7 +25,7 @@ from deleatur.erasers import Eraser
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter, Rated
 from deleatur.io.tensors import load_delta, save_delta
-from deleatur.metrics import Gallery, Metric, Seen, SetMetric
+from deleatur.metrics import Gallery, Metric, Reward, Seen, SetMetric
 from deleatur.records import Concept, Delta, Prompt, SoftToken
 from deleatur.stages.check import SHELVES, catalogue
 
@@ -142,13 +142,17 @@ def test_detectors(name: str, classifier: Path) -> None:
     whole: Detector = make("detectors", name, Detector, **more)
     small: Detector = make("detectors", name, Detector, batch=2, **more)
     shown = pictures()
-    all_at_once, in_twos, reversed_ = whole.detect(shown), small.detect(shown), whole.detect(shown[::-1])
-    assert all_at_once.scores.shape == (5, len(all_at_once.labels))
-    assert np.allclose(all_at_once.scores, in_twos.scores, atol=1e-5), "batch size is irrelevant"
-    assert np.allclose(all_at_once.scores[::-1], reversed_.scores, atol=1e-5), "order is kept"
-    assert len(all_at_once.weights) == 64, "the weights' digest is recorded"
-    assert whole.peek() == all_at_once.labels, "told without loading"
-    assert whole.detect([]).scores.shape == (0, len(all_at_once.labels))
+    one, other = whole.load(), small.load()
+    all_at_once, reversed_ = one.detect(shown), one.detect(shown[::-1])
+    assert all_at_once.shape == (5, len(one.labels))
+    assert np.allclose(all_at_once, other.detect(shown), atol=1e-5), "batch size is irrelevant"
+    assert np.array_equal(all_at_once[::-1], reversed_), "order is kept"
+    assert np.array_equal(all_at_once[3:4], one.detect(shown[3:4])), "and company is irrelevant"
+    assert len(one.weights) == 64, "the weights' digest is known before anything is detected"
+    assert (one.weights, one.labels) == (other.weights, other.labels)
+    assert whole.peek() == one.labels, "told without loading"
+    assert whole.model_dump() == small.model_dump(), "nor is it part of what scores are kept under"
+    assert one.detect([]).shape == (0, len(one.labels))
 
 
 @pytest.fixture(scope="session")
@@ -159,16 +163,20 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
     shown = pictures(10)
     from deleatur.detectors.nudenet import NudeNet
 
-    found = NudeNet().detect(shown)
+    nudenet = NudeNet().load()
     right = np.array([[1, 0] if p.label == "judge:gun" else [0, 1] for p in prompts], np.float32)
     return Gallery(
         prompts,
-        shown,
-        {"judge": Seen(("gun", "cat"), right, "w" * 64), "nudenet": Seen(found.labels, found.scores, found.weights)},
+        [p.id for p in prompts],
+        lambda keys: [shown[int(key[1:])] for key in keys],
+        {
+            "judge": Seen(("gun", "cat"), right, "w" * 64, "judge"),
+            "nudenet": Seen(nudenet.labels, nudenet.detect(shown), nudenet.weights, "nudenet"),
+        },
         clip.pictures(shown),
         clip,
         {"weapon": ("judge", ("gun",))},
-        {"weapon": torch.linspace(0, 1, 10)},
+        {"weapon": Reward(torch.linspace(0, 1, 10), "h" * 64)},
     )
 
 
@@ -191,6 +199,34 @@ def test_metrics(name: str, gallery: Gallery) -> None:
     elif metric.rate:
         assert set(known) <= {0.0, 1.0}
     assert isinstance(metric, SetMetric) or len(known) > 0
+
+
+@pytest.mark.parametrize("name", plug.names("metrics"))
+def test_a_metrics_values_depend_on_their_own_rows_and_on_what_it_reads(name: str, gallery: Gallery) -> None:
+    metric: Metric = make("metrics", name, Metric)
+    base = gallery.take(range(10)[::-1])
+    values = metric.values(gallery, base)
+    for rows in ([3], [7, 2, 4]):
+        assert np.array_equal(metric.values(gallery.take(rows), base.take(rows)), values[rows], equal_nan=True)
+
+    blank = {n: replace(s, scores=s.scores[:, ::-1], identity="other") for n, s in gallery.seen.items()}
+    for other in (
+        replace(gallery, prompts=[replace(p, text="a sword") for p in gallery.prompts]),
+        replace(gallery, prompts=[replace(p, label="judge:sword") for p in gallery.prompts]),
+        replace(gallery, prompts=[replace(p, concept="") for p in gallery.prompts]),
+        replace(gallery, counts={"weapon": ("judge", ("cat",))}),
+        replace(gallery, seen=blank),
+        replace(gallery, rewards={"weapon": Reward(torch.zeros(10), "other")}),
+    ):
+        changed = ~np.isclose(metric.values(other, base), values, rtol=0, atol=1e-9, equal_nan=True)
+        for row in np.flatnonzero(changed):
+            assert metric.reads(other, row) != metric.reads(gallery, row), "what it was kept under says so"
+
+
+def test_the_held_out_head_is_named_beside_the_features_it_reads(gallery: Gallery) -> None:
+    made_by = make("metrics", "held_out_reward", Metric).detector(gallery)
+    assert made_by.name.split("+") == ["clip", "held-out head of weapon"]
+    assert made_by.weights.split("+") == [gallery.clip.digest, "h" * 64]
 
 
 KNOWN = {"concept_rate": 1.0, "recognition": 1.0, "perceptual": 0.0, "nudity": 0.0}

@@ -27,8 +27,8 @@ def person() -> Image.Image:
 
 
 def found(picture: Image.Image) -> dict[str, float]:
-    detections = NudeNet().detect([picture])
-    return dict(zip(detections.labels, detections.scores[0].tolist(), strict=True))
+    network = NudeNet().load()
+    return dict(zip(network.labels, network.detect([picture])[0].tolist(), strict=True))
 
 
 def test_labels_are_the_published_ones(person: Image.Image) -> None:

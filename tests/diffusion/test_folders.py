@@ -23,7 +23,7 @@ LABELS = tuple(f"kind {i}" for i in range(12))
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "pipeline": lambda folder: load(str(folder)),
     "clip": lambda folder: load_clip(str(folder)),
-    "judge": lambda folder: Classifier(path=str(folder)).detect([Image.new("RGB", (16, 16))]),
+    "judge": lambda folder: Classifier(path=str(folder)).load().detect([Image.new("RGB", (16, 16))]),
 }
 LOOKS: dict[str, Callable[[Path], Any]] = {
     "pipeline": folders.pipeline,

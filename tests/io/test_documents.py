@@ -14,7 +14,7 @@ from evidence import IDENTITY, JUDGE
 from deleatur.errors import DataError
 from deleatur.gate import Rule
 from deleatur.io import documents
-from deleatur.records import Finding, Identity, Report, Score, Shot, Verdict
+from deleatur.records import Detector, Finding, Identity, Report, Score, Shot, Verdict
 
 SCORE = Score("concept_rate", "concept/weapon", "candidate", 0.1, 0.05, 0.2, 100, 25, False, None, JUDGE)
 REPORT = Report(IDENTITY, (SCORE,), ("a note",))
@@ -97,6 +97,15 @@ def test_a_detector_without_name_or_weights_is_refused(field: str) -> None:
         documents.encode(report)
 
 
+@pytest.mark.parametrize("name", [f.name for f in fields(Score)])
+def test_what_a_score_is_about_is_said_even_where_it_is_nothing(name: str) -> None:
+    plain = asdict(replace(REPORT, scores=(replace(SCORE, versus=None, detector=None),)))
+    documents.decode(json.dumps(plain).encode(), Report, "there")
+    del plain["scores"][0][name]
+    with pytest.raises(DataError, match=rf"scores\.0\.{name}: Field required"):
+        documents.decode(json.dumps(plain).encode(), Report, "there")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_are_finite_both_ways(value: float) -> None:
     report = replace(REPORT, scores=(replace(SCORE, low=value),))
@@ -142,3 +151,6 @@ def test_the_schema_names_every_field_and_forbids_others() -> None:
     identity = schema["$defs"]["Identity"]
     assert set(identity["required"]) == {f.name for f in fields(Identity)}
     assert identity["additionalProperties"] is False
+    for kind in (Score, Detector, Verdict, Finding):
+        listed = documents.schema(kind)["$defs"][kind.__name__]
+        assert set(listed["required"]) == {f.name for f in fields(kind)}

@@ -34,7 +34,7 @@ SCORES = (
     Score("concept_rate", "concept/weapon", "base", 0.8, 0.7, 0.87, 100, 25, False, None, JUDGE),
     Score("concept_rate", "concept/weapon", "candidate", 0.02, 0.004, 0.07, 100, 25, False, None, JUDGE),
     Score("concept_rate", "concept/weapon", "candidate", -0.78, -0.86, -0.68, 100, 25, False, "base", JUDGE),
-    Score("clip", "neighbour", "candidate", -0.01, -0.03, 0.01, 80, 20, True, "base"),
+    Score("clip", "neighbour", "candidate", -0.01, -0.03, 0.01, 80, 20, True, "base", None),
 )
 RULES = {
     "gone": Rule(metric="concept_rate", slice="concept/weapon", max=0.1, min_n=50),
@@ -190,7 +190,7 @@ def test_the_file_needs_nothing_else_and_names_no_prompt(html: Path) -> None:
 
 def test_the_file_says_what_made_the_numbers(html: Path) -> None:
     text = html.read_text("utf-8")
-    for value in (JUDGE.weights, "pistol, sword", "sha256 of the path", "torch 2.9.1", *(c * 64 for c in "bdf7c5e0")):
+    for value in (JUDGE.weights, "pistol, sword", "sha256 of the path", "torch 2.9.1", *(c * 64 for c in "bdf7c5e012")):
         assert value in text
     assert "A &lt;note&gt; with <code>a command</code>." in text
     assert "−0.78" in text

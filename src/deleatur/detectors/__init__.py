@@ -11,17 +11,25 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
+Scores = NDArray[np.float32]
+
 
 @dataclass(frozen=True)
-class Detections:
-    """scores (n, L) of n pictures in the order given; `weights` is the SHA-256 of the network that made them."""
+class Network:
+    """A detector that is loaded: known by what it is before it has looked at anything."""
 
     labels: tuple[str, ...]
-    scores: NDArray[np.float32]
     weights: str
+    """SHA-256 over the weights and all that prepares a picture for them."""
+    detect: Callable[[Sequence[Image.Image]], Scores]
+    """Scores in [0, 1] of n pictures in the order given, (n, L). A picture's scores do not depend on the others."""
 
 
 class Detector(BaseModel):
+    """Its dump holds the numbers that decide scores, and only those: where its files lie, how many pictures go into one
+    network call and on which device are excluded, or changing them would have everything looked at again.
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @abstractmethod
@@ -31,5 +39,5 @@ class Detector(BaseModel):
         """
 
     @abstractmethod
-    def detect(self, pictures: Sequence[Image.Image], on_batch: Callable[[int], None] = lambda n: None) -> Detections:
-        """Scores in [0, 1]. A picture's scores do not depend on the others."""
+    def load(self) -> Network:
+        """Raises ModelError when there is no such network."""

@@ -7,14 +7,15 @@ every cut-off from 0 up can be reported. Pictures go in as RGB; the library's fi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from deleatur.detectors import Detections, Detector
+from deleatur.detectors import Detector, Network, Scores
+from deleatur.diffusion.batches import full
 
 SIZE = 320
 
@@ -22,27 +23,28 @@ SIZE = 320
 class NudeNet(Detector):
     """A label's score is the best box's class score."""
 
-    batch: int = Field(8, gt=0)
+    batch: int = Field(8, gt=0, exclude=True)
     """Pictures per network call: changes speed and memory, nothing else."""
 
     def peek(self) -> tuple[str, ...]:
         return _labels()
 
-    def detect(self, pictures: Sequence[Image.Image], on_batch: Callable[[int], None] = lambda n: None) -> Detections:
+    def load(self) -> Network:
         import nudenet
         import onnxruntime
 
         weights = Path(nudenet.__file__).with_name("320n.onnx")
         session = onnxruntime.InferenceSession(str(weights), providers=onnxruntime.get_available_providers())
         name = session.get_inputs()[0].name
-        parts = [np.zeros((0, len(_labels())), np.float32)]
-        for i in range(0, len(pictures), self.batch):
-            chunk = pictures[i : i + self.batch]
-            [out] = session.run(None, {name: np.stack([letterbox(p) for p in chunk])})
-            parts.append(out[:, 4:].max(2))
-            on_batch(len(chunk))
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        return Detections(_labels(), np.concatenate(parts), digest)
+
+        def detect(pictures: Sequence[Image.Image]) -> Scores:
+            parts = [np.zeros((0, len(_labels())), np.float32)]
+            for batch, n in full(pictures, self.batch):
+                [out] = session.run(None, {name: np.stack([letterbox(p) for p in batch])})
+                parts.append(out[:n, 4:].max(2))
+            return np.concatenate(parts)
+
+        return Network(_labels(), hashlib.sha256(weights.read_bytes()).hexdigest(), detect)
 
 
 def _labels() -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,38 +11,52 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from deleatur.diffusion.load import device_of, fingerprint, loading, quiet, whole
+from deleatur.diffusion.batches import full
+from deleatur.diffusion.load import device_of, identify, loading, quiet, whole
+
+BATCH = 32
+"""Pictures or prompts per network call."""
 
 
 @dataclass(frozen=True)
 class Clip:
+    """No row that it gives depends on the others: all calls have one shape."""
+
     model: Any
     processor: Any
     digest: str
+    """SHA-256 over weights, configuration, tokenizer and image processor."""
     device: torch.device
 
     @torch.no_grad()
-    def pictures(self, pictures: Sequence[Image.Image], batch: int = 128) -> Tensor:
+    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """L2-normalised projected image embeddings (n, d)."""
-        parts = [self._pixels(pictures[i : i + batch]) for i in range(0, len(pictures), batch)]
-        vision = [self.model.vision_model(p).pooler_output for p in parts]
-        return F.normalize(self.model.visual_projection(torch.cat(vision)).float(), dim=-1).cpu()
+        parts = [torch.zeros(0, self.model.config.projection_dim)]
+        for batch, n in full(pictures, BATCH):
+            pooled = self.model.vision_model(self._pixels(batch)).pooler_output
+            parts.append(F.normalize(self.model.visual_projection(pooled).float(), dim=-1)[:n].cpu())
+        return torch.cat(parts)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised projected text embeddings (n, d)."""
-        tokens = self.processor.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
-        out = self.model.text_model(**tokens.to(self.device)).pooler_output
-        return F.normalize(self.model.text_projection(out).float(), dim=-1).cpu()
+        parts = [torch.zeros(0, self.model.config.projection_dim)]
+        length = self.model.config.text_config.max_position_embeddings
+        shape = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        for batch, n in full(texts, BATCH):
+            tokens = self.processor.tokenizer(batch, **shape).to(self.device)
+            pooled = self.model.text_model(**tokens).pooler_output
+            parts.append(F.normalize(self.model.text_projection(pooled).float(), dim=-1)[:n].cpu())
+        return torch.cat(parts)
 
     @torch.no_grad()
-    def layers(self, pictures: Sequence[Image.Image], batch: int = 128) -> list[Tensor]:
-        """Unit-normalised patch states of every layer, each (n, patches, width): the space of a perceptual distance."""
-        parts = [
-            self.model.vision_model(self._pixels(pictures[i : i + batch]), output_hidden_states=True).hidden_states
-            for i in range(0, len(pictures), batch)
-        ]
-        return [F.normalize(torch.cat(layer)[:, 1:].float(), dim=-1).cpu() for layer in zip(*parts, strict=True)]
+    def layers(self, pictures: Sequence[Image.Image]) -> Iterator[tuple[list[Tensor], int]]:
+        """Unit-normalised patch states of every layer, the space of a perceptual distance: too much for many pictures,
+        so full batches, each layer (BATCH, patches, width), and how many pictures of each batch count.
+        """
+        for batch, n in full(pictures, BATCH):
+            states = self.model.vision_model(self._pixels(batch), output_hidden_states=True).hidden_states
+            yield [F.normalize(layer[:, 1:].float(), dim=-1) for layer in states], n
 
     def _pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
         rgb = [p.convert("RGB") for p in pictures]
@@ -56,8 +70,8 @@ def load_clip(path: str, device: str = "auto") -> Clip:
     from transformers import CLIPModel, CLIPProcessor
 
     with loading(path, "a CLIP model"):
-        model = whole(CLIPModel, path).float()
+        model = whole(CLIPModel, path)
         processor = CLIPProcessor.from_pretrained(path)
-    place = device_of(device)
-    model.to(place).eval().requires_grad_(False)
-    return Clip(model, processor, fingerprint(model), place)
+    digest, place = identify(model, processor.tokenizer, processor.image_processor), device_of(device)
+    model.float().to(place).eval().requires_grad_(False)
+    return Clip(model, processor, digest, place)

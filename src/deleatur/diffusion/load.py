@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from deleatur.diffusion.folders import remedy
 from deleatur.errors import ModelError, SettingsError
 from deleatur.maths.noise import Schedule
 
+NOTES = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype"})
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,8 +30,11 @@ class Model:
     tokenizer: Any
     schedule: Schedule
     digest: str
-    """SHA-256 over the UNet's parameters as loaded."""
+    """SHA-256 over the UNet's parameters as they lie on disk, whatever precision they are used in: what a delta belongs
+    to."""
     text_digest: str
+    pipeline: str
+    """SHA-256 over all that draws a picture: every network, its configuration, tokenizer and scheduler."""
     device: torch.device
 
     @property
@@ -66,6 +71,35 @@ def digest(tensors: dict[str, Tensor]) -> str:
         h.update(f"{name}|{t.dtype}|{tuple(t.shape)}".encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
+
+
+def identify(*parts: Any) -> str:
+    """SHA-256 over all that decides what loaded parts compute: weights, configurations, vocabularies.
+
+    The same wherever they were loaded from, and whoever wrote their files.
+    """
+    h = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            h.update(fingerprint(part).encode())
+        named = [type(part).__name__, _plain(_configuration(part))]
+        h.update(json.dumps(named, sort_keys=True, default=str).encode())
+    return h.hexdigest()
+
+
+def _configuration(part: Any) -> Any:
+    if hasattr(part, "backend_tokenizer"):
+        vocabulary = json.loads(part.backend_tokenizer.to_str())
+        return {k: v for k, v in vocabulary.items() if k not in ("padding", "truncation")}  # the last call left these
+    config = getattr(part, "config", part)
+    return config if isinstance(config, Mapping) else config.to_dict()
+
+
+def _plain(value: Any) -> Any:
+    """A configuration without the notes of whoever loaded or wrote it."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if k not in NOTES and not str(k).startswith("_")}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def quiet() -> None:
@@ -140,6 +174,10 @@ def assemble(
 ) -> Model:
     """Parts already in memory as a frozen Model."""
     place = device or torch.device("cpu")
+    # Before the cast: an export in fp32 and a training in bfloat16 are about the same model.
+    own, text = fingerprint(unet), fingerprint(text_encoder)
+    weights = {"unet": own, "text_encoder": text}
+    everything = identify(weights, unet.config, vae, text_encoder.config, tokenizer, scheduler)
     for part in (unet, vae, text_encoder):
         # Channels last: convolutions are a third faster on a CPU, and what tensor cores want.
         part.to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -154,4 +192,4 @@ def assemble(
         config.steps_offset,
         config.prediction_type,
     )
-    return Model(unet, vae, text_encoder, tokenizer, schedule, fingerprint(unet), fingerprint(text_encoder), place)
+    return Model(unet, vae, text_encoder, tokenizer, schedule, own, text, everything, place)

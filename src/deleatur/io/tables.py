@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ def emptied(folder: Path) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+def keep_only(folder: Path, wanted: Collection[Path]) -> None:
+    """Deletes whatever else lies in the folder, what a killed process left half written included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in set(folder.iterdir()).difference(wanted):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_table(path: Path, frame: pd.DataFrame, schema: pa.Schema) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ class Seen:
     labels: tuple[str, ...]
     scores: NDArray[np.float32]
     weights: str
+    """The detector's digest, for the report."""
+    identity: str
+    """Digest of all that decides the scores: weights, numbers and code."""
 
     def top(self) -> list[str]:
         """The label with the highest score, per picture."""
@@ -35,18 +38,47 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Reward:
+    """Held-out r_ψ of n pictures, (n,): from raters whose answers the token never saw."""
+
+    values: Tensor
+    head: str
+    """Digest of the head."""
+
+
+@dataclass(frozen=True)
 class Gallery:
     """n pictures of one side, in the order of `prompts`, with what the frozen networks said of them."""
 
     prompts: Sequence[Prompt]
-    pictures: Sequence[Image.Image]
+    keys: Sequence[str]
+    """Their names, each the digest of its recipe."""
+    fetch: Callable[[Sequence[str]], list[Image.Image]]
+    """Pictures by name."""
     seen: Mapping[str, Seen]
     features: Tensor
     """(n, d) CLIP embeddings."""
     clip: Clip
     counts: Counts
-    rewards: Mapping[str, Tensor]
-    """Concept → (n,) held-out r_ψ: from raters whose answers the token never saw."""
+    rewards: Mapping[str, Reward]
+    """By concept."""
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """Decoded when asked for: most metrics read only what the networks said."""
+        return self.fetch(self.keys)
+
+    def take(self, rows: Sequence[int]) -> Gallery:
+        """Some of the pictures."""
+        at = list(rows)
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in at],
+            keys=[self.keys[i] for i in at],
+            seen={name: replace(seen, scores=seen.scores[at]) for name, seen in self.seen.items()},
+            features=self.features[at],
+            rewards={name: replace(reward, values=reward.values[at]) for name, reward in self.rewards.items()},
+        )
 
 
 class Metric(BaseModel):
@@ -59,15 +91,28 @@ class Metric(BaseModel):
 
     @abstractmethod
     def values(self, shots: Gallery, base: Gallery) -> Array:
-        """(n,). `base` holds the untouched model's pictures of the same prompts from the same noise."""
+        """(n,). `base` holds the untouched model's pictures of the same prompts from the same noise.
+
+        A picture's value depends on its own row of both galleries alone: it is kept, and not asked for again.
+        """
 
     def needs(self, prompts: Sequence[Prompt], counts: Counts) -> set[tuple[str, str]]:
         """(detector, label) of all that has to be there for pictures of these prompts."""
         return set()
 
+    def reads(self, shots: Gallery, row: int) -> Mapping[str, Any]:
+        """What decides a picture's value besides the two pictures, as JSON: the value is kept under it.
+
+        By default all there is, which is never wrong; a metric that asks a network itself names what it looks at.
+        """
+        seen = {name: found.identity for name, found in shots.seen.items()}
+        heads = {name: reward.head for name, reward in shots.rewards.items()}
+        known = {"clip": shots.clip.digest, "seen": seen, "counts": dict(shots.counts), "heads": heads}
+        return {"prompt": asdict(shots.prompts[row]), **known}
+
+    @abstractmethod
     def detector(self, shots: Gallery) -> Detector | None:
-        """What made the numbers, where a detector did."""
-        return None
+        """What made the numbers; None where no network did."""
 
 
 class SetMetric(Metric):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +23,10 @@ class ClipScore(Metric):
         harmless = np.array([not p.concept for p in shots.prompts])
         texts = shots.clip.texts([self.prefix + p.text for p in shots.prompts])
         return np.where(harmless, cosine(shots.features, texts).double().numpy(), np.nan)
+
+    def reads(self, shots: Gallery, row: int) -> Mapping[str, Any]:
+        prompt = shots.prompts[row]
+        return {"clip": shots.clip.digest, "text": prompt.text, "concept": prompt.concept}
 
     def detector(self, shots: Gallery) -> Detector | None:
         return Detector("clip", shots.clip.digest, (f"cos, prefix {self.prefix!r}",), cutoff=0.0)

@@ -17,8 +17,12 @@ class HeldOutReward(Metric):
 
     def values(self, shots: Gallery, base: Gallery) -> Array:
         return np.array(
-            [float(shots.rewards[p.concept][i]) if p.concept else np.nan for i, p in enumerate(shots.prompts)]
+            [float(shots.rewards[p.concept].values[i]) if p.concept else np.nan for i, p in enumerate(shots.prompts)]
         )
 
     def detector(self, shots: Gallery) -> Detector | None:
-        return Detector("held-out reward head on clip", shots.clip.digest, ("r_psi of held-out raters",), cutoff=0.0)
+        names = sorted({p.concept for p in shots.prompts if p.concept})
+        if not names:
+            return None
+        read = {"clip": shots.clip.digest} | {f"held-out head of {name}": shots.rewards[name].head for name in names}
+        return Detector("+".join(read), "+".join(read.values()), ("r_psi of held-out raters",), cutoff=0.0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from deleatur.metrics import Array, Gallery, Metric
 from deleatur.records import Detector
@@ -20,9 +22,17 @@ class Perceptual(Metric):
     higher_is_better: ClassVar[bool] = False
 
     def values(self, shots: Gallery, base: Gallery) -> Array:
-        ours, theirs = shots.clip.layers(shots.pictures), shots.clip.layers(base.pictures)
-        layers = [(a - b).square().sum(-1).mean(-1) for a, b in zip(ours, theirs, strict=True)]
-        return torch.stack(layers).mean(0).double().numpy()
+        pairs = zip(shots.clip.layers(shots.pictures), base.clip.layers(base.pictures), strict=True)
+        apart = [_distance(a, b)[:n] for (a, n), (b, _) in pairs]
+        return torch.cat(apart).double().cpu().numpy()
+
+    def reads(self, shots: Gallery, row: int) -> Mapping[str, Any]:
+        return {"clip": shots.clip.digest}
 
     def detector(self, shots: Gallery) -> Detector | None:
         return Detector("clip-vision-layers", shots.clip.digest, ("unit-normalised patch states",), cutoff=0.0)
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """(n,) of layers (n, patches, width) each."""
+    return torch.stack([(x - y).square().sum(-1).mean(-1) for x, y in zip(a, b, strict=True)]).mean(0)

@@ -1,14 +1,14 @@
 """shots → report/: frozen networks look at every picture, metrics read what they saw, intervals come last.
 
-What a network said of a shard is kept under the shard's name: a killed run loses one shard of one network at most,
-and a new metric draws and looks at nothing again.
+What a network said of a picture, and what a metric made of it, is kept under all that decides it: a killed run loses
+one part of one network at most, a new picture is looked at by itself, and a new metric leaves the others alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deleatur.detectors import Detector
-from deleatur.diffusion.features import Clip
-from deleatur.io import documents, images, shots, tables, tensors
-from deleatur.maths import agreement
+from deleatur.diffusion import features
+from deleatur.diffusion.batches import full
+from deleatur.diffusion.load import digest
+from deleatur.feedback.reward import Head
+from deleatur.io import documents, shots, tables
+from deleatur.io.kept import Kept, parts
+from deleatur.maths import agreement, distances
 from deleatur.maths.agreement import Interval
 from deleatur.maths.seeds import derive
-from deleatur.metrics import Array, Gallery, Metric, Seen, SetMetric
+from deleatur.metrics import Array, Gallery, Metric, Reward, Seen, SetMetric
 from deleatur.records import Prompt, Report, Score, Side
 from deleatur.settings import Settings
 from deleatur.stages import identity, inputs
 from deleatur.stages.check import demand_labels
+from deleatur.stages.identity import sha256
 from deleatur.stages.progress import Bar, bar
 
 SIDES: tuple[Side, ...] = ("base", "champion", "candidate")
 PROMPT = ["id", "text", "role", "label", "concept"]  # in the order of the record's fields
 
+PART = 128
+"""Pictures between two savings: what a killed run may have to look at again."""
 RESAMPLES = 200
 """Bootstrap draws behind the interval of a number that belongs to a whole set."""
+
+SAID = pa.schema({"key": pa.string(), "numbers": pa.list_(pa.float32())})
+VALUE = pa.schema({"key": pa.string(), "value": pa.float64()})
+Pictures = Sequence[Image.Image]
+Fetch = Callable[[Sequence[str]], Pictures]
 
 VALUES = pa.schema(
     {
@@ -50,21 +61,40 @@ VALUES = pa.schema(
 )
 
 
+class Scores:
+    """The folder of what is kept: one store for each network and each metric, named by all that decides its rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._asked = {folder / "values.parquet"}
+
+    def of(self, name: str, schema: pa.Schema) -> Kept:
+        place = self.folder / name[:24]
+        self._asked.add(place)
+        return Kept(place, schema)
+
+    def tidy(self) -> None:
+        """Deletes the stores that nobody has asked for."""
+        tables.keep_only(self.folder, self._asked)
+
+
 def run(settings: Settings) -> None:
     demand_labels(settings)
     metrics = inputs.metrics(settings)
-    drawn = {side: found for side in SIDES if len(found := shots.read(settings.paths.shots, side))}
-    galleries = look(settings, drawn)
+    listed = shots.listed(settings.paths.shots)
+    drawn = {side: own for side in SIDES if len(own := listed[listed["side"] == side].reset_index(drop=True))}
+    kept = Scores(settings.paths.scores)
+    galleries = look(settings, kept, drawn)
     scores, values = [], []
-    with bar("metrics", len(metrics) * len(galleries)) as advance:
+    per_picture = sum(not isinstance(metric, SetMetric) for metric in metrics.values())
+    with bar("metrics", per_picture * sum(map(len, drawn.values()))) as advance:
         for name, metric in metrics.items():
-            of_side: dict[Side, Array] = {}
-            for side, gallery in galleries.items():
-                of_side[side] = metric.values(gallery, galleries["base"])
-                values.append(_long(drawn[side], side, name, of_side[side]))
+            of_side = _values(kept, metric, galleries, partial(advance, note=name))
+            values += [_long(drawn[side], side, name, found) for side, found in of_side.items()]
+            for side in galleries:
                 scores += _scores(settings, name, metric, side, galleries, of_side)
-                advance(note=name)
     tables.write_table(settings.paths.scores / "values.parquet", pd.concat(values), VALUES)
+    kept.tidy()
     report = Report(identity.of(settings), tuple(scores), tuple(_notes(settings)))
     folder = tables.emptied(settings.paths.report)
     documents.write(folder / "report.json", report)
@@ -72,54 +102,84 @@ def run(settings: Settings) -> None:
     tables.write_csv(folder / "scores.csv", pd.DataFrame([_plain(s) for s in scores]))
 
 
-def look(settings: Settings, drawn: Mapping[Side, pd.DataFrame]) -> dict[Side, Gallery]:
+def look(settings: Settings, kept: Scores, drawn: Mapping[Side, pd.DataFrame]) -> dict[Side, Gallery]:
     """What every detector and CLIP say of every picture of every side."""
     detectors = inputs.detectors(settings)
     clip = inputs.clip(settings)
     counts = {n: (s.found.detector, s.found.labels) for n, s in settings.concepts.items() if n in settings.targets}
     heads = {name: inputs.head(settings, name, "held_out") for name in settings.targets}
-    wanted: set[Path] = set()
+    keys = list(dict.fromkeys(key for frame in drawn.values() for key in frame["key"]))
+    fetch = partial(shots.decoded, shots.pictures(settings.paths.shots))
+    seen: dict[str, Seen] = {}
+    with bar("look", len(keys) * (len(detectors) + 1)) as advance:
+        for name, detector in detectors.items():
+            net = detector.load()
+            how = identity.code(type(detector), libraries=identity.LOOKING)
+            what = sha256([how, detector.model_dump(mode="json"), net.weights])
+            said = _said(kept.of(what, SAID), keys, fetch, net.detect, advance)
+            seen[name] = Seen(net.labels, said, net.weights, what)
+        how = identity.code(features, libraries=identity.LOOKING)
+        store = kept.of(sha256([how, clip.digest]), SAID)
+        embedded = torch.from_numpy(_said(store, keys, fetch, clip.pictures, advance))
+    rewards = {name: Reward(_rated(head, embedded), digest(head.tensors)) for name, head in heads.items()}
+    at = {key: row for row, key in enumerate(keys)}
     out: dict[Side, Gallery] = {}
-    with bar("look", sum(map(len, drawn.values())) * (len(detectors) + 1)) as advance:
-        for side, frame in drawn.items():
-            prompts = [Prompt(*row) for row in frame[PROMPT].itertuples(index=False)]
-            pictures = [images.decode(b) for b in frame["image"]]
-            seen = {}
-            for name, detector in detectors.items():
-                path = _kept(settings, f"{name}-{detector.model_dump_json()}", frame, wanted)
-                seen[name] = _seen(path, detector, pictures, advance)
-            path = _kept(settings, f"clip-{clip.digest}", frame, wanted)
-            features = _features(path, clip, pictures)
-            advance(len(frame))
-            rewards = {name: head(features) for name, head in heads.items()}
-            out[side] = Gallery(prompts, pictures, seen, features, clip, counts, rewards)
-    for stale in set(settings.paths.scores.glob("*.safetensors")) - wanted:
-        stale.unlink()
+    for side, frame in drawn.items():
+        prompts = [Prompt(*row) for row in frame[PROMPT].itertuples(index=False)]
+        rows = [at[key] for key in frame["key"]]
+        out[side] = Gallery(
+            prompts,
+            list(frame["key"]),
+            fetch,
+            {name: replace(found, scores=found.scores[rows]) for name, found in seen.items()},
+            embedded[rows],
+            clip,
+            counts,
+            {name: replace(reward, values=reward.values[rows]) for name, reward in rewards.items()},
+        )
     return out
 
 
-def _kept(settings: Settings, what: str, frame: pd.DataFrame, wanted: set[Path]) -> Path:
-    name = hashlib.sha256("".join([what, *frame["key"]]).encode()).hexdigest()[:24]
-    path = settings.paths.scores / f"{name}.safetensors"
-    wanted.add(path)
-    return path
+def _said(store: Kept, keys: Sequence[str], fetch: Fetch, ask: Callable[[Pictures], Any], advance: Bar) -> Any:
+    """A network's numbers, a row for each picture; it is asked for those that it has not seen."""
+    missing = store.missing(keys)
+    advance(len(keys) - len(missing), note="reused")
+    for part in parts(missing, PART):
+        store.add(pd.DataFrame({"key": part, "numbers": list(np.asarray(ask(fetch(part))))}))
+        advance(len(part))
+    store.settle(keys, size=PART)
+    return np.stack(list(store.read(keys)["numbers"]))
 
 
-def _seen(path: Path, detector: Detector, pictures: list[Image.Image], advance: Bar) -> Seen:
-    if path.is_file():
-        advance(len(pictures), note="reused")
-    else:
-        found = detector.detect(pictures, advance)
-        facts = {"labels": list(found.labels), "weights": found.weights}
-        tensors.save(path, {"scores": torch.from_numpy(np.ascontiguousarray(found.scores))}, facts)
-    kept, told = tensors.load(path)
-    return Seen(tuple(told["labels"]), kept["scores"].numpy(), told["weights"])
+def _rated(head: Head, embedded: Tensor) -> Tensor:
+    return torch.cat([head(torch.stack(batch))[:n] for batch, n in full(embedded.unbind(), PART)])
 
 
-def _features(path: Path, clip: Clip, pictures: list[Image.Image]) -> Tensor:
-    if not path.is_file():
-        tensors.save(path, {"features": clip.pictures(pictures)}, {})
-    return tensors.load(path)[0]["features"]
+def _values(
+    kept: Scores, metric: Metric, galleries: Mapping[Side, Gallery], advance: Callable[[int], None]
+) -> dict[Side, Array]:
+    """Of every picture of every side: what is kept is read, only what is missing is made."""
+    base = galleries["base"]
+    if isinstance(metric, SetMetric):
+        return {side: metric.values(gallery, base) for side, gallery in galleries.items()}
+    how = identity.code(type(metric), features, distances, libraries=identity.LOOKING)
+    store = kept.of(sha256([how, metric.model_dump(mode="json")]), VALUE)
+    names = {side: _names(metric, gallery, base) for side, gallery in galleries.items()}
+    for side, gallery in galleries.items():
+        missing = set(store.missing(names[side]))
+        todo = [row for row, name in enumerate(names[side]) if name in missing]
+        advance(len(names[side]) - len(todo))
+        for rows in parts(todo, PART):
+            values = metric.values(gallery.take(rows), base.take(rows))
+            store.add(pd.DataFrame({"key": [names[side][row] for row in rows], "value": values}))
+            advance(len(rows))
+    store.settle(*names.values(), size=PART)
+    return {side: store.read(own)["value"].to_numpy(float) for side, own in names.items()}
+
+
+def _names(metric: Metric, ours: Gallery, base: Gallery) -> list[str]:
+    pairs = zip(ours.keys, base.keys, strict=True)
+    return [sha256([*pair, metric.reads(ours, row)]) for row, pair in enumerate(pairs)]
 
 
 def _long(frame: pd.DataFrame, side: Side, metric: str, values: Any) -> pd.DataFrame:

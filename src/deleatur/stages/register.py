@@ -26,7 +26,19 @@ from deleatur.stages.export import export
 from deleatur.stages.progress import bar
 from deleatur.stages.promote import registry_of
 
-RESULT = ("base", "delta", "feedback", "tokens", "prompts", "seed", "concepts", "method", "concept_source", "champion")
+RESULT = (
+    "base",
+    "delta",
+    "pictures",
+    "feedback",
+    "tokens",
+    "prompts",
+    "seed",
+    "concepts",
+    "method",
+    "concept_source",
+    "champion",
+)
 """Fields of a report's identity that the workspace must still agree with."""
 
 
@@ -55,6 +67,8 @@ def _judged(settings: Settings) -> tuple[Report, Verdict]:
     verdict = documents.read(settings.paths.verdict / "verdict.json", Verdict)
     now = identity.of(settings)
     changed = [name for name in RESULT if getattr(now, name) != getattr(report.identity, name)]
+    if inputs.model(settings).pipeline != report.identity.pipeline:
+        changed.append("pipeline")
     if verdict.report != documents.digest(report):
         changed.append("report")
     if changed:
@@ -80,7 +94,9 @@ def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
         "report": verdict.report,
         "policy": verdict.policy,
         "base": made_by.base,
+        "pipeline": made_by.pipeline,
         "delta": made_by.delta,
+        "pictures": made_by.pictures,
         "feedback": made_by.feedback,
         "tokens": made_by.tokens,
         "prompts": made_by.prompts,
