@@ -145,7 +145,7 @@ def test_another_label_draws_nothing_and_is_another_number(root: Path) -> None:
         path.write_text(re.sub(r"judge:\w+", f"judge:{label}", path.read_text()))
         counts = look(Settings.load())
         assert (counts[UNET], counts[JUDGE], counts[VISION]) == (0, 0, 0)
-        assert counts[TEXT] == len(listed()["id"].unique()) + 4, "each prompt once, the empty one and the concept"
+        assert counts[TEXT] == listed()["id"].nunique() + 5, "each prompt; the concept, its words, its tokens, and none"
         assert listed()["key"].tolist() == keys
         values.append(
             pd.read_parquet("out/scores/values.parquet").query("metric == 'recognition' and role == 'unseen'")
