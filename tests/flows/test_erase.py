@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -161,7 +162,7 @@ def test_the_script_needs_no_server_and_leaves_none_behind(
     code, _, complained = script(home)
     assert code == SettingsError.exit_code
     assert "bogus" in complained
-    assert "\nNext: deleatur check" in complained
+    assert "\nNext: deleatur methods erasers" in complained
 
 
 def script(home: Path) -> tuple[int, str, str]:
@@ -175,9 +176,11 @@ def script(home: Path) -> tuple[int, str, str]:
         text=True,
         start_new_session=True,
     )
-    said, complained = child.communicate(timeout=540)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(child.pid, 0)
+    try:
+        said, complained = child.communicate(timeout=1200)
+    finally:
+        with pytest.raises(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
     return child.returncode, said, complained
 
 
