@@ -34,7 +34,7 @@ class Edit(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     strength: float = 5.0
-    """s_e; 0 switches it off, below 0 adds the concept instead."""
+    """s_e, how much of the concept's direction is taken away; 0 is none, below 0 adds it instead."""
     warm_up: int = Field(10, ge=0)
     """δ, sampler steps before it acts."""
     cool_down: int | None = Field(None, ge=0)
@@ -64,7 +64,7 @@ class SEGA(Guide):
     concepts: dict[str, Edit] = Field(default_factory=dict)
     """Concept → numbers of `edit` that are others for it."""
     momentum: float = Field(0.1, ge=0)
-    """s_m."""
+    """s_m, how much of ν, the running mean of γ, is added."""
     beta: float = Field(0.4, ge=0, lt=1)
     """β_m, the share of ν that stays at each step."""
 

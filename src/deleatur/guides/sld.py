@@ -43,11 +43,11 @@ class SLD(Guide):
     warm_up: int = Field(10, ge=0)
     """δ, sampler steps before it acts: the layout is left to the prompt."""
     strength: float = Field(1000.0, ge=0)
-    """s_S; 0 switches it off."""
+    """s_S, how soon the gate is wide open; 0 switches the guide off."""
     threshold: float = 0.01
     """λ. The larger, the more elements are steered; 1 is all of them."""
     momentum: float = Field(0.3, ge=0)
-    """s_m."""
+    """s_m, how much of ν, the running mean of γ, is added."""
     beta: float = Field(0.4, ge=0, lt=1)
     """β_m, the share of ν that stays at each step."""
 
