@@ -1,22 +1,24 @@
 # make setup | check | test | demo. Everything lands in .venv; nothing is installed elsewhere.
-.PHONY: setup check test demo
+.PHONY: setup check test demo other-build
 
 PYTHON ?= python3
 # cpu: no CUDA packages. auto: the build that fits the GPU of this machine.
-TORCH ?= cpu
+# Not given: what is installed, and cpu at first.
+HAVE := $(shell cat .venv/ready 2>/dev/null)
+TORCH ?= $(or $(HAVE),cpu)
 BIN := .venv/bin
 TORCH_VERSION := 2.13.0
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt $(if $(filter-out $(TORCH),$(HAVE)),other-build)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
 	@# A CPU wheel that pip can see (a wheel folder, a mirror) is taken first; else uv knows where PyTorch keeps its builds.
 	@if [ "$(TORCH)" != cpu ] || ! $(BIN)/python -m pip install --quiet "torch==$(TORCH_VERSION)+cpu" 2>/dev/null; then \
-	  $(BIN)/uv pip install --python $(BIN)/python --torch-backend "$(TORCH)" "torch==$(TORCH_VERSION)"; fi
+	  $(BIN)/uv pip install --python $(BIN)/python --torch-backend "$(TORCH)" --reinstall-package torch "torch==$(TORCH_VERSION)"; fi
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[dev]"
-	@touch .venv/ready
+	@echo $(TORCH) > .venv/ready
 
 check: setup
 	$(BIN)/ruff format --check .
