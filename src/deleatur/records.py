@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
+    from PIL.Image import Image
     from torch import Tensor
 
 Kind = Literal["binary", "rank"]
@@ -69,13 +70,22 @@ class SoftToken:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """What raters said of pictures: `marked` show the concept, `passed` do not."""
+
+    marked: Sequence[Image]
+    passed: Sequence[Image]
+
+
+@dataclass(frozen=True)
 class Concept:
     """A concept as the networks see it. Words and soft tokens give the same kind of value.
 
-    pieces:   n prompts, each text fragments and soft rows (v, d); each describes the concept and stands alone
+    pieces:   n prompts (before, description, after), text fragments and soft rows (v, d); each stands alone
     states:   (n, L, d) their text-encoder states
     content:  n tuples, the positions of the concept's own tokens in each sentence
     end:      n positions of the end-of-text token
+    pictures: for methods that learn from pictures instead of descriptions
     """
 
     name: str
@@ -85,6 +95,7 @@ class Concept:
     states: Tensor
     content: tuple[tuple[int, ...], ...]
     end: tuple[int, ...]
+    pictures: Pictures | None = None
 
 
 @dataclass(frozen=True, eq=False)

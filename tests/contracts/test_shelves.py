@@ -17,21 +17,26 @@ from deleatur.attacks import Attack, Target
 from deleatur.detectors import Detector
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import load_clip
+from deleatur.diffusion.finetune import Progress, Reading
 from deleatur.diffusion.invert import templates_of
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import denoise, noise
 from deleatur.erasers import Eraser
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter, Rated
-from deleatur.io.tensors import load_delta, save_delta
+from deleatur.io.tensors import load, load_delta, save, save_delta
 from deleatur.metrics import Gallery, Metric, Reward, Seen, SetMetric
-from deleatur.records import Concept, Delta, Prompt, SoftToken
+from deleatur.records import Concept, Delta, Pictures, Prompt, SoftToken
 from deleatur.stages.check import SHELVES, catalogue
 
 LOOP: dict[str, Any] = {"iterations": 3, "batch": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "sdd": {"order": "single", "loop": {**LOOP, "lr": 1e-3, "steps": 3}},
+    "esd": {"loop": {**LOOP, "lr": 1e-3, "steps": 3}},
+    "abo": {"alternatives": {"weapon": "cat", "style": ""}, "loop": {**LOOP, "lr": 1e-3, "steps": 3, "slots": 4}},
+    "safegen": {"loop": {**LOOP, "lr": 1e-3}},
     "hfi": {"tokens": 2, "top": 4, "loop": LOOP},
     "textual_inversion": {"loop": LOOP},
     "concept_inversion": {"loop": LOOP},
@@ -43,10 +48,15 @@ def make(shelf: str, name: str, base: type[Any], **more: Any) -> Any:
     return plug.find(shelf, name, base)(**SMALL.get(name, {}), **more)
 
 
+def rated(concept: Concept) -> Concept:
+    return replace(concept, pictures=Pictures(pictures(4), pictures(3)))
+
+
 @pytest.mark.parametrize("name", plug.names("erasers"))
 def test_erasers(model: Model, name: str, tmp_path: Path) -> None:
     eraser: Eraser = make("erasers", name, Eraser)
-    concepts = [encode.concept_from_words(model, "weapon", ["gun", "sword"])]
+    eraser.fits(["weapon"])
+    concepts = [rated(encode.concept_from_words(model, "weapon", ["gun", "sword"]))]
     keep = encode.encode_text(model, ["", "a cat"])
     before = fingerprint(model.unet)
     one, same = (eraser.erase(model, concepts, keep=keep, seed=1) for _ in range(2))
@@ -61,6 +71,39 @@ def test_erasers(model: Model, name: str, tmp_path: Path) -> None:
     save_delta(tmp_path / "e.safetensors", same)
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "e.safetensors").read_bytes()
     weights_of(model, again)
+
+
+@pytest.mark.parametrize("name", plug.names("erasers"))
+def test_erasers_take_words_and_tokens_together_look_and_go_on(model: Model, name: str, tmp_path: Path) -> None:
+    """Two concepts, one in words and one in soft tokens; looked at after every step; left after the first, and gone
+    on with from what it saved.
+    """
+    vectors = torch.randn(2, 1, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
+    concepts = [
+        rated(encode.concept_from_words(model, "weapon", ["gun"], ["a {}"])),
+        rated(encode.concept_from_token(model, SoftToken("style", "<style>", vectors), ["a {}", "{}"])),
+    ]
+    own = SMALL.get(name, {})
+    looking = {"loop": {**own["loop"], "check_every": 1, "guard": 10.0}} if "loop" in own else {}
+    eraser: Eraser = plug.find("erasers", name, Eraser)(**{**own, **looking})
+    keep, path = encode.encode_text(model, ["", "a cat"]), tmp_path / "state.safetensors"
+    looks: list[int] = []
+
+    def probe(weights: Weights) -> Reading:
+        looks.append(len(weights))
+        return Reading(1.0, 1.0)
+
+    def on_step(p: Progress) -> None:
+        if p.state and not path.exists():
+            save(path, p.state.tensors(), p.state.numbers())
+
+    whole = eraser.erase(model, concepts, keep=keep, seed=1, on_step=on_step, probe=probe)
+    assert whole.concepts == ("weapon", "style")
+    if path.exists():
+        assert looks == [0, *[len(eraser.touches(model))] * LOOP["iterations"]], "the base, then what was trained"
+        again = eraser.erase(model, concepts, keep=keep, seed=1, probe=probe, state=load(path))
+        assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors), "the same bits"
+        assert (again.record["curve"], again.record["looks"]) == (whole.record["curve"], whole.record["looks"])
 
 
 @pytest.mark.parametrize("name", plug.names("guides"))

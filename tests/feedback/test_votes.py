@@ -35,6 +35,27 @@ def test_a_picture_that_everybody_skips_has_no_vote(event: Make, table: Table) -
     assert np.isnan(row["mean"])
 
 
+def test_what_raters_see_in_a_picture_by_hand(event: Make, table: Table, tmp_path: Path) -> None:
+    """Yes, yes, no: two thirds. Ranked second and X: half. X and X: nobody. Skipped: nothing is known."""
+    answers = table(
+        *(
+            event(f"b{i}", rater=f"r{i}", items=(digest("asked"),), answer=a)
+            for i, a in enumerate(["yes", "yes", "no"])
+        ),
+        event("s", items=(digest("skipped"),), answer="skip"),
+        event("k0", kind="rank", concept="weapon", rater="r0", ranks=(1, 2, None, 3, 4)),
+        event("k1", kind="rank", concept="weapon", rater="r1", ranks=(2, None, None, 1, None)),
+    )
+    tables.write_table(tmp_path / "answers.parquet", answers, events.SCHEMA)
+    answers = tables.read_table(tmp_path / "answers.parquet")
+    equal = votes.raters(answers).assign(weight=1.0)
+    seen = votes.seen(answers, equal)
+    assert seen[digest("asked")] == pytest.approx(2 / 3)
+    assert [seen[digest(f"p{i}")] for i in range(5)] == [1, 0.5, 0, 1, 0.5]
+    assert digest("skipped") not in seen.index
+    assert len(seen) == 6
+
+
 def test_a_full_screen_of_five_gives_ten_pairs(event: Make, table: Table) -> None:
     answers = table(event(kind="rank", ranks=(2, 1, 3, 5, 4)))
     found = votes.pairs(answers, votes.raters(answers))

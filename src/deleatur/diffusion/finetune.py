@@ -1,18 +1,20 @@
-"""The one training loop of the fine-tuning erasers. A method supplies its target; the plumbing is here.
+"""The one training loop of the fine-tuning erasers. A method supplies the terms of its loss; the plumbing is here.
 
 θ: student, trained            θ*: teacher, its exponential moving average (EMA)         θ₀: the base model, frozen
 c₀: the empty prompt           c_p: what trajectories are prompted with                  c_s: what is being removed
 m: EMA decay                   s_g: guidance of the trajectories                         N: their sampler steps
 
+Of methods whose states are made by the sampler:
+
 L = mean (ε_θ(z, τ_k, c_s) − sg[target(z, τ_k, c_s)])²  +  preserve · mean (ε_θ(z', τ, c_keep) − ε_θ₀(z', τ, c_keep))²
 
-The second term is ours, not any paper's: off (0) in the parity presets, and named in every report when on.
+The second term is ours, not any paper's: off (0) unless asked for, and named in every report when on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -24,16 +26,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.overlay import difference
-from deleatur.diffusion.predict import Weights, predict
+from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.select import Selector, select
 from deleatur.diffusion.state import Saved, moments, parts, restore_moments
-from deleatur.diffusion.trajectories import Law, Replay, Resumable, Source, Trajectories, trajectories
+from deleatur.diffusion.terms import Error, Network, Networks, Preserved, Prompted, Rows, Target, Term, squared
+from deleatur.diffusion.trajectories import Law, Replay, Source, trajectories
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.seeds import generator
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # SDD as published: one fresh trajectory per step, nothing of ours.
-    "parity": {"trajectories": "fresh", "steps": 50, "batch": 1},
+    # The method's own numbers, as published: of SDD and ESD, one fresh trajectory per step and nothing of ours.
+    "parity": {},
     # Staggered pools: every state of a trajectory is used, 2.7, 5.4 and 10.8 times fewer operations than `parity` at
     # equal iterations. Under Adam a batch of b moves the weights up to √b as far: the rate is divided by √b.
     "fast-safe": {"trajectories": "pool", "steps": 25, "batch": 4, "slots": 32, "lr": 5e-6},
@@ -42,13 +45,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Loop(BaseModel):
-    """Numbers of the loop. Defaults are SDD's released ones at Stable Diffusion's size."""
+class Training(BaseModel):
+    """Numbers of every training, wherever its states come from. Defaults are SDD's released ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    preset: Literal["parity", "fast-safe", "fast", "sweep"] = "parity"
-    """Where the numbers below come from that are not given."""
     train: Selector = "xattn"
     """Which tensors of the UNet train."""
     iterations: int = Field(1500, gt=0)
@@ -60,24 +61,10 @@ class Loop(BaseModel):
     clip: float = Field(1.0, gt=0)
     """Cap of the global gradient norm over the trained tensors."""
     ema: float = Field(0.999, ge=0, le=1)
-    """m. 0.999 over 1500 steps keeps 22 % of θ₀: the returned teacher lags by design."""
-    guidance: float = 3.0
-    """s_g, of the trajectories' sampler."""
-    steps: int = Field(50, gt=0)
-    """N, steps of that sampler."""
-    stages: int | None = Field(None, gt=0)
-    """S: only the first S of the N stages are trained on, where it is decided what a picture will show; none: all."""
-    trajectories: Literal["fresh", "pool"] = "fresh"
-    """Where training states come from: fresh, a new trajectory for each (SDD); pool, all states of M staggered ones."""
+    """m. 0.999 over 1500 steps keeps 22 % of θ₀: the returned teacher lags by design.
+    0: teacher and student are one."""
     batch: int = Field(1, gt=0)
     """b, states per iteration."""
-    slots: int = Field(32, gt=0)
-    """M, trajectories of the pool; M/b of 8 or more keeps successive gradients apart.
-    Preserved ones are made M at once."""
-    law: Law = "uniform"
-    """Which stages are trained on: uniform (SDD) or beta33, mid-trajectory (HFI)."""
-    preserve: float = Field(0.0, ge=0)
-    """Weight of the keep-loss on prompts to preserve."""
     check_every: int = Field(0, ge=0)
     """Iterations between two looks at sampled pictures, the last of them at the end; 0: never, train to the end."""
     stop_at: float = Field(0.0, ge=0, le=1)
@@ -91,25 +78,36 @@ class Loop(BaseModel):
     """A run whose relative change is larger, or is no number, is refused: it destroyed the model. Adam moves a weight
     by `lr` per iteration at most: 1500 of 1e-5 are half of the 0.03 that weights of Stable Diffusion have."""
 
+
+class Loop(Training):
+    """Numbers of a training whose states are made by the sampler."""
+
+    preset: Literal["parity", "fast-safe", "fast", "sweep"] = "parity"
+    """Where the numbers come from that are not given."""
+    guidance: float = 3.0
+    """s_g, of the trajectories' sampler."""
+    steps: int = Field(50, gt=0)
+    """N, steps of that sampler."""
+    stages: int | None = Field(None, gt=0)
+    """S: only the first S of the N stages are trained on, where it is decided what a picture will show; none: all."""
+    trajectories: Literal["fresh", "pool"] = "fresh"
+    """Where training states come from: fresh, a new trajectory for each (SDD); pool, all states of M staggered ones."""
+    made_by: Literal["teacher", "base"] = "teacher"
+    """Whose trajectories: the teacher's of the moment, or the base model's."""
+    slots: int = Field(32, gt=0)
+    """M, trajectories of the pool; M/b of 8 or more keeps successive gradients apart.
+    Preserved ones are made M at once."""
+    law: Law = "uniform"
+    """Which stages are trained on: uniform (SDD) or beta33, mid-trajectory (HFI)."""
+    preserve: float = Field(0.0, ge=0)
+    """Weight of the keep-loss on prompts to preserve."""
+
     @model_validator(mode="before")
     @classmethod
     def fill(cls, given: Any) -> Any:
         """The preset's numbers under those that were given; an unknown preset is left for validation to refuse."""
         named = given.get("preset", "parity") if isinstance(given, dict) else None
         return {**PRESETS.get(named, {}), **given} if isinstance(named, str) else given
-
-
-@dataclass(frozen=True)
-class Networks:
-    """ε(z, t, c) of the three weight sets."""
-
-    student: Callable[[Tensor, Tensor, Tensor], Tensor]
-    teacher: Callable[[Tensor, Tensor, Tensor], Tensor]
-    base: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-Target = Callable[[Networks, Tensor, Tensor, Tensor], Tensor]
-"""(networks, z, t, c_s) → what ε_θ(z, t, c_s) should be. Called without gradient."""
 
 
 @dataclass(frozen=True)
@@ -137,20 +135,12 @@ class State:
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
     optimiser: torch.optim.AdamW
-    source: Trajectories
-    """Of the states that are erased."""
-    calm: Replay | None
-    """Of the states that are preserved, all of them the base model's."""
-    generators: dict[str, torch.Generator]
-    best: dict[str, Tensor]
+    terms: Mapping[str, Term]
+    best: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     looks: list[dict[str, float]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     stop: str = ""
-
-    @property
-    def sources(self) -> dict[str, Resumable]:
-        return {"erase": self.source} | ({"keep": self.calm} if self.calm else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is a tensor, by a flat name."""
@@ -158,8 +148,8 @@ class State:
             f"{part}/{n}": t.detach() for part in ("student", "teacher", "best") for n, t in getattr(self, part).items()
         }
         flat |= {f"adam/{path}": t for path, t in moments(self.optimiser, self.student).items()}
-        flat |= {f"source/{s}/{n}": t for s, source in self.sources.items() for n, t in source.tensors().items()}
-        return flat | {f"generator/{n}": g.get_state() for n, g in self.generators.items()}
+        flat |= {f"term/{name}/{n}": t for name, term in self.terms.items() for n, t in term.tensors().items()}
+        return flat | {f"generator/{name}": term.generator.get_state() for name, term in self.terms.items()}
 
     def numbers(self) -> dict[str, Any]:
         """Everything that is not."""
@@ -174,11 +164,10 @@ class State:
                 getattr(self, part)[name].copy_(value)
         self.best = {n: torch.empty_like(self.teacher[n]).copy_(w) for n, w in saved.get("best", {}).items()}
         restore_moments(self.optimiser, self.student, saved["adam"])
-        states = parts(saved["source"])
-        for name, source in self.sources.items():
-            source.restore(states[name])
-        for name, g in self.generators.items():
-            g.set_state(saved["generator"][name])
+        states = parts(saved.get("term", {}))
+        for name, term in self.terms.items():
+            term.restore(states.get(name, {}))
+            term.generator.set_state(saved["generator"][name])
         for key, value in numbers.items():
             setattr(self, key, value)
 
@@ -195,32 +184,7 @@ class Progress:
     """None where a run is too short to be worth saving."""
 
 
-def start(model: Model, loop: Loop, c_p: Tensor, c_0: Tensor, keep: Tensor | None, seed: int) -> State:
-    """A run before its first step. c_p (n, L, d) prompts the trajectories, keep (q, L, d) those to preserve."""
-    own = select(model.unet, loop.train)
-    student = {n: p.detach().clone().float().requires_grad_() for n, p in own.items()}
-    teacher = {n: p.detach().clone().float() for n, p in own.items()}
-    # The rate can differ per run only through settings: no schedule, no warm-up, as released.
-    optimiser = torch.optim.AdamW(student.values(), lr=loop.lr, weight_decay=loop.weight_decay)
-    generators = {"erase": generator(seed, "erase", "trajectories")}
-    prompted = Source(model, c_0, c_p, loop.guidance, loop.steps, generators["erase"], loop.stages)
-    shape = {"batch": loop.batch, "slots": loop.slots}
-    source = trajectories(loop.trajectories, prompted, law=loop.law, **shape)
-    calm = None
-    if loop.preserve:
-        if keep is None:
-            raise SettingsError("loop.preserve is above 0 but there is no prompt to preserve")
-        generators["keep"] = generator(seed, "erase", "keep")
-        calm = Replay(Source(model, c_0, keep, loop.guidance, loop.steps, generators["keep"]), {}, **shape)
-    return State(student, teacher, optimiser, source, calm, generators, {})
-
-
-def _cast(model: Model, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """fp32 master weights in the network's precision; the same tensors when that is fp32."""
-    return {n: w.to(model.dtype) for n, w in weights.items()}
-
-
-def finetune(
+def prompted(
     model: Model,
     loop: Loop,
     target: Target,
@@ -231,34 +195,76 @@ def finetune(
     paired: bool,
     keep: Tensor | None,
     seed: int,
+    beside: Tensor | None = None,
+    error: Error = squared,
+) -> dict[str, Term]:
+    """The terms of a method whose states are made by the sampler. c_p (n, L, d) prompts the trajectories that erase,
+    keep (q, L, d) those that preserve; the others as in `Prompted`.
+    """
+    shape = {"batch": loop.batch, "slots": loop.slots}
+    taus = torch.tensor(model.schedule.taus(loop.steps), device=model.device)
+    draws = generator(seed, "erase", "trajectories")
+    own = Source(model, c_0, c_p, loop.guidance, loop.steps, draws, loop.stages)
+    states = trajectories(loop.trajectories, own, law=loop.law, **shape)
+    base, besides = loop.made_by == "base", c_0[:0] if beside is None else beside
+    terms: dict[str, Term] = {
+        "erase": Prompted(states, loop.batch, draws, taus, base, c_s, paired, besides, target, error)
+    }
+    if loop.preserve:
+        if keep is None:
+            raise SettingsError("loop.preserve is above 0 but there is no prompt to preserve")
+        calm = Source(model, c_0, keep, loop.guidance, loop.steps, generator(seed, "erase", "keep"))
+        terms["keep"] = Preserved(Replay(calm, {}, **shape), taus, keep, loop.preserve)
+    return terms
+
+
+def _start(model: Model, loop: Training, terms: Mapping[str, Term]) -> State:
+    """A run before its first step."""
+    own = select(model.unet, loop.train)
+    student = {n: p.detach().clone().float().requires_grad_() for n, p in own.items()}
+    teacher = {n: p.detach().clone().float() for n, p in own.items()}
+    # The rate can differ per run only through settings: no schedule, no warm-up, as released.
+    optimiser = torch.optim.AdamW(student.values(), lr=loop.lr, weight_decay=loop.weight_decay)
+    return State(student, teacher, optimiser, terms)
+
+
+def _cast(model: Model, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """fp32 master weights in the network's precision; the same tensors when that is fp32."""
+    return {n: w.to(model.dtype) for n, w in weights.items()}
+
+
+def finetune(
+    model: Model,
+    loop: Training,
+    terms: Mapping[str, Term],
+    *,
+    c_0: Tensor,
     on_step: Callable[[Progress], None],
     probe: Probe | None = None,
     state: Saved | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trains and returns (θ* − θ₀ by name, record of the run). The model itself is not touched.
 
-    `state`: what the state of a run with the same arguments gave after some iteration; the result is the same to the
-    bit as if that run had never been left.
-
-    `paired`: c_s has a row for each row of c_p, and a state is trained under the condition that made it; otherwise
-    rows of c_s are taken in turn. Raises ErasureRefused when the weights hardly moved or the run destroyed the model.
+    `terms`: "erase" and, where something is held on to, "keep". `state`: what the state of a run with the same
+    arguments gave after some iteration; the result is the same to the bit as if that run had never been left.
+    Raises ErasureRefused when the weights hardly moved or the run destroyed the model.
     """
-    run = start(model, loop, c_p, c_0, keep, seed)
+    run = _start(model, loop, terms)
     if state:
         run.restore(*state)
         on_step(_told(loop, run))
     average = get_ema_multi_avg_fn(loop.ema)
-    taus = torch.tensor(model.schedule.taus(loop.steps), device=model.device)
-    if loop.check_every and probe and not run.looks:
-        _look(run, probe({}))
-    while run.step < loop.iterations and not run.stop:
-        loss = _iterate(model, loop, target, run, taus, c_s, c_0, paired, keep, average)
-        run.step += 1
-        run.curve.append({"step": run.step, **loss})
-        if loop.check_every and probe and (run.step % loop.check_every == 0 or run.step == loop.iterations):
-            _look(run, probe(_cast(model, run.teacher)))
-            _judge(loop, run)
-        on_step(_told(loop, run))
+    with torch.random.fork_rng(devices=[]):  # nothing below may lean on the global generator
+        if loop.check_every and probe and not run.looks:
+            _look(run, probe({}))
+        while run.step < loop.iterations and not run.stop:
+            numbers = _iterate(model, loop, run, c_0, average)
+            run.step += 1
+            run.curve.append({"step": run.step, **numbers})
+            if loop.check_every and probe and (run.step % loop.check_every == 0 or run.step == loop.iterations):
+                _look(run, probe(_cast(model, run.teacher)))
+                _judge(loop, run)
+            on_step(_told(loop, run))
     weights = run.best if run.stop == "guard" else run.teacher
     delta = difference(model, weights)
     _refuse_extremes(model, loop, delta)
@@ -266,52 +272,21 @@ def finetune(
     return delta, record
 
 
-def _iterate(
-    model: Model,
-    loop: Loop,
-    target: Target,
-    run: State,
-    taus: Tensor,
-    c_s: Tensor,
-    c_0: Tensor,
-    paired: bool,
-    keep: Tensor | None,
-    average: Callable[..., None],
-) -> dict[str, float]:
-    student, teacher = _cast(model, run.student), _cast(model, run.teacher)
-
-    def network(weights: Weights) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda z, t, c: predict(model, weights, z, t, c)
-
-    nets = Networks(network(student), network(teacher), network({}))
-    visit = run.source.visit(teacher)
-    t = taus[visit.k.to(taus.device)]
-    which = visit.condition if paired else (run.step * loop.batch + torch.arange(len(visit.k))) % len(c_s)
-    c = c_s[which.to(c_s.device)]
+def _iterate(model: Model, loop: Training, run: State, c_0: Tensor, average: Callable[..., None]) -> dict[str, float]:
+    networks = Networks(*(Network(model, _cast(model, weights)) for weights in (run.student, run.teacher, {})))
     with torch.no_grad():
-        goal = target(nets, visit.z, t, c)
-    z, tau, conditions = visit.z, t, c
-    if run.calm and keep is not None:
-        calm, eps = run.calm.visit()
-        # One pass of the student over both costs less than two, for the same gradient.
-        z, goal = torch.cat([z, calm.z]), torch.cat([goal, eps])
-        tau = torch.cat([t, taus[calm.k.to(taus.device)]])
-        conditions = torch.cat([c, keep[calm.condition.to(keep.device)]])
+        asked = {name: term.rows(networks, run.step) for name, term in run.terms.items()}
     run.optimiser.zero_grad(set_to_none=True)
-    # ε₀ and ε_s are not batched together: the backward pass would then run over both.
-    error = (nets.student(z, tau, conditions).float() - goal.float()).square().flatten(1).mean(1)
-    erased, kept = error.split([len(visit.k), len(error) - len(visit.k)])
-    loss = erased.mean()
-    numbers = {"loss": float(loss.detach())}
-    if len(kept):
-        numbers["keep_loss"] = float(kept.detach().mean())
-        loss = loss + loop.preserve * kept.mean()
+    errors = _errors(networks.student, run.terms, asked)
+    loss = torch.stack([term.weight * errors[name] for name, term in run.terms.items()]).sum()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.student.values(), loop.clip)
+    numbers = {"loss" if name == "erase" else f"{name}_loss": float(e.detach()) for name, e in errors.items()}
     numbers["grad_norm"] = float(norm)
     if run.step % 25 == 0:
+        rows = asked["erase"]
         with torch.no_grad():
-            drift = F.mse_loss(nets.student(visit.z, t, c_0), nets.base(visit.z, t, c_0))
+            drift = F.mse_loss(networks.student(rows.z, rows.t, c_0), networks.base(rows.z, rows.t, c_0))
         numbers["drift"] = float(drift)
     for name in ("loss", "grad_norm"):
         if not math.isfinite(numbers[name]):
@@ -322,7 +297,16 @@ def _iterate(
     return numbers
 
 
-def _told(loop: Loop, run: State) -> Progress:
+def _errors(student: Network, terms: Mapping[str, Term], asked: Mapping[str, Rows]) -> dict[str, Tensor]:
+    """Mean error of each term. One pass of the student over all costs less than one each, for the same gradient."""
+    z, t, c = (torch.cat([getattr(rows, part) for rows in asked.values()]) for part in ("z", "t", "c"))
+    said = student(z, t, c).float().split([len(rows.z) for rows in asked.values()])
+    return {
+        name: terms[name].error(own, asked[name].goal.float()).mean() for name, own in zip(asked, said, strict=True)
+    }
+
+
+def _told(loop: Training, run: State) -> Progress:
     return Progress(run.step, run.step if run.stop else loop.iterations, run.curve[-1]["loss"], run)
 
 
@@ -330,7 +314,7 @@ def _look(run: State, reading: Reading) -> None:
     run.looks.append({"step": run.step, **asdict(reading)})
 
 
-def _judge(loop: Loop, run: State) -> None:
+def _judge(loop: Training, run: State) -> None:
     """Stops at the target, or at the guard; remembers the best look in between: the least concept, then the most kept.
 
     A look is spoiled when preserved prompts are followed less, or when their pictures are blank or noise.
@@ -353,7 +337,7 @@ def _judge(loop: Loop, run: State) -> None:
         run.stop = "target"
 
 
-def _refuse_extremes(model: Model, loop: Loop, delta: dict[str, Tensor]) -> None:
+def _refuse_extremes(model: Model, loop: Training, delta: dict[str, Tensor]) -> None:
     own = select(model.unet, loop.train)
     moved = math.sqrt(sum(float(d.square().sum()) for d in delta.values()))
     change = moved / math.sqrt(sum(float(p.float().square().sum()) for p in own.values()))

@@ -58,8 +58,12 @@ def decode(model: Model, z: Tensor) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def encode_pictures(model: Model, pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures → clean latents z₀ (B, C, H, W), the mean of the VAE's posterior, scaled."""
+def encode_pictures(model: Model, pictures: Sequence[Image.Image], batch: int = 64) -> Tensor:
+    """Pictures → clean latents z₀ (n, C, H, W), the mean of the VAE's posterior, scaled."""
+    return torch.cat([_encode(model, pictures[i : i + batch]) for i in range(0, len(pictures), batch)])
+
+
+def _encode(model: Model, pictures: Sequence[Image.Image]) -> Tensor:
     size = (model.pixels, model.pixels)
     arrays = [torch.frombuffer(bytearray(p.convert("RGB").resize(size).tobytes()), dtype=torch.uint8) for p in pictures]
     x = torch.stack(arrays).reshape(len(pictures), *size, 3).permute(0, 3, 1, 2).to(model.device, model.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -18,6 +19,14 @@ class Eraser(BaseModel):
     """A method with its named numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    caveat: ClassVar[str] = ""
+    """What a reader of a report must know of the method."""
+    learns_from_pictures: ClassVar[bool] = False
+    """Whether concepts need their rated pictures."""
+
+    def fits(self, concepts: Sequence[str]) -> None:
+        """Raises SettingsError when the numbers lack what the method must know of one of the concepts."""
 
     @abstractmethod
     def touches(self, model: Model) -> set[str]:

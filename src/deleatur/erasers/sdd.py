@@ -17,10 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from deleatur.diffusion.encode import encode_text, joined
-from deleatur.diffusion.finetune import Loop, Networks, Probe, Progress, Target, finetune
+from deleatur.diffusion.finetune import Loop, Probe, Progress, finetune, prompted
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.select import select
 from deleatur.diffusion.state import Saved
+from deleatur.diffusion.terms import Networks, Target
 from deleatur.erasers import Eraser
 from deleatur.records import Concept, Delta
 
@@ -28,7 +29,8 @@ from deleatur.records import Concept, Delta
 def towards_empty(c_0: Tensor, *, frozen: bool) -> Target:
     """sg[ε(z, t, c₀)]: the student's own unconditional output of this very step, or the base model's (`frozen`)."""
 
-    def target(networks: Networks, z: Tensor, t: Tensor, c_s: Tensor) -> Tensor:
+    def target(networks: Networks, z: Tensor, t: Tensor, which: Tensor) -> Tensor:
+        # Not one pass with ε_s: the backward pass would then run over both.
         return (networks.base if frozen else networks.student)(z, t, c_0)
 
     return target
@@ -69,19 +71,8 @@ class SDD(Eraser):
     ) -> Delta:
         c_0 = encode_text(model, [""])
         c_p, c_s = self.roles(model, concepts)
-        with torch.random.fork_rng(devices=[]):  # nothing below may lean on the global generator
-            tensors, record = finetune(
-                model,
-                self.loop,
-                towards_empty(c_0, frozen=self.loop.preserve > 0),
-                c_p=c_p,
-                c_s=c_s,
-                c_0=c_0,
-                paired=self.order == "single",
-                keep=keep,
-                seed=seed,
-                on_step=on_step,
-                probe=probe,
-                state=state,
-            )
+        target = towards_empty(c_0, frozen=self.loop.preserve > 0)
+        paired = self.order == "single"
+        terms = prompted(model, self.loop, target, c_p=c_p, c_s=c_s, c_0=c_0, paired=paired, keep=keep, seed=seed)
+        tensors, record = finetune(model, self.loop, terms, c_0=c_0, on_step=on_step, probe=probe, state=state)
         return Delta(tensors, model.digest, "sdd", self.model_dump(), tuple(c.name for c in concepts), record)

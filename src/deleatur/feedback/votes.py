@@ -86,6 +86,18 @@ def votes(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.DataFrame:
     return found[list(VOTES.names)]
 
 
+def seen(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.Series[float]:
+    """Picture → weighted share of its raters who see the concept there: a yes, or in a ranking any place but "X".
+
+    Pictures that nobody judged are left out.
+    """
+    ranked = answers[answers["answer"] == "ranked"].explode(["items", "ranks"])
+    yes = np.where(ranked["ranks"].isna(), "no", "yes")
+    one_by_one = ranked.assign(kind="binary", answer=yes, items=ranked["items"].map(lambda item: [item]))
+    found = votes(pd.concat([answers, one_by_one]), raters).dropna(subset=["vote"])
+    return found.set_index("item")["vote"]
+
+
 def pairs(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.DataFrame:
     """All ordered pairs of each ranking: `higher` shows the concept more than `lower`.
 

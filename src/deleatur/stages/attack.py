@@ -12,6 +12,7 @@ from deleatur.diffusion.features import Clip
 from deleatur.diffusion.invert import Progress, templates_of
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.sample import encode_pictures
 from deleatur.io import tables, tensors
 from deleatur.settings import Settings
 from deleatur.stages import identity, inputs
@@ -30,7 +31,7 @@ def run(settings: Settings) -> None:
         pictures, prompts = [pool.pictures[i] for i in rows], [pool.prompt[i] for i in rows]
         initial = encode.embedding_of(model, spec.initial)
         templates = templates_of(spec.templates, prompts)
-        target = Target(model, weights, name, inputs.latents(model, pictures), initial, templates)
+        target = Target(model, weights, name, encode_pictures(model, pictures), initial, templates)
         for kind, numbers in settings.attack.methods.items():
             attack = inputs.method("attacks", Attack, kind, numbers, f"attack.methods.{kind}")
             own = _belongs(settings, model, clip, name, kind)

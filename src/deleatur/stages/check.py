@@ -97,6 +97,7 @@ def _methods(settings: Settings) -> Iterator[str]:
         used, *others = section.named
         yield f"{where}: {used}" + (f" (numbers of {', '.join(others)} stand by)" if others else "")
     inputs.guide(settings)  # which also has to act before the sampler ends
+    inputs.eraser(settings)
     for concept in settings.targets:
         for name in settings.concepts[concept].invert:
             inputs.inverter(settings, concept, name)

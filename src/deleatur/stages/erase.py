@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from deleatur.diffusion.finetune import Probe, Progress, Reading
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
+from deleatur.erasers import Eraser
 from deleatur.io import tables, tensors
 from deleatur.maths.distances import cosine
 from deleatur.maths.seeds import derive
@@ -33,8 +35,10 @@ def run(settings: Settings) -> None:
     model, clip = inputs.model(settings), inputs.clip(settings)
     eraser = inputs.eraser(settings)
     concepts = [inputs.concept(settings, model, name) for name in settings.targets]
+    if eraser.learns_from_pictures:
+        concepts = [replace(c, pictures=inputs.Pool(settings, c.name).rated()) for c in concepts]
     kept = inputs.to_preserve(settings)
-    checkpoint = Checkpoint(settings, "erase", "erase", _belongs(settings, model, clip))
+    checkpoint = Checkpoint(settings, "erase", "erase", _belongs(settings, eraser, model, clip))
     with checkpoint, bar(f"erase {'+'.join(settings.targets)}", 1) as advance:
 
         def on_step(p: Progress) -> None:
@@ -63,7 +67,7 @@ def run(settings: Settings) -> None:
     checkpoint.remove()
 
 
-def _belongs(settings: Settings, model: Model, clip: Clip) -> dict[str, Any]:
+def _belongs(settings: Settings, eraser: Eraser, model: Model, clip: Clip) -> dict[str, Any]:
     paths, specs = settings.paths, [settings.concepts[name] for name in settings.targets]
     content = {
         "reward": identity.files([paths.reward / f"{name}.safetensors" for name in settings.targets]),
@@ -71,8 +75,16 @@ def _belongs(settings: Settings, model: Model, clip: Clip) -> dict[str, Any]:
     }
     if settings.erase.source == "token":
         content["tokens"] = identity.files([p for n in settings.targets for p in sorted((paths.tokens / n).iterdir())])
+    if eraser.learns_from_pictures:
+        content["feedback"] = tables.read_json(paths.feedback / "summary.json")["feedback"]
     sections = ["base", "seed", "targets", *(f"concepts.{name}" for name in settings.targets), "guide", "erase"]
-    code = ["diffusion", "maths", f"erasers/{settings.erase.method}.py", f"guides/{settings.guide.method}.py"]
+    code = [
+        "diffusion",
+        "maths",
+        "feedback/votes.py",
+        f"erasers/{settings.erase.method}.py",
+        f"guides/{settings.guide.method}.py",
+    ]
     return belongs(
         settings,
         sections=[*sections, "reward.clip", "sample.steps"],

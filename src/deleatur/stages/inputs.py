@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
@@ -18,16 +16,16 @@ from deleatur.detectors import Detector
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip, load_clip
 from deleatur.diffusion.load import Model, load
-from deleatur.diffusion.sample import encode_pictures
 from deleatur.erasers import Eraser
 from deleatur.errors import DataError, SettingsError
+from deleatur.feedback import votes
 from deleatur.feedback.reward import Head
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
 from deleatur.io import images, tables, tensors
 from deleatur.io.objects import local
 from deleatur.metrics import Metric
-from deleatur.records import Concept, Prompt, Role, SoftToken
+from deleatur.records import Concept, Pictures, Prompt, Role, SoftToken
 from deleatur.settings import Choice, Settings, explain, merged
 
 M = TypeVar("M", bound=BaseModel)
@@ -68,7 +66,10 @@ def guide(settings: Settings) -> Guide:
 
 
 def eraser(settings: Settings) -> Eraser:
-    return chosen(settings.erase, Eraser, "erase")
+    """Raises SettingsError also when the method does not fit one of the targets."""
+    found = chosen(settings.erase, Eraser, "erase")
+    found.fits(settings.targets)
+    return found
 
 
 def inverter(settings: Settings, concept: str, name: str | None = None) -> Inverter:
@@ -183,11 +184,13 @@ class Pool:
         self.pictures = [images.decode(found[d].image) for d in digests]
         self.prompt = [prompt[d] for d in digests]
 
+    def rated(self) -> Pictures:
+        """What most raters marked, and what most of them passed."""
+        share = votes.seen(self.answers, votes.raters(self.answers)).reindex(list(self.row))
+        both = (share >= 0.5, share < 0.5)
+        marked, passed = ([p for p, its in zip(self.pictures, rows, strict=True) if its] for rows in both)
+        return Pictures(marked, passed)
+
     def groups(self) -> NDArray[np.int64]:
         """(n,) the number of each picture's prompt, for cross-validation that keeps a prompt together."""
         return np.unique(self.prompt, return_inverse=True)[1]
-
-
-def latents(model: Model, pictures: Sequence[Image.Image], batch: int = 64) -> Tensor:
-    """z₀ of pictures (n, C, H, W)."""
-    return torch.cat([encode_pictures(model, pictures[i : i + batch]) for i in range(0, len(pictures), batch)])

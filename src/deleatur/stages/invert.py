@@ -15,7 +15,7 @@ from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip
 from deleatur.diffusion.invert import Learned, Look, Progress, templates_of
 from deleatur.diffusion.load import Model
-from deleatur.diffusion.sample import sample
+from deleatur.diffusion.sample import encode_pictures, sample
 from deleatur.feedback import votes
 from deleatur.feedback.reward import Head
 from deleatur.inversion import Rated
@@ -40,7 +40,7 @@ def run(settings: Settings) -> None:
         head, features = inputs.head(settings, name, "train"), clip.pictures(pool.pictures)
         rewards = head(features)
         templates = templates_of(spec.templates, pool.prompt)
-        latents = inputs.latents(model, pool.pictures)
+        latents = encode_pictures(model, pool.pictures)
         rated = Rated(latents, rewards, features, head.rank, _refused(pool, spec.kind), templates)
         look = _look(settings, model, clip, head, name)
         checkpoint = Checkpoint(settings, "invert", f"invert-{name}", _belongs(settings, model, clip, name))

@@ -1,0 +1,124 @@
+"""All-but-One's promises: guidance of the concept becomes that of its alternative; no prompt at all stays as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deleatur.diffusion import encode
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.predict import Weights, pair
+from deleatur.diffusion.terms import Network, Networks
+from deleatur.erasers.abo import AllButOne, led, surgical
+from deleatur.errors import ErasureRefused, SettingsError
+from deleatur.maths.guidance import cfg
+from deleatur.records import Concept
+
+QUICK: dict[str, Any] = {"iterations": 80, "lr": 3e-3, "steps": 4, "batch": 4, "slots": 16}
+
+
+def words(model: Model, *names: str) -> Concept:
+    return encode.concept_from_words(model, "weapon", names, ["a {}"])
+
+
+def erase(model: Model, instead: str, anchor: float = 1.0, **numbers: Any) -> Weights:
+    abo = AllButOne(alternatives={"weapon": instead}, anchor=anchor, loop={**QUICK, **numbers})  # type: ignore[arg-type]
+    return weights_of(model, abo.erase(model, [words(model, "gun", "sword")], keep=None, seed=1))
+
+
+def guided(model: Model, weights: Weights, prompt: str, s_g: float) -> Tensor:
+    g = torch.Generator().manual_seed(5)
+    z, t = torch.randn(16, 4, 4, 4, generator=g), torch.linspace(50, 950, 16).long()
+    eps_0, eps_p = pair(model, weights, z, t, encode.encode_text(model, [""]), encode.encode_text(model, [prompt]))
+    return cfg(eps_0, eps_p, s_g)
+
+
+@pytest.mark.parametrize("instead", ["cat", ""])
+def test_the_concept_is_guided_as_its_alternative_at_every_scale(model: Model, instead: str) -> None:
+    after = erase(model, instead)
+    for s_g in (1.0, 3.0, 7.5):
+        aim = guided(model, {}, "a cat" if instead else "", s_g)
+        apart_before, apart_after = (float((guided(model, w, "a gun", s_g) - aim).square().mean()) for w in ({}, after))
+        assert apart_before > 1e-5, "the effect exists before"
+        assert apart_after < 0.5 * apart_before, "and mostly gone after"
+
+
+def test_the_anchor_holds_the_unconditional_prediction(model: Model) -> None:
+    before = guided(model, {}, "", 1.0)
+    loose, held = (
+        float((guided(model, erase(model, "cat", anchor), "", 1.0) - before).square().mean()) for anchor in (0.0, 10.0)
+    )
+    assert held < 0.7 * loose
+
+
+def test_the_target_is_the_alternatives_guidance_over_the_empty_prompt(model: Model) -> None:
+    base = Network(model, {})
+    networks = Networks(base, base, base)
+    c_0, c_alt = encode.encode_text(model, [""]), encode.encode_text(model, ["a cat", "a dog"])
+    z, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 800])
+    with torch.no_grad():
+        goal = led(c_alt, c_0)(networks, z, t, torch.tensor([1, 0]))
+        empty, nothing = base(z, t, c_0), led(c_0, c_0)(networks, z, t, torch.tensor([0, 0]))
+        assert torch.allclose(goal, torch.cat([base(z, t, c_alt.flip(0)) - empty, empty]), atol=1e-6)
+    assert torch.equal(nothing[:2], torch.zeros_like(z)), "no alternative is no guidance, exactly"
+
+
+def test_the_loss_by_hand() -> None:
+    """One pixel each: said 5 and 2, wanted guidance 1 and 1.5: (5 − 2 − 1)² + 10 (2 − 1.5)² = 6.5."""
+    one = torch.ones(1, 1, 1, 1)
+    said, goal = torch.cat([5 * one, 2 * one]), torch.cat([one, 1.5 * one])
+    assert surgical(10.0)(said, goal).tolist() == [6.5]
+
+
+def test_the_edit_does_not_feel_a_shift_of_both_predictions() -> None:
+    g = torch.Generator().manual_seed(0)
+    said, goal, shift = (torch.randn(n, 4, 4, 4, generator=g) for n in (6, 6, 3))
+    assert torch.allclose(surgical(0.0)(said + torch.cat([shift, shift]), goal), surgical(0.0)(said, goal), atol=1e-5)
+    assert not torch.allclose(surgical(1.0)(said + torch.cat([shift, shift]), goal), surgical(1.0)(said, goal))
+
+
+def test_with_the_concept_for_its_own_alternative_nothing_happens(model: Model) -> None:
+    """Both terms are exactly 0 from the first step, so the anchor alone moves no weight."""
+    losses: list[float] = []
+    abo = AllButOne(alternatives={"weapon": "gun"}, loop={**QUICK, "iterations": 3})
+    with pytest.raises(ErasureRefused, match="nothing was erased"):
+        abo.erase(model, [words(model, "gun")], keep=None, seed=0, on_step=lambda p: losses.append(p.loss))
+    assert losses == [0.0, 0.0, 0.0]
+
+
+def test_the_alternative_stands_where_the_concept_stood(model: Model) -> None:
+    rows = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    soft = Concept("weapon", "token", (), (("a picture of a ", rows, ""),), torch.zeros(1, 16, 16), ((),), (7,))
+    assert torch.equal(encode.instead(model, soft, "cat"), encode.encode_text(model, ["a picture of a cat"]))
+    both = encode.instead(model, words(model, "gun", "sword"), "")
+    assert torch.equal(both, encode.encode_text(model, ["", ""]))
+
+
+def test_each_concept_has_its_own_alternative(model: Model) -> None:
+    """Erasing {gun → cat} and {ink → dog} at once: each comes nearer to its own than to the other's."""
+    concepts = [encode.concept_from_words(model, name, [name]) for name in ("gun", "ink")]
+    abo = AllButOne(alternatives={"gun": "cat", "ink": "dog", "style": "object"}, loop=QUICK)  # type: ignore[arg-type]
+    after = weights_of(model, abo.erase(model, concepts, keep=None, seed=1))
+    aims = {alt: guided(model, {}, alt, 1.0) for alt in ("cat", "dog")}
+    for name, mine, other in (("gun", "cat", "dog"), ("ink", "dog", "cat")):
+        got = guided(model, after, name, 1.0)
+        assert (got - aims[mine]).square().mean() < (got - aims[other]).square().mean()
+
+
+def test_a_concept_without_alternative_is_refused_before_any_work(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.unet, "forward", lambda *a, **k: pytest.fail("the network was asked"))
+    monkeypatch.setattr(model.text_encoder, "forward", lambda *a, **k: pytest.fail("the text encoder was asked"))
+    gun = Concept("gun", "words", ("gun",), (("", "gun", ""),), torch.zeros(1, 16, 16), ((1,),), (2,))
+    with pytest.raises(SettingsError, match="instead of gun") as e:
+        AllButOne(alternatives={"ink": "dog"}).erase(model, [gun], keep=None, seed=0)
+    assert "gun: toy" in e.value.hint
+
+
+def test_it_says_that_it_is_a_reconstruction() -> None:
+    assert "reconstruction" in AllButOne.caveat

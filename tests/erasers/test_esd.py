@@ -1,0 +1,161 @@
+"""ESD's promises: the concept's prediction is led away from the concept, and only what was chosen learns it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from deleatur.diffusion import encode
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.predict import predict
+from deleatur.diffusion.select import select
+from deleatur.diffusion.terms import Network, Networks
+from deleatur.erasers.esd import ESD, away
+from deleatur.erasers.sdd import towards_empty
+from deleatur.errors import ErasureRefused
+from deleatur.maths.seeds import generator
+from deleatur.records import Concept
+
+QUICK: dict[str, Any] = {"iterations": 60, "lr": 3e-3, "steps": 4, "batch": 4, "trajectories": "pool", "slots": 16}
+
+
+def words(model: Model, *names: str) -> Concept:
+    return encode.concept_from_words(model, "weapon", names)
+
+
+@pytest.fixture
+def networks(model: Model) -> Networks:
+    """A student and a teacher that are not the base."""
+    g = torch.Generator().manual_seed(1)
+    own = select(model.unet, "xattn")
+    moved = [{n: p + 0.1 * torch.randn(p.shape, generator=g) for n, p in own.items()} for _ in range(2)]
+    return Networks(Network(model, moved[0]), Network(model, moved[1]), Network(model, {}))
+
+
+@pytest.fixture
+def states() -> tuple[Tensor, Tensor, Tensor]:
+    """z, t, and which of two descriptions each is trained under."""
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(3, 4, 4, 4, generator=g), torch.tensor([50, 400, 900]), torch.tensor([1, 0, 1])
+
+
+def test_both_targets_are_the_papers_formula(
+    model: Model, networks: Networks, states: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z, t, which = states
+    c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
+    with torch.no_grad():
+        of_c, of_0 = networks.base(z, t, c[[1, 0, 1]]), networks.base(z, t, c_0)
+    for start, c_from in (("empty", of_0), ("concept", of_c)):
+        esd = ESD(eta=3.0, start=start)  # type: ignore[arg-type]
+        assert torch.allclose(away(c, c_0, esd.guidance)(networks, z, t, which), c_from - 3 * (of_c - of_0), atol=1e-5)
+
+
+def test_two_from_the_concept_are_one_from_the_empty_prompt() -> None:
+    """c − 2 (c − c₀) = c₀ − 1 (c − c₀)."""
+    assert ESD(eta=2.0, start="concept").guidance == ESD(eta=1.0).guidance
+
+
+def test_without_negative_guidance_it_is_sdds_frozen_target(
+    model: Model, networks: Networks, states: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
+    esd, sdd = away(c, c_0, ESD(eta=0.0).guidance), towards_empty(c_0, frozen=True)
+    assert torch.allclose(esd(networks, *states), sdd(networks, *states), atol=1e-6)
+
+
+def test_x_and_u_are_the_sets_that_the_paper_names(model: Model) -> None:
+    everything = {n for n, _ in model.unet.named_parameters()}
+    x, strict, u = (ESD(loop={"train": t}).touches(model) for t in ("xattn", "xattn_kv", "noxattn"))  # type: ignore[arg-type]
+    assert x == {n for n in everything if ".attn2." in n}
+    assert strict == {n for n in x if n.split(".attn2.")[1] in ("to_k.weight", "to_v.weight")}
+    assert x & u == set()
+    assert everything - x - u == {
+        *(f"conv_out.{part}" for part in ("weight", "bias")),
+        *(f"time_embedding.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")),
+    }
+
+
+def test_u_trains_the_published_number_of_parameters() -> None:
+    """859,520,964 of Stable Diffusion 1.x less 43,962,560 of cross-attention, 11,524 and 2,050,560 of the two ends."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
+    assert sum(p.numel() for p in select(unet, "noxattn").values()) == 813_496_320
+
+
+@pytest.mark.parametrize(("start", "eta"), [("empty", 1.0), ("concept", 2.0)])
+def test_the_concept_is_led_away(model: Model, start: str, eta: float) -> None:
+    """On fixed noise, what the student says of the concept comes near 2 c₀ − c, and nothing else was touched."""
+    esd = ESD(eta=eta, start=start, loop=QUICK)  # type: ignore[arg-type]
+    concept, c_0 = words(model, "gun"), encode.encode_text(model, [""])
+    delta = esd.erase(model, [concept], keep=None, seed=1)
+    g = torch.Generator().manual_seed(5)
+    z, t = torch.randn(16, 4, 4, 4, generator=g), torch.linspace(50, 950, 16).long()
+    with torch.no_grad():
+        before, after, empty = (
+            predict(model, w, z, t, c)
+            for w, c in (({}, concept.states), (weights_of(model, delta), concept.states), ({}, c_0))
+        )
+    aim = 2 * empty - before
+    assert (before - aim).square().mean() > 1e-5, "the effect exists before"
+    assert (after - aim).square().mean() < 0.5 * (before - aim).square().mean(), "and mostly gone after"
+    assert set(delta.tensors) == esd.touches(model)
+
+
+@pytest.mark.parametrize(("train", "made_by"), [("xattn", "teacher"), ("xattn", "base"), ("noxattn", "teacher")])
+def test_it_is_the_algorithm_written_out(model: Model, train: str, made_by: str) -> None:
+    """Three iterations against a second network, plain Adam and diffusers' own DDIM: the student, or the base model,
+    makes a fresh trajectory to a random stage, and what comes back is the student itself.
+    """
+    numbers = {"iterations": 3, "lr": 1e-3, "steps": 5, "made_by": made_by, "train": train}
+    delta = ESD(eta=3.0, loop=numbers).erase(model, [words(model, "gun", "sword")], keep=None, seed=7)  # type: ignore[arg-type]
+
+    c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
+    student = copy.deepcopy(model.unet)
+    own = {n: p.requires_grad_() for n, p in student.named_parameters() if n in delta.tensors}
+    adam = torch.optim.Adam(own.values(), lr=1e-3)
+    scheduler = tiny.parts()["scheduler"]
+    scheduler.set_timesteps(5)
+    draws = generator(7, "erase", "trajectories")
+    for i in range(3):
+        k, c_i = int(torch.randint(5, (1,), generator=draws)), c[[i % 2]]
+        z = torch.randn(1, 4, 4, 4, generator=draws)
+        maker = student if made_by == "teacher" else model.unet
+        with torch.no_grad():
+            for t in scheduler.timesteps[:k]:
+                of_0, of_c = maker(z, t, c_0).sample, maker(z, t, c_i).sample
+                z = scheduler.step(of_0 + 3 * (of_c - of_0), t, z).prev_sample
+            t = scheduler.timesteps[k]
+            of_0, of_c = model.unet(z, t, c_0).sample, model.unet(z, t, c_i).sample
+        adam.zero_grad()
+        (student(z, t, c_i).sample - (of_0 - 3 * (of_c - of_0))).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
+        adam.step()
+    base = dict(model.unet.named_parameters())
+    off = torch.cat([(d - (own[n].detach() - base[n])).flatten() for n, d in delta.tensors.items()])
+    moved = torch.cat([d.flatten() for d in delta.tensors.values()])
+    assert off.norm() < 1e-2 * moved.norm()
+
+
+def test_nothing_to_erase_is_no_loss_and_is_refused(model: Model) -> None:
+    """c = c₀: the target is the empty prompt's own prediction, so the gradient is 0."""
+    nothing = Concept("nothing", "words", ("",), (("", "", ""),), encode.encode_text(model, [""]), ((),), (1,))
+    norms: list[float] = []
+    esd = ESD(loop={**QUICK, "iterations": 3})
+    with pytest.raises(ErasureRefused, match="nothing was erased"):
+        esd.erase(model, [nothing], keep=None, seed=0, on_step=lambda p: norms.append(p.state.curve[-1]["grad_norm"]))
+    assert max(norms) < 1e-6
+
+
+def test_the_numbers_are_the_first_releases() -> None:
+    loop = ESD().loop
+    assert (loop.train, loop.iterations, loop.lr, loop.weight_decay, loop.ema) == ("xattn", 1000, 1e-5, 0.0, 0.0)
+    assert (loop.guidance, loop.steps, loop.batch, loop.trajectories, loop.made_by) == (3.0, 50, 1, "fresh", "teacher")
+    assert ESD(loop={"preset": "fast"}).loop.iterations == 1000, "a preset changes only what it names"  # type: ignore[arg-type]

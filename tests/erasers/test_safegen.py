@@ -1,0 +1,152 @@
+"""SafeGen's promises: at a marked picture the network sees the mosaic, at a passed one what it saw before."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deleatur.diffusion import encode
+from deleatur.diffusion.finetune import finetune
+from deleatur.diffusion.load import Model
+from deleatur.diffusion.predict import predict
+from deleatur.diffusion.sample import encode_pictures
+from deleatur.diffusion.terms import Rows
+from deleatur.erasers.safegen import SafeGen, exact, mosaic
+from deleatur.errors import DataError
+from deleatur.maths.seeds import generator
+from deleatur.records import Concept, Pictures
+
+QUICK: dict[str, Any] = {"iterations": 80, "lr": 1e-2, "batch": 8, "ema": 0.8}
+
+
+def drawn(n: int, seed: int, size: int = 16) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+@pytest.fixture
+def concept(model: Model) -> Concept:
+    return replace(encode.concept_from_words(model, "weapon", ["gun"]), pictures=Pictures(drawn(4, 0), drawn(5, 1)))
+
+
+def test_a_mosaic_by_hand() -> None:
+    """4 × 4 pixels in 2 × 2 squares: each is the mean of its four."""
+    values = np.array([[0, 4, 100, 100], [8, 8, 100, 100], [20, 20, 10, 30], [20, 20, 50, 70]], np.uint8)
+    seen = np.asarray(mosaic(Image.fromarray(values.repeat(3).reshape(4, 4, 3)), 2))[:, :, 0]
+    assert seen.tolist() == [[5, 5, 100, 100], [5, 5, 100, 100], [20, 20, 40, 40], [20, 20, 40, 40]]
+
+
+@pytest.mark.parametrize("target", ["exact", "released"])
+def test_the_noise_that_is_taught_leads_to_the_mosaic(model: Model, target: str) -> None:
+    """ẑ₀ = (z_t − √(1−ᾱ) goal) / √ᾱ is the mosaic at every level up to the limit, and the passed picture always."""
+    g = torch.Generator().manual_seed(3)
+    z_0, z_mosaic, z_passed = torch.randn(3, 1, 4, 4, 4, generator=g)
+    safegen = SafeGen(target=target, limit=3.0, loop={"batch": 64})  # type: ignore[arg-type]
+    terms = safegen.terms(model, z_0, z_mosaic, z_passed, seed=0)
+    marked, passed = (term.rows(None, 0) for term in terms.values())  # type: ignore[arg-type]
+
+    def implied(found: Rows) -> Tensor:
+        a = model.schedule.alphas_cumprod[found.t].reshape(-1, 1, 1, 1)
+        return (found.z - (1 - a).sqrt() * found.goal) / a.sqrt()
+
+    assert torch.allclose(implied(passed), z_passed.expand(64, -1, -1, -1), atol=1e-3)
+    a = model.schedule.alphas_cumprod[marked.t].reshape(-1, 1, 1, 1)
+    noise = (marked.z - a.sqrt() * z_0) / (1 - a).sqrt()
+    if target == "released":
+        assert torch.allclose(marked.goal, noise + z_0 - z_mosaic, atol=1e-3)
+        return
+    free = (a / (1 - a)).sqrt().flatten() <= 3
+    assert 0 < (~free).sum() < free.sum(), "levels on both sides of the limit were drawn"
+    assert torch.allclose(implied(marked)[free], z_mosaic.expand(int(free.sum()), -1, -1, -1), atol=1e-3)
+    assert torch.allclose(marked.goal[~free], (noise + 3 * (z_0 - z_mosaic))[~free], atol=1e-3)
+
+
+def test_the_limit_is_the_largest_factor(model: Model) -> None:
+    """√ᾱ/√(1−ᾱ) by hand: at ᾱ = 0.5 it is 1; at the first level it is above 30."""
+    a = model.schedule.alphas_cumprod
+    half = int((a - 0.5).abs().argmin())
+    f = exact(model.schedule, torch.tensor([0, half, 999]), 10.0)
+    assert f[0] == 10
+    assert f[1] == pytest.approx(1, abs=0.01)
+    assert f[2] == pytest.approx(float(a[999] / (1 - a[999])) ** 0.5, rel=1e-5)
+
+
+def test_only_self_attention_learns(model: Model, concept: Concept) -> None:
+    safegen = SafeGen(loop={**QUICK, "iterations": 2})  # type: ignore[arg-type]
+    delta = safegen.erase(model, [concept], keep=None, seed=1)
+    assert set(delta.tensors) == safegen.touches(model)
+    assert set(delta.tensors) == {n for n, _ in model.unet.named_parameters() if ".attn1." in n}
+    assert all(d.abs().sum() > 0 for n, d in delta.tensors.items() if n.endswith(("to_v.weight", "to_out.0.weight")))
+
+
+def test_marked_latents_are_seen_as_their_mosaics_and_passed_ones_as_they_are(model: Model) -> None:
+    """All +1 shall be seen as 0, all −1 as −1. Against a run without censoring: how much of the way from the picture's
+    noise to the mosaic's the network goes; 0: none, 1: all.
+    """
+    z_0, c_0 = torch.ones(1, 4, 4, 4), encode.encode_text(model, [""])
+    numbers = {**QUICK, "iterations": 60, "lr": 3e-2}
+
+    def said(censor: float) -> list[tuple[Rows, Tensor]]:
+        safegen = SafeGen(censor=censor, spare=0.5, limit=3.0, loop=numbers)  # type: ignore[arg-type]
+        terms = safegen.terms(model, z_0, 0 * z_0, -z_0, seed=0)
+        delta, _ = finetune(model, safegen.loop, terms, c_0=c_0, on_step=lambda p: None)
+        weights = {n: model.unet.get_parameter(n) + d for n, d in delta.items()}
+        shown = safegen.terms(model, z_0, 0 * z_0, -z_0, seed=1).values()
+        looks = [replace(term, batch=64).rows(None, 0) for term in shown]  # type: ignore[arg-type]
+        with torch.no_grad():
+            return [(look, predict(model, weights, look.z, look.t, c_0)) for look in looks]
+
+    def way(look: Rows, off: Tensor, on: Tensor) -> float:
+        """Along f_t (1 − 0), what a mosaic adds to the noise; for the passed, what it would add."""
+        a = model.schedule.alphas_cumprod[look.t].reshape(-1, 1, 1, 1)
+        whole = (a / (1 - a)).sqrt().clamp(max=3).expand_as(off)
+        return float(((on - off) * whole).sum() / whole.square().sum())
+
+    marked, passed = (way(look, off, on) for (look, off), (_, on) in zip(said(0.0), said(1.0), strict=True))
+    assert marked > 0.05
+    assert abs(passed) < 0.3 * marked
+
+
+def test_without_censoring_it_is_denoising_of_passed_pictures(model: Model, concept: Concept) -> None:
+    """Three iterations of w_p ‖ε_θ(z_t, t, c₀) − ε‖² with AdamW on a second network, averaged."""
+    numbers = {"iterations": 3, "lr": 1e-3, "batch": 4, "ema": 0.5, "weight_decay": 0.01}
+    delta = SafeGen(censor=0.0, spare=0.9, loop=numbers).erase(model, [concept], keep=None, seed=7)  # type: ignore[arg-type]
+
+    network = copy.deepcopy(model.unet)
+    own = {n: p.requires_grad_() for n, p in network.named_parameters() if ".attn1." in n}
+    base = {n: p.detach().clone() for n, p in own.items()}
+    average = {n: p.clone() for n, p in base.items()}
+    adam = torch.optim.AdamW(own.values(), lr=1e-3, weight_decay=0.01)
+    z_0, c_0 = encode_pictures(model, concept.pictures.passed), encode.encode_text(model, [""])  # type: ignore[union-attr]
+    draws = generator(7, "erase", "passed")
+    for _ in range(3):
+        i = torch.randint(len(z_0), (4,), generator=draws)
+        t = torch.randint(1000, (4,), generator=draws)
+        eps = torch.randn(4, 4, 4, 4, generator=draws)
+        a = model.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        said = network(a.sqrt() * z_0[i] + (1 - a).sqrt() * eps, t, c_0.expand(4, -1, -1)).sample
+        adam.zero_grad()
+        (0.9 * torch.nn.functional.mse_loss(said, eps)).backward()
+        torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
+        adam.step()
+        average = {n: 0.5 * average[n] + 0.5 * own[n].detach() for n in own}
+    for name, difference in delta.tensors.items():
+        assert torch.allclose(difference, average[name] - base[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("pictures", [None, Pictures([], drawn(2, 0)), Pictures(drawn(2, 0), [])])
+def test_a_missing_member_of_the_triplet_is_refused_before_any_work(
+    model: Model, concept: Concept, pictures: Pictures | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.unet, "forward", lambda *a, **k: pytest.fail("the network was asked"))
+    monkeypatch.setattr(model.vae, "encode", lambda *a, **k: pytest.fail("a picture was encoded"))
+    lacking = replace(concept, name="vice", pictures=pictures)
+    with pytest.raises(DataError, match="vice has"):
+        SafeGen().erase(model, [concept, lacking], keep=None, seed=0)

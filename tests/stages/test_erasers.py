@@ -1,0 +1,60 @@
+"""Erasers that need more than words: rated pictures reach the one that learns from them, what is missing is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import workspace
+
+from deleatur import stages
+from deleatur.errors import SettingsError
+from deleatur.io import tables, tensors
+from deleatur.settings import Settings
+from deleatur.stages import evaluate, inputs
+from deleatur.stages.check import check
+
+LOOP: dict[str, Any] = {"iterations": 4, "lr": 1e-3, "batch": 2, "check_every": 2, "guard": 10.0}
+
+
+def made(root: Path, method: str, **numbers: Any) -> Settings:
+    return workspace.make(root, erase={"method": method, "source": "words", method: numbers})
+
+
+def test_safegen_learns_from_what_raters_marked_and_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = made(tmp_path, "safegen", loop=LOOP)
+    for name in ("ingest", "reward"):
+        stages.run(name, settings)
+    pool = inputs.Pool(settings, "weapon")
+    rated = pool.rated()
+    asked = dict(zip(map(id, pool.pictures), pool.prompt, strict=True))
+    assert len(rated.marked) + len(rated.passed) == len(pool.pictures) == 24
+    for pictures, shown in ((rated.marked, {"a gun", "a sword"}), (rated.passed, {"a cat", "a dog"})):
+        right = [asked[id(p)] in shown for p in pictures]
+        assert sum(right) > 0.7 * len(right), "raters err now and then"
+    stages.run("erase", settings)
+    delta = tensors.load_delta(settings.paths.delta / inputs.DELTA)
+    assert delta.method == "safegen"
+    assert all(".attn1." in n for n in delta.tensors)
+    assert [look["step"] for look in tables.read_json(settings.paths.delta / "looks.json")][:2] == [0, 2]
+
+
+def test_all_but_one_without_alternative_is_refused_by_check_and_by_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = made(tmp_path, "abo")
+    for refused in (lambda: check(settings), lambda: stages.run("erase", settings)):
+        with pytest.raises(SettingsError, match="instead of weapon"):
+            refused()
+
+
+def test_reports_of_all_but_one_say_that_it_is_a_reconstruction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = made(tmp_path, "abo", alternatives={"weapon": "cat"})
+    assert check(settings)
+    assert any("All-but-One is a reconstruction" in note for note in evaluate._notes(settings))
