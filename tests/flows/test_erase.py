@@ -193,3 +193,12 @@ def answered(answer: dict[str, str]) -> None:
                     client.resume_flow_run(run.id, run_input=answer)
                     return
             time.sleep(0.2)
+
+
+def test_a_form_is_offered_only_where_somebody_can_open_it() -> None:
+    from erase import has_pages
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    assert has_pages()
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        assert not has_pages()
