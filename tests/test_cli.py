@@ -78,7 +78,7 @@ RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
         (2, {"targets": ["weapon", "weapon"]}, "each once"),
         (2, {"base__device": "nonsense"}, "expected auto, cpu, cuda"),
         (2, {"base__device": "cuda:99"}, "got 'cuda:99'"),
-        (2, {"erase__method": "nothing"}, "'nothing' is none of keep, sdd"),
+        (2, {"erase__method": "nothing"}, "'nothing' is none of keep, rece, sdd"),
         (2, {"erase__loop": {"iterations": 5}}, "'loop' is not a key here"),
         (2, {"erase__sdd": 5}, "expected the method's numbers"),
         (2, {"erase__sdd__loop": {"itertions": 5}}, "loop.itertions"),
@@ -93,7 +93,6 @@ RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
         (2, {"concepts__weapon__words": []}, "concepts.weapon.words"),
         (2, {"guide__cfg__scale": "much"}, "scale"),
         (2, {"guide__cfg__scale": float("nan")}, "scale"),
-<<<<<<< HEAD
         (2, {"guide": {"method": "sld", "sld": {"warm_up": 2}}}, "weapon from step 2 on"),
         (
             2,
@@ -101,11 +100,9 @@ RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
             "step 9",
         ),
         (2, {"guide": {"method": "sld", "sld": {"preset": "most"}}}, "preset"),
-=======
         (2, {"paths__delta": "."}, "delta, ., which a stage empties"),
         (2, {"paths__delta": "out/./tokens"}, "which a stage empties"),
         (2, {"paths__scores": "models"}, "models lies in scores"),
->>>>>>> 2002160c5d0a160c1bdc64b76c31df456ed46bf0
         (2, {"reward__folds": 1}, "reward.folds"),
         (2, {"reward__epochs": 0}, "reward.epochs"),
         (2, {"reward__dropout": 1}, "reward.dropout"),

@@ -239,9 +239,13 @@ def demo() -> None:
     from deleatur.stages.progress import following
 
     settings = Settings.load()  # what is wrong with it is said before anything runs
-<<<<<<< HEAD
+    # One look at all stages instead of one for each: what lies before the first that is stale is done.
+    stale = versions.status(Path()) if Path(".dvc").is_dir() else STAGES
+    left = list(dropwhile(lambda name: name not in (*stale, "register"), STAGES))
+    if done := STAGES[: -len(left)]:
+        err.print(f"Up to date: {', '.join(done)}", highlight=False)
     try:
-        for name in STAGES:
+        for name in left:
             with following(name, err) as followed:
                 if name == "register":  # makes no file, so DVC does not know it
                     versions.perform(name, Path(), followed.line, followed.told)
@@ -252,20 +256,6 @@ def demo() -> None:
         raise ContinueMe(
             f"{name} was stopped; what it had saved is kept", hint="deleatur demo (goes on there)"
         ) from None
-=======
-    # One look at all stages instead of one for each: what lies before the first that is stale is done.
-    stale = versions.status(Path()) if Path(".dvc").is_dir() else STAGES
-    left = list(dropwhile(lambda name: name not in (*stale, "register"), STAGES))
-    if done := STAGES[: -len(left)]:
-        err.print(f"Up to date: {', '.join(done)}", highlight=False)
-    for name in left:
-        with following(name, err) as followed:
-            if name == "register":  # makes no file, so DVC does not know it
-                versions.perform(name, Path(), followed.line, followed.told)
-            else:
-                ran = versions.reproduce(name, Path(), followed.line, followed.told)
-                followed.ended("done" if ran else "up to date")
->>>>>>> 2002160c5d0a160c1bdc64b76c31df456ed46bf0
     found = show(Path("params.yaml"))
     out.print(found.table)
     simulated = "  (simulated raters)" if found.verdict.simulated else ""
