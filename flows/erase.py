@@ -15,7 +15,9 @@ from typing import Literal
 from prefect import flow
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
+from prefect.logging import get_run_logger
 from prefect.settings import (
+    PREFECT_API_URL,
     PREFECT_SERVER_ANALYTICS_ENABLED,
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     PREFECT_SERVER_LOGGING_LEVEL,
@@ -56,9 +58,15 @@ class Done:
     """What a person said, if one was asked."""
 
 
+def has_pages() -> bool:
+    """Whether a person can find a form: the embedded server has no pages, and ends with the run."""
+    return bool(PREFECT_API_URL.value())
+
+
 @flow(name="erase")
 def erase(approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10) -> Done:
-    """Brings every stage up to date, shows the verdict, registers it, and asks a person where the policy says so.
+    """Brings every stage up to date, shows the verdict, registers it, and asks a person where the policy says so and
+    there is a server whose pages a person can open.
 
     approval_seconds: how long a person may take. After that the flow fails, and the challenger still waits: running
     the flow again asks again. poll_seconds: how often the flow looks for an answer.
@@ -69,6 +77,9 @@ def erase(approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10) -> Done
     register()
     found = waiting(settings) if settings.register_.approval and verdict.outcome == "pass" else None
     if found is None:
+        return Done(ran, verdict.outcome)
+    if not has_pages():
+        get_run_logger().warning("Version %s waits. Next: deleatur approve %s --as NAME", found[0], found[0])
         return Done(ran, verdict.outcome)
     form = Approval.with_initial_data(description=page(settings, verdict))
     answer = pause_flow_run(wait_for_input=form, timeout=approval_seconds, poll_interval=poll_seconds)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
+from itertools import dropwhile
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -238,8 +239,13 @@ def demo() -> None:
     from deleatur.stages.progress import following
 
     settings = Settings.load()  # what is wrong with it is said before anything runs
+    # One look at all stages instead of one for each: what lies before the first that is stale is done.
+    stale = versions.status(Path()) if Path(".dvc").is_dir() else STAGES
+    left = list(dropwhile(lambda name: name not in (*stale, "register"), STAGES))
+    if done := STAGES[: -len(left)]:
+        err.print(f"Up to date: {', '.join(done)}", highlight=False)
     try:
-        for name in STAGES:
+        for name in left:
             with following(name, err) as followed:
                 if name == "register":  # makes no file, so DVC does not know it
                     versions.perform(name, Path(), followed.line, followed.told)
@@ -255,8 +261,10 @@ def demo() -> None:
     simulated = "  (simulated raters)" if found.verdict.simulated else ""
     out.print(f"\nVerdict: [bold]{found.verdict.outcome}[/bold]{simulated}")
     out.print(f"Before and after, side by side: {found.sheet}\n\nNext:", highlight=False)
-    for command, meaning in _next(settings):
-        out.print(f"  {here(command):<40}  {meaning}", highlight=False, markup=False, soft_wrap=True)
+    told = [(here(command), meaning) for command, meaning in _next(settings)]
+    width = max(len(command) for command, _ in told)
+    for command, meaning in told:
+        out.print(f"  {command:<{width}}  {meaning}", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(VERDICT_CODES[found.verdict.outcome])
 
 

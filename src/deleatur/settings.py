@@ -5,7 +5,9 @@ Every number lives in params.yaml; the defaults below exist only where leaving a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -102,6 +104,17 @@ class Paths(Section):
     report: Path
     verdict: Path
     prompts: Path
+
+    @model_validator(mode="after")
+    def apart(self) -> Paths:
+        """A stage empties the folder that it writes, so nothing else may lie in it."""
+        places = {name: Path(os.path.abspath(path)) for name, path in self}
+        for (name, place), (other, inner) in permutations(places.items(), 2):
+            if name not in ("models", "prompts") and inner.is_relative_to(place):
+                raise ValueError(
+                    f"{other} lies in {name}, {getattr(self, name)}, which a stage empties: keep them apart"
+                )
+        return self
 
 
 class Found(Section):

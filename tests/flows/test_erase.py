@@ -76,7 +76,7 @@ def test_after_the_flow_dvc_finds_nothing_to_do_and_after_dvc_the_flow_only_regi
 def test_a_wrong_setting_is_not_tried_again(project: Path) -> None:
     from erase import erase
 
-    change("erase", bogus=1)
+    change("erase", sdd={"bogus": 1})
     with pytest.raises(SettingsError, match="bogus"):
         erase()
     with get_client(sync_client=True) as client:
@@ -158,7 +158,7 @@ def test_the_script_needs_no_server_and_leaves_none_behind(
     assert promote.registry_of(Settings.load()).alias(CHAMPION) == "1"
     assert (home / "prefect.db").is_file(), "its own database, not somebody's"
 
-    change("erase", bogus=1)
+    change("erase", sdd={"bogus": 1})
     code, _, complained = script(home)
     assert code == SettingsError.exit_code
     assert "bogus" in complained
@@ -193,3 +193,12 @@ def answered(answer: dict[str, str]) -> None:
                     client.resume_flow_run(run.id, run_input=answer)
                     return
             time.sleep(0.2)
+
+
+def test_a_form_is_offered_only_where_somebody_can_open_it() -> None:
+    from erase import has_pages
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    assert has_pages()
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        assert not has_pages()

@@ -106,6 +106,24 @@ def test_a_guide_steers_the_candidate_alone(root: Path) -> None:
     assert any("drawn with the guide sld" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("prompts/neutral.csv", "judge:dog", "jugde:dog", "got 'jugde'"),
+        ("params.yaml", "perceptual:\n      method: perceptual", "nude:\n      method: nudity", "got 'nudenet'"),
+    ],
+)
+def test_a_detector_that_is_not_there_is_missed_before_anything_is_looked_at(
+    root: Path, file: str, old: str, new: str, said: str
+) -> None:
+    path = root / file
+    assert old in path.read_text("utf-8")
+    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
+    result = CliRunner().invoke(app, ["stage", "evaluate"])
+    assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output
+    assert said in result.output
+
+
 def test_another_method_runs_by_its_name_alone(root: Path) -> None:
     """The control that sees no rating, and the model as it was: no concept is gone, no picture moves."""
     for name in ("invert", "erase", "attack", "sample", "evaluate", "gate"):
