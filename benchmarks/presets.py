@@ -34,7 +34,7 @@ class Run:
 
     @property
     def loop(self) -> dict[str, Any]:
-        rate = self.lr / PRESETS[self.preset]["batch"] ** 0.5
+        rate = self.lr / PRESETS[self.preset].get("batch", 1) ** 0.5
         return {"preset": self.preset, "train": "xattn_kv", "iterations": self.iterations, "lr": rate, "ema": 0.97}
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.finetune import Progress, Reading
+from deleatur.diffusion.finetune import Loop, Progress, Reading
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import predict
@@ -19,7 +20,7 @@ from deleatur.erasers.keep import Keep
 from deleatur.erasers.sdd import SDD
 from deleatur.errors import ErasureRefused
 from deleatur.io.tensors import load, save
-from deleatur.records import Concept, Delta
+from deleatur.records import Concept, Delta, SoftToken
 
 QUICK = {"iterations": 60, "lr": 3e-3, "ema": 0.8, "steps": 4, "batch": 4}
 
@@ -50,6 +51,34 @@ def test_the_concept_is_predicted_as_the_empty_prompt(model: Model, trajectories
     after = gap(model, weights_of(model, delta), "gun")
     assert before > 1e-5, "the effect exists before"
     assert after < 0.5 * before, "and mostly gone after"
+
+
+def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
+    loop = Loop(preset="parity")
+    assert (loop.trajectories, loop.batch, loop.steps, loop.iterations, loop.lr, loop.ema, loop.guidance) == (
+        "fresh",
+        1,
+        50,
+        1500,
+        1e-5,
+        0.999,
+        3.0,
+    )
+    assert not loop.notes(), "nothing is ours, nothing is to be said"
+    assert Loop(preset="parity", lr=1e-4, steps=8).steps == 8, "lengths and rates fit the model"
+    for ours in ({"preserve": 0.1}, {"trajectories": "pool"}, {"batch": 4}, {"stages": 2}, {"made_by": "base"}):
+        with pytest.raises(ValidationError, match=f"parity is the method as published, and {next(iter(ours))} is not"):
+            Loop(preset="parity", **ours)
+
+
+@pytest.mark.parametrize(("source", "law"), [("words", "uniform"), ("token", "beta33")])
+def test_stages_are_drawn_by_the_law_of_the_paper_the_concept_comes_from(model: Model, source: str, law: str) -> None:
+    vectors = encode.embedding_of(model, "gun")[None, None]
+    concept = words(model, "gun") if source == "words" else encode.concept_from_token(model, SoftToken("gun", vectors))
+    left, named = (erase(model, concept, iterations=4, **numbers) for numbers in ({}, {"law": law}))
+    other = erase(model, concept, iterations=4, law="beta33" if law == "uniform" else "uniform")
+    same = [all(torch.equal(left.tensors[n], d.tensors[n]) for n in left.tensors) for d in (named, other)]
+    assert same == [True, False]
 
 
 def test_preserving_keeps_other_prompts_where_they_were(model: Model) -> None:

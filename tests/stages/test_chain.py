@@ -67,6 +67,8 @@ def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
     assert verdict.simulated
     assert verdict.report == documents.digest(report)
     assert {s.side for s in report.scores} == {"base", "candidate"}
+    for ours in ("tokens stand alone", "no longer than words", "prompts to preserve", "staggered", "by itself"):
+        assert sum(ours in note for note in report.notes) == 1, f"what is not the papers' is named: {ours}"
     assert (
         "Simulated" in (root / "out/verdict/report.html").read_text()
         or "simulated" in (root / "out/verdict/report.html").read_text()

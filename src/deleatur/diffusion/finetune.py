@@ -35,7 +35,7 @@ from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.seeds import generator
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The method's own numbers, as published: of SDD and ESD, one fresh trajectory per step and nothing of ours.
+    # The method as published, `AS_PUBLISHED` included: of SDD and ESD, one fresh trajectory per step.
     "parity": {},
     # Staggered pools: every state of a trajectory is used, 2.7, 5.4 and 10.8 times fewer operations than `parity` at
     # equal iterations. Under Adam a batch of b moves the weights up to √b as far: the rate is divided by √b.
@@ -78,12 +78,22 @@ class Training(BaseModel):
     """A run whose relative change is larger, or is no number, is refused: it destroyed the model. Adam moves a weight
     by `lr` per iteration at most: 1500 of 1e-5 are half of the 0.03 that weights of Stable Diffusion have."""
 
+    def notes(self) -> list[str]:
+        """What is ours in these numbers."""
+        if not self.check_every:
+            return []
+        return ["Looks at sampled pictures could end the training early, or take back what came after the best one."]
+
+
+AS_PUBLISHED = ("trajectories", "made_by", "batch", "stages", "preserve")
+"""Numbers of a `Loop` that parity leaves at the method's own. Lengths and rates may fit the model at hand."""
+
 
 class Loop(Training):
     """Numbers of a training whose states are made by the sampler."""
 
-    preset: Literal["parity", "fast-safe", "fast", "sweep"] = "parity"
-    """Where the numbers come from that are not given."""
+    preset: Literal["parity", "fast-safe", "fast", "sweep"] | None = None
+    """Where the numbers come from that are not given; none: from the method's own. parity takes nothing of ours."""
     guidance: float = 3.0
     """s_g, of the trajectories' sampler."""
     steps: int = Field(50, gt=0)
@@ -97,8 +107,9 @@ class Loop(Training):
     slots: int = Field(32, gt=0)
     """M, trajectories of the pool; M/b of 8 or more keeps successive gradients apart.
     Preserved ones are made M at once."""
-    law: Law = "uniform"
-    """Which stages are trained on: uniform (SDD) or beta33, mid-trajectory (HFI)."""
+    law: Law | None = None
+    """Which stages are trained on: uniform, or beta33, mid-trajectory. None: the method's own; SDD's for words is
+    uniform, and for tokens beta33, as in HFI."""
     preserve: float = Field(0.0, ge=0)
     """Weight of the keep-loss on prompts to preserve."""
 
@@ -106,8 +117,29 @@ class Loop(Training):
     @classmethod
     def fill(cls, given: Any) -> Any:
         """The preset's numbers under those that were given; an unknown preset is left for validation to refuse."""
-        named = given.get("preset", "parity") if isinstance(given, dict) else None
+        named = given.get("preset") if isinstance(given, dict) else None
         return {**PRESETS.get(named, {}), **given} if isinstance(named, str) else given
+
+    @model_validator(mode="after")
+    def is_what_it_says(self) -> Loop:
+        fields = type(self).model_fields
+        if self.preset == "parity" and (ours := [n for n in AS_PUBLISHED if getattr(self, n) != fields[n].default]):
+            raise ValueError(
+                f"preset parity is the method as published, and {', '.join(ours)} is not; "
+                "leave preset out, or leave out what is ours"
+            )
+        return self
+
+    def notes(self) -> list[str]:
+        """What is ours in these numbers."""
+        found = super().notes()
+        if self.preserve:
+            found.append(f"A loss on prompts to preserve was added to the paper's, with weight {self.preserve:g}.")
+        if self.trajectories == "pool":
+            found.append(f"Training states came from a pool of {self.slots} staggered trajectories, and all were used.")
+        if self.stages and self.stages < self.steps:
+            found.append(f"Only the first {self.stages} of {self.steps} sampler steps were trained on, not all.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -195,6 +227,7 @@ def prompted(
     paired: bool,
     keep: Tensor | None,
     seed: int,
+    law: Law = "uniform",
     beside: Tensor | None = None,
     error: Error = squared,
 ) -> dict[str, Term]:
@@ -205,7 +238,7 @@ def prompted(
     taus = torch.tensor(model.schedule.taus(loop.steps), device=model.device)
     draws = generator(seed, "erase", "trajectories")
     own = Source(model, c_0, c_p, loop.guidance, loop.steps, draws, loop.stages)
-    states = trajectories(loop.trajectories, own, law=loop.law, **shape)
+    states = trajectories(loop.trajectories, own, law=loop.law or law, **shape)
     base, besides = loop.made_by == "base", c_0[:0] if beside is None else beside
     terms: dict[str, Term] = {
         "erase": Prompted(states, loop.batch, draws, taus, base, c_s, paired, besides, target, error)

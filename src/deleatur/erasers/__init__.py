@@ -20,10 +20,12 @@ class Eraser(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    caveat: ClassVar[str] = ""
-    """What a reader of a report must know of the method."""
     learns_from_pictures: ClassVar[bool] = False
     """Whether concepts need their rated pictures."""
+
+    def notes(self) -> list[str]:
+        """What a reader of a report must know: what is ours and not the paper's, where a method is a reconstruction."""
+        return []
 
     def fits(self, concepts: Sequence[str]) -> None:
         """Raises SettingsError when the numbers lack what the method must know of one of the concepts."""

@@ -11,7 +11,7 @@ full text was to be had: the loss fits what is published, the numbers are ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -58,22 +58,23 @@ class ABOLoop(Loop):
     ema: float = Field(0.0, ge=0, le=1)
     """0: the student itself comes back."""
     batch: int = Field(4, gt=0)
-    """b, states per iteration."""
     trajectories: Literal["fresh", "pool"] = "pool"
     made_by: Literal["teacher", "base"] = "base"
-    """Whose trajectories: the teacher's of the moment, or the base model's."""
 
 
 class AllButOne(Eraser):
-    caveat: ClassVar[str] = (
-        "All-but-One is a reconstruction: its authors released no code, and only the abstract and captions were read."
-    )
-
     alternatives: dict[str, str] = Field(default_factory=dict)
     """What is drawn instead, for each concept: {weapon: toy}; "" for nothing, as if there had been no prompt."""
     anchor: float = Field(1.0, ge=0)
     """Weight of the unconditional prediction's staying where it is."""
     loop: ABOLoop = Field(default_factory=ABOLoop)
+
+    def notes(self) -> list[str]:
+        return [
+            "All-but-One is a reconstruction: its authors released no code, and only the abstract and captions were "
+            "read.",
+            *self.loop.notes(),
+        ]
 
     def touches(self, model: Model) -> set[str]:
         return set(select(model.unet, self.loop.train))

@@ -59,6 +59,9 @@ class ESD(Eraser):
     def touches(self, model: Model) -> set[str]:
         return set(select(model.unet, self.loop.train))
 
+    def notes(self) -> list[str]:
+        return self.loop.notes()
+
     @property
     def guidance(self) -> float:
         """s of the target: c₀ − η (c − c₀), or c − η (c − c₀) = c₀ + (1 − η) (c − c₀)."""

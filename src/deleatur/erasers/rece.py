@@ -41,6 +41,10 @@ class RECE(Eraser):
     """What a concept is drawn as from now on, {weapon: toy}; nothing for those that are not named."""
     edit: Edit = Field(default_factory=Edit)
 
+    def notes(self) -> list[str]:
+        again = "What an epoch finds is erased together with all that was erased before; as published, by itself."
+        return [again] if self.hold and self.epochs else []
+
     def touches(self, model: Model) -> set[str]:
         return set(touched(model))
 

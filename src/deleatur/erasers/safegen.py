@@ -93,9 +93,6 @@ class SafeGenTraining(Training):
 
 
 class SafeGen(Eraser):
-    caveat: ClassVar[str] = (
-        "SafeGen's mosaics cover whole pictures here; the published ones cover the region in question."
-    )
     learns_from_pictures: ClassVar[bool] = True
 
     target: Literal["exact", "released"] = "exact"
@@ -109,6 +106,12 @@ class SafeGen(Eraser):
     spare: float = Field(0.9, ge=0)
     """w_p."""
     loop: SafeGenTraining = Field(default_factory=SafeGenTraining)
+
+    def notes(self) -> list[str]:
+        return [
+            "SafeGen's mosaics cover whole pictures here; the published ones cover the region in question.",
+            *self.loop.notes(),
+        ]
 
     def touches(self, model: Model) -> set[str]:
         return set(select(model.unet, self.loop.train))

@@ -22,6 +22,7 @@ from deleatur.diffusion.load import Model
 from deleatur.diffusion.select import select
 from deleatur.diffusion.state import Saved
 from deleatur.diffusion.terms import Networks, Target
+from deleatur.diffusion.trajectories import Law
 from deleatur.erasers import Eraser
 from deleatur.records import Concept, Delta
 
@@ -46,6 +47,14 @@ class SDD(Eraser):
     single  c_p = c_s = one of them in turn (ours; the only one whose effect reaches single words)"""
     loop: Loop = Field(default_factory=Loop)
     """With `loop.preserve` above 0 the unconditional target is the base model's, which cannot drift (ours)."""
+
+    def notes(self) -> list[str]:
+        found = self.loop.notes()
+        if self.order == "single":
+            found.append("Each word or token was erased by itself; in the papers, several play their parts together.")
+        if self.loop.preserve:
+            found.append("The target is what the base model says without a prompt; in the papers, the student itself.")
+        return found
 
     def touches(self, model: Model) -> set[str]:
         return set(select(model.unet, self.loop.train))
@@ -73,6 +82,9 @@ class SDD(Eraser):
         c_p, c_s = self.roles(model, concepts)
         target = towards_empty(c_0, frozen=self.loop.preserve > 0)
         paired = self.order == "single"
-        terms = prompted(model, self.loop, target, c_p=c_p, c_s=c_s, c_0=c_0, paired=paired, keep=keep, seed=seed)
+        law: Law = "beta33" if all(c.source == "token" for c in concepts) else "uniform"
+        terms = prompted(
+            model, self.loop, target, c_p=c_p, c_s=c_s, c_0=c_0, paired=paired, keep=keep, law=law, seed=seed
+        )
         tensors, record = finetune(model, self.loop, terms, c_0=c_0, on_step=on_step, probe=probe, state=state)
         return Delta(tensors, model.digest, "sdd", self.model_dump(), tuple(c.name for c in concepts), record)

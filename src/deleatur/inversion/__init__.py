@@ -36,6 +36,10 @@ class Rated:
 class Inverter(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+    def notes(self) -> list[str]:
+        """What a reader of a report must know: what is ours and not the paper's."""
+        return []
+
     @abstractmethod
     def invert(
         self,

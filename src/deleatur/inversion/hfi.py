@@ -39,6 +39,16 @@ class HFI(Inverter):
     """Ranking: how evenly the pictures weigh; higher is more even."""
     loop: Inversion = Field(default_factory=Inversion)
 
+    def notes(self) -> list[str]:
+        found = []
+        if self.tokens > 1:
+            found.append(
+                f"Up to {self.tokens} tokens stand alone, each for one kind of rated picture; in the paper, one."
+            )
+        if self.loop.norm:
+            found.append("Tokens are no longer than words; the paper leaves their length free.")
+        return found
+
     def weights(self, rewards: Tensor, *, rank: bool) -> Tensor:
         """w (n,) of selected pictures: non-negative, sum 1; for rankings unchanged by a constant added to all."""
         if rank:

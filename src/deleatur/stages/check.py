@@ -170,7 +170,18 @@ def _numbers(of: type[BaseModel], prefix: str = "") -> dict[str, dict[str, Any]]
         else:
             out[prefix + name] = {
                 "default": "required" if field.is_required() else field.get_default(call_default_factory=True),
-                "choices": list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else None,
-                "meaning": field.description or "",
+                "choices": _choices(field.annotation) or None,
+                "meaning": _meaning(of, name),
             }
     return out
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Of a Literal, also of one that may be left out."""
+    return [c for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal for c in get_args(a)]
+
+
+def _meaning(of: type[BaseModel], name: str) -> str:
+    """A method that gives a number a default of its own need not say again what the number is."""
+    fields = (c.model_fields[name] for c in of.__mro__ if issubclass(c, BaseModel) and name in c.model_fields)
+    return next((f.description for f in fields if f.description), "")

@@ -61,10 +61,19 @@ def run(settings: Settings) -> None:
     folder = tables.emptied(settings.paths.delta)
     tensors.save_delta(folder / inputs.DELTA, delta)
     record = {"method": delta.method, "concepts": list(delta.concepts), **delta.record}
+    record["notes"] = [*_of_tokens(settings), *eraser.notes()]
     for name in ("curve", "looks"):
         tables.write_json(folder / f"{name}.json", record.pop(name, []))
     tables.write_json(folder / "record.json", record)
     checkpoint.remove()
+
+
+def _of_tokens(settings: Settings) -> list[str]:
+    """What a reader must know of how the tokens were learned."""
+    if settings.erase.source == "words":
+        return []
+    said = (inputs.token(settings, name).provenance.get("notes", []) for name in settings.targets)
+    return list(dict.fromkeys(note for notes in said for note in notes))
 
 
 def _belongs(settings: Settings, eraser: Eraser, model: Model, clip: Clip) -> dict[str, Any]:

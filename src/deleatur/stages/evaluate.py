@@ -19,11 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deleatur import plug
 from deleatur.diffusion import features
 from deleatur.diffusion.batches import full
 from deleatur.diffusion.load import digest
-from deleatur.erasers import Eraser
 from deleatur.feedback.reward import Head
 from deleatur.io import documents, shots, tables
 from deleatur.io.kept import Kept, parts
@@ -264,8 +262,7 @@ def _notes(settings: Settings) -> list[str]:
         "t for means; pictures of one prompt count as one cluster, and few prompts widen every interval.",
         f"Tokens stand for {'the learned soft tokens' if settings.erase.source == 'token' else 'the words given'}.",
     ]
-    if caveat := plug.find("erasers", settings.erase.method, Eraser).caveat:
-        notes.append(caveat)
+    notes += tables.read_json(settings.paths.delta / "record.json")["notes"]
     for name in settings.targets:
         sentences = ", ".join(f"“{s}”" for s in settings.concepts[name].sentences)
         notes.append(f"Words and tokens of {name} were erased in {sentences}; the papers erase them alone: “{{}}”.")

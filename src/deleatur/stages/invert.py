@@ -67,6 +67,7 @@ def run(settings: Settings) -> None:
             "base": model.digest,
             "initial": spec.initial,
             "method": method.model_dump(),
+            "notes": method.notes(),
             "reward": hashlib.sha256(path.read_bytes()).hexdigest(),
             "seed": settings.seed,
         }
