@@ -72,6 +72,14 @@ def test_a_reward_never_overrules_the_raters_of_the_picture_itself(tokens: int) 
         HFI().clusters(replace(rated, refused=torch.ones(4).bool()), seed=0)
 
 
+@pytest.mark.parametrize("threshold", [0.5, -1.0])
+def test_what_the_reward_sees_in_no_picture_is_refused_unless_pictures_were_ranked(threshold: float) -> None:
+    rated = pool(4, torch.tensor([-0.2, 0.0, -0.1, -0.4]), torch.eye(4))
+    with pytest.raises(DataError, match=r"got 0\.00 at best"):
+        HFI(threshold=threshold).clusters(rated, seed=0)
+    assert HFI(threshold=threshold).clusters(replace(rated, rank=True), seed=0), "a ranking has no zero"
+
+
 def lesson(n: int, z: Tensor | None = None, seed: int = 0) -> Lesson:
     """n pictures of equal weight."""
     g = torch.Generator().manual_seed(seed)

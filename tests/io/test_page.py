@@ -61,11 +61,14 @@ SHEETS = (
 )
 LOSS = page.Series("loss", [(float(i), 1 / (i + 1)) for i in range(1000)])
 CURVES = (
-    page.Curve("Training loss", "step", (LOSS,), (500, "kept")),
+    page.Curve("erase", "Training loss", "step", (LOSS,), (500, "kept")),
     page.Curve(
-        "Looks", "step", (page.Series("rate", [(0, 0.8), (60, 0.1)]), page.Series("kept", [(0, 0.9), (60, 0.9)]))
+        "looks",
+        "Looks",
+        "step",
+        (page.Series("rate", [(0, 0.8), (60, 0.1)]), page.Series("kept", [(0, 0.9), (60, 0.9)])),
     ),
-    page.Curve("Nothing yet", "step", (page.Series("none", [(0, float("nan"))]),)),
+    page.Curve("none", "Nothing yet", "step", (page.Series("none", [(0, float("nan"))]),)),
 )
 
 

@@ -120,7 +120,7 @@ def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params["erase.sdd.loop.lr"] == "0.001"
     assert not any(name.startswith("register") for name in run.data.params)
-    assert len(registry.client.get_metric_history(run.info.run_id, "erase/curve/loss")) > 1
+    assert len(registry.client.get_metric_history(run.info.run_id, "erase/loss")) > 1
     assert {"clip_score/unseen/candidate-base", "clip_score/unseen/candidate-base.low"} <= set(run.data.metrics)
     [given] = run.inputs.dataset_inputs
     tags = registry.tags("1")

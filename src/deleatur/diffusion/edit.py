@@ -125,7 +125,9 @@ class Editing:
     def delta(self, method: str, settings: Mapping[str, Any], concepts: Sequence[Concept]) -> Delta:
         """The edit so far. Raises ErasureRefused when it changed nothing, or far too much."""
         self._refuse_extremes()
-        record = {"steps": len(self._curve), "stop": self.stop or "end", "looks": self._looks, "curve": self._curve}
+        steps, back = len(self._curve), self.stop == "guard"
+        record = {"steps": steps, "kept": steps - back, "stop": self.stop or "end"}
+        record |= {"looks": self._looks, "curve": self._curve}
         return Delta(
             self._differences(self.m), self._model.digest, method, settings, tuple(c.name for c in concepts), record
         )

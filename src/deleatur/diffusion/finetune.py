@@ -298,10 +298,11 @@ def finetune(
                 _look(run, probe(_cast(model, run.teacher)))
                 _judge(loop, run)
             on_step(_told(loop, run))
-    weights = run.best if run.stop == "guard" else run.teacher
+    stopped = run.stop == "guard"
+    weights, kept = (run.best, _best(_good(loop, run))["step"]) if stopped else (run.teacher, run.step)
     delta = difference(model, weights)
     _refuse_extremes(model, loop, delta)
-    record = {"steps": run.step, "stop": run.stop or "end", "looks": run.looks, "curve": run.curve}
+    record = {"steps": run.step, "kept": kept, "stop": run.stop or "end", "looks": run.looks, "curve": run.curve}
     return delta, record
 
 
@@ -348,13 +349,8 @@ def _look(run: State, reading: Reading) -> None:
 
 
 def _judge(loop: Training, run: State) -> None:
-    """Stops at the target, or at the guard; remembers the best look in between: the least concept, then the most kept.
-
-    A look is spoiled when preserved prompts are followed less, or when their pictures are blank or noise.
-    """
-    first, last = run.looks[0], run.looks[-1]
-    least = {"kept": first["kept"] - loop.guard * abs(first["kept"]), "contrast": BLANK * first["contrast"]}
-    good = [look for look in run.looks[1:] if all(look[what] >= value for what, value in least.items())]
+    """Stops at the target, or at the guard; remembers the best look in between."""
+    first, last, least, good = run.looks[0], run.looks[-1], _least(loop, run), _good(loop, run)
     if not good:
         fell = [f"{what} from {first[what]:.3f} to {last[what]:.3f}" for what in least if not last[what] >= least[what]]
         raise ErasureRefused(
@@ -364,10 +360,26 @@ def _judge(loop: Training, run: State) -> None:
     if last not in good:
         run.stop = "guard"
         return
-    if last is min(good, key=lambda look: (look["concept"], -look["kept"])):
+    if last is _best(good):
         run.best = {n: w.clone() for n, w in run.teacher.items()}
     if last["concept"] <= loop.stop_at:
         run.stop = "target"
+
+
+def _least(loop: Training, run: State) -> dict[str, float]:
+    """A look is spoiled when preserved prompts are followed less, or when their pictures are blank or noise."""
+    first = run.looks[0]
+    return {"kept": first["kept"] - loop.guard * abs(first["kept"]), "contrast": BLANK * first["contrast"]}
+
+
+def _good(loop: Training, run: State) -> list[dict[str, float]]:
+    least = _least(loop, run)
+    return [look for look in run.looks[1:] if all(look[what] >= value for what, value in least.items())]
+
+
+def _best(looks: list[dict[str, float]]) -> dict[str, float]:
+    """The least concept, then the most kept."""
+    return min(looks, key=lambda look: (look["concept"], -look["kept"]))
 
 
 def _refuse_extremes(model: Model, loop: Training, delta: dict[str, Tensor]) -> None:

@@ -63,9 +63,17 @@ class HFI(Inverter):
             raise DataError(
                 "every picture was refused by its raters: there is nothing to invert", hint="see docs/feedback.md"
             )
-        good = free[rated.rewards[free] >= self.threshold]
+        seen = free if rated.rank else free[rated.rewards[free] > 0]
+        if not len(seen):
+            best = float(rated.rewards[free].max())
+            raise DataError(
+                f"expected a reward above 0 for one of {len(free)} pictures, got {best:.2f} at best: "
+                "the reward sees the concept in none",
+                hint="more answers about pictures that show it help (docs/feedback.md); dvc metrics show has its AUC",
+            )
+        good = seen[rated.rewards[seen] >= self.threshold]
         if len(good) < self.tokens:
-            good = free[rated.rewards[free].argsort(descending=True)[: max(self.tokens, self.top)]]
+            good = seen[rated.rewards[seen].argsort(descending=True)[: max(self.tokens, self.top)]]
         count = min(self.tokens, len(good))
         labels = torch.zeros(len(good), dtype=torch.long)
         if count > 1:

@@ -78,6 +78,8 @@ class Series:
 class Curve:
     """What happened over the steps of a run."""
 
+    key: str
+    """Where it belongs: series of curves of one key have names of their own."""
     title: str
     x: str
     series: Sequence[Series]

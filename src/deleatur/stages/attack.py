@@ -24,7 +24,7 @@ def run(settings: Settings) -> None:
     model, clip = inputs.model(settings), inputs.clip(settings)
     weights = weights_of(model, tensors.load_delta(settings.paths.delta / inputs.DELTA))
     made: dict[str, tuple[Tensor, dict[str, Any]]] = {}
-    checkpoints, record = [], {}
+    checkpoints, record, curves = [], {}, {}
     for name in settings.targets:
         spec, pool = settings.concepts[name], inputs.Pool(settings, name)
         rows = _marked(settings, name, pool, clip)
@@ -46,11 +46,13 @@ def run(settings: Settings) -> None:
                 found = attack.attack(target, seed=settings.seed, on_step=on_step, state=checkpoint.state)
             facts = {"concept": name, "attack": kind, "access": attack.access, "budget": found.budget}
             made[f"{name}-{kind}"] = (found.vectors, facts)
+            curves[f"{name}-{kind}"] = list(found.losses)
             record[f"{name}-{kind}"] = facts | {"pictures": len(pictures), "last_loss": found.losses[-1]}
     folder = tables.emptied(settings.paths.attacks)
     for stem, (vectors, facts) in made.items():
         tensors.save(folder / f"{stem}.safetensors", {"vectors": vectors}, facts)
     tables.write_json(folder / "record.json", record)
+    tables.write_json(folder / "curves.json", curves)
     for checkpoint in checkpoints:
         checkpoint.remove()
 

@@ -12,9 +12,10 @@ from rich.console import RenderableType
 from deleatur import gate
 from deleatur.errors import DataError
 from deleatur.io import documents, images, page, shots, tables
-from deleatur.io.page import Curve, Row, Series, Sheet
+from deleatur.io.page import Row, Sheet
 from deleatur.records import Report, Role, Side, Verdict
 from deleatur.settings import Settings
+from deleatur.stages.curves import curves
 
 ROWS = 8
 """Prompts of each role on the page."""
@@ -38,7 +39,7 @@ def run(settings: Settings) -> None:
     documents.write(folder / "verdict.json", verdict)
     tables.write_json(folder / "summary.json", _summary(verdict))
     sheets = list(_sheets(settings))
-    page.render(report, verdict, sheets, list(_curves(settings)), folder / "report.html", rules=rules)
+    page.render(report, verdict, sheets, list(curves(settings)), folder / "report.html", rules=rules)
     page.summary_png(sheets[0], folder / "sheet.png", cover=settings.evaluate.blur_sheet, cell=96)
 
 
@@ -65,27 +66,6 @@ def _sheets(settings: Settings) -> Iterator[Sheet]:
         if chosen:
             rows = [Row(i, {s: images.decode(p[i]) for s, p in pictures.items()}, text[i]) for i in chosen]
             yield Sheet(title, role, rows)
-
-
-def _curves(settings: Settings) -> Iterator[Curve]:
-    delta = settings.paths.delta
-    curve, looks = tables.read_json(delta / "curve.json"), tables.read_json(delta / "looks.json")
-    for title, key in (
-        ("Erasing: loss", "loss"),
-        ("Erasing: keep-loss", "keep_loss"),
-        ("Drift of the empty prompt", "drift"),
-    ):
-        points = [(row["step"], row[key]) for row in curve if key in row]
-        if points:
-            yield Curve(title, "step", [Series(key.replace("_", " "), points)])
-    if looks:
-        names = {"concept": "concept rate", "kept": "preserved prompts, CLIP score"}
-        series = [Series(name, [(row["step"], row[key]) for row in looks]) for key, name in names.items()]
-        yield Curve("Looks at sampled pictures", "step", series)
-    if settings.erase.source == "token":
-        for name, learned in tables.read_json(settings.paths.tokens / "metrics.json").items():
-            series = [Series(f"token {i + 1}", list(enumerate(t["losses"], 1))) for i, t in enumerate(learned)]
-            yield Curve(f"Inverting {name}: loss", "step", series)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pandas as pd
 
 from deleatur import gate
 from deleatur.errors import DataError
 from deleatur.io import documents, tables, versions
+from deleatur.io.page import Curve
 from deleatur.io.tracking import Evidence, Registry
 from deleatur.records import Report, Score, Verdict
 from deleatur.settings import Settings
 from deleatur.stages import identity, inputs
+from deleatur.stages.curves import curves
 from deleatur.stages.export import export
 from deleatur.stages.progress import bar
 from deleatur.stages.promote import registry_of
@@ -112,7 +113,7 @@ def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
         # Where it is registered is no part of how it was made.
         settings=settings.model_dump(mode="json", by_alias=True, exclude={"register_"}),
         scores=dict(_scores(report)),
-        curves=list(_curves(settings)),
+        curves=[point for curve in curves(settings) for point in _points(curve)],
         files={
             "params": Path("params.yaml"),
             "lock": Path("dvc.lock"),
@@ -146,18 +147,9 @@ def _name(score: Score) -> str:
     return f"{score.metric}/{score.slice}/{score.side}" + (f"-{score.versus}" if score.versus else "")
 
 
-def _curves(settings: Settings) -> Iterator[tuple[str, int, float]]:
-    for name in ("curve", "looks"):
-        for row in tables.read_json(settings.paths.delta / f"{name}.json"):
-            yield from _points(f"erase/{name}", row)
-    if settings.erase.source == "token":
-        for concept, learned in tables.read_json(settings.paths.tokens / "metrics.json").items():
-            for i, token in enumerate(learned, 1):
-                yield from ((f"invert/{concept}/{i}/loss", n, loss) for n, loss in enumerate(token["losses"], 1))
-
-
-def _points(where: str, row: dict[str, Any]) -> Iterator[tuple[str, int, float]]:
-    yield from ((f"{where}/{key}", int(row["step"]), float(value)) for key, value in row.items() if key != "step")
+def _points(curve: Curve) -> Iterator[tuple[str, int, float]]:
+    for series in curve.series:
+        yield from ((f"{curve.key}/{series.name}", int(x), y) for x, y in series.points)
 
 
 def _add(settings: Settings, registry: Registry, run_id: str, evidence: Evidence, verdict: Verdict) -> str:

@@ -25,6 +25,7 @@ def run(settings: Settings) -> None:
     numbers = Numbers(**settings.reward.model_dump(exclude={"clip", "held_out_raters"}))
     tables.emptied(settings.paths.reward)
     metrics: dict[str, Any] = {}
+    curves: dict[str, dict[str, list[float]]] = {}
     with bar("reward", 2 * len(settings.targets)) as advance:
         for name in settings.targets:
             spec, pool = settings.concepts[name], inputs.Pool(settings, name)
@@ -53,10 +54,14 @@ def run(settings: Settings) -> None:
                 "new_raters": _known(reward.quality(heads["train"].head(features), others)),
                 "zero_shot": _known(reward.quality((features @ word.T).squeeze(1), others)),
             }
+            curves[name] = {
+                {"train": "training raters", "held_out": "held-out raters"}[w]: f.curve for w, f in heads.items()
+            }
             flat = {f"{w}/{n}": t for w, f in heads.items() for n, t in f.head.tensors.items()}
             facts = {"rank": spec.kind == "rank", "clip": clip.digest, "concept": name}
             tensors.save(settings.paths.reward / f"{name}.safetensors", flat, facts)
     tables.write_json(settings.paths.reward / "metrics.json", metrics)
+    tables.write_json(settings.paths.reward / "curves.json", curves)
 
 
 def _measure(kind: Kind) -> str:

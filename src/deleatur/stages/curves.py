@@ -1,0 +1,45 @@
+"""What happened over the steps of the long stages: the same curves for the page and for MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deleatur.io import tables
+from deleatur.io.page import Curve, Series
+from deleatur.settings import Settings
+
+ERASING = {
+    "loss": "loss",
+    "keep_loss": "loss on prompts to preserve",
+    "drift": "drift of the empty prompt",
+    "grad_norm": "norm of the gradient, before it is capped",
+}
+LOOKS = {
+    "concept": "concept rate",
+    "kept": "CLIP score of preserved prompts",
+}
+
+
+def curves(settings: Settings) -> Iterator[Curve]:
+    paths = settings.paths
+    for concept, of in tables.read_json(paths.reward / "curves.json").items():
+        yield _losses(f"reward/{concept}", f"Reward of {concept}: loss on prompts not learned from", "epoch", of)
+    if settings.erase.source == "token":
+        for concept, learned in tables.read_json(paths.tokens / "metrics.json").items():
+            of = {f"token {i}": token["losses"] for i, token in enumerate(learned, 1)}
+            yield _losses(f"invert/{concept}", f"Inverting {concept}: loss", "step", of)
+    rows, looks = (tables.read_json(paths.delta / f"{name}.json") for name in ("curve", "looks"))
+    for name, title in ERASING.items():
+        if points := [(row["step"], row[name]) for row in rows if name in row]:
+            yield Curve("erase", f"Erasing: {title}", "step", [Series(name, points)])
+    if looks:
+        kept = tables.read_json(paths.delta / "record.json")["kept"]
+        mark = (kept, "kept") if kept < looks[-1]["step"] else None
+        series = [Series(name, [(look["step"], look[key]) for look in looks]) for key, name in LOOKS.items()]
+        yield Curve("erase/look", "Looks at sampled pictures", "step", series, mark)
+    for name, losses in tables.read_json(paths.attacks / "curves.json").items():
+        yield _losses(f"attack/{name}", f"Attacking: {name}, loss", "step", {"loss": losses})
+
+
+def _losses(key: str, title: str, x: str, of: dict[str, list[float]]) -> Curve:
+    return Curve(key, title, x, [Series(name, list(enumerate(losses, 1))) for name, losses in of.items()])
