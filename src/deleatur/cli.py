@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import re
 import shutil
@@ -102,6 +104,10 @@ def stage(
     params: Params = Path("params.yaml"),
 ) -> None:
     """Run one stage here and now. `dvc repro` runs those that need it, and remembers."""
+    # What a stage imports lives as long as its process: to look through it for garbage, again and again and at the end,
+    # would be a fifth of the start.
+    gc.set_threshold(100_000, 50, 100)
+    atexit.register(gc.freeze)
     from deleatur import stages
     from deleatur.settings import Settings
 
