@@ -246,6 +246,8 @@ def _set_interval(
     x, y, of = ours.features[rows], base.features[rows], clusters[rows]
     value = metric.of_set(x, y)
     members = [np.flatnonzero(of == c) for c in np.unique(of)]
+    if len(members) < 2:
+        return Interval(value, -np.inf, np.inf)  # every draw would be the set itself
     rng = np.random.default_rng(derive(settings.seed, "evaluate", "bootstrap", role))
     found = []
     for _ in range(RESAMPLES):
