@@ -23,7 +23,8 @@ def frechet(x: Tensor, y: Tensor) -> float:
 def _factor(x: Tensor) -> Tensor:
     """A (≤ d, d) with AᵀA = Σ, from rows x (n, d)."""
     a = (x - x.mean(0)) / (len(x) - 1) ** 0.5
-    return torch.linalg.qr(a, mode="r").R if len(a) > a.shape[1] else a
+    out: Tensor = torch.linalg.qr(a, mode="r").R if len(a) > a.shape[1] else a
+    return out
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Seen:
 
     labels: tuple[str, ...]
     scores: NDArray[np.float32]
+    """(n, L); nan where no metric needs them."""
     weights: str
     """The detector's digest, for the report."""
     identity: str
@@ -97,7 +98,9 @@ class Metric(BaseModel):
         """
 
     def needs(self, prompts: Sequence[Prompt], counts: Counts) -> set[tuple[str, str]]:
-        """(detector, label) of all that has to be there for pictures of these prompts."""
+        """(detector, label) of all that has to be there for pictures of these prompts. A detector looks at no others,
+        and its scores of them are nan.
+        """
         return set()
 
     def reads(self, shots: Gallery, row: int) -> Mapping[str, Any]:

@@ -29,7 +29,8 @@ class ConceptRate(Metric):
         return np.array([value(i) for i in range(len(shots.prompts))])
 
     def needs(self, prompts: Sequence[Prompt], counts: Counts) -> set[tuple[str, str]]:
-        return {(detector, label) for detector, labels in counts.values() for label in labels}
+        asked = {p.concept for p in prompts if p.concept}
+        return {(detector, label) for detector, labels in map(counts.__getitem__, asked) for label in labels}
 
     def detector(self, shots: Gallery) -> Detector | None:
         used = {shots.counts[p.concept] for p in shots.prompts if p.concept}

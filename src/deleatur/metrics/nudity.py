@@ -39,7 +39,7 @@ class Nudity(Metric):
         return np.where([bool(p.concept) for p in shots.prompts], hit, np.nan)
 
     def needs(self, prompts: Sequence[Prompt], counts: Counts) -> set[tuple[str, str]]:
-        return {("nudenet", label) for label in self._list()}
+        return {("nudenet", label) for label in self._list()} if any(p.concept for p in prompts) else set()
 
     def detector(self, shots: Gallery) -> Detector | None:
         return Detector("nudenet-320n", shots.seen["nudenet"].weights, self._list(), self.cutoff)

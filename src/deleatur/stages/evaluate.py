@@ -6,7 +6,8 @@ one part of one network at most, a new picture is looked at by itself, and a new
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from deleatur.io.kept import Kept, parts
 from deleatur.maths import agreement, distances
 from deleatur.maths.agreement import Interval
 from deleatur.maths.seeds import derive
-from deleatur.metrics import Array, Gallery, Metric, Reward, Seen, SetMetric
+from deleatur.metrics import Array, Counts, Gallery, Metric, Reward, Seen, SetMetric
 from deleatur.records import Prompt, Report, Score, Side
 from deleatur.settings import Settings
 from deleatur.stages import identity, inputs
@@ -84,7 +85,7 @@ def run(settings: Settings) -> None:
     listed = shots.listed(settings.paths.shots)
     drawn = {side: own for side in SIDES if len(own := listed[listed["side"] == side].reset_index(drop=True))}
     kept = Scores(settings.paths.scores)
-    galleries = look(settings, kept, drawn)
+    galleries = look(settings, kept, drawn, metrics.values())
     scores, values = [], []
     per_picture = sum(not isinstance(metric, SetMetric) for metric in metrics.values())
     with bar("metrics", per_picture * sum(map(len, drawn.values()))) as advance:
@@ -102,33 +103,41 @@ def run(settings: Settings) -> None:
     tables.write_csv(folder / "scores.csv", pd.DataFrame([_plain(s) for s in scores]))
 
 
-def look(settings: Settings, kept: Scores, drawn: Mapping[Side, pd.DataFrame]) -> dict[Side, Gallery]:
-    """What every detector and CLIP say of every picture of every side."""
+def look(
+    settings: Settings, kept: Scores, drawn: Mapping[Side, pd.DataFrame], metrics: Iterable[Metric]
+) -> dict[Side, Gallery]:
+    """What CLIP says of every picture of every side, and each detector of those that a metric wants it to look at."""
     detectors = inputs.detectors(settings)
     clip = inputs.clip(settings)
     counts = {n: (s.found.detector, s.found.labels) for n, s in settings.concepts.items() if n in settings.targets}
     heads = {name: inputs.head(settings, name, "held_out") for name in settings.targets}
-    keys = list(dict.fromkeys(key for frame in drawn.values() for key in frame["key"]))
+    prompts = {side: [Prompt(*row) for row in f[PROMPT].itertuples(index=False)] for side, f in drawn.items()}
+    asked = [
+        (key, prompt) for side, frame in drawn.items() for key, prompt in zip(frame["key"], prompts[side], strict=True)
+    ]
+    keys = list(dict.fromkeys(key for key, _ in asked))
+    wanted = _wanted(metrics, asked, counts)
+    at = {key: row for row, key in enumerate(keys)}
     fetch = partial(shots.decoded, shots.pictures(settings.paths.shots))
     seen: dict[str, Seen] = {}
-    with bar("look", len(keys) * (len(detectors) + 1)) as advance:
+    with bar("look", len(keys) + sum(len(wanted[name]) for name in detectors)) as advance:
         for name, detector in detectors.items():
             net = detector.load()
             how = identity.code(type(detector), libraries=identity.LOOKING)
             what = sha256([how, detector.model_dump(mode="json"), net.weights])
-            said = _said(kept.of(what, SAID), keys, fetch, net.detect, advance)
-            seen[name] = Seen(net.labels, said, net.weights, what)
+            scores = np.full((len(keys), len(net.labels)), np.nan, np.float32)
+            if mine := wanted[name]:
+                scores[[at[key] for key in mine]] = _said(kept.of(what, SAID), mine, fetch, net.detect, advance)
+            seen[name] = Seen(net.labels, scores, net.weights, what)
         how = identity.code(features, libraries=identity.LOOKING)
         store = kept.of(sha256([how, clip.digest]), SAID)
         embedded = torch.from_numpy(_said(store, keys, fetch, clip.pictures, advance))
     rewards = {name: Reward(_rated(head, embedded), digest(head.tensors)) for name, head in heads.items()}
-    at = {key: row for row, key in enumerate(keys)}
     out: dict[Side, Gallery] = {}
     for side, frame in drawn.items():
-        prompts = [Prompt(*row) for row in frame[PROMPT].itertuples(index=False)]
         rows = [at[key] for key in frame["key"]]
         out[side] = Gallery(
-            prompts,
+            prompts[side],
             list(frame["key"]),
             fetch,
             {name: replace(found, scores=found.scores[rows]) for name, found in seen.items()},
@@ -138,6 +147,21 @@ def look(settings: Settings, kept: Scores, drawn: Mapping[Side, pd.DataFrame]) -
             {name: replace(reward, values=reward.values[rows]) for name, reward in rewards.items()},
         )
     return out
+
+
+def _wanted(
+    metrics: Iterable[Metric], asked: Sequence[tuple[str, Prompt]], counts: Counts
+) -> defaultdict[str, list[str]]:
+    """Detector → the pictures that a metric wants it to look at, each once."""
+    of_prompt = {
+        prompt: {name for metric in metrics for name, _ in metric.needs([prompt], counts)}
+        for prompt in {prompt for _, prompt in asked}
+    }
+    out: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for key, prompt in asked:
+        for name in of_prompt[prompt]:
+            out[name][key] = None
+    return defaultdict(list, {name: list(keys) for name, keys in out.items()})
 
 
 def _said(store: Kept, keys: Sequence[str], fetch: Fetch, ask: Callable[[Pictures], Any], advance: Bar) -> Any:
