@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from deleatur.io import tables
 from deleatur.io.page import Curve, Series
 from deleatur.settings import Settings
@@ -26,8 +28,10 @@ def curves(settings: Settings) -> Iterator[Curve]:
         yield _losses(f"reward/{concept}", f"Reward of {concept}: loss on prompts not learned from", "epoch", of)
     if settings.erase.source == "token":
         for concept, learned in tables.read_json(paths.tokens / "metrics.json").items():
-            of = {f"token {i}": token["losses"] for i, token in enumerate(learned, 1)}
-            yield _losses(f"invert/{concept}", f"Inverting {concept}: loss", "step", of)
+            mean = np.mean([token["losses"] for token in learned], axis=0).tolist()  # of a token alone it is noise
+            yield _losses(
+                f"invert/{concept}", f"Inverting {concept}: loss, mean of {len(learned)}", "step", {"loss": mean}
+            )
     rows, looks = (tables.read_json(paths.delta / f"{name}.json") for name in ("curve", "looks"))
     for name, title in ERASING.items():
         if points := [(row["step"], row[name]) for row in rows if name in row]:
