@@ -78,7 +78,7 @@ RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
         (2, {"targets": ["weapon", "weapon"]}, "each once"),
         (2, {"base__device": "nonsense"}, "expected auto, cpu, cuda"),
         (2, {"base__device": "cuda:99"}, "got 'cuda:99'"),
-        (2, {"erase__method": "nothing"}, "'nothing' is none of keep, rece, sdd"),
+        (2, {"erase__method": "nothing"}, "'nothing' is none of abo, esd, keep"),
         (2, {"erase__loop": {"iterations": 5}}, "'loop' is not a key here"),
         (2, {"erase__sdd": 5}, "expected the method's numbers"),
         (2, {"erase__sdd__loop": {"itertions": 5}}, "loop.itertions"),
