@@ -1,8 +1,8 @@
 """How much of a concept goes, and what goes with it, along the erasure: python benchmarks/selectivity.py [--help]
 
 Every run erases from its own tokens and training seed, and stops to be measured on proof prompts and noise that no
-setting was chosen on. Runs are longer than the demo's, which has four minutes for everything. Finished runs are kept and not repeated. Prints the table of the last points; the picture has
-all of them.
+setting was chosen on. Runs are longer than the demo's, which has four minutes for everything. Finished runs are kept
+and not repeated. Prints the table of the last points; the picture has all of them.
 """
 
 from __future__ import annotations
