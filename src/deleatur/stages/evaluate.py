@@ -7,7 +7,7 @@ one part of one network at most, a new picture is looked at by itself, and a new
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -104,7 +104,7 @@ def run(settings: Settings) -> None:
 
 
 def look(
-    settings: Settings, kept: Scores, drawn: Mapping[Side, pd.DataFrame], metrics: Iterable[Metric]
+    settings: Settings, kept: Scores, drawn: Mapping[Side, pd.DataFrame], metrics: Collection[Metric]
 ) -> dict[Side, Gallery]:
     """What CLIP says of every picture of every side, and each detector of those that a metric wants it to look at."""
     detectors = inputs.detectors(settings)
@@ -150,7 +150,7 @@ def look(
 
 
 def _wanted(
-    metrics: Iterable[Metric], asked: Sequence[tuple[str, Prompt]], counts: Counts
+    metrics: Collection[Metric], asked: Sequence[tuple[str, Prompt]], counts: Counts
 ) -> defaultdict[str, list[str]]:
     """Detector → the pictures that a metric wants it to look at, each once."""
     of_prompt = {
