@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 import bench
-from selectivity import compared, looked, untouched
+from selectivity import compared, learned, looked, untouched
 
 from deleatur.diffusion.finetune import PRESETS
 from deleatur.diffusion.overlay import weights_of
@@ -43,8 +43,7 @@ def erased(run: Run) -> dict[str, Any]:
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    settings = bench.variant(f"weapon-tokens-{run.seed}", {"targets": ["weapon"], "seed": run.seed})
-    bench.run(settings, ("reward", "invert"))
+    settings = learned("weapon", run.seed)
     model = inputs.model(settings)
     eraser = inputs.method("erasers", Eraser, "sdd", {"order": "single", "loop": run.loop}, "erase")
     concept = inputs.concept(settings, model, "weapon")

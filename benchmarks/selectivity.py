@@ -1,8 +1,8 @@
 """How much of a concept goes, and what goes with it, along the erasure: python benchmarks/selectivity.py [--help]
 
 Every run erases from its own tokens and training seed, and stops to be measured on proof prompts and noise that no
-setting was chosen on. Runs are longer than the demo's, which has four minutes for everything. Finished runs are kept
-and not repeated. Prints the table of the last points; the picture has all of them.
+setting was chosen on. Runs are longer than the demo's, and weapons have twice its tokens: the demo has four minutes
+for everything. Finished runs are kept and not repeated. Prints the table of the last points; the picture has all.
 """
 
 from __future__ import annotations
@@ -52,13 +52,19 @@ class Run:
 
     @property
     def settings(self) -> Settings:
-        tokens = bench.variant(f"{self.concept}-tokens-{self.seed}", {"targets": [self.concept], "seed": self.seed})
-        if self.source == "token":
-            bench.run(tokens, ("reward", "invert"))
+        shared = {"tokens": str(learned(self.concept, self.seed).paths.tokens)} if self.source == "token" else {}
         loop = {"iterations": self.iterations, "check_every": 0} | ({} if self.preserve else {"preserve": 0.0})
         erase = {"source": self.source, "sdd": {"loop": loop}}
         changes = {"targets": [self.concept], "seed": self.seed, "erase": erase}
-        return bench.variant(self.name, changes, {"tokens": str(tokens.paths.tokens)})
+        return bench.variant(self.name, changes, shared)
+
+
+def learned(concept: str, seed: int) -> Settings:
+    """A run's own tokens; vice and ink say in params.yaml how many of them."""
+    changes = {"targets": [concept], "seed": seed, "invert": {"hfi": {"tokens": 32}}}
+    settings = bench.variant(f"{concept}-tokens-{seed}", changes)
+    bench.run(settings, ("reward", "invert"))
+    return settings
 
 
 def points(run: Run, every: int) -> list[dict[str, Any]]:
@@ -211,8 +217,8 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", choices=["token", "words"], default=["token", "words"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103])
     parser.add_argument("--preserve", nargs="+", choices=["on", "off"], default=["on", "off"])
-    parser.add_argument("--iterations", type=int, default=400)
-    parser.add_argument("--every", type=int, default=100, help="iterations between two points")
+    parser.add_argument("--iterations", type=int, default=360)
+    parser.add_argument("--every", type=int, default=120, help="iterations between two points")
     asked = parser.parse_args()
     bench.run(bench.variant("ingest", {}), ("ingest",))
     runs = [
