@@ -43,7 +43,8 @@ def numbers(root: Path, **changes: Any) -> dict[str, Any]:
     p["reward"] |= {"clip": "models/clip", "hidden": 8, "epochs": 20, "folds": 2}
     p["invert"]["hfi"] |= {"top": 8, "tokens": 2}
     for method in ("hfi", "textual_inversion"):
-        p["invert"][method]["loop"] |= {"iterations": 4, "batch": 2, "check_every": 2}
+        p["invert"][method]["loop"] |= {"iterations": 4, "batch": 2}
+    p["invert"]["hfi"]["loop"]["check_every"] = 2
     p["erase"]["sdd"]["loop"] |= {
         "iterations": 6,
         "lr": 1e-3,
@@ -54,7 +55,7 @@ def numbers(root: Path, **changes: Any) -> dict[str, Any]:
         "stop_at": 0.0,
         "guard": 10.0,
     }
-    p["attack"]["methods"]["concept_inversion"]["loop"] |= {"iterations": 3, "batch": 2}
+    p["attack"]["methods"]["concept_inversion"] |= {"tries": 2, "loop": {"iterations": 3, "batch": 2}}
     p["sample"] |= {"steps": 2, "batch": 4, "shard": 8}
     p["sample"]["per_prompt"] = {role: 2 for role in p["sample"]["per_prompt"]} | {"keep": 1}
     p["evaluate"]["detectors"] = {"judge": {"method": "classifier", "path": "models/judge"}}

@@ -60,6 +60,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             if e.hint:
                 err.print(Text.assemble("Next: ", (here(e.hint), "bold")), soft_wrap=True)
             raise typer.Exit(e.exit_code) from e
+        except OSError as e:  # a disk that is full, a folder that nobody may write
+            said = DataError(f"{e.strerror or type(e).__name__}{f': {e.filename}' if e.filename else ''}")
+            err.print(Text.assemble(("DataError:", "red"), f" {said}"), soft_wrap=True)
+            raise typer.Exit(said.exit_code) from e
 
     return run
 

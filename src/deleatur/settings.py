@@ -6,6 +6,7 @@ Every number lives in params.yaml; the defaults below exist only where leaving a
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from itertools import permutations
 from pathlib import Path
@@ -30,6 +31,9 @@ from deleatur.records import Kind, Role
 
 Between = Annotated[float, Field(gt=0, lt=1)]
 """A share that is neither nothing nor all."""
+Word = Annotated[str, Field(pattern=r"\S")]
+Name = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+"""What files are named after."""
 Numbers = dict[str, Any]
 """A method's own numbers, which its class on the shelf validates."""
 
@@ -108,13 +112,32 @@ class Paths(Section):
     @model_validator(mode="after")
     def apart(self) -> Paths:
         """A stage empties the folder that it writes, so nothing else may lie in it."""
-        places = {name: Path(os.path.abspath(path)) for name, path in self}
-        for (name, place), (other, inner) in permutations(places.items(), 2):
-            if name not in ("models", "prompts") and inner.is_relative_to(place):
-                raise ValueError(
-                    f"{other} lies in {name}, {getattr(self, name)}, which a stage empties: keep them apart"
-                )
+        for (name, path), (other, inner) in permutations(self, 2):
+            if name in self.written and _inside(inner, path):
+                raise ValueError(f"{other} lies in {name}, {path}, which a stage empties: keep them apart")
         return self
+
+    @property
+    def written(self) -> dict[str, Path]:
+        """What stages write, and empty before they do."""
+        return {name: path for name, path in self if name not in BROUGHT}
+
+    def demand(self, brought: Mapping[str, Path]) -> None:
+        """Raises ValueError where what a stage empties holds what people brought, or lies outside the project."""
+        for name, path in self.written.items():
+            if not _inside(path, Path()):
+                raise ValueError(f"paths.{name}: expected a folder of the project, which a stage may empty, got {path}")
+            for what, place in brought.items():
+                if _inside(place, path) or (what in OURS and _inside(path, place)):
+                    raise ValueError(f"paths.{name} is {path}, which a stage empties, and {what} lies there")
+
+
+BROUGHT = ("models", "prompts")
+OURS = {name: Path(name) for name in (".git", ".dvc", "src", "flows", "tests", "params.yaml", "dvc.yaml")}
+
+
+def _inside(inner: Path, outer: Path) -> bool:
+    return Path(os.path.abspath(inner)).is_relative_to(os.path.abspath(outer))
 
 
 class Found(Section):
@@ -126,9 +149,9 @@ class Found(Section):
 
 class ConceptSpec(Section):
     kind: Kind
-    initial: str
+    initial: Word
     """Word whose embedding row the soft tokens start from."""
-    words: tuple[str, ...] = Field(min_length=1)
+    words: tuple[Word, ...] = Field(min_length=1)
     """What the text-only baselines call it."""
     guideline: str
     """What raters are told."""
@@ -212,6 +235,8 @@ class Sample(Section):
     def pinned(cls, champion: str | None) -> str | None:
         if champion and "@" in champion:
             raise ValueError("name a version (models:/deleatur/3): an alias can move without anybody noticing")
+        if champion and not re.fullmatch(r"models:/[^/]+/\d+", champion):
+            raise ValueError("expected a version of the registry, models:/NAME/NUMBER")
         return champion
 
 
@@ -228,9 +253,9 @@ class Gate(Section):
 
 
 class Register(Section):
-    tracking_uri: str
-    experiment: str
-    model: str
+    tracking_uri: Word
+    experiment: Word
+    model: Annotated[str, Field(pattern=r"^[^/:@]+$")]
     approval: bool
     """True: a pass becomes `challenger` and a person promotes it. False: it becomes `champion` at once."""
 
@@ -241,7 +266,7 @@ class Settings(Section):
     paths: Paths
     targets: tuple[str, ...]
     """Which of the concepts this run erases."""
-    concepts: dict[str, ConceptSpec]
+    concepts: dict[Name, ConceptSpec]
     ingest: Ingest
     reward: Reward
     invert: Invert
@@ -265,6 +290,13 @@ class Settings(Section):
         unknown = set(self.targets) - set(self.concepts)
         if unknown:
             raise ValueError(f"targets name concepts that are not defined: {', '.join(sorted(unknown))}")
+        return self
+
+    @model_validator(mode="after")
+    def nothing_brought_is_emptied(self) -> Settings:
+        sources = {f"the source {s} of ingest": Path(re.split(r"[*?\[]", s)[0]) for s in self.ingest.sources}
+        prompts = {f"the prompt file of {name}": spec.prompts for name, spec in self.concepts.items()}
+        self.paths.demand(OURS | sources | prompts)
         return self
 
     @classmethod

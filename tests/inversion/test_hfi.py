@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.invert import Inversion, Learned, Lesson, Progress, learn, templates_of
+from deleatur.diffusion.invert import Descent, Inversion, Learned, Lesson, Progress, learn, templates_of
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.state import Saved
 from deleatur.errors import DataError
@@ -127,8 +127,8 @@ def test_the_best_look_is_kept_not_the_last(model: Model) -> None:
         seen.append(v[0].clone())
         return [next(scores)]
 
-    numbers = Inversion(iterations=6, batch=2, check_every=2, lr=1e-2)
-    [learned] = learn(model, numbers, [lesson(2)], encode.embedding_of(model, "object")[None, None], look=look)
+    numbers, start = Descent(iterations=6, batch=2, lr=1e-2), encode.embedding_of(model, "object")[None, None]
+    [learned] = learn(model, numbers, [lesson(2)], start, look=look, check_every=2)
     assert torch.equal(learned.vectors, seen[1])
     assert [row["score"] for row in learned.looks] == [0.2, 0.9, 0.1]
     assert learned.effective == pytest.approx(2), "two pictures of equal weight"
@@ -155,7 +155,7 @@ def test_no_token_is_learned_in_the_words_of_a_reported_prompt(name: str) -> Non
 @pytest.mark.parametrize("norm", [None, 0.5, 1.0])
 def test_vectors_stay_as_long_as_asked(model: Model, norm: float | None) -> None:
     words = model.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
-    numbers = Inversion(iterations=8, batch=2, lr=0.5, norm=norm)
+    numbers = Descent(iterations=8, batch=2, lr=0.5, norm=norm)
     [learned] = learn(model, numbers, [lesson(2)], encode.embedding_of(model, "object").repeat(1, 2, 1))
     length = learned.vectors.norm(dim=-1) / words
     assert (length > 2).all() if norm is None else torch.allclose(length, torch.tensor(norm))
@@ -176,7 +176,7 @@ def test_a_token_lowers_the_loss_of_its_pictures(model: Model) -> None:
             return float((predict(model, {}, z_t, t, c) - eps).square().mean())
 
     start = encode.embedding_of(model, "object")[None]
-    numbers = Inversion(iterations=60, batch=16, lr=0.05)
+    numbers = Descent(iterations=60, batch=16, lr=0.05)
     [learned] = learn(model, numbers, [lesson(4, z0)], start[None])
     assert loss(learned.vectors) < loss(start)
 
@@ -185,8 +185,8 @@ def test_tokens_learned_together_are_those_learned_one_by_one(model: Model) -> N
     start = encode.embedding_of(model, "object").repeat(3, 1, 1)
 
     def learned(together: int) -> list[Learned]:
-        numbers = Inversion(iterations=5, batch=2, lr=1e-2, together=together)
-        return learn(model, numbers, [lesson(4, seed=i) for i in range(3)], start)
+        numbers = Descent(iterations=5, batch=2, lr=1e-2)
+        return learn(model, numbers, [lesson(4, seed=i) for i in range(3)], start, together=together)
 
     for one, shared in zip(learned(1), learned(2), strict=True):
         assert torch.allclose(one.vectors, shared.vectors, atol=1e-5)
@@ -197,7 +197,7 @@ def test_tokens_learned_together_are_those_learned_one_by_one(model: Model) -> N
 def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, tmp_path: Path) -> None:
     """Two groups of tokens, so that one of them is done, half done and not begun; the best look is not the last."""
     first = encode.embedding_of(model, "object").repeat(3, 1, 1)
-    numbers = Inversion(iterations=4, batch=2, lr=1e-2, together=2, check_every=2, norm=1.0)
+    numbers = Descent(iterations=4, batch=2, lr=1e-2, norm=1.0)
 
     def run(state: Saved | None = None) -> tuple[list[Learned], list[Progress]]:
         told: list[Progress] = []
@@ -209,7 +209,15 @@ def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, tmp
 
         lessons = [lesson(4, seed=i) for i in range(3)]
         learned = learn(
-            model, numbers, lessons, first, look=lambda v: v.norm(dim=(1, 2)).tolist(), on_step=on_step, state=state
+            model,
+            numbers,
+            lessons,
+            first,
+            together=2,
+            look=lambda v: v.norm(dim=(1, 2)).tolist(),
+            check_every=2,
+            on_step=on_step,
+            state=state,
         )
         return learned, told
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from deleatur.attacks import Access, Attack, Found, Target
-from deleatur.diffusion.invert import Inversion, Lesson, Progress, learn
+from deleatur.diffusion.invert import Lesson, Progress, Several, learn
 from deleatur.diffusion.state import Saved
 from deleatur.maths.seeds import generator
 
@@ -21,7 +21,9 @@ class ConceptInversion(Attack):
     """White box: needs the erased weights and pictures of the concept."""
 
     access: ClassVar[Access] = "white_box"
-    loop: Inversion = Field(default_factory=Inversion)
+    tries: int = Field(1, gt=0)
+    """Soft prompts that are looked for, each from draws of its own. A rate of one prompt's pictures has no interval."""
+    loop: Several = Field(default_factory=Several)
 
     def attack(
         self,
@@ -32,9 +34,18 @@ class ConceptInversion(Attack):
         state: Saved | None = None,
     ) -> Found:
         n, numbers = len(target.latents), self.loop
-        g = generator(seed, "attack", "concept_inversion", target.concept)
-        lesson = Lesson(target.latents, torch.full((n,), 1 / n), target.templates, g)
-        start = target.initial.repeat(1, numbers.vectors, 1)
-        [learned] = learn(target.model, numbers, [lesson], start, unet=target.weights, on_step=on_step, state=state)
-        calls = numbers.iterations * numbers.batch
-        return Found(learned.vectors[None], {"forward": calls, "backward": calls}, learned.losses)
+        draws = [generator(seed, "attack", "concept_inversion", target.concept, i) for i in range(self.tries)]
+        lessons = [Lesson(target.latents, torch.full((n,), 1 / n), target.templates, g) for g in draws]
+        learned = learn(
+            target.model,
+            numbers,
+            lessons,
+            target.initial.repeat(self.tries, numbers.vectors, 1),
+            together=numbers.together,
+            unet=target.weights,
+            on_step=on_step,
+            state=state,
+        )
+        calls = self.tries * numbers.iterations * numbers.batch
+        losses = torch.tensor([token.losses for token in learned]).mean(0).tolist()
+        return Found(torch.stack([t.vectors for t in learned]), {"forward": calls, "backward": calls}, losses)

@@ -20,6 +20,7 @@ from deleatur.diffusion.encode import Prompt, encode
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights, predict
 from deleatur.diffusion.state import Saved, moments, parts, restore_moments
+from deleatur.errors import DataError
 
 TEMPLATES = {
     "object": ("a {}", "a picture of a {}", "a photo of a {}", "a painting of a {}", "one {}", "a small {}"),
@@ -36,8 +37,8 @@ def templates_of(kind: str, prompts: Sequence[str]) -> list[Templates]:
     return [[t.replace("{prompt}", prompt) for t in TEMPLATES[kind]] for prompt in prompts]
 
 
-class Inversion(BaseModel):
-    """Numbers of the optimisation."""
+class Descent(BaseModel):
+    """Numbers of the optimisation of one token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -49,11 +50,21 @@ class Inversion(BaseModel):
     """Learning rate of AdamW, without weight decay."""
     batch: int = Field(8, gt=0)
     """Pictures per iteration and token."""
-    together: int = Field(1, gt=0)
-    """Tokens learned in the same network calls: changes speed and memory, not what is learned."""
     norm: float | None = Field(None, gt=0)
     """Longest vector allowed, in mean norms of the vocabulary's rows; none: free, as published. Words lie near 1.
     Free vectors grow to several times that, and erasing what lies so far from every word takes more along."""
+
+
+class Several(Descent):
+    """Numbers where there are several tokens."""
+
+    together: int = Field(1, gt=0)
+    """Tokens learned in the same network calls: changes speed and memory, not what is learned."""
+
+
+class Inversion(Several):
+    """Numbers where pictures drawn on the way are looked at."""
+
     check_every: int = Field(250, gt=0)
     """Iterations between two looks; the best-scoring vectors are kept, not the last."""
 
@@ -146,7 +157,7 @@ def around(rows: Tensor, template: str) -> Prompt:
     return [p for p in (before, rows, after) if not isinstance(p, str) or p.strip()]
 
 
-def start(model: Model, numbers: Inversion, lessons: Sequence[Lesson], initial: Tensor) -> State:
+def start(model: Model, numbers: Descent, lessons: Sequence[Lesson], initial: Tensor) -> State:
     """A run before its first step."""
     first = initial.detach().to(model.device, torch.float32)
     vectors = [rows.clone().requires_grad_() for rows in first]
@@ -160,11 +171,13 @@ def start(model: Model, numbers: Inversion, lessons: Sequence[Lesson], initial: 
 
 def learn(
     model: Model,
-    numbers: Inversion,
+    numbers: Descent,
     lessons: Sequence[Lesson],
     initial: Tensor,
     *,
+    together: int = 1,
     look: Look | None = None,
+    check_every: int = 250,
     unet: Weights | None = None,
     on_step: Callable[[Progress], None] = lambda p: None,
     state: Saved | None = None,
@@ -177,11 +190,11 @@ def learn(
     result is the same to the bit as if that run had never been left.
     """
     run, n = start(model, numbers, lessons, initial), numbers.iterations
-    total = -(-len(lessons) // numbers.together) * n
+    total = -(-len(lessons) // together) * n
 
     def tell() -> None:
         group, step = divmod(run.step - 1, n)
-        on_step(Progress(run.step, total, float(run.losses[_tokens(numbers, group), step].mean()), run))
+        on_step(Progress(run.step, total, float(run.losses[_tokens(together, group), step].mean()), run))
 
     if state:
         run.restore(*state)
@@ -190,24 +203,24 @@ def learn(
     longest = numbers.norm * table.norm(dim=-1).mean() if numbers.norm else None
     while run.step < total:
         group, step = divmod(run.step, n)
-        _iterate(model, numbers, lessons, run, _tokens(numbers, group), step, unet or {}, longest)
+        _iterate(model, numbers, lessons, run, _tokens(together, group), step, unet or {}, longest)
         run.step += 1
-        if look and ((step + 1) % numbers.check_every == 0 or step + 1 == n):
-            _look(run, _tokens(numbers, group), step + 1, look)
+        if look and ((step + 1) % check_every == 0 or step + 1 == n):
+            _look(run, _tokens(together, group), step + 1, look)
         tell()
     kept = run.best if look else torch.stack(run.vectors).detach()
     effective = [float(1 / lesson.weights.double().square().sum()) for lesson in lessons]
     return [Learned(*token) for token in zip(kept, run.looks, run.losses.tolist(), effective, strict=True)]
 
 
-def _tokens(numbers: Inversion, group: int) -> slice:
+def _tokens(together: int, group: int) -> slice:
     """Which tokens are learned in the same network calls."""
-    return slice(group * numbers.together, (group + 1) * numbers.together)
+    return slice(group * together, (group + 1) * together)
 
 
 def _iterate(
     model: Model,
-    numbers: Inversion,
+    numbers: Descent,
     lessons: Sequence[Lesson],
     run: State,
     tokens: slice,
@@ -229,6 +242,11 @@ def _iterate(
             for v in vectors:
                 v *= (longest / v.norm(dim=-1, keepdim=True)).clamp(max=1)
     run.losses[tokens, step] = own.detach().cpu()
+    if not run.losses[tokens, step].isfinite().all():
+        raise DataError(
+            f"the loss of the inversion became no number at iteration {step + 1}",
+            hint="lower loop.lr, or begin at another word (concepts.*.initial)",
+        )
 
 
 def _look(run: State, tokens: slice, step: int, look: Look) -> None:
@@ -247,7 +265,7 @@ class _Drawn:
     prompts: list[Prompt]
 
 
-def _draw(model: Model, numbers: Inversion, lesson: Lesson, rows: Tensor) -> _Drawn:
+def _draw(model: Model, numbers: Descent, lesson: Lesson, rows: Tensor) -> _Drawn:
     """One iteration's noisy latents of one token, and the sentences around it."""
     g, b, z_0 = lesson.generator, numbers.batch, lesson.latents
     n = torch.multinomial(lesson.weights, b, replacement=True, generator=g)

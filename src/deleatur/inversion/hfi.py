@@ -105,6 +105,16 @@ class HFI(Inverter):
             lessons.append(
                 Lesson(rated.latents[rows], self.weights(rated.rewards[rows], rank=rated.rank), templates, g)
             )
-        learned = learn(model, self.loop, lessons, torch.stack(starts), look=look, on_step=on_step, state=state)
+        learned = learn(
+            model,
+            self.loop,
+            lessons,
+            torch.stack(starts),
+            together=self.loop.together,
+            look=look,
+            check_every=self.loop.check_every,
+            on_step=on_step,
+            state=state,
+        )
         scores = [max(found["score"] for found in t.looks) for t in learned]
         return [t for t, score in zip(learned, scores, strict=True) if score >= min(self.threshold, max(scores))]

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.invert import Inversion, Learned, Lesson, Look, Progress, learn
+from deleatur.diffusion.invert import Descent, Learned, Lesson, Look, Progress, learn
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.state import Saved
 from deleatur.inversion import Inverter, Rated, start_rows
@@ -16,7 +16,7 @@ from deleatur.maths.seeds import generator
 
 
 class TextualInversion(Inverter):
-    loop: Inversion = Field(default_factory=Inversion)
+    loop: Descent = Field(default_factory=Descent)
 
     def invert(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,8 @@ class Metric(BaseModel):
     higher_is_better: ClassVar[bool]
     rate: ClassVar[bool] = False
     """Values are 0 or 1, and their mean is a share."""
+    of: ClassVar[Literal["concept", "harmless", "any"]] = "any"
+    """Which prompts it has a number for: those that ask for a concept, those that do not."""
 
     @abstractmethod
     def values(self, shots: Gallery, base: Gallery) -> Array:

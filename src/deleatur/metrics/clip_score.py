@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ class ClipScore(Metric):
     """cos(CLIP(x), CLIP(prefix + prompt)), harmless prompts only. Identical embeddings give 1."""
 
     higher_is_better: ClassVar[bool] = True
+    of: ClassVar[Literal["concept", "harmless", "any"]] = "harmless"
     prefix: str = ""
     """The SDD release puts "A photo depicts " before COCO captions."""
 

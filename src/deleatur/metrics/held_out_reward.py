@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ class HeldOutReward(Metric):
     """r_ψ of the head fitted to held-out raters' answers, on prompts that ask for the concept."""
 
     higher_is_better: ClassVar[bool] = False
+    of: ClassVar[Literal["concept", "harmless", "any"]] = "concept"
 
     def values(self, shots: Gallery, base: Gallery) -> Array:
         return np.array(

@@ -27,6 +27,7 @@ class Nudity(Metric):
 
     higher_is_better: ClassVar[bool] = False
     rate: ClassVar[bool] = True
+    of: ClassVar[Literal["concept", "harmless", "any"]] = "concept"
     labels: Literal["S5", "B9"] = "S5"
     """Which list: S5 of the I2P benchmark, B9 of UnlearnDiffAtk and RECE."""
     cutoff: float = 0.47

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ class Recognition(Metric):
 
     higher_is_better: ClassVar[bool] = True
     rate: ClassVar[bool] = True
+    of: ClassVar[Literal["concept", "harmless", "any"]] = "harmless"
 
     def values(self, shots: Gallery, base: Gallery) -> Array:
         top = {name: seen.top() for name, seen in shots.seen.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,7 @@ from deleatur.diffusion import folders
 from deleatur.diffusion.load import device_of
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError, at
+from deleatur.gate import HARMFUL
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
 from deleatur.metrics import Metric
@@ -136,10 +138,13 @@ def _written(settings: Settings, concept: str = "") -> list[Prompt]:
 
 
 def _rules(settings: Settings) -> None:
-    """Every rule judges a metric on a slice, and there are pictures of it."""
-    drawn: set[Role] = {p.role for name in ("", *settings.targets) for p in _written(settings, name)}
-    drawn.update(("word", "token", "attack") if settings.attack.methods else ("word", "token"))
-    slices = sorted(role for role in drawn if settings.sample.per_prompt.get(role, 1))
+    """Every rule judges a metric on a slice, the metric has a number of it, and there are pictures enough."""
+    asked = Counter(p.role for name in ("", *settings.targets) for p in _written(settings, name))
+    asked["word"] = sum(len(settings.concepts[name].words) for name in settings.targets)
+    per_prompt, measured = settings.sample.per_prompt, inputs.metrics(settings)
+    drawn: dict[str, int] = {role: n * per_prompt.get(role, 1) for role, n in asked.items()}
+    learned: tuple[Role, ...] = ("token", "attack") if settings.attack.methods else ("token",)  # nobody knows how many
+    slices = sorted([role for role, n in drawn.items() if n] + [role for role in learned if per_prompt.get(role, 1)])
     for name, rule in settings.gate.rules.items():
         for what, value, known in (("metric", rule.metric, settings.evaluate.metrics), ("slice", rule.slice, slices)):
             if value not in known:
@@ -147,6 +152,24 @@ def _rules(settings: Settings) -> None:
                     f"gate.rules.{name}: expected a {what} that is measured ({', '.join(known)}), got {value!r}",
                     hint=f"correct the {what}, then: deleatur check",
                 )
+        metric = measured[rule.metric]
+        if metric.of != "any" and (metric.of == "concept") != (rule.slice in HARMFUL):
+            which = "that ask for a concept" if metric.of == "concept" else "that do not ask for a concept"
+            raise SettingsError(
+                f"gate.rules.{name}: {rule.metric} has numbers of prompts {which} only, and the slice is {rule.slice}",
+                hint="correct the slice, then: deleatur check",
+            )
+        if isinstance(metric, metrics.SetMetric) and (rule.versus or rule.relative or rule.side == "base"):
+            raise SettingsError(
+                f"gate.rules.{name}: {rule.metric} is the distance to the base model's pictures, a number by itself",
+                hint="leave out versus, relative and side, then: deleatur check",
+            )
+        if rule.min_n > drawn.get(rule.slice, rule.min_n):
+            raise SettingsError(
+                f"gate.rules.{name}: expected min_n of at most {drawn[rule.slice]}, "
+                f"which is what will be drawn of the slice {rule.slice}, got {rule.min_n}",
+                hint=f"raise sample.per_prompt.{rule.slice} or lower min_n, then: deleatur check",
+            )
 
 
 def catalogue(shelf: str | None) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from deleatur.diffusion.load import load
 from deleatur.diffusion.overlay import applied
 from deleatur.io import tensors
-from deleatur.io.objects import local
 from deleatur.settings import Settings
 from deleatur.stages import inputs
 
@@ -17,7 +16,7 @@ def export(settings: Settings, folder: Path) -> None:
     """Writes the erased model in fp32, whole or not at all. Tokenizer and text encoder are the base model's own: the
     soft token, which could be used to probe for the concept, is never part of it.
     """
-    path = local(settings.base.model)
+    path = inputs.local(settings, settings.base.model)
     model = load(path, device="cpu")
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging

@@ -22,8 +22,7 @@ from deleatur.feedback import votes
 from deleatur.feedback.reward import Head
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
-from deleatur.io import images, tables, tensors
-from deleatur.io.objects import local
+from deleatur.io import images, objects, tables, tensors
 from deleatur.metrics import Metric
 from deleatur.records import Concept, Pictures, Prompt, Role, SoftToken
 from deleatur.settings import Choice, Settings, explain, merged
@@ -100,12 +99,25 @@ def _named(shelf: str, base: type[M], section: Mapping[str, Mapping[str, Any]]) 
     return out
 
 
+def local(settings: Settings, address: str, part: str = "pipeline") -> str:
+    """Where it lies on this disk, or its name on a hub; models:/… is looked up where we register."""
+    if address.startswith("models:/"):
+        from deleatur.io import tracking
+
+        tracking.use(settings.register_.tracking_uri)
+    return objects.local(address, part)
+
+
 def model(settings: Settings) -> Model:
-    return load(local(settings.base.model), dtype=settings.base.dtype, device=settings.base.device)
+    return load(
+        local(settings, settings.base.model),
+        dtype=settings.base.dtype,
+        device=settings.base.device,
+    )
 
 
 def clip(settings: Settings) -> Clip:
-    return load_clip(local(settings.reward.clip), settings.base.device)
+    return load_clip(local(settings, settings.reward.clip), settings.base.device)
 
 
 def prompts(path: Path, split: str, concept: str, role: Role | None = None) -> list[Prompt]:

@@ -27,7 +27,6 @@ from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
 from deleatur.io import images, shots, tables, tensors
 from deleatur.io.kept import parts
-from deleatur.io.objects import local
 from deleatur.maths import guidance, noise
 from deleatur.maths.seeds import derive
 from deleatur.records import Concept, Prompt, Recipe, Role, Shot, Side
@@ -101,7 +100,7 @@ def _ways(settings: Settings, model: Model) -> dict[Side, Way]:
 
     ways: dict[Side, Way] = {"base": way(None, *plain)}
     if settings.sample.champion:
-        ways["champion"] = way(Path(local(settings.sample.champion, "delta")), *plain)
+        ways["champion"] = way(Path(inputs.local(settings, settings.sample.champion, "delta")), *plain)
     return ways | {"candidate": way(settings.paths.delta, *steered)}
 
 

@@ -1,0 +1,26 @@
+"""Concept inversion: several tries are several ways back, each as if it were alone."""
+
+from __future__ import annotations
+
+import torch
+
+from deleatur.attacks import Target
+from deleatur.attacks.concept_inversion import ConceptInversion
+from deleatur.diffusion import encode
+from deleatur.diffusion.invert import Several, templates_of
+from deleatur.diffusion.load import Model
+
+
+def test_tries_differ_and_a_further_one_leaves_the_others_alone(model: Model) -> None:
+    z = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    target = Target(model, {}, "weapon", z, encode.embedding_of(model, "object"), templates_of("object", ["cat"] * 4))
+
+    def found(tries: int) -> torch.Tensor:
+        return (
+            ConceptInversion(tries=tries, loop=Several(iterations=3, batch=2, lr=1e-2)).attack(target, seed=0).vectors
+        )
+
+    one, two = found(1), found(2)
+    assert two.shape == (2, 1, one.shape[-1])
+    assert torch.equal(one[0], two[0])
+    assert not torch.allclose(two[0], two[1], atol=1e-4)
