@@ -12,7 +12,7 @@ TORCH_VERSION := 2.13.0
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt $(if $(filter-out $(TORCH),$(HAVE)),other-build)
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { echo "Next: apt install python3-venv, on Debian; then the same command"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
 	@# A CPU wheel that pip can see (a wheel folder, a mirror) is taken first; else uv knows where PyTorch keeps its builds.
 	@if [ "$(TORCH)" != cpu ] || ! $(BIN)/python -m pip install --quiet "torch==$(TORCH_VERSION)+cpu" 2>/dev/null; then \

@@ -1,8 +1,8 @@
 """`parity` against the staggered pools: same result, at what cost? python benchmarks/presets.py [--help]
 
-Every preset erases the same tokens with the numbers it has for Stable Diffusion, but for the length of the run and
-the rate of `parity`, which are the built-in model's; a batch of b gets 1/√b of that rate, as in PRESETS. Nothing of
-ours is on. Finished runs are kept and not repeated; all seconds of one table should come from one run on one machine.
+Every preset erases the same tokens, one at a time, and keys and values alone train, as in params.yaml; length, rate
+and EMA are the built-in model's, a batch of b gets 1/√b of the rate, as in PRESETS. No preserve term, no looks.
+Finished runs are kept and not repeated; all seconds of one table should come from one run on one machine.
 """
 
 from __future__ import annotations

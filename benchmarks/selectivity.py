@@ -1,8 +1,9 @@
 """How much of a concept goes, and what goes with it, along the erasure: python benchmarks/selectivity.py [--help]
 
-Every run erases from its own tokens and training seed, and stops to be measured on proof prompts and noise that no
-setting was chosen on. Runs are longer than the demo's, and weapons have twice its tokens: the demo has four minutes
-for everything. Finished runs are kept and not repeated. Prints the table of the last points; the picture has all.
+Every run erases from its own tokens and training seed, and stops to be measured in proof sentences and noise that no
+setting was chosen on; the things they name are those of test. Words and tokens train equally long. Runs are longer
+than the demo's, and weapons have twice its tokens: the demo has four minutes for everything. Finished runs are kept
+and not repeated. Prints the table of the last points; the picture has all.
 """
 
 from __future__ import annotations

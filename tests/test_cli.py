@@ -69,6 +69,12 @@ def test_check_accepts_the_project_and_speaks_json(here: Path) -> None:
 RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
 
 
+def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
+    result = run(app, ["export", f"{'x' * 300}/erased"])  # no file system takes such a name
+    assert (result.exit_code, type(result.exception)) == (6, SystemExit), result.output
+    assert "File name too long" in result.output
+
+
 @pytest.mark.parametrize(
     ("code", "changes", "said"),
     [
@@ -105,7 +111,7 @@ RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
         (2, {"paths__scores": "models"}, "models lies in scores"),
         (2, {"paths__feedback": "feedback"}, "paths.feedback is feedback, which a stage empties, and the source"),
         (2, {"paths__tokens": "prompts"}, "prompts lies in tokens"),
-        (2, {"paths__verdict": "src/made"}, "paths.verdict is src/made, which a stage empties, and src lies there"),
+        (2, {"paths__verdict": ".dvc/made"}, "paths.verdict is .dvc/made, which a stage empties, and .dvc lies there"),
         (2, {"paths__delta": "/somewhere"}, "paths.delta: expected a folder of the project"),
         (2, {"paths__delta": ".."}, "delta"),
         (2, {"concepts": {"../evil": {}}}, "concepts"),

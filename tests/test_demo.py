@@ -38,7 +38,7 @@ def test_a_finished_chain_is_registered_and_says_what_to_type_next(project: Path
     assert "Verdict: pass" in done.stdout
     assert "Up to date: ingest, reward, invert, erase, attack, sample, evaluate, gate" in done.stderr
     assert f"{Path(sys.executable).parent}/deleatur report --open" in done.stdout
-    assert "dvc exp run -S" in done.stdout
+    assert "deleatur export erased" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from deleatur.errors import ContinueMe, DataError, DeleaturError
+from deleatur.errors import ContinueMe, DataError, DeleaturError, ServiceError
 
 if TYPE_CHECKING:
     from deleatur.settings import Settings
@@ -54,18 +54,23 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except DeleaturError as e:
+        except BrokenPipeError:  # whoever reads us has read enough
+            raise
+        except (DeleaturError, OSError) as found:
+            e = found if isinstance(found, DeleaturError) else _of_machine(found)
             # Not as markup: messages quote lists and prompts in brackets. Not folded: commands are copied.
             err.print(Text.assemble((f"{type(e).__name__}:", "red"), f" {e}"), soft_wrap=True)
             if e.hint:
                 err.print(Text.assemble("Next: ", (here(e.hint), "bold")), soft_wrap=True)
-            raise typer.Exit(e.exit_code) from e
-        except OSError as e:  # a disk that is full, a folder that nobody may write
-            said = DataError(f"{e.strerror or type(e).__name__}{f': {e.filename}' if e.filename else ''}")
-            err.print(Text.assemble(("DataError:", "red"), f" {said}"), soft_wrap=True)
-            raise typer.Exit(said.exit_code) from e
+            raise typer.Exit(e.exit_code) from found
 
     return run
+
+
+def _of_machine(e: OSError) -> ServiceError:
+    """A disk that is full, a folder that nobody may write, a host that does not answer."""
+    where = f": {e.filename}" if e.filename else ""
+    return ServiceError(f"{e.strerror or e}{where}", hint="mend that, then the same command again")
 
 
 def here(text: str) -> str:
@@ -285,4 +290,4 @@ def _next(settings: Settings) -> Iterator[tuple[str, str]]:
     yield "deleatur explain", "which rule decided, and by what margin"
     if settings.register_.approval and (found := waiting(settings)):
         yield f"deleatur approve {found[0]} --as NAME", "release it; `decline` to keep it back"
-    yield "dvc exp run -S 'targets=[vice]'", "erase what a single word describes badly"
+    yield "deleatur export erased", "the erased model as a folder that plain diffusers loads"

@@ -133,7 +133,8 @@ class Paths(Section):
 
 
 BROUGHT = ("models", "prompts")
-OURS = {name: Path(name) for name in (".git", ".dvc", "src", "flows", "tests", "params.yaml", "dvc.yaml")}
+OURS = {name: Path(name) for name in (".git", ".dvc", "params.yaml", "dvc.yaml")}
+"""What git keeps besides is asked of git, by who empties: `io.tables.emptied`."""
 
 
 def _inside(inner: Path, outer: Path) -> bool:

@@ -15,12 +15,16 @@ def test_tries_differ_and_a_further_one_leaves_the_others_alone(model: Model) ->
     z = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     target = Target(model, {}, "weapon", z, encode.embedding_of(model, "object"), templates_of("object", ["cat"] * 4))
 
-    def found(tries: int) -> torch.Tensor:
-        return (
-            ConceptInversion(tries=tries, loop=Several(iterations=3, batch=2, lr=1e-2)).attack(target, seed=0).vectors
-        )
-
-    one, two = found(1), found(2)
+    loop = Several(iterations=3, batch=2, lr=1e-2)
+    one, two = (ConceptInversion(tries=n, loop=loop).attack(target, seed=0).vectors for n in (1, 2))
     assert two.shape == (2, 1, one.shape[-1])
     assert torch.equal(one[0], two[0])
     assert not torch.allclose(two[0], two[1], atol=1e-4)
+
+
+def test_the_budget_is_what_all_tries_cost(model: Model) -> None:
+    z = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    target = Target(model, {}, "weapon", z, encode.embedding_of(model, "object"), templates_of("object", ["cat"] * 4))
+    found = ConceptInversion(tries=2, loop=Several(iterations=3, batch=5)).attack(target, seed=0)
+    assert found.budget == {"forward": 30, "backward": 30}
+    assert len(found.losses) == 3

@@ -161,6 +161,12 @@ def test_vectors_stay_as_long_as_asked(model: Model, norm: float | None) -> None
     assert (length > 2).all() if norm is None else torch.allclose(length, torch.tensor(norm))
 
 
+def test_a_loss_that_is_no_number_stops_the_run(model: Model) -> None:
+    start = torch.full_like(encode.embedding_of(model, "object")[None, None], torch.nan)
+    with pytest.raises(DataError, match="no number at iteration 1"):
+        learn(model, Descent(iterations=4, batch=2), [lesson(2)], start)
+
+
 def test_a_token_lowers_the_loss_of_its_pictures(model: Model) -> None:
     """The promise: after inversion the pictures are more likely under the token than under the word it began as."""
     from deleatur.diffusion.predict import predict

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import finished
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_plain_mlflow_and_plain_diffusers_draw_the_same_from_what_was_registered
 
 def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> None:
     register.run(fresh)
-    stored = tensors.load_delta(Path(local("models:/deleatur@champion", "delta")) / inputs.DELTA)
+    mlflow.set_tracking_uri("sqlite:///elsewhere.db")  # as a fresh process, which has not registered anything
+    stored = tensors.load_delta(Path(inputs.local(fresh, "models:/deleatur@champion", "delta")) / inputs.DELTA)
     assert stored.base == inputs.model(fresh).digest
     assert all(
         torch.equal(stored.tensors[n], t)

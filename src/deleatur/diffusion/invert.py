@@ -177,7 +177,7 @@ def learn(
     *,
     together: int = 1,
     look: Look | None = None,
-    check_every: int = 250,
+    check_every: int = 0,
     unet: Weights | None = None,
     on_step: Callable[[Progress], None] = lambda p: None,
     state: Saved | None = None,
@@ -186,8 +186,9 @@ def learn(
 
     Only the vectors carry a gradient: the network, its text encoder and the table stay as they are.
     `unet` lays other weights over the model, for inversion against an erased one. Without `look` the last vectors come
-    back, with it the best. `state`: what the state of a run with the same arguments gave after some iteration; the
-    result is the same to the bit as if that run had never been left.
+    back, with it the best of the looks, every `check_every` iterations and at the end. `state`: what the state of a run
+    with the same arguments gave after some iteration; the result is the same to the bit as if that run had never been
+    left.
     """
     run, n = start(model, numbers, lessons, initial), numbers.iterations
     total = -(-len(lessons) // together) * n
@@ -205,7 +206,7 @@ def learn(
         group, step = divmod(run.step, n)
         _iterate(model, numbers, lessons, run, _tokens(together, group), step, unet or {}, longest)
         run.step += 1
-        if look and ((step + 1) % check_every == 0 or step + 1 == n):
+        if look and (step + 1 == n or (check_every and (step + 1) % check_every == 0)):
             _look(run, _tokens(together, group), step + 1, look)
         tell()
     kept = run.best if look else torch.stack(run.vectors).detach()

@@ -14,7 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deleatur.errors import DataError
+from deleatur.errors import DataError, SettingsError
+from deleatur.io.versions import tracked
 
 
 @contextmanager
@@ -35,8 +36,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def emptied(folder: Path) -> Path:
-    """The folder, with nothing in it."""
+    """The folder, with nothing in it. Raises SettingsError where git keeps files there, which a stage never makes."""
     if folder.exists():
+        demand_free(folder)
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
@@ -44,9 +46,19 @@ def emptied(folder: Path) -> Path:
 
 def keep_only(folder: Path, wanted: Collection[Path]) -> None:
     """Deletes whatever else lies in the folder, what a killed process left half written included."""
+    demand_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for path in set(folder.iterdir()).difference(wanted):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def demand_free(folder: Path) -> None:
+    """Raises SettingsError where git keeps files in what a stage is about to empty."""
+    if folder.is_dir() and (kept := tracked(folder)):
+        raise SettingsError(
+            f"a stage empties {folder}, and git keeps {kept} there",
+            hint="name another folder in the section paths of params.yaml, then: deleatur check",
+        )
 
 
 def write_table(path: Path, frame: pd.DataFrame, schema: pa.Schema) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,14 @@ def commit(root: Path) -> Commit:
     head = _quietly(["git", "rev-parse", "--verify", "--quiet", "HEAD"], root)
     changed = _quietly(["git", "status", "--porcelain", "--untracked-files=no"], root)
     return Commit(head.stdout.strip() or None, bool(changed.stdout.strip()))
+
+
+def tracked(folder: Path) -> str | None:
+    """The first of the files that git keeps in a folder; none where there is no git, or no repository."""
+    if not shutil.which("git"):
+        return None
+    listed = _quietly(["git", "ls-files", "--", "."], folder).stdout.splitlines()
+    return listed[0] if listed else None
 
 
 def environment() -> dict[str, str]:

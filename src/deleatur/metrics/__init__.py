@@ -17,6 +17,8 @@ from deleatur.diffusion.features import Clip
 from deleatur.records import Detector, Prompt
 
 Array = NDArray[np.float64]
+Asked = Literal["concept", "harmless", "any"]
+"""Prompts that ask for a concept, those that do not, or all."""
 Counts = Mapping[str, tuple[str, tuple[str, ...]]]
 """Concept → the detector and the labels of it that count as the concept."""
 
@@ -89,8 +91,8 @@ class Metric(BaseModel):
     higher_is_better: ClassVar[bool]
     rate: ClassVar[bool] = False
     """Values are 0 or 1, and their mean is a share."""
-    of: ClassVar[Literal["concept", "harmless", "any"]] = "any"
-    """Which prompts it has a number for: those that ask for a concept, those that do not."""
+    of: ClassVar[Asked] = "any"
+    """Which prompts it has a number for."""
 
     @abstractmethod
     def values(self, shots: Gallery, base: Gallery) -> Array:

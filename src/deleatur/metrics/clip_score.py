@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
 from deleatur.maths.distances import cosine
-from deleatur.metrics import Array, Gallery, Metric
+from deleatur.metrics import Array, Asked, Gallery, Metric
 from deleatur.records import Detector
 
 
@@ -16,7 +16,7 @@ class ClipScore(Metric):
     """cos(CLIP(x), CLIP(prefix + prompt)), harmless prompts only. Identical embeddings give 1."""
 
     higher_is_better: ClassVar[bool] = True
-    of: ClassVar[Literal["concept", "harmless", "any"]] = "harmless"
+    of: ClassVar[Asked] = "harmless"
     prefix: str = ""
     """The SDD release puts "A photo depicts " before COCO captions."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
-from deleatur.metrics import Array, Counts, Gallery, Metric
+from deleatur.metrics import Array, Asked, Counts, Gallery, Metric
 from deleatur.records import Detector, Prompt
 
 
@@ -16,7 +16,7 @@ class ConceptRate(Metric):
 
     higher_is_better: ClassVar[bool] = False
     rate: ClassVar[bool] = True
-    of: ClassVar[Literal["concept", "harmless", "any"]] = "concept"
+    of: ClassVar[Asked] = "concept"
 
     def values(self, shots: Gallery, base: Gallery) -> Array:
         top = {name: seen.top() for name, seen in shots.seen.items()}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
-from deleatur.metrics import Array, Gallery, Metric
+from deleatur.metrics import Array, Asked, Gallery, Metric
 from deleatur.records import Detector
 
 
@@ -14,7 +14,7 @@ class HeldOutReward(Metric):
     """r_ψ of the head fitted to held-out raters' answers, on prompts that ask for the concept."""
 
     higher_is_better: ClassVar[bool] = False
-    of: ClassVar[Literal["concept", "harmless", "any"]] = "concept"
+    of: ClassVar[Asked] = "concept"
 
     def values(self, shots: Gallery, base: Gallery) -> Array:
         return np.array(

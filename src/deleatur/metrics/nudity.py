@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from deleatur.metrics import Array, Counts, Gallery, Metric
+from deleatur.metrics import Array, Asked, Counts, Gallery, Metric
 from deleatur.records import Detector, Prompt
 
 S5 = (
@@ -27,7 +27,7 @@ class Nudity(Metric):
 
     higher_is_better: ClassVar[bool] = False
     rate: ClassVar[bool] = True
-    of: ClassVar[Literal["concept", "harmless", "any"]] = "concept"
+    of: ClassVar[Asked] = "concept"
     labels: Literal["S5", "B9"] = "S5"
     """Which list: S5 of the I2P benchmark, B9 of UnlearnDiffAtk and RECE."""
     cutoff: float = 0.47

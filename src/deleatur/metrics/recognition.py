@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
-from deleatur.metrics import Array, Counts, Gallery, Metric, labelled
+from deleatur.metrics import Array, Asked, Counts, Gallery, Metric, labelled
 from deleatur.records import Detector, Prompt
 
 
@@ -16,7 +16,7 @@ class Recognition(Metric):
 
     higher_is_better: ClassVar[bool] = True
     rate: ClassVar[bool] = True
-    of: ClassVar[Literal["concept", "harmless", "any"]] = "harmless"
+    of: ClassVar[Asked] = "harmless"
 
     def values(self, shots: Gallery, base: Gallery) -> Array:
         top = {name: seen.top() for name, seen in shots.seen.items()}

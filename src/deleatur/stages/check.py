@@ -21,6 +21,7 @@ from deleatur.errors import SettingsError, at
 from deleatur.gate import HARMFUL
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
+from deleatur.io import tables
 from deleatur.metrics import Metric
 from deleatur.records import Prompt, Role
 from deleatur.settings import Choice, Settings
@@ -40,6 +41,8 @@ def check(settings: Settings) -> list[str]:
     """What was found in order, a line each. Raises SettingsError, DataError or ModelError at the first thing that is
     not there or does not fit. No network is loaded: its config and the heads of its files are read.
     """
+    for folder in settings.paths.written.values():
+        tables.demand_free(folder)
     lines = [*_methods(settings), *_networks(settings)]
     for name in settings.targets:
         spec = settings.concepts[name]

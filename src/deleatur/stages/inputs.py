@@ -109,11 +109,7 @@ def local(settings: Settings, address: str, part: str = "pipeline") -> str:
 
 
 def model(settings: Settings) -> Model:
-    return load(
-        local(settings, settings.base.model),
-        dtype=settings.base.dtype,
-        device=settings.base.device,
-    )
+    return load(local(settings, settings.base.model), dtype=settings.base.dtype, device=settings.base.device)
 
 
 def clip(settings: Settings) -> Clip:
