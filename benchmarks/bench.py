@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deleatur import stages
+from deleatur.io import documents
 from deleatur.settings import Settings, merged
 
 ROOT = Path(__file__).parents[1]
@@ -24,20 +25,28 @@ OUT = Path("out/bench")
 
 
 def variant(name: str, changes: Mapping[str, Any], shared: Mapping[str, str] | None = None) -> Settings:
-    """params.yaml with changes, writing under out/bench/NAME; `shared` stages' folders are somewhere else."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
+    """params.yaml with changes, writing under out/bench; `shared` stages' folders are somewhere else.
+
+    The folder's name tells what all numbers are: after an edit of params.yaml nothing old is taken for new.
+    """
+    params = merged(yaml.safe_load((ROOT / "params.yaml").read_text("utf-8")), changes)
+    digest = documents.digest({"params": params, "shared": shared})[:8]
     for key in ("reward", "tokens", "delta", "attacks", "state", "shots", "scores", "report", "verdict"):
-        params["paths"][key] = str(OUT / name / key)
+        params["paths"][key] = str(OUT / f"{name}-{digest}" / key)
     params["paths"]["feedback"] = str(OUT / "feedback")
     params["paths"] |= shared or {}
-    return Settings.model_validate(merged(params, changes))
+    return Settings.model_validate(params)
+
+
+def folder(settings: Settings) -> Path:
+    """Where a variant writes, but for what it shares."""
+    return settings.paths.delta.parent
 
 
 def run(settings: Settings, names: Iterable[str]) -> dict[str, float]:
     """Runs stages that have not run yet for this variant; seconds of each, kept beside its results."""
-    folder = settings.paths.delta.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "seconds.json"
+    path = folder(settings) / "seconds.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
     for name in names:
         if name not in seconds:
@@ -47,12 +56,6 @@ def run(settings: Settings, names: Iterable[str]) -> dict[str, float]:
             seconds[name] = round(time.perf_counter() - began, 1)
             path.write_text(json.dumps(seconds))
     return seconds
-
-
-def scores(settings: Settings) -> dict[tuple[str, str, str, str | None], dict[str, Any]]:
-    """(metric, slice, side, versus) → score."""
-    report = json.loads((settings.paths.report / "report.json").read_text("utf-8"))
-    return {(s["metric"], s["slice"], s["side"], s["versus"]): s for s in report["scores"]}
 
 
 def interval(score: Mapping[str, Any]) -> str:

@@ -22,8 +22,6 @@ from deleatur.diffusion.overlay import weights_of
 from deleatur.erasers import Eraser
 from deleatur.stages import inputs
 
-OUT = bench.OUT / "presets"
-
 
 @dataclass(frozen=True)
 class Run:
@@ -39,11 +37,11 @@ class Run:
 
 
 def erased(run: Run) -> dict[str, Any]:
-    path = OUT / f"{run.preset}-{run.seed}-{run.iterations}-{run.lr}.json"
+    settings = learned("weapon", run.seed)
+    path = bench.folder(settings) / f"{run.preset}-{run.iterations}-{run.lr}.json"
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    settings = learned("weapon", run.seed)
     model = inputs.model(settings)
     eraser = inputs.method("erasers", Eraser, "sdd", {"order": "single", "loop": run.loop}, "erase")
     concept = inputs.concept(settings, model, "weapon")
@@ -51,7 +49,6 @@ def erased(run: Run) -> dict[str, Any]:
     delta = eraser.erase(model, [concept], keep=None, seed=run.seed)
     seconds = time.perf_counter() - began
     found = compared(untouched("weapon"), looked("weapon", weights_of(model, delta))) | {"seconds": seconds}
-    OUT.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1))
     return found
 

@@ -32,7 +32,7 @@ from deleatur.records import Prompt
 from deleatur.settings import Settings
 from deleatur.stages import inputs
 
-OUT = bench.OUT / "selectivity"
+PICTURE = bench.OUT / "curves.png"
 SEED = 1000
 """Of the noise that pictures are drawn from; training seeds are the runs' own."""
 PICTURES = {"concept": 8, "neighbour": 4, "unseen": 2}
@@ -73,11 +73,11 @@ def learned(concept: str, seed: int) -> Settings:
 
 def points(run: Run, every: int) -> list[dict[str, Any]]:
     """What is measured after 0, `every`, 2·`every`, … iterations."""
-    path = OUT / f"{run.name}.json"
+    settings = run.settings
+    path = bench.folder(settings) / f"every-{every}.json"
     if path.is_file():
         found: list[dict[str, Any]] = json.loads(path.read_text())
         return found
-    settings = run.settings
     model = inputs.model(settings)
     eraser = inputs.eraser(settings)
     saved: dict[int, Weights] = {}
@@ -96,7 +96,7 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
     before = untouched(run.concept)
     after = {0: before, **{step: looked(run.concept, w) for step, w in saved.items()}}
     out = [{"step": step, **compared(before, seen)} for step, seen in after.items()]
-    OUT.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(out, indent=1))
     return out
 
@@ -231,8 +231,8 @@ def main() -> None:
     ]
     found = {run: points(run, asked.every) for run in runs}
     bench.show("Removal against retention, proof prompts", [row(run, p) for run, p in found.items()])
-    picture(found, OUT / "curves.png")
-    print(f"The whole curves: {OUT / 'curves.png'}")
+    picture(found, PICTURE)
+    print(f"The whole curves: {PICTURE}")
 
 
 if __name__ == "__main__":

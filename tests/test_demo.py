@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -23,12 +24,12 @@ def project(tmp_path: Path, shared: Path) -> Path:
     return tmp_path
 
 
-def demo(project: Path) -> subprocess.CompletedProcess[str]:
+def demo(project: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Where no venv is activated."""
     from deleatur.io.versions import environment
 
     bare = environment() | {"PATH": "/usr/bin:/bin", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "deleatur", "demo"]
+    command = [sys.executable, "-m", "deleatur", "demo", *options]
     return subprocess.run(command, cwd=project, env=bare, capture_output=True, text=True)
 
 
@@ -39,6 +40,10 @@ def test_a_finished_chain_is_registered_and_says_what_to_type_next(project: Path
     assert "Up to date: ingest, reward, invert, erase, attack, sample, evaluate, gate" in done.stderr
     assert f"{Path(sys.executable).parent}/deleatur report --open" in done.stdout
     assert "deleatur export erased" in done.stdout
+    found = json.loads(demo(project, "--json").stdout)
+    assert found["verdict"]["outcome"] == "pass"
+    assert (project / found["sheet"]).is_file()
+    assert len(found["next"]) == 3
 
 
 @pytest.mark.parametrize(

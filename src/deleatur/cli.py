@@ -85,6 +85,23 @@ def here(text: str) -> str:
     return re.sub(r"(^|: )dvc ", lambda m: f'{m[1]}PATH="{path}:$PATH" dvc ', text)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(f"deleatur {version('deleatur')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Which release this is.")
+    ] = False,
+) -> None:
+    pass
+
+
 def tell(value: Any) -> None:
     out.print_json(json.dumps(value))
 
@@ -163,6 +180,7 @@ def report(
         tell(found.plain)
         return
     out.print(found.table)
+    _warn(found.stale)
     out.print(f"Page:  {found.page}\nSheet: {found.sheet}", highlight=False)
     if browse:
         typer.launch(str(found.page))
@@ -183,7 +201,13 @@ def explain(params: Params = Path("params.yaml"), as_json: Json = False) -> None
         tell(found.plain["verdict"])
     else:
         out.print(gate.explain(found.verdict), highlight=False, markup=False)
+    _warn(found.stale)
     raise typer.Exit(VERDICT_CODES[found.verdict.outcome])
+
+
+def _warn(stale: str) -> None:
+    if stale:
+        err.print(f"[yellow]Not up to date:[/yellow] {stale}. Next: {here('deleatur demo')}", soft_wrap=True)
 
 
 @app.command()
@@ -192,14 +216,19 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Where the pipeline folder is written; must not exist yet.")],
     params: Params = Path("params.yaml"),
 ) -> None:
-    """Write the erased model as a folder that plain diffusers loads. It never holds the soft token."""
+    """Write the erased model as a folder that plain diffusers loads, and say how it was judged.
+
+    It is written whatever the verdict is, and never holds the soft token.
+    """
     from deleatur.settings import Settings
     from deleatur.stages.export import export as run
+    from deleatur.stages.gate import standing
 
     if folder.exists():
         raise DataError(f"{folder} exists already", hint="name a new folder")
-    run(Settings.load(params), folder)
-    out.print(f"Written: {folder}", highlight=False)
+    settings = Settings.load(params)
+    run(settings, folder)
+    out.print(f"Written: {folder}\nVerdict: {standing(settings)}", highlight=False)
     code = f"from diffusers import StableDiffusionPipeline as P; P.from_pretrained({str(folder)!r})"
     out.print(here(f'Next: python -c "{code}"'), highlight=False, markup=False, soft_wrap=True)
 
@@ -241,7 +270,7 @@ def decline(
 
 @app.command()
 @guarded
-def demo() -> None:
+def demo(as_json: Json = False) -> None:
     """The whole chain on the built-in model: rated pictures in, a judged and registered model out.
 
     Brings every stage up to date with params.yaml, as `dvc repro` does, registers the result in MLflow, prints the
@@ -272,15 +301,19 @@ def demo() -> None:
             f"{name} was stopped; what it had saved is kept", hint="deleatur demo (goes on there)"
         ) from None
     found = show(Path("params.yaml"))
+    told = [(here(command), meaning) for command, meaning in _next(settings)]
+    code = typer.Exit(VERDICT_CODES[found.verdict.outcome])
+    if as_json:
+        tell(found.plain | {"sheet": str(found.sheet), "page": str(found.page), "next": [what for what, _ in told]})
+        raise code
     out.print(found.table)
     simulated = "  (simulated raters)" if found.verdict.simulated else ""
     out.print(f"\nVerdict: [bold]{found.verdict.outcome}[/bold]{simulated}")
     out.print(f"Before and after, side by side: {found.sheet}\n\nNext:", highlight=False)
-    told = [(here(command), meaning) for command, meaning in _next(settings)]
     width = max(len(command) for command, _ in told)
     for command, meaning in told:
         out.print(f"  {command:<{width}}  {meaning}", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(VERDICT_CODES[found.verdict.outcome])
+    raise code
 
 
 def _next(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -279,8 +279,8 @@ def _missing(rule: Rule, report: Report) -> str:
 
 def _measure(rule: Rule) -> str:
     return (
-        f"have {rule.metric} measured on {rule.slice} (evaluate.metrics and the prompts of that role), or correct the "
-        "rule; then `dvc repro gate`"
+        f"have {rule.metric} measured on {rule.slice} (evaluate.metrics, and two prompts or more of that role), or "
+        "correct the rule; then `dvc repro gate`"
     )
 
 

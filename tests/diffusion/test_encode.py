@@ -44,12 +44,6 @@ def test_only_the_vectors_get_a_gradient_and_the_encoder_stays(model: Model) -> 
     assert fingerprint(model.text_encoder) == before
 
 
-def test_placeholders_in_text_become_their_rows(model: Model) -> None:
-    rows = {"<a>": encode.embedding_of(model, "cat")[None], "<b>": encode.embedding_of(model, "dog")[None]}
-    got = encode.encode_marked(model, ["a <a> in <b> style"], rows)
-    assert torch.allclose(got, encode.encode_text(model, ["a cat in dog style"]), atol=1e-6)
-
-
 def test_joined_is_the_comma_list(model: Model) -> None:
     words = encode.concept_from_words(model, "w", ["gun", "sword"])
     assert torch.allclose(encode.joined(model, [words]), encode.encode_text(model, ["gun, sword"]), atol=1e-6)

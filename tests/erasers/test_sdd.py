@@ -66,7 +66,16 @@ def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
     )
     assert not loop.notes(), "nothing is ours, nothing is to be said"
     assert Loop(preset="parity", lr=1e-4, steps=8).steps == 8, "lengths and rates fit the model"
-    for ours in ({"preserve": 0.1}, {"trajectories": "pool"}, {"batch": 4}, {"stages": 2}, {"made_by": "base"}):
+    refused: list[dict[str, Any]] = [
+        {"preserve": 0.1},
+        {"trajectories": "pool"},
+        {"batch": 4},
+        {"stages": 2},
+        {"made_by": "base"},
+        {"law": "uniform"},
+        {"check_every": 100},
+    ]
+    for ours in refused:
         with pytest.raises(ValidationError, match=f"parity is the method as published, and {next(iter(ours))} is not"):
             Loop(preset="parity", **ours)
 

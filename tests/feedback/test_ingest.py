@@ -125,7 +125,9 @@ def test_what_was_ingested_stays_and_withdrawn_answers_leave_the_votes(given: Pa
     assert summary(given)["concepts"]["weapon"]["withdrawals"] == 1
 
 
-def test_bad_rows_and_pictures_go_to_quarantine_and_the_rest_survives(given: Path, event: Make) -> None:
+def test_bad_rows_and_pictures_go_to_quarantine_and_the_rest_survives(
+    given: Path, event: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, out = given / "given" / "weapon.jsonl", given / "out" / "feedback"
     rows = source.read_bytes().splitlines()
     spoilt, *sound = images.read(ingest.archive(source))
@@ -136,6 +138,7 @@ def test_bad_rows_and_pictures_go_to_quarantine_and_the_rest_survives(given: Pat
     ingest.run(settings(given))
 
     found = summary(given)
+    assert f"{hit + 4} rows could not be used" in capsys.readouterr().err
     assert hit > 0
     by_rule = {"concept": 1, "json": 1, "picture": hit, "picture bytes": 1, "replaces": 1}
     assert found["quarantined"] == {"rows": sum(by_rule.values()), "by_rule": by_rule}

@@ -67,8 +67,17 @@ def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
     assert verdict.simulated
     assert verdict.report == documents.digest(report)
     assert {s.side for s in report.scores} == {"base", "candidate"}
-    for ours in ("tokens stand alone", "no longer than words", "prompts to preserve", "staggered", "by itself"):
+    for ours in (
+        "tokens stand alone",
+        "no longer than words",
+        "prompts to preserve",
+        "staggered",
+        "by itself",
+        "steps were trained on all alike",
+        "called xattn_kv were trained",
+    ):
         assert sum(ours in note for note in report.notes) == 1, f"what is not the papers' is named: {ours}"
+    assert any(Settings.load().concepts["weapon"].guideline in note for note in report.notes)
     assert (
         "Simulated" in (root / "out/verdict/report.html").read_text()
         or "simulated" in (root / "out/verdict/report.html").read_text()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import finished
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from deleatur.cli import app
@@ -47,7 +49,7 @@ def test_explain_ends_with_the_verdict(done: Settings, rule: dict[str, Any], out
     assert "pictures_fit_prompts" in told.output
     spoken = run("explain", "--json")
     assert spoken.exit_code == code
-    verdict = json.loads(spoken.output)
+    verdict = json.loads(spoken.stdout)
     assert verdict["outcome"] == outcome
     assert [f["outcome"] for f in verdict["findings"]] == [outcome]
 
@@ -90,3 +92,24 @@ def test_report_of_a_failing_verdict_is_no_failure_to_report(done: Settings) -> 
     judge(done, min=5.0)
     told = run("report")
     assert (told.exit_code, "FAIL" in told.output) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"gate": finished.passing(-6.0)}, "by other rules than params.yaml has now"),
+        ({"seed": 43}, "with other settings than params.yaml has now"),
+    ],
+)
+def test_numbers_of_other_settings_are_not_shown_as_todays(done: Settings, changes: dict[str, Any], said: str) -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text("utf-8")) | changes
+    Path("params.yaml").write_text(yaml.safe_dump(params), "utf-8")
+    told = [run("report").stderr, run("explain").stderr, json.loads(run("report", "--json").stdout)["stale"]]
+    assert all(said in one and bool(said) == bool(one) for one in told), told
+    assert run("export", "erased").stdout.splitlines()[1].startswith("Verdict: pass" + (", but " if said else ""))
+
+
+def test_weights_nobody_judged_are_exported_with_that_word(done: Settings) -> None:
+    shutil.rmtree(done.paths.verdict)
+    assert "Verdict: none: these weights were not judged" in run("export", "erased").stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -68,7 +68,12 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Encoded:
                 sentence += [tok.unk_token_id if tok.unk_token_id is not None else tok.pad_token_id] * len(part)
                 rows.append(part)
         if len(sentence) >= length:
-            raise DataError(f"a prompt has {len(sentence) - 1} tokens; the text encoder takes {length - 2}")
+            said = "".join(part if isinstance(part, str) else "<token>" for part in prompt)
+            raise DataError(
+                f"“{said[:60]}” has {len(sentence) - 1} tokens; the text encoder takes {length - 2}",
+                hint="shorten it; where it lists a concept's words or tokens, an eraser with `order: single` takes "
+                "them one at a time",
+            )
         ids[n, : len(sentence) + 1] = torch.tensor([*sentence, tok.eos_token_id])
         soft[n, places] = True
         content.append(tuple(places) or tuple(range(1, len(sentence))))
@@ -86,21 +91,6 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Encoded:
 def encode_text(model: Model, texts: Sequence[str]) -> Tensor:
     """States (n, L, d) of plain prompts; the empty prompt is ""."""
     return encode(model, [(t,) for t in texts]).states
-
-
-@torch.no_grad()
-def encode_marked(model: Model, texts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
-    """States (n, L, d) of prompts that may contain placeholders: each `<weapon>` becomes its rows (v, d)."""
-    return encode(model, [split(t, tokens) for t in texts]).states
-
-
-def split(text: str, tokens: Mapping[str, Tensor]) -> Prompt:
-    """ "a <weapon> here" → ("a ", rows, " here")."""
-    for placeholder, rows in tokens.items():
-        before, found, after = text.partition(placeholder)
-        if found:
-            return (*split(before, tokens), rows, *split(after, tokens))
-    return (text,) if text.strip() else ()
 
 
 BARE = ("{}",)

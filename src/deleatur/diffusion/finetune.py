@@ -79,14 +79,17 @@ class Training(BaseModel):
     by `lr` per iteration at most: 1500 of 1e-5 are half of the 0.03 that weights of Stable Diffusion have."""
 
     def notes(self) -> list[str]:
-        """What is ours in these numbers."""
-        if not self.check_every:
-            return []
-        return ["Looks at sampled pictures could end the training early, or take back what came after the best one."]
+        """What is not the method's own in these numbers, and changes what it does; lengths and rates do not."""
+        found = []
+        if self.train != (own := type(self).model_fields["train"].default):
+            found.append(f"The tensors called {self.train} were trained; as first published, those called {own}.")
+        if self.check_every:
+            found.append("Looks at sampled pictures could end the training early, or take back what followed the best.")
+        return found
 
 
-AS_PUBLISHED = ("trajectories", "made_by", "batch", "stages", "preserve")
-"""Numbers of a `Loop` that parity leaves at the method's own. Lengths and rates may fit the model at hand."""
+AS_PUBLISHED = ("trajectories", "made_by", "batch", "stages", "law", "preserve", "check_every")
+"""Numbers of a `Loop` that parity leaves at the method's own. Lengths, rates and tensors may fit the model at hand."""
 
 
 class Loop(Training):
@@ -131,7 +134,7 @@ class Loop(Training):
         return self
 
     def notes(self) -> list[str]:
-        """What is ours in these numbers."""
+        """What is not the method's own in these numbers, and changes what it does; lengths and rates do not."""
         found = super().notes()
         if self.preserve:
             found.append(f"A loss on prompts to preserve was added to the paper's, with weight {self.preserve:g}.")
@@ -139,6 +142,9 @@ class Loop(Training):
             found.append(f"Training states came from a pool of {self.slots} staggered trajectories, and all were used.")
         if self.stages and self.stages < self.steps:
             found.append(f"Only the first {self.stages} of {self.steps} sampler steps were trained on, not all.")
+        if self.law:
+            how = {"uniform": "all alike", "beta33": "those in the middle most"}[self.law]
+            found.append(f"Sampler steps were trained on {how}, as the settings say and not as the method would.")
         return found
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deleatur.diffusion import features
 from deleatur.diffusion.batches import full
+from deleatur.diffusion.encode import BARE
 from deleatur.diffusion.load import digest
 from deleatur.feedback.reward import Head
 from deleatur.io import documents, shots, tables
@@ -167,7 +168,7 @@ def _wanted(
 def _said(store: Kept, keys: Sequence[str], fetch: Fetch, ask: Callable[[Pictures], Any], advance: Bar) -> Any:
     """A network's numbers, a row for each picture; it is asked for those that it has not seen."""
     missing = store.missing(keys)
-    advance(len(keys) - len(missing), note="reused")
+    advance.reused(len(keys) - len(missing))
     for part in parts(missing, PART):
         store.add(pd.DataFrame({"key": part, "numbers": list(np.asarray(ask(fetch(part))))}))
         advance(len(part))
@@ -290,8 +291,15 @@ def _notes(settings: Settings) -> list[str]:
     ]
     notes += tables.read_json(settings.paths.delta / "record.json")["notes"]
     for name in settings.targets:
+        if settings.concepts[name].sentences == BARE:
+            continue
         sentences = ", ".join(f"“{s}”" for s in settings.concepts[name].sentences)
         notes.append(f"Words and tokens of {name} were erased in {sentences}; the papers erase them alone: “{{}}”.")
+    summary = tables.read_json(settings.paths.feedback / "summary.json")
+    for name in settings.targets:
+        notes.append(f"What raters of {name} were asked: {settings.concepts[name].guideline}")
+    if aside := summary["quarantined"]["rows"]:
+        notes.append(f"{aside} rows of feedback could not be used; quarantine.csv beside it says why.")
     if settings.guide.method != inputs.PLAIN:
         notes.append(
             f"The candidate is drawn with the guide {settings.guide.method}; base and champion are drawn plainly. "

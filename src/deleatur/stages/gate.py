@@ -10,11 +10,13 @@ from typing import Any
 from rich.console import RenderableType
 
 from deleatur import gate
+from deleatur.diffusion.load import digest
 from deleatur.errors import DataError
-from deleatur.io import documents, images, page, shots, tables
+from deleatur.io import documents, images, page, shots, tables, tensors
 from deleatur.io.page import Row, Sheet
 from deleatur.records import Report, Role, Side, Verdict
 from deleatur.settings import Settings
+from deleatur.stages import identity, inputs
 from deleatur.stages.curves import curves
 
 ROWS = 8
@@ -33,14 +35,17 @@ TITLES: dict[Role, str] = {
 def run(settings: Settings) -> None:
     report = documents.read(settings.paths.report / "report.json", Report)
     rules = settings.gate.rules
-    policy = {name: rule.model_dump() for name, rule in rules.items()}
-    verdict = gate.judge(report, rules, report_digest=documents.digest(report), policy_digest=documents.digest(policy))
+    verdict = gate.judge(report, rules, report_digest=documents.digest(report), policy_digest=_policy(settings))
     folder = tables.emptied(settings.paths.verdict)
     documents.write(folder / "verdict.json", verdict)
     tables.write_json(folder / "summary.json", _summary(verdict))
     sheets = list(_sheets(settings))
     page.render(report, verdict, sheets, list(curves(settings)), folder / "report.html", rules=rules)
     page.summary_png(sheets[0], folder / "sheet.png", cover=settings.evaluate.blur_sheet, cell=96)
+
+
+def _policy(settings: Settings) -> str:
+    return documents.digest({name: rule.model_dump() for name, rule in settings.gate.rules.items()})
 
 
 def _summary(verdict: Verdict) -> dict[str, Any]:
@@ -77,6 +82,8 @@ class Shown:
     plain: dict[str, Any]
     page: Path
     sheet: Path
+    stale: str
+    """What has changed since; empty: nothing."""
 
 
 def show(params: Path) -> Shown:
@@ -90,5 +97,29 @@ def show(params: Path) -> Shown:
     plain = {
         "verdict": tables.read_json(folder / "verdict.json"),
         "report": tables.read_json(settings.paths.report / "report.json"),
+        "stale": (stale := _stale(settings, report, verdict)),
     }
-    return Shown(verdict, page.terminal(report, verdict), plain, folder / "report.html", folder / "sheet.png")
+    return Shown(verdict, page.terminal(report, verdict), plain, folder / "report.html", folder / "sheet.png", stale)
+
+
+def _stale(settings: Settings, report: Report, verdict: Verdict) -> str:
+    if report.identity.settings != identity.made_by(settings):
+        return "this was measured with other settings than params.yaml has now"
+    if verdict.report != documents.digest(report):
+        return "this verdict is about an earlier report"
+    if verdict.policy != _policy(settings):
+        return "this verdict is by other rules than params.yaml has now"
+    return ""
+
+
+def standing(settings: Settings) -> str:
+    """What the gate says of the weights that `erase` last made."""
+    folder, delta = settings.paths.verdict, settings.paths.delta / inputs.DELTA
+    if not (folder / "verdict.json").is_file():
+        return "none: these weights were not judged"
+    report = documents.read(settings.paths.report / "report.json", Report)
+    verdict = documents.read(folder / "verdict.json", Verdict)
+    if report.identity.delta != digest(dict(tensors.load_delta(delta).tensors)):
+        return "none: the last one is about other weights"
+    stale = _stale(settings, report, verdict)
+    return f"{verdict.outcome}, but {stale}" if stale else verdict.outcome

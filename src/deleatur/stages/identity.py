@@ -31,8 +31,6 @@ def of(settings: Settings) -> Identity:
     summary = tables.read_json(settings.paths.feedback / "summary.json")
     loop = delta.settings.get("loop", {})
     prompts = [settings.paths.prompts, *(settings.concepts[n].prompts for n in settings.targets)]
-    # The policy and the registry judge and release a result; they are no part of it. Neither is where it lies.
-    made_by = settings.model_dump(mode="json", exclude={"gate", "register_", "paths"})
     return Identity(
         base=delta.base,
         pipeline="+".join(drawn["pipeline"].unique()),  # one: `sample` lists what it has drawn with one model
@@ -41,7 +39,7 @@ def of(settings: Settings) -> Identity:
         feedback=summary["feedback"],
         tokens=files(sorted(settings.paths.tokens.rglob("*.safetensors"))),
         prompts=files(prompts),
-        settings=sha256(made_by),
+        settings=made_by(settings),
         seed=settings.seed,
         seeds_rule=seeds.RULE,
         sampler=f"DDIM, {settings.sample.steps} steps, eta 0, {settings.base.dtype}",
@@ -54,6 +52,13 @@ def of(settings: Settings) -> Identity:
         champion=settings.sample.champion,
         versions=VERSIONS,
     )
+
+
+def made_by(settings: Settings) -> str:
+    """SHA-256 of the settings that a result depends on. The policy and the registry judge and release it; they are no
+    part of it, and neither is where it lies.
+    """
+    return sha256(settings.model_dump(mode="json", exclude={"gate", "register_", "paths"}))
 
 
 def code(*of: type | ModuleType, libraries: Collection[str]) -> str:

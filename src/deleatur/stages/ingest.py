@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
@@ -16,8 +15,7 @@ from deleatur.feedback import events, expectations, votes
 from deleatur.feedback.events import Rejected, Row
 from deleatur.io import images, tables
 from deleatur.settings import Settings
-
-log = logging.getLogger(__name__)
+from deleatur.stages.progress import bar
 
 
 def run(settings: Settings) -> None:
@@ -31,6 +29,17 @@ def run(settings: Settings) -> None:
 
     Raises DataError, after writing all that, when a target concept has no usable answer left.
     """
+    with bar("ingest", 1) as advance:
+        summary, rejected = _ingest(settings)
+        note = f"{summary['events']} events, {summary['answers']} answers"
+        if aside := summary["quarantined"]["rows"]:
+            note += f"; {aside} rows could not be used: {settings.paths.feedback / 'quarantine.csv'}"
+        advance(note=note)
+    _demand_answers(settings, summary["concepts"], rejected)
+
+
+def _ingest(settings: Settings) -> tuple[dict[str, Any], list[Rejected]]:
+    """Writes everything; the summary, and what is in quarantine."""
     sources = find(settings.ingest.sources)
     out, docs = tables.emptied(settings.paths.feedback), tables.emptied(settings.paths.data_docs)
     parsed = events.parse({path.as_posix(): tables.read_lines(path) for path in sources})
@@ -69,8 +78,7 @@ def run(settings: Settings) -> None:
         "expectations": checked.summary,
     }
     tables.write_json(out / "summary.json", summary)
-    log.info("%d events, %d answers, %d rows in quarantine", len(valid), len(current), len(rejected))
-    _demand_answers(settings, concepts, rejected)
+    return summary, rejected
 
 
 def find(patterns: Sequence[str]) -> list[Path]:

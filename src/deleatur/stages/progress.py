@@ -48,6 +48,11 @@ class Bar:
             self._told = self._done
             self._tell(note)
 
+    def reused(self, n: int) -> None:
+        """Pieces that an earlier run did."""
+        if n:
+            self(n, f"{n} reused")
+
     def _tell(self, note: str) -> None:
         line = json.dumps({"what": self._what, "done": self._done, "total": self._total, "note": note})
         if pipe := os.environ.get(PROGRESS):

@@ -68,7 +68,7 @@ def run(settings: Settings) -> None:
     with bar("sample", sum(map(len, plan.values()))) as advance:
         for side, way in ways.items():
             missing, jobs = kept.missing(keys[side]), dict(zip(keys[side], plan[side], strict=True))
-            advance(len(plan[side]) - len(missing), note="reused")
+            advance.reused(len(plan[side]) - len(missing))
             for part in parts([jobs[key] for key in missing], size):
                 kept.add(_draw(settings, model, way, part, advance))
     # Listed before anything is deleted: what the list names is there at any moment.
