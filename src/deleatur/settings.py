@@ -84,7 +84,8 @@ def demand_methods(shelf: str, given: Mapping[str, Any]) -> None:
 class Base(Section):
     model: str
     """Anything diffusers loads as a Stable Diffusion 1.x/2.x pipeline: a folder, a hub id, s3://…, models:/…"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What networks compute in; trained tensors are float32 either way. In float16 small gradients would vanish."""
     device: str = "auto"
     """auto: CUDA when there is one."""
 

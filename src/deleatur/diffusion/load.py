@@ -17,7 +17,7 @@ from deleatur.errors import ModelError, SettingsError
 from deleatur.maths.noise import Schedule
 
 NOTES = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype"})
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
