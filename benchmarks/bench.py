@@ -7,7 +7,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from deleatur import stages
+from deleatur.diffusion.finetune import Progress
 from deleatur.io import documents
 from deleatur.settings import Settings, merged
+from deleatur.stages.progress import bar
 
 ROOT = Path(__file__).parents[1]
 OUT = Path("out/bench")
@@ -56,6 +59,13 @@ def run(settings: Settings, names: Iterable[str]) -> dict[str, float]:
             seconds[name] = round(time.perf_counter() - began, 1)
             path.write_text(json.dumps(seconds))
     return seconds
+
+
+@contextmanager
+def watching(what: str) -> Iterator[Callable[[Progress], None]]:
+    """Inside, a bar that an eraser's `on_step` moves."""
+    with bar(what, 1) as advance:
+        yield lambda p: advance.at(p.step, p.total, f"loss {p.loss:.4f}")
 
 
 def interval(score: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ def erased(run: Run) -> dict[str, Any]:
     eraser = inputs.method("erasers", Eraser, "sdd", {"order": "single", "loop": run.loop}, "erase")
     concept = inputs.concept(settings, model, "weapon")
     began = time.perf_counter()
-    delta = eraser.erase(model, [concept], keep=None, seed=run.seed)
+    with bench.watching(f"{run.preset} {run.seed}") as on_step:
+        delta = eraser.erase(model, [concept], keep=None, seed=run.seed, on_step=on_step)
     seconds = time.perf_counter() - began
     found = compared(untouched("weapon"), looked("weapon", weights_of(model, delta))) | {"seconds": seconds}
     path.write_text(json.dumps(found, indent=1))

@@ -82,17 +82,20 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
     eraser = inputs.eraser(settings)
     saved: dict[int, Weights] = {}
 
-    def on_step(progress: Any) -> None:
-        if progress.step % every == 0:
-            saved[progress.step] = {n: t.clone() for n, t in progress.state.teacher.items()}
+    with bench.watching(run.name) as tell:
 
-    eraser.erase(
-        model,
-        [inputs.concept(settings, model, run.concept)],
-        keep=encode.encode_text(model, ["", *inputs.to_preserve(settings)]),
-        seed=settings.seed,
-        on_step=on_step,
-    )
+        def on_step(progress: Any) -> None:
+            tell(progress)
+            if progress.step % every == 0:
+                saved[progress.step] = {n: t.clone() for n, t in progress.state.teacher.items()}
+
+        eraser.erase(
+            model,
+            [inputs.concept(settings, model, run.concept)],
+            keep=encode.encode_text(model, ["", *inputs.to_preserve(settings)]),
+            seed=settings.seed,
+            on_step=on_step,
+        )
     before = untouched(run.concept)
     after = {0: before, **{step: looked(run.concept, w) for step, w in saved.items()}}
     out = [{"step": step, **compared(before, seen)} for step, seen in after.items()]
