@@ -7,7 +7,7 @@ PYTHON ?= python3
 HAVE := $(shell cat .venv/ready 2>/dev/null)
 TORCH ?= $(or $(HAVE),cpu)
 BIN := .venv/bin
-TORCH_VERSION := 2.13.0
+TORCH_VERSION := $(shell sed -n "s/^torch==//p" constraints.txt)
 
 setup: .venv/ready
 

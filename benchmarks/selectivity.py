@@ -57,7 +57,9 @@ class Run:
     @property
     def settings(self) -> Settings:
         shared = {"tokens": str(learned(self.concept, self.seed).paths.tokens)} if self.source == "token" else {}
-        loop = {"iterations": self.iterations, "check_every": 0} | ({} if self.preserve else {"preserve": 0.0})
+        loop = {"iterations": self.iterations, "check_every": 0, "stop_at": 0.0, "guard": 1.0} | (
+            {} if self.preserve else {"preserve": 0.0}
+        )
         erase = {"source": self.source, "sdd": {"loop": loop}}
         changes = {"targets": [self.concept], "seed": self.seed, "erase": erase}
         return bench.variant(self.name, changes, shared)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 from captions import article
@@ -152,7 +153,10 @@ def main() -> None:
         print(f"{name:48s} {r['rate']:.3f}  [{r['low']:.3f}, {r['high']:.3f}]  n={r['n']}")
     print(fixed)
     bytes_ = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in sorted(WEIGHTS.iterdir())}
-    report = {"rates": rates, **fixed, "sampler": params("measure"), "bytes": bytes_ | {"all": sum(bytes_.values())}}
+    bytes_["all"] = sum(bytes_.values())
+    files = {str(f.relative_to(WEIGHTS)): sha256(f.read_bytes()) for f in sorted(WEIGHTS.rglob("*.safetensors"))}
+    weights = {name: found.hexdigest() for name, found in files.items()}
+    report = {"rates": rates, **fixed, "sampler": params("measure"), "bytes": bytes_, "sha256": weights}
     (HERE / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

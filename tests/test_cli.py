@@ -71,7 +71,7 @@ RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
 
 def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
     result = run(app, ["export", f"{'x' * 300}/erased"])  # no file system takes such a name
-    assert (result.exit_code, type(result.exception)) == (6, SystemExit), result.output
+    assert (result.exit_code, type(result.exception)) == (3, SystemExit), result.output
     assert "File name too long" in result.output
 
 
@@ -118,6 +118,14 @@ def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
         (2, {"concepts__weapon__initial": ""}, "concepts.weapon.initial"),
         (2, {"concepts__weapon__words": [""]}, "concepts.weapon.words"),
         (2, {"sample__champion": "nope"}, "models:/NAME/NUMBER"),
+        (2, {"register__tracking_uri": "nonsense"}, "expected sqlite:///FILE"),
+        (2, {"evaluate__metrics__nude": {"method": "nudity", "cutoff": 5}}, "cutoff"),
+        (2, {"erase__sdd__loop": {"stop_at": 0.1}}, "stop_at needs looks"),
+        (
+            2,
+            {"gate__rules": {"a": {**RULE, "side": "champion", "versus": "base"}}},
+            "paired differences are the candidate's",
+        ),
         (2, {"register__model": "a/b"}, "register.model"),
         (2, {"reward__folds": 1}, "reward.folds"),
         (2, {"reward__epochs": 0}, "reward.epochs"),

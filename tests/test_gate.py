@@ -70,7 +70,7 @@ def test_too_few_pictures_are_never_evidence(yes: int) -> None:
     finding = apply("gone", GONE.model_copy(update={"max": 0.5}), report(rated(yes, 19)))
     assert finding.outcome == "not enough evidence"
     assert "19 pictures are fewer than the 20" in finding.reason
-    assert "1 more pictures: `dvc exp run -S sample.per_prompt.concept=2 gate`" in finding.remedy
+    assert "1 more pictures: `sample.per_prompt.concept: 2` in params.yaml, then `dvc repro gate`" in finding.remedy
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_remedy_says_how_many_pictures_would_decide(yes: int, direction: str
     assert apply("gone", GONE, report(scaled)).outcome in (direction, "pass")
     remedy = apply("gone", GONE, report(rated(yes, 60))).remedy
     assert f"about {size - 60} more pictures would decide, towards {direction}" in remedy
-    assert "`dvc exp run -S sample.per_prompt.concept=" in remedy
+    assert "`sample.per_prompt.concept: " in remedy
 
 
 def test_a_relative_rule_also_says_how_many() -> None:

@@ -67,10 +67,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def _of_machine(e: OSError) -> ServiceError:
-    """A disk that is full, a folder that nobody may write, a host that does not answer."""
-    where = f": {e.filename}" if e.filename else ""
-    return ServiceError(f"{e.strerror or e}{where}", hint="mend that, then the same command again")
+def _of_machine(e: OSError) -> DeleaturError:
+    """A disk that is full, a folder nobody may write; or a host that does not answer, which it may the next time."""
+    kind = ServiceError if isinstance(e, ConnectionError | TimeoutError) else DataError
+    return kind(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
 
 
 def here(text: str) -> str:
@@ -180,7 +180,7 @@ def report(
         tell(found.plain)
         return
     out.print(found.table)
-    _warn(found.stale)
+    _warn(found.stale, params)
     out.print(f"Page:  {found.page}\nSheet: {found.sheet}", highlight=False)
     if browse:
         typer.launch(str(found.page))
@@ -201,13 +201,15 @@ def explain(params: Params = Path("params.yaml"), as_json: Json = False) -> None
         tell(found.plain["verdict"])
     else:
         out.print(gate.explain(found.verdict), highlight=False, markup=False)
-    _warn(found.stale)
+    _warn(found.stale, params)
     raise typer.Exit(VERDICT_CODES[found.verdict.outcome])
 
 
-def _warn(stale: str) -> None:
+def _warn(stale: str, params: Path) -> None:
     if stale:
-        err.print(f"[yellow]Not up to date:[/yellow] {stale}. Next: {here('deleatur demo')}", soft_wrap=True)
+        # Of another file than DVC reads, stages are run by hand.
+        again = "deleatur demo" if params == Path("params.yaml") else f"deleatur stage gate --params {params}"
+        err.print(f"[yellow]Not up to date:[/yellow] {stale}. Next: {here(again)}", soft_wrap=True)
 
 
 @app.command()
@@ -215,6 +217,7 @@ def _warn(stale: str) -> None:
 def export(
     folder: Annotated[Path, typer.Argument(help="Where the pipeline folder is written; must not exist yet.")],
     params: Params = Path("params.yaml"),
+    as_json: Json = False,
 ) -> None:
     """Write the erased model as a folder that plain diffusers loads, and say how it was judged.
 
@@ -222,12 +225,15 @@ def export(
     """
     from deleatur.settings import Settings
     from deleatur.stages.export import export as run
-    from deleatur.stages.gate import standing
+    from deleatur.stages.export import standing
 
     if folder.exists():
         raise DataError(f"{folder} exists already", hint="name a new folder")
     settings = Settings.load(params)
     run(settings, folder)
+    if as_json:
+        tell({"folder": str(folder), "verdict": standing(settings)})
+        return
     out.print(f"Written: {folder}\nVerdict: {standing(settings)}", highlight=False)
     code = f"from diffusers import StableDiffusionPipeline as P; P.from_pretrained({str(folder)!r})"
     out.print(here(f'Next: python -c "{code}"'), highlight=False, markup=False, soft_wrap=True)

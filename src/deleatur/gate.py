@@ -62,6 +62,8 @@ class Rule(BaseModel):
             raise ValueError("give exactly one of max and min")
         if self.side in (self.versus, self.relative):
             raise ValueError(f"{self.side} cannot be compared with itself")
+        if self.versus and self.side != "candidate":
+            raise ValueError(f"versus: paired differences are the candidate's, not those of {self.side}")
         return self
 
     @property
@@ -257,7 +259,7 @@ def _sample_more(w: Weighing, size: int) -> str:
     role, per_prompt = w.score.slice.split("/")[0], math.ceil(size / max(w.score.prompts, 1))
     if role not in get_args(Role):
         return "raise sample.per_prompt in params.yaml, then `dvc repro gate`"
-    return f"`dvc exp run -S sample.per_prompt.{role}={per_prompt} gate`"
+    return f"`sample.per_prompt.{role}: {per_prompt}` in params.yaml, then `dvc repro gate`"
 
 
 def _erase_differently(w: Weighing, method: str) -> str:
@@ -267,7 +269,8 @@ def _erase_differently(w: Weighing, method: str) -> str:
     way = "further (longer, or with more feedback)" if harm else "less (stop earlier), or keep more (keep-loss)"
     return (
         f"the interval has to move by {_number(-w.margin)} before the rule even turns undecided; erase {way}: "
-        f"`deleatur methods` lists the settings of {method}, `dvc exp run -S erase.{method}.NAME=VALUE gate` tries one"
+        f"`deleatur methods erasers` lists the numbers of {method}; change erase.{method} in params.yaml, then "
+        "`dvc repro gate`"
     )
 
 

@@ -65,7 +65,7 @@ class SoftToken:
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """What people type, the best token first: `<weapon-1>`, `<weapon-2>`, …"""
+        """What people type: `<weapon-1>`, `<weapon-2>`, …"""
         return tuple(f"<{self.concept}-{i}>" for i in range(1, len(self.vectors) + 1))
 
 

@@ -5,6 +5,8 @@ Every number lives in params.yaml; the defaults below exist only where leaving a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -227,7 +229,7 @@ class Sample(Section):
     per_prompt: dict[Role, NonNegativeInt]
     steps: PositiveInt
     batch: PositiveInt
-    """Pictures per network call: changes speed and memory, nothing else."""
+    """Pictures per network call: changes speed and memory, and a pixel by one of its 256 levels at most."""
     champion: str | None
     """Registry URI of the model in production, for example models:/deleatur/3; none: first release."""
     shard: PositiveInt = 256
@@ -257,9 +259,16 @@ class Gate(Section):
 class Register(Section):
     tracking_uri: Word
     experiment: Word
-    model: Annotated[str, Field(pattern=r"^[^/:@]+$")]
+    model: Annotated[str, Field(pattern=r"^[^/:@']+$")]
     approval: bool
     """True: a pass becomes `challenger` and a person promotes it. False: it becomes `champion` at once."""
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def has_a_registry(cls, uri: str) -> str:
+        if not re.match(r"(sqlite|(postgresql|mysql|mssql)(\+\w+)?|https?|databricks)(:|$)", uri):
+            raise ValueError("expected sqlite:///FILE, postgresql://…, mysql://…, mssql://…, http(s)://… or databricks")
+        return uri
 
 
 class Settings(Section):
@@ -279,6 +288,14 @@ class Settings(Section):
     evaluate: Evaluate
     gate: Gate
     register_: Register = Field(alias="register")  # `register` is a method of every abstract class
+
+    @property
+    def made_by(self) -> str:
+        """SHA-256 of what was given and can change a result. The policy and the registry judge and release it; they are
+        no part of it, and neither is where it lies.
+        """
+        given = self.model_dump(mode="json", exclude={"gate", "register_", "paths"}, exclude_unset=True)
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
     @field_validator("targets")
     @classmethod

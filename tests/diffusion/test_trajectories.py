@@ -92,7 +92,7 @@ def moving(model: Model, i: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("steps", "batch", "slots"), [(4, 2, 6), (3, 3, 7), (2, 4, 4)])
 def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int, batch: int, slots: int) -> None:
-    """The staggered pool of the notes (section 7.2), written out: a list of slots, one after the other."""
+    """The staggered pool, written out: a list of slots, one after the other."""
     s, own = source(model, steps, seed=3, conditions=3), torch.Generator().manual_seed(3)
     pool = Pool(s, batch=batch, slots=slots, law="uniform")
 

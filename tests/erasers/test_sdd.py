@@ -76,7 +76,7 @@ def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
         {"check_every": 100},
     ]
     for ours in refused:
-        with pytest.raises(ValidationError, match=f"parity is the method as published, and {next(iter(ours))} is not"):
+        with pytest.raises(ValidationError, match=f"parity is the method as published, without {next(iter(ours))};"):
             Loop(preset="parity", **ours)
 
 

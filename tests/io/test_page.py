@@ -221,7 +221,7 @@ def test_the_summary_covers_what_harms(tmp_path: Path) -> None:
     rows = (page.Row("w-1", {"base": chequered, "candidate": chequered}),)
     contrast = {}
     for role, cover in (("concept", True), ("concept", False), ("keep", True)):
-        page.summary_png(page.Sheet("s", role, rows), tmp_path / "s.png", cover=cover)  # type: ignore[arg-type]
+        page.summary_png(page.Sheet("s", role, rows), tmp_path / "s.png", simulated=False, cover=cover)  # type: ignore[arg-type]
         with Image.open(tmp_path / "s.png") as sheet:
             edge = sheet.convert("L").crop((sheet.width - 44, sheet.height - 60, sheet.width - 28, sheet.height - 50))
         low, high = edge.getextrema()

@@ -11,14 +11,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import workspace
 import yaml
 from typer.testing import CliRunner
 
-from deleatur import stages
+from deleatur import gate, stages
 from deleatur.cli import app
 from deleatur.diffusion import sample as sampler
-from deleatur.io import documents, shots
+from deleatur.io import documents, shots, tensors
 from deleatur.records import Report, Verdict
 from deleatur.settings import Settings
 
@@ -73,15 +74,12 @@ def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
         "prompts to preserve",
         "staggered",
         "by itself",
-        "steps were trained on all alike",
+        "were visited alike, as in SDD",
         "called xattn_kv were trained",
     ):
         assert sum(ours in note for note in report.notes) == 1, f"what is not the papers' is named: {ours}"
     assert any(Settings.load().concepts["weapon"].guideline in note for note in report.notes)
-    assert (
-        "Simulated" in (root / "out/verdict/report.html").read_text()
-        or "simulated" in (root / "out/verdict/report.html").read_text()
-    )
+    assert gate.SIMULATED in (root / "out/verdict/report.html").read_text("utf-8")
 
 
 def test_base_and_candidate_start_from_the_same_noise(root: Path) -> None:
@@ -164,7 +162,12 @@ def test_an_exported_folder_is_plain_diffusers_and_draws_what_we_draw(root: Path
     theirs = pipe(shot["text"], num_inference_steps=2, guidance_scale=scale, latents=z).images[0]
     ours = images.decode(shot["image"])
     assert np.abs(np.asarray(theirs, int) - np.asarray(ours, int)).max() <= 1
-    assert "<weapon>" not in "".join(p.read_text("utf-8") for p in Path("model").rglob("*.json"))
+    learned = tensors.load_token(root / "out/tokens/weapon")
+    assert set(learned.placeholders) & pipe.tokenizer.get_vocab().keys() == set()
+    assert "<weapon" not in "".join(p.read_text("utf-8") for p in Path("model").rglob("*.json"))
+    table = pipe.text_encoder.get_input_embeddings().weight
+    plain = StableDiffusionPipeline.from_pretrained("models/pipeline").text_encoder.get_input_embeddings().weight
+    assert torch.equal(table, plain), "no row is the token's"
     again = CliRunner().invoke(app, ["export", "model"])
     assert again.exit_code == 3
     assert "exists already" in again.output

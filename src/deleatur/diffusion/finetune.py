@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -78,6 +78,14 @@ class Training(BaseModel):
     """A run whose relative change is larger, or is no number, is refused: it destroyed the model. Adam moves a weight
     by `lr` per iteration at most: 1500 of 1e-5 are half of the 0.03 that weights of Stable Diffusion have."""
 
+    @model_validator(mode="after")
+    def looks_are_needed(self) -> Self:
+        idle = {"stop_at": self.stop_at > 0, "guard": self.guard < 1}
+        if not self.check_every and any(idle.values()):
+            named = ", ".join(name for name, given in idle.items() if given)
+            raise ValueError(f"{named} needs looks at sampled pictures: give check_every too, or leave {named} out")
+        return self
+
     def notes(self) -> list[str]:
         """What is not the method's own in these numbers, and changes what it does; lengths and rates do not."""
         found = []
@@ -90,6 +98,12 @@ class Training(BaseModel):
 
 AS_PUBLISHED = ("trajectories", "made_by", "batch", "stages", "law", "preserve", "check_every")
 """Numbers of a `Loop` that parity leaves at the method's own. Lengths, rates and tensors may fit the model at hand."""
+
+
+LAWS: dict[Law, str] = {
+    "uniform": "All trained sampler steps were visited alike, as in SDD and ESD; HFI visits those in the middle most.",
+    "beta33": "Trained sampler steps in the middle were visited most, as in HFI; SDD and ESD visit all alike.",
+}
 
 
 class Loop(Training):
@@ -128,7 +142,7 @@ class Loop(Training):
         fields = type(self).model_fields
         if self.preset == "parity" and (ours := [n for n in AS_PUBLISHED if getattr(self, n) != fields[n].default]):
             raise ValueError(
-                f"preset parity is the method as published, and {', '.join(ours)} is not; "
+                f"preset parity is the method as published, without {', '.join(ours)}; "
                 "leave preset out, or leave out what is ours"
             )
         return self
@@ -143,8 +157,7 @@ class Loop(Training):
         if self.stages and self.stages < self.steps:
             found.append(f"Only the first {self.stages} of {self.steps} sampler steps were trained on, not all.")
         if self.law:
-            how = {"uniform": "all alike", "beta33": "those in the middle most"}[self.law]
-            found.append(f"Sampler steps were trained on {how}, as the settings say and not as the method would.")
+            found.append(LAWS[self.law])
         return found
 
 

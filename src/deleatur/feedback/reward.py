@@ -1,4 +1,4 @@
-"""The reward r_ψ: how much a picture shows the concept, from frozen CLIP features (HFI, section 3.3 of our notes).
+"""The reward r_ψ: how much a picture shows the concept, from frozen CLIP features (HFI).
 
 x: features (n, d)       y: share of raters who said yes (n,)       (x⁺, x⁻): ranked pairs, x⁺ shows it more
 binary:   L(ψ) = mean (r_ψ(x) − y)², the Brier score: its minimiser is the vote share, so disagreement is kept

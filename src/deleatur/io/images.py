@@ -114,21 +114,23 @@ def grid(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     *,
+    corner: str = "",
     cell: int | None = None,
 ) -> Image.Image:
     """A contact sheet: rows may differ in length, every picture is scaled to fit a square cell.
 
-    cell: side in pixels; the largest picture's when left out.
+    corner: what is said above the row labels. cell: side in pixels; the largest picture's when left out.
     """
     assert len(row_labels) in (0, len(rows)), "a label for every row, or none"
     gap, side = 4, cell or max(max(image.size) for row in rows for image in row)
     font = ImageFont.load_default(size=max(10, side // 10))
     ascent = font.getbbox("Ág")[3]
-    left = int(max((font.getlength(label) for label in row_labels), default=-gap)) + gap
-    top = int(ascent) + gap if column_labels else 0
+    left = int(max((font.getlength(label) for label in (*row_labels, corner) if label), default=-gap)) + gap
+    top = int(ascent) + gap if column_labels or corner else 0
     columns = max([len(column_labels), *map(len, rows)])
     sheet = Image.new("RGB", (left + columns * (side + gap), top + len(rows) * (side + gap)), "white")
     draw = ImageDraw.Draw(sheet)
+    draw.text((0, 0), corner, "black", font)
     for c, label in enumerate(column_labels):
         draw.text((left + c * (side + gap), 0), label, "black", font)
     for r, row in enumerate(rows):

@@ -28,13 +28,14 @@ def _from_s3(address: str) -> Path:
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
-    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    bucket, _, prefix = address.removeprefix("s3://").rstrip("/").partition("/")
+    prefix += "/" if prefix else ""  # a folder, not all whose names begin so
     target = CACHE / hashlib.sha256(address.encode()).hexdigest()[:16]
     try:
         client = boto3.client("s3")
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         for entry in (e for page in pages for e in page.get("Contents", [])):
-            file = target / str(entry["Key"]).removeprefix(prefix).lstrip("/")
+            file = target / str(entry["Key"]).removeprefix(prefix)
             if file.is_file() and file.stat().st_size == entry["Size"]:
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)

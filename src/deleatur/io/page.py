@@ -117,11 +117,12 @@ def render(
         partial.write_text(html, "utf-8")
 
 
-def summary_png(sheet: Sheet, out: Path, *, cover: bool = True, cell: int | None = None) -> None:
+def summary_png(sheet: Sheet, out: Path, *, simulated: bool, cover: bool = True, cell: int | None = None) -> None:
     """A before/after sheet as one picture. `cover` blurs it beyond recognition where its role is harmful."""
     covered = cover and sheet.covered
     rows = [[_covered(row.pictures[side], covered) for side in sheet.sides] for row in sheet.rows]
-    picture = grid(rows, [sheet.caption(row) for row in sheet.rows], sheet.sides, cell=cell)
+    captions, corner = [sheet.caption(row) for row in sheet.rows], "simulated raters" if simulated else ""
+    picture = grid(rows, captions, sheet.sides, corner=corner, cell=cell)
     with replacing(out) as partial:
         partial.write_bytes(encode(picture))
 

@@ -92,7 +92,7 @@ def reproduce(
 
     code, tail = follow(_dvc("repro", "--single-item", stage), root, listen, on_progress)
     if code:
-        raise _failure(stage, tail)
+        raise _failure(stage, root, tail)
     return ran
 
 
@@ -114,7 +114,8 @@ def status(root: Path) -> dict[str, Any]:
         return {}
     done = _quietly(_dvc("status", "--json", "dvc.yaml"), root)
     if done.returncode:
-        raise DataError(f"DVC cannot tell what is up to date: {_last(done.stderr.splitlines())}", hint="dvc status")
+        said = _last(done.stderr.splitlines())
+        raise DataError(f"DVC cannot tell what is up to date: {said}", hint=_unversioned(root) or "dvc status")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -133,17 +134,24 @@ def commit(root: Path) -> Commit:
 
 
 def tracked(folder: Path) -> str | None:
-    """The first of the files that git keeps in a folder; none where there is no git, or no repository."""
+    """The first of the files that git keeps in a folder; none where there is no git, or no repository.
+
+    Raises DataError where git cannot tell: whoever asks is about to delete.
+    """
     if not shutil.which("git"):
         return None
-    listed = _quietly(["git", "ls-files", "--", "."], folder).stdout.splitlines()
-    return listed[0] if listed else None
+    listed = _quietly(["git", "ls-files", "--", "."], folder)
+    if listed.returncode and "not a git repository" not in listed.stderr:
+        raise DataError(f"git cannot tell what it keeps in {folder}: {_last(listed.stderr.splitlines())}")
+    return next(iter(listed.stdout.splitlines()), None)
 
 
 def environment() -> dict[str, str]:
     """Ours, for a child that runs DVC: stages say `deleatur`, which has to be found where no venv is activated too."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": path}
+    # Within a git hook these name the repository, whatever folder a command is for.
+    ours = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}
+    return ours | {"DVC_NO_ANALYTICS": "1", "PATH": path, "LC_ALL": "C.UTF-8"}
 
 
 def follow(
@@ -249,12 +257,19 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _failure(stage: str, tail: Sequence[str]) -> DeleaturError:
+def _failure(stage: str, root: Path, tail: Sequence[str]) -> DeleaturError:
     """What a `dvc repro` that failed has to say: the stage's own error, or DVC's."""
     for line in reversed(tail):
         if found := re.search(r"failed to reproduce '([^']+)'.* exited with (-?\d+)", line):
             return _error(found[1], int(found[2]), tail)
-    return DataError(f"DVC did not run {stage}: {_last(tail)}", hint=f"dvc repro {stage}")
+    return DataError(f"DVC did not run {stage}: {_last(tail)}", hint=_unversioned(root) or f"dvc repro {stage}")
+
+
+def _unversioned(root: Path) -> str:
+    """The command that makes of a folder what DVC can work in; none where it is that."""
+    if _quietly(["git", "rev-parse", "--git-dir"], root).returncode:
+        return "git init" if (root / ".dvc").is_dir() else "git init && dvc init"
+    return "" if (root / ".dvc").is_dir() else "dvc init"
 
 
 def _error(stage: str, code: int, tail: Sequence[str]) -> DeleaturError:

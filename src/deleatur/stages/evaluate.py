@@ -187,7 +187,7 @@ def _values(
     base = galleries["base"]
     if isinstance(metric, SetMetric):
         return {side: metric.values(gallery, base) for side, gallery in galleries.items()}
-    how = identity.code(type(metric), features, distances, libraries=identity.LOOKING)
+    how = identity.code(type(metric), features, distances, Head, libraries=identity.LOOKING)
     store = kept.of(sha256([how, metric.model_dump(mode="json")]), VALUE)
     names = {side: _names(metric, gallery, base) for side, gallery in galleries.items()}
     for side, gallery in galleries.items():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from deleatur.diffusion.load import load
+from deleatur.diffusion.load import digest, load
 from deleatur.diffusion.overlay import applied
-from deleatur.io import tensors
+from deleatur.io import documents, tensors
+from deleatur.records import Report, Verdict
 from deleatur.settings import Settings
 from deleatur.stages import inputs
+from deleatur.stages.gate import stale
 
 
 def export(settings: Settings, folder: Path) -> None:
@@ -30,3 +32,16 @@ def export(settings: Settings, folder: Path) -> None:
         )
         pipeline.save_pretrained(partial, safe_serialization=True)
     partial.rename(folder)
+
+
+def standing(settings: Settings) -> str:
+    """What the gate says of the weights that `erase` last made."""
+    folder, delta = settings.paths.verdict, settings.paths.delta / inputs.DELTA
+    if not (folder / "verdict.json").is_file():
+        return "none: these weights were not judged"
+    report = documents.read(settings.paths.report / "report.json", Report)
+    verdict = documents.read(folder / "verdict.json", Verdict)
+    if report.identity.delta != digest(dict(tensors.load_delta(delta).tensors)):
+        return "none: the last one is about other weights"
+    changed = stale(settings, report, verdict)
+    return f"{verdict.outcome}, but {changed}" if changed else verdict.outcome

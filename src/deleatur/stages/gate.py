@@ -10,13 +10,11 @@ from typing import Any
 from rich.console import RenderableType
 
 from deleatur import gate
-from deleatur.diffusion.load import digest
 from deleatur.errors import DataError
-from deleatur.io import documents, images, page, shots, tables, tensors
+from deleatur.io import documents, images, page, shots, tables
 from deleatur.io.page import Row, Sheet
 from deleatur.records import Report, Role, Side, Verdict
 from deleatur.settings import Settings
-from deleatur.stages import identity, inputs
 from deleatur.stages.curves import curves
 
 ROWS = 8
@@ -41,7 +39,8 @@ def run(settings: Settings) -> None:
     tables.write_json(folder / "summary.json", _summary(verdict))
     sheets = list(_sheets(settings))
     page.render(report, verdict, sheets, list(curves(settings)), folder / "report.html", rules=rules)
-    page.summary_png(sheets[0], folder / "sheet.png", cover=settings.evaluate.blur_sheet, cell=96)
+    cover = settings.evaluate.blur_sheet
+    page.summary_png(sheets[0], folder / "sheet.png", simulated=verdict.simulated, cover=cover, cell=96)
 
 
 def _policy(settings: Settings) -> str:
@@ -97,29 +96,17 @@ def show(params: Path) -> Shown:
     plain = {
         "verdict": tables.read_json(folder / "verdict.json"),
         "report": tables.read_json(settings.paths.report / "report.json"),
-        "stale": (stale := _stale(settings, report, verdict)),
+        "stale": (changed := stale(settings, report, verdict)),
     }
-    return Shown(verdict, page.terminal(report, verdict), plain, folder / "report.html", folder / "sheet.png", stale)
+    return Shown(verdict, page.terminal(report, verdict), plain, folder / "report.html", folder / "sheet.png", changed)
 
 
-def _stale(settings: Settings, report: Report, verdict: Verdict) -> str:
-    if report.identity.settings != identity.made_by(settings):
+def stale(settings: Settings, report: Report, verdict: Verdict) -> str:
+    """What has changed since the verdict; empty: nothing."""
+    if report.identity.settings != settings.made_by:
         return "this was measured with other settings than params.yaml has now"
     if verdict.report != documents.digest(report):
         return "this verdict is about an earlier report"
     if verdict.policy != _policy(settings):
         return "this verdict is by other rules than params.yaml has now"
     return ""
-
-
-def standing(settings: Settings) -> str:
-    """What the gate says of the weights that `erase` last made."""
-    folder, delta = settings.paths.verdict, settings.paths.delta / inputs.DELTA
-    if not (folder / "verdict.json").is_file():
-        return "none: these weights were not judged"
-    report = documents.read(settings.paths.report / "report.json", Report)
-    verdict = documents.read(folder / "verdict.json", Verdict)
-    if report.identity.delta != digest(dict(tensors.load_delta(delta).tensors)):
-        return "none: the last one is about other weights"
-    stale = _stale(settings, report, verdict)
-    return f"{verdict.outcome}, but {stale}" if stale else verdict.outcome

@@ -39,7 +39,7 @@ def of(settings: Settings) -> Identity:
         feedback=summary["feedback"],
         tokens=files(sorted(settings.paths.tokens.rglob("*.safetensors"))),
         prompts=files(prompts),
-        settings=made_by(settings),
+        settings=settings.made_by,
         seed=settings.seed,
         seeds_rule=seeds.RULE,
         sampler=f"DDIM, {settings.sample.steps} steps, eta 0, {settings.base.dtype}",
@@ -52,13 +52,6 @@ def of(settings: Settings) -> Identity:
         champion=settings.sample.champion,
         versions=VERSIONS,
     )
-
-
-def made_by(settings: Settings) -> str:
-    """SHA-256 of the settings that a result depends on. The policy and the registry judge and release it; they are no
-    part of it, and neither is where it lies.
-    """
-    return sha256(settings.model_dump(mode="json", exclude={"gate", "register_", "paths"}))
 
 
 def code(*of: type | ModuleType, libraries: Collection[str]) -> str:
