@@ -262,6 +262,9 @@ class Register(Section):
     model: Annotated[str, Field(pattern=r"^[^/:@']+$")]
     approval: bool
     """True: a pass becomes `challenger` and a person promotes it. False: it becomes `champion` at once."""
+    ledger: Path = Path("ledger.jsonl")
+    """Who released what, and took it back: one file for one registry. Whoever releases needs this very file: where
+    several machines do, it lies on a volume they share."""
 
     @field_validator("tracking_uri")
     @classmethod
@@ -315,7 +318,7 @@ class Settings(Section):
     def nothing_brought_is_emptied(self) -> Settings:
         sources = {f"the source {s} of ingest": Path(re.split(r"[*?\[]", s)[0]) for s in self.ingest.sources}
         prompts = {f"the prompt file of {name}": spec.prompts for name, spec in self.concepts.items()}
-        self.paths.demand(OURS | sources | prompts)
+        self.paths.demand(OURS | sources | prompts | {"the ledger (register.ledger)": self.register_.ledger})
         return self
 
     @classmethod
