@@ -65,7 +65,7 @@ def has_pages() -> bool:
 
 @flow(name="erase")
 def erase(approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10) -> Done:
-    """Brings every stage up to date, shows the verdict, registers it, and asks a person where the policy says so and
+    """Brings every stage up to date, shows the verdict, registers it, and asks a person where one is waited for and
     there is a server whose pages a person can open.
 
     approval_seconds: how long a person may take. After that the flow fails, and the challenger still waits: running
@@ -75,7 +75,7 @@ def erase(approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10) -> Done
     ran = tuple(stage for stage in STAGES if stage != "register" and reproduce(stage))
     verdict = publish(settings)
     register()
-    found = waiting(settings) if settings.register_.approval and verdict.outcome == "pass" else None
+    found = waiting(settings) if verdict.outcome == "pass" else None
     if found is None:
         return Done(ran, verdict.outcome)
     if not has_pages():

@@ -48,7 +48,20 @@ def write(path: Path, **changes: Any) -> str:
 
 def test_help_lists_commands_and_exit_codes() -> None:
     out = run(app, ["--help"]).output
-    for word in ("demo", "check", "stage", "methods", "report", "explain", "export", "approve", "decline", "75"):
+    for word in (
+        "demo",
+        "check",
+        "stage",
+        "methods",
+        "report",
+        "explain",
+        "export",
+        "approve",
+        "decline",
+        "rollback",
+        "history",
+        "75",
+    ):
         assert word in out
 
 

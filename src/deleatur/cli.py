@@ -23,6 +23,7 @@ from deleatur.errors import ContinueMe, DataError, DeleaturError, ServiceError
 
 if TYPE_CHECKING:
     from deleatur.settings import Settings
+    from deleatur.stages.rollback import TakenBack
 
 P = ParamSpec("P")
 
@@ -43,7 +44,7 @@ VERDICT_CODES = {"pass": 0, "fail": 10, "not enough evidence": 11}
 
 Params = Annotated[Path, typer.Option("--params", help="The file of numbers.")]
 Approver = Annotated[str, typer.Option("--as", metavar="NAME", help="Who decides; it stays with the version.")]
-Reason = Annotated[str, typer.Option("--reason", help="For whoever asks later.")]
+Reason = Annotated[str, typer.Option("--reason", metavar="WHY", help="For whoever asks later.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -276,6 +277,90 @@ def decline(
 
 @app.command()
 @guarded
+def rollback(
+    who: Approver,
+    reason: Reason,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="VERSION", help="Not the last known good one, but this.")
+    ] = None,
+    params: Params = Path("params.yaml"),
+) -> None:
+    """Take the last release back: the version before it is live again, and the one that was is quarantined.
+
+    Takes seconds and no GPU. Said twice, it is done once; to go further back, name a version.
+    """
+    from deleatur.settings import Settings
+    from deleatur.stages.rollback import rollback as run
+
+    _say_taken_back(run(Settings.load(params), who, reason, to))
+
+
+@app.command()
+@guarded
+def quarantine(
+    version: Annotated[str, typer.Argument(help="Number of the version that must not be used.")],
+    who: Approver,
+    reason: Reason,
+    params: Params = Path("params.yaml"),
+) -> None:
+    """Keep a version from ever going live again. If it is live, the last known good one is instead, or none."""
+    from deleatur.settings import Settings
+    from deleatur.stages.rollback import quarantine as run
+
+    _say_taken_back(run(Settings.load(params), version, who, reason))
+
+
+def _say_taken_back(done: TakenBack) -> None:
+    was, live = "was already" if done.already else "is", f"version {done.live} is" if done.live else "none is"
+    out.print(f"Version {done.left} {was} quarantined; {live} champion", highlight=False)
+
+
+@app.command()
+@guarded
+def history(params: Params = Path("params.yaml"), as_json: Json = False) -> None:
+    """Who released which version, why, and who took it back; whether ledger and registry still say the same.
+
+    Exit code: 3 where somebody changed the ledger, or moved an alias by hand.
+    """
+    from deleatur.settings import Settings
+    from deleatur.stages.history import history as read
+
+    found = read(Settings.load(params))
+    if as_json:
+        tell(found.plain)
+    else:
+        out.print(found.table)
+        out.print(found.standing, highlight=False, markup=False, soft_wrap=True)
+    for problem in found.problems[:-1]:
+        err.print(f"{problem}. Next: {here(problem.hint)}", markup=False, highlight=False, soft_wrap=True)
+    if found.problems:
+        raise found.problems[-1]
+
+
+@app.command()
+@guarded
+def settle(
+    who: Approver,
+    reason: Reason,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="The other way round: the ledger takes over what the registry says.")
+    ] = False,
+    params: Params = Path("params.yaml"),
+) -> None:
+    """Put the registry's aliases back to what the ledger says. The ledger keeps who wanted that, and why.
+
+    With --adopt a ledger that was lost or changed is begun anew, behind the last line that the registry knows of.
+    """
+    from deleatur.settings import Settings
+    from deleatur.stages.history import settle as run
+
+    for line in run(Settings.load(params), who, reason, adopt=adopt):
+        out.print(f"Was: {line}", markup=False, highlight=False, soft_wrap=True)
+    out.print("Ledger and registry say the same")
+
+
+@app.command()
+@guarded
 def demo(as_json: Json = False) -> None:
     """The whole chain on the built-in model: rated pictures in, a judged and registered model out.
 
@@ -327,6 +412,6 @@ def _next(settings: Settings) -> Iterator[tuple[str, str]]:
 
     yield "deleatur report --open", "every number and picture on one page"
     yield "deleatur explain", "which rule decided, and by what margin"
-    if settings.register_.approval and (found := waiting(settings)):
+    if found := waiting(settings):
         yield f"deleatur approve {found[0]} --as NAME", "release it; `decline` to keep it back"
     yield "deleatur export erased", "the erased model as a folder that plain diffusers loads"

@@ -28,7 +28,8 @@ from deleatur.errors import ContinueMe, SettingsError  # noqa: E402
 from deleatur.io import versions  # noqa: E402
 from deleatur.io.tracking import CHALLENGER, CHAMPION  # noqa: E402
 from deleatur.settings import Settings  # noqa: E402
-from deleatur.stages import promote, register  # noqa: E402
+from deleatur.stages import register  # noqa: E402
+from deleatur.stages.release import registry_of  # noqa: E402
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_after_the_flow_dvc_finds_nothing_to_do_and_after_dvc_the_flow_only_regi
     assert latest("progress-sample") == 100.0
     assert "PASS" in latest("verdict")
     assert "a gun" not in latest("verdict"), "no prompt that asks for the concept"
-    registry = promote.registry_of(Settings.load())
+    registry = registry_of(Settings.load())
     assert registry.alias(CHAMPION) == "1"
     assert versions.status(project) == {}
     assert "Running stage" not in finished.dvc(project, "repro")
@@ -137,7 +138,7 @@ def test_a_person_is_asked_where_the_policy_says_so(
     person.start()
     done = erase(poll_seconds=1)
     assert done.decision == decision
-    registry = promote.registry_of(settings)
+    registry = registry_of(settings)
     tags = registry.tags("1")
     if decision == "approve":
         assert (registry.alias(CHAMPION), tags["approved_by"]) == ("1", "Ada")
@@ -155,7 +156,7 @@ def test_the_script_needs_no_server_and_leaves_none_behind(
     code, said, complained = script(home)
     assert code == 0, complained
     assert said.splitlines()[-1] == "Done(ran=('gate',), outcome='pass', decision=None)"
-    assert promote.registry_of(Settings.load()).alias(CHAMPION) == "1"
+    assert registry_of(Settings.load()).alias(CHAMPION) == "1"
     assert (home / "prefect.db").is_file(), "its own database, not somebody's"
 
     change("erase", sdd={"bogus": 1})

@@ -10,28 +10,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from filelock import FileLock
+from registry import tables
 
 from deleatur.errors import DataError, ServiceError, SettingsError
 from deleatur.io import tracking
+from deleatur.io.ledger import Mark
 from deleatur.io.objects import local
-from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, Evidence, Registry
-
-
-@pytest.fixture(scope="session")
-def tables(shared: Path) -> Path:
-    """A store with its tables and nothing in them: making them takes seconds."""
-    with FileLock(shared / "tables.lock"):
-        if not (shared / "tables.db").exists():
-            Registry(f"sqlite:///{shared}/tables.partial", "unused", "unused").client.search_experiments()
-            shutil.copy(shared / "tables.partial", shared / "tables.db")
-    return shared / "tables.db"
+from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, QUARANTINED, Evidence, Registry
 
 
 @pytest.fixture
-def registry(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+def registry(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.chdir(tmp_path)
-    shutil.copy(tables, tmp_path / "mlflow.db")
+    shutil.copy(tables(shared), tmp_path / "mlflow.db")
     return Registry(f"sqlite:///{tmp_path}/mlflow.db", "erasing", "guard")
 
 
@@ -97,7 +88,7 @@ def test_a_version_is_found_by_its_evidence_and_its_folders_by_its_address(
     version = add(registry, evidence)
     assert registry.version(evidence.digest) == version
     assert registry.tags(version)["delta"] == "d" * 64
-    registry.release(version)
+    registry.set_aliases({CHAMPION: version})
     for address in (f"models:/guard/{version}", "models:/guard@champion"):
         assert (Path(local(address, "delta")) / "delta.safetensors").read_bytes() == b"weights"
         assert (Path(local(address)) / "model_index.json").is_file()
@@ -105,17 +96,19 @@ def test_a_version_is_found_by_its_evidence_and_its_folders_by_its_address(
         local("models:/guard@nobody")
 
 
-def test_aliases_say_what_is_live_what_was_and_what_waits(registry: Registry, evidence: Evidence) -> None:
-    assert registry.alias(CHAMPION) is None, "no model yet"
+def test_aliases_are_as_wanted_and_the_mark_is_kept(registry: Registry, evidence: Evidence) -> None:
+    assert (registry.aliases(), registry.alias(CHAMPION), registry.mark()) == ({}, None, None), "no model yet"
+    registry.set_mark(Mark(1, "a" * 64))
     first, second = (add(registry, replace(evidence, digest=letter * 64)) for letter in "ab")
-    assert registry.alias(CHAMPION) is None, "a version is not live by being there"
-    registry.release(first)
-    registry.challenge(second)
-    assert (registry.alias(CHAMPION), registry.alias(CHALLENGER)) == (first, second)
-    for _ in range(2):  # the second time changes nothing
-        registry.release(second)
-        aliases = [registry.alias(name) for name in (CHAMPION, LAST, CHALLENGER)]
-        assert aliases == [second, first, None]
+    assert registry.aliases() == {}, "a version is not live by being there"
+    registry.client.set_registered_model_alias("guard", "theirs", first)
+    for wanted in ({CHAMPION: first, CHALLENGER: second}, {CHAMPION: second, LAST: first}, {QUARANTINED: second}):
+        for _ in range(2):  # the second time changes nothing
+            registry.set_aliases(wanted)
+            assert registry.aliases() == wanted
+    assert registry.client.get_model_version_by_alias("guard", "theirs").version == int(first)
+    registry.set_mark(Mark(2, "b" * 64))
+    assert registry.mark() == Mark(2, "b" * 64)
 
 
 def test_what_a_store_refuses_or_does_not_answer_is_said_without_passwords(
@@ -129,7 +122,7 @@ def test_what_a_store_refuses_or_does_not_answer_is_said_without_passwords(
     assert "secret" not in str(refused.value)
     assert refused.value.hint
     with pytest.raises(SettingsError, match="register"):
-        Registry(registry.uri, "erasing", "with/slash").challenge("1")
+        Registry(registry.uri, "erasing", "with/slash").set_mark(Mark(1, "a" * 64))
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, Registry
 from deleatur.settings import Settings
 from deleatur.stages import gate, inputs, promote, register, sample
 from deleatur.stages.export import export
+from deleatur.stages.release import registry_of
 
 PLAIN = """
 import json, sys
@@ -63,14 +62,12 @@ def asking(settings: Settings) -> Settings:
 
 
 def aliases(settings: Settings) -> dict[str, str]:
-    registry = promote.registry_of(settings)
-    found = {name: registry.alias(name) for name in (CHALLENGER, CHAMPION, LAST)}
-    return {name: version for name, version in found.items() if version}
+    return registry_of(settings).aliases()
 
 
 def counts(settings: Settings) -> tuple[int, int]:
     """Runs, versions."""
-    registry = promote.registry_of(settings)
+    registry = registry_of(settings)
     runs = registry.client.search_runs([registry.experiment_id])
     return len(runs), len(registry.client.search_model_versions(f"name = '{registry.model}'"))
 
@@ -117,7 +114,7 @@ def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> No
 
 def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
     register.run(fresh)
-    registry = promote.registry_of(fresh)
+    registry = registry_of(fresh)
     [run] = registry.client.search_runs([registry.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["erase.sdd.loop.lr"] == "0.001"
@@ -148,7 +145,7 @@ def test_the_same_verdict_is_registered_once_even_after_somebody_took_it_back(fr
     register.run(fresh)
     register.run(fresh)
     assert counts(fresh) == (1, 1)
-    registry = promote.registry_of(fresh)
+    registry = registry_of(fresh)
     registry.client.delete_registered_model_alias("deleatur", CHAMPION)
     register.run(fresh)
     assert aliases(fresh) == {}
@@ -186,7 +183,7 @@ def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
     promote.promote(fresh, version, "Ada", reason="seen the sheet", evidence=evidence)
     promote.promote(fresh, version, "Ada", evidence=evidence)  # changes nothing
     assert aliases(fresh) == {CHAMPION: "1"}
-    tags = promote.registry_of(fresh).tags("1")
+    tags = registry_of(fresh).tags("1")
     assert (tags["approved_by"], tags["approved_because"]) == ("Ada", "seen the sheet")
     assert (tags["approved_evidence"], tags["approved_delta"]) == (evidence, tags["delta"])
     assert promote.waiting(fresh) is None
@@ -214,7 +211,7 @@ def test_a_person_decides_on_the_command_line(fresh: Settings) -> None:
     assert CliRunner().invoke(app, ["approve", "1"]).exit_code == 2, "no decision without a name"
     done = CliRunner().invoke(app, ["approve", "1", "--as", "Ada", "--reason", "seen the sheet"])
     assert done.exit_code == 0, done.output
-    tags = promote.registry_of(fresh).tags("1")
+    tags = registry_of(fresh).tags("1")
     assert (tags["approved_by"], tags["approved_because"]) == ("Ada", "seen the sheet")
     assert tags["evidence"] in done.output
     assert aliases(fresh) == {CHAMPION: "1"}
@@ -225,7 +222,7 @@ def test_a_person_decides_on_the_command_line(fresh: Settings) -> None:
     assert "deleatur approve 2 --as NAME" in astray.output
     assert CliRunner().invoke(app, ["decline", "2", "--as", "Ada", "--reason", "too blurred"]).exit_code == 0
     assert aliases(fresh) == {CHAMPION: "1"}
-    assert promote.registry_of(fresh).tags("2")["declined_because"] == "too blurred"
+    assert registry_of(fresh).tags("2")["declined_because"] == "too blurred"
 
 
 def _forged(name: str, key: str, value: Any) -> Callable[[], None]:
@@ -265,51 +262,3 @@ def test_what_is_out_of_date_is_not_registered(done: Settings) -> None:
     with pytest.raises(DataError, match="erase") as refused:
         register.run(Settings.load())
     assert refused.value.hint == "dvc repro"
-
-
-def _then_die(target: type[Registry], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if power went off right after this step."""
-    whole = getattr(target, name)
-
-    def cut(*arguments: Any, **named: Any) -> None:
-        whole(*arguments, **named)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(target, name, cut)
-
-
-@pytest.mark.parametrize("step", ["log", "_store", "add_version", "release"])
-def test_killed_after_any_step_it_has_released_nothing_or_finishes(
-    fresh: Settings, step: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    register.run(fresh)
-    second = judged_by(fresh, finished.passing(limit=-6.0))
-    child = os.fork()
-    if child == 0:
-        _then_die(Registry, step, monkeypatch)
-        register.run(second)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    released = {CHAMPION: "2", LAST: "1"}
-    assert aliases(fresh) == (released if step == "release" else {CHAMPION: "1"})
-
-    register.run(second)
-    assert aliases(fresh) == released
-    assert counts(fresh) == (2, 2)
-    registry = promote.registry_of(fresh)
-    assert {r.info.status for r in registry.client.search_runs([registry.experiment_id])} == {"FINISHED"}
-
-
-def test_killed_between_two_aliases_the_old_champion_stays(fresh: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    register.run(fresh)
-    second = judged_by(fresh, finished.passing(limit=-6.0))
-    client = promote.registry_of(fresh).client
-    child = os.fork()
-    if child == 0:
-        _then_die(type(client), "set_registered_model_alias", monkeypatch)
-        register.run(second)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert aliases(fresh) == {CHAMPION: "1", LAST: "1"}
-    register.run(second)
-    assert aliases(fresh) == {CHAMPION: "2", LAST: "1"}

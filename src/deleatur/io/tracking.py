@@ -2,7 +2,8 @@
 
 One verdict is one run and, if it passed, one version, however often it is registered: both carry the digest of their
 evidence, and what is there already is found instead of made again. A run is FINISHED only after the last alias moved,
-so a kill leaves the released model as it was, and the next try goes on from there.
+so a kill leaves the released model as it was, and the next try goes on from there. What the aliases are to say is
+decided in the ledger; `mark` is its last line that was carried out here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from deleatur.errors import DataError, DeleaturError, ServiceError, SettingsError
+from deleatur.io.ledger import Mark
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -35,6 +37,7 @@ for _name, _value in QUIET.items():  # MLflow reads them when it is imported
 
 import mlflow  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.entities.model_registry import RegisteredModel  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models import Model, ModelSignature  # noqa: E402
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository  # noqa: E402
@@ -43,7 +46,9 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema  # noqa: E402
 GIVEN = os.environ.get("MLFLOW_TRACKING_URI")
 """As it was when we came: MLflow itself sets the variable whenever it is told an address, see `use`."""
 
-CHAMPION, CHALLENGER, LAST = "champion", "challenger", "last_known_good"
+CHAMPION, CHALLENGER, LAST, QUARANTINED = "champion", "challenger", "last_known_good", "quarantined"
+ALIASES = (QUARANTINED, LAST, CHAMPION, CHALLENGER)
+"""Ours, in the order in which they move: what is live changes in one call, after those that say what was."""
 
 SERVED = Path(__file__).with_name("served.py")
 SIGNATURE = ModelSignature(
@@ -55,6 +60,7 @@ SERVING = ("mlflow", "torch", "diffusers", "transformers", "accelerate", "safete
 """What the registered model needs. Named, because MLflow's own guess leaves out torch and adds strangers."""
 
 EVIDENCE = "deleatur.evidence"
+MARK = "deleatur.ledger"
 DIGEST = 36
 """Characters that MLflow keeps of a dataset's digest; the whole one is a tag."""
 
@@ -182,35 +188,44 @@ class Registry:
             for key, value in tags.items():
                 self.client.set_model_version_tag(self.model, version, f"deleatur.{key}", value)
 
+    def aliases(self) -> dict[str, str]:
+        """Those of ours that there are, and the version that each names."""
+        found = self._registered()
+        return {name: str(found.aliases[name]) for name in ALIASES if name in found.aliases} if found else {}
+
     def alias(self, name: str) -> str | None:
-        """The version that carries an alias."""
+        """The version that carries it."""
+        return self.aliases().get(name)
+
+    def set_aliases(self, wanted: Mapping[str, str]) -> None:
+        """Ours as wanted, and none besides."""
+        now = self.aliases()
+        with answering(self.uri):
+            for name in (name for name in ALIASES if wanted.get(name) != now.get(name)):
+                if name in wanted:
+                    self.client.set_registered_model_alias(self.model, name, wanted[name])
+                else:
+                    self.client.delete_registered_model_alias(self.model, name)
+
+    def mark(self) -> Mark | None:
+        """The last line of the ledger that was carried out here; None before there was one."""
+        found = self._registered()
+        return Mark.read(found.tags[MARK]) if found and MARK in found.tags else None
+
+    def set_mark(self, mark: Mark) -> None:
+        with answering(self.uri):
+            with _already():  # a ledger can begin with a verdict that makes no version
+                self.client.create_registered_model(self.model)
+            self.client.set_registered_model_tag(self.model, MARK, str(mark))
+
+    def _registered(self) -> RegisteredModel | None:
         with answering(self.uri):
             try:
-                return str(self.client.get_model_version_by_alias(self.model, name).version)
+                return self.client.get_registered_model(self.model)
             except MlflowException as e:
-                if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, or no alias
+                if e.error_code == "RESOURCE_DOES_NOT_EXIST":
                     return None
                 raise
-
-    def challenge(self, version: str) -> None:
-        """The version waits for a person's word; what is live stays."""
-        with answering(self.uri):
-            self.client.set_registered_model_alias(self.model, CHALLENGER, version)
-
-    def release(self, version: str) -> None:
-        """The version is live. The one that was comes second, so a kill between the two moves changes nothing live."""
-        live = self.alias(CHAMPION)
-        with answering(self.uri):
-            if live not in (None, version):
-                self.client.set_registered_model_alias(self.model, LAST, live)
-            self.client.set_registered_model_alias(self.model, CHAMPION, version)
-        self.withdraw(version)
-
-    def withdraw(self, version: str) -> None:
-        """The version no longer waits for a person's word."""
-        if self.alias(CHALLENGER) == version:
-            with answering(self.uri):
-                self.client.delete_registered_model_alias(self.model, CHALLENGER)
 
     def _run(self, evidence: str) -> Run | None:
         found = self.client.search_runs([self.experiment_id], f"tags.`{EVIDENCE}` = '{evidence}'", max_results=1)

@@ -133,6 +133,13 @@ def commit(root: Path) -> Commit:
     return Commit(head.stdout.strip() or None, bool(changed.stdout.strip()))
 
 
+def author(root: Path) -> str | None:
+    """Who git says works here; none where there is no git, or nobody has told it."""
+    if not shutil.which("git"):
+        return None
+    return _quietly(["git", "config", "user.name"], root).stdout.strip() or None
+
+
 def tracked(folder: Path) -> str | None:
     """The first of the files that git keeps in a folder; none where there is no git, or no repository.
 

@@ -5,16 +5,9 @@ from __future__ import annotations
 from deleatur.errors import DataError
 from deleatur.io import documents
 from deleatur.io.tracking import CHALLENGER, CHAMPION, Registry
-from deleatur.records import Verdict
+from deleatur.records import Event, Verdict
 from deleatur.settings import Settings
-
-BOUND = ("evidence", "delta")
-"""Tags of a version with the digests of what an approval is given for."""
-
-
-def registry_of(settings: Settings) -> Registry:
-    r = settings.register_
-    return Registry(r.tracking_uri, r.experiment, r.model)
+from deleatur.stages.release import Release, Subject, deciding, registry_of
 
 
 def waiting(settings: Settings) -> tuple[str, str] | None:
@@ -31,41 +24,43 @@ def promote(settings: Settings, version: str, approver: str, *, reason: str = ""
     evidence: the digest that the approver was shown; when given, it has to be the version's own, which is returned.
     Raises DataError unless this version waits for a decision. Once it is live, doing it again changes nothing.
     """
-    registry = registry_of(settings)
-    tags = _checked(registry, version, approver, evidence)
-    if registry.alias(CHAMPION) == version and "approved_by" in tags:
-        registry.withdraw(version)
-        return tags[BOUND[0]]
-    _must_wait(registry, version)
-    bound = {f"approved_{name}": tags[name] for name in BOUND}
-    registry.tag(version, {"approved_by": approver, "approved_because": reason, **bound})
-    registry.release(version)
-    return tags[BOUND[0]]
+    _check(registry_of(settings), version, approver, evidence)
+    with deciding(settings) as release:
+        live = release.ledger.aliases.get(CHAMPION) == version
+        if not (live and _was(release, version, "approval")):
+            about = _waits(release, version)
+            release.decide("approval", about, approver, reason, {})  # the promotion follows from it
+        return release.subject(version).evidence
 
 
 def decline(settings: Settings, version: str, approver: str, *, reason: str = "", evidence: str | None = None) -> None:
-    """The challenger `version` says who declined it and why, and no longer waits. What is live stays."""
-    registry = registry_of(settings)
-    _checked(registry, version, approver, evidence)
-    _must_wait(registry, version)
-    registry.tag(version, {"declined_by": approver, "declined_because": reason})
-    registry.withdraw(version)
+    """The challenger `version` says who declined it and why, and no longer waits. What is live stays.
+
+    Raises DataError unless this version waits for a decision. Once it is declined, doing it again changes nothing.
+    """
+    _check(registry_of(settings), version, approver, evidence)
+    with deciding(settings) as release:
+        if not _was(release, version, "decline"):
+            release.decide("decline", _waits(release, version), approver, reason, {CHALLENGER: None})
 
 
-def _checked(registry: Registry, version: str, approver: str, evidence: str | None) -> dict[str, str]:
-    """What the version says of itself, if that is what the approver saw."""
+def _check(registry: Registry, version: str, approver: str, evidence: str | None) -> None:
+    """Raises DataError where the version is not what the approver saw."""
     if not approver.strip():
         raise DataError("a decision has a name to it, and none was given", hint=f"deleatur approve {version} --as NAME")
-    tags = registry.tags(version)
-    if evidence not in (None, tags.get(BOUND[0])):
+    if evidence not in (None, registry.tags(version).get("evidence")):
         raise DataError(f"version {version} rests on other evidence than the one that was shown", hint="decide again")
-    return tags
 
 
-def _must_wait(registry: Registry, version: str) -> None:
-    if (waits := registry.alias(CHALLENGER)) != version:
+def _was(release: Release, version: str, event: Event) -> bool:
+    return any(e.event == event and e.version == version for e in release.ledger.entries)
+
+
+def _waits(release: Release, version: str) -> Subject:
+    if (waits := release.ledger.aliases.get(CHALLENGER)) != version:
         instead = f"version {waits} does" if waits else "none does"
         raise DataError(
-            f"version {version} of {registry.model} does not wait for a decision; {instead}",
-            hint=f"deleatur approve {waits} --as NAME (or decline)" if waits else "mlflow ui",
+            f"version {version} of {release.registry.model} does not wait for a decision; {instead}",
+            hint=f"deleatur approve {waits} --as NAME (or decline)" if waits else "deleatur history",
         )
+    return release.subject(version)

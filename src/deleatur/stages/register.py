@@ -1,4 +1,4 @@
-"""verdict and all it rests on → MLflow: a run with the evidence; on a pass a version, and the alias that releases it.
+"""verdict and all it rests on → MLflow: a run with the evidence; on a pass a version, and the decision that it is live.
 
 A version is weights. A pass that a guide had a part in is logged, and nothing is released.
 
@@ -25,7 +25,7 @@ from deleatur.stages import identity, inputs
 from deleatur.stages.curves import curves
 from deleatur.stages.export import export
 from deleatur.stages.progress import bar
-from deleatur.stages.promote import registry_of
+from deleatur.stages.release import Subject, enter, in_hand, registry_of
 
 RESULT = (
     "base",
@@ -50,16 +50,20 @@ def run(settings: Settings) -> None:
     evidence = _evidence(settings, report, verdict)
     with bar("register", 3) as advance:
         if registry.finished(evidence.digest):
-            advance(3, note="this verdict is registered already")
+            with in_hand(settings) as release:
+                moved = "; ".join(f"moved by hand: {m}" for m in release.moved())
+            advance(3, note=moved or "this verdict is registered already")
             return
         with registry.running(evidence) as run_id:
             registry.log(run_id, evidence)
             advance(note="evidence logged")
+            version = None
             if verdict.outcome == "pass" and settings.guide.method == inputs.PLAIN:
                 version = registry.version(evidence.digest) or _add(settings, registry, run_id, evidence, verdict)
                 advance(note=f"{registry.model} version {version}")
-                (registry.challenge if settings.register_.approval else registry.release)(version)
-        advance(note=_outcome(settings, registry, evidence, verdict))
+            about = Subject(version, report.identity.delta, evidence.digest)
+            came_of_it = enter(settings, about, verdict.outcome, gate.headline(verdict))
+        advance(note=came_of_it)
 
 
 def _judged(settings: Settings) -> tuple[Report, Verdict]:
@@ -158,16 +162,3 @@ def _add(settings: Settings, registry: Registry, run_id: str, evidence: Evidence
         export(settings, folder)
         about = gate.headline(verdict) + (f"\n\n{gate.SIMULATED}" if verdict.simulated else "")
         return registry.add_version(run_id, evidence, folder, settings.paths.delta, about)
-
-
-def _outcome(settings: Settings, registry: Registry, evidence: Evidence, verdict: Verdict) -> str:
-    if verdict.outcome != "pass":
-        return f"verdict {verdict.outcome}: no version made, what is live stays"
-    if settings.guide.method != inputs.PLAIN:
-        # Whoever loads a version draws plainly, and would get what nobody has judged.
-        return (
-            f"pass, with the guide {settings.guide.method}, which a version cannot hold: none made, what is live stays"
-        )
-    return (
-        f"version {registry.version(evidence.digest)} is {'challenger' if settings.register_.approval else 'champion'}"
-    )

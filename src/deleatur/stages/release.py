@@ -1,0 +1,210 @@
+"""A decision about a version: a line of the ledger, then the registry's tags and aliases, then its mark of that line.
+
+The line is the decision. Killed before it is whole, nothing was decided; killed after it, whoever has the ledger in
+hand next carries it out first. Between the two the registry still shows what was live, whole. What is live changes in
+one call. A mark that is the ledger's last line says that all is carried out: an alias that then says something else
+was moved by hand. Light: loads no weights.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deleatur.errors import DataError
+from deleatur.io import ledger, versions
+from deleatur.io.ledger import Book, Ledger
+from deleatur.io.tracking import ALIASES, CHALLENGER, CHAMPION, LAST, QUARANTINED, Registry
+from deleatur.records import Entry, Event, Outcome
+from deleatur.settings import Settings
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a decision is about."""
+
+    version: str | None
+    weights: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An alias that says something else than the ledger does."""
+
+    alias: str
+    ledger: str | None
+    registry: str | None
+
+    def __str__(self) -> str:
+        wanted, found = (f"version {v}" if v else "no version" for v in (self.ledger, self.registry))
+        return f"{self.alias} is {found}, and by the ledger {wanted}"
+
+
+@dataclass(frozen=True)
+class Release:
+    """Ledger and registry in one hand."""
+
+    book: Book
+    registry: Registry
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.book.ledger
+
+    def subject(self, version: str) -> Subject:
+        """A version as the registry has it. Raises DataError where the ledger knows another one by this number."""
+        tags = self.registry.tags(version)
+        found = Subject(version, tags.get("delta", ""), tags.get("evidence", ""))
+        for entry in self.ledger.entries:
+            if entry.version == version and (entry.weights, entry.evidence) != (found.weights, found.evidence):
+                raise DataError(
+                    f"version {version} of {self.registry.model} has other weights or other evidence than line "
+                    f"{entry.number} of the ledger says: it was changed, or this is the ledger of another registry",
+                    hint=ledger.ANEW,
+                )
+        return found
+
+    def decide(self, event: Event, about: Subject, who: str, why: str, moves: Mapping[str, str | None]) -> None:
+        """moves: the aliases that change, None for one that goes."""
+        aliases = {name: version for name, version in {**self.ledger.aliases, **moves}.items() if version}
+        self.book.append(
+            event,
+            about.version,
+            who=who,
+            why=why,
+            weights=about.weights,
+            evidence=about.evidence,
+            aliases=aliases,
+        )
+        self.carry_out()
+
+    def carry_out(self) -> None:
+        """What was decided and the registry does not show yet."""
+        undone = self.ledger.after(self.registry.mark())
+        if undone:
+            for version in sorted(set(self.ledger.aliases.values())):
+                self.subject(version)
+            for entry in undone:
+                _tag(self.registry, entry)
+            self.registry.set_aliases(self.ledger.aliases)
+            self.registry.set_mark(self.ledger.head)
+        if self.ledger.entries and (last := self.ledger.entries[-1]).event == "approval":
+            self.promote(Subject(last.version, last.weights, last.evidence), last.who, last.why)
+
+    def promote(self, about: Subject, who: str, why: str) -> None:
+        """The version is live, and the one that was is the last known good."""
+        moves: dict[str, str | None] = {CHAMPION: about.version, LAST: good(self.ledger.entries, but={about.version})}
+        if self.ledger.aliases.get(CHALLENGER) == about.version:
+            moves[CHALLENGER] = None
+        self.decide("promotion", about, who, why, moves)
+
+    def moved(self) -> list[Moved]:
+        """Aliases that somebody moved by hand, once all that was decided is carried out."""
+        wanted, found = self.ledger.aliases, self.registry.aliases()
+        return [Moved(n, wanted.get(n), found.get(n)) for n in ALIASES if wanted.get(n) != found.get(n)]
+
+
+def registry_of(settings: Settings) -> Registry:
+    r = settings.register_
+    return Registry(r.tracking_uri, r.experiment, r.model)
+
+
+@contextmanager
+def in_hand(settings: Settings) -> Iterator[Release]:
+    """Inside, nobody else decides anything; what was decided before is carried out.
+
+    Raises DataError where the ledger was changed, or is not this registry's.
+    """
+    with ledger.opened(settings.register_.ledger) as book:
+        release = Release(book, registry_of(settings))
+        book.ledger.demand_whole()
+        if not book.ledger.entries and release.registry.mark() is None and (older := release.registry.aliases()):
+            live = older.get(CHAMPION)
+            about = release.subject(live) if live else Subject(None, "", "")
+            release.decide("adoption", about, "deleatur", "the aliases are older than the ledger", older)
+        release.carry_out()
+        yield release
+
+
+@contextmanager
+def deciding(settings: Settings) -> Iterator[Release]:
+    """As `in_hand`. Raises DataError also where somebody has moved an alias by hand: who decides now would build on
+    what nobody has decided.
+    """
+    with in_hand(settings) as release:
+        if moved := release.moved():
+            raise DataError(
+                f"somebody has moved aliases by hand: {'; '.join(map(str, moved))}",
+                hint="deleatur settle --as NAME --reason WHY (puts them back; with --adopt, puts them into the ledger)",
+            )
+        yield release
+
+
+def enter(settings: Settings, about: Subject, outcome: Outcome, headline: str) -> str:
+    """Registers a verdict. On a pass its version waits for a person or, where the policy asks nobody, is live.
+
+    What came of it, in words. Entered again, the same verdict changes nothing.
+    """
+    version, who = about.version, person()
+    with deciding(settings) as release:
+        entries = release.ledger.entries
+        known = [e for e in entries if e.evidence == about.evidence]
+        if not known:
+            release.decide("registration", about, who, headline, {CHALLENGER: version} if version else {})
+        if version is None:
+            if outcome == "pass":
+                # Whoever loads a version draws plainly, and would get what nobody has judged.
+                return f"pass, with the guide {settings.guide.method}, which a version cannot hold: what is live stays"
+            return f"verdict {outcome}: no version made, what is live stays"
+        if any(e.event != "registration" for e in known):
+            return f"version {version} was decided about already: deleatur history"
+        if bad := {e.version for e in entries if e.weights == about.weights} & {*quarantined(entries)}:
+            return f"version {version} is challenger: its weights are quarantined as version {bad.pop()}"
+        if settings.register_.approval:
+            return f"version {version} is challenger"
+        release.promote(about, who, "a pass, and the policy asks nobody")
+        return f"version {version} is champion"
+
+
+def quarantined(entries: Sequence[Entry]) -> dict[str, str]:
+    """Version → why it must not be used."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        if version := entry.aliases.get(QUARANTINED):
+            found.setdefault(version, entry.why)
+    return found
+
+
+def good(entries: Sequence[Entry], but: Collection[str | None]) -> str | None:
+    """The version that was live last, quarantined ones and those of `but` aside."""
+    bad = {*but, *quarantined(entries)}
+    return next((v for e in reversed(entries) if (v := e.aliases.get(CHAMPION)) and v not in bad), None)
+
+
+def person() -> str:
+    """Who runs this: by git's configuration, or else by the name of the account."""
+    try:
+        return versions.author(Path()) or getpass.getuser()
+    except (KeyError, OSError):  # a container's account that has no name
+        return f"uid {os.getuid()}"
+
+
+def _tag(registry: Registry, entry: Entry) -> None:
+    """What a version says of itself for good, to whoever looks at it in MLflow."""
+    version, said = entry.version, {}
+    match entry.event:
+        case "approval":
+            said = {"approved_by": entry.who, "approved_because": entry.why}
+            said |= {"approved_evidence": entry.evidence, "approved_delta": entry.weights}
+        case "decline":
+            said = {"declined_by": entry.who, "declined_because": entry.why}
+        case "rollback" | "quarantine":
+            version = entry.aliases[QUARANTINED]
+            said = {"quarantined_by": entry.who, "quarantined_because": entry.why}
+    if version and said:
+        registry.tag(version, said)
