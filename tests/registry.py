@@ -38,12 +38,13 @@ def asking(settings: Settings) -> Settings:
     return settings.model_copy(update={"register_": settings.register_.model_copy(update={"approval": True})})
 
 
-def passes(settings: Settings, evidence: str, weights: str = "") -> str:
+def passes(settings: Settings, evidence: str, weights: str = "", **says: str) -> str:
     """A verdict that passes is registered, with a version of its own: what `register` does after all its looking."""
     registry, weights = registry_of(settings), (weights or evidence) * 64
     version = registry.version(evidence * 64)
     if version is None:
         tags = {"deleatur.evidence": evidence * 64, "deleatur.delta": weights, "deleatur.outcome": "pass"}
+        tags |= {f"deleatur.{name}": value for name, value in says.items()}
         with suppress(MlflowException):
             registry.client.create_registered_model(registry.model)
         made = registry.client.create_model_version(registry.model, source=str(Path.cwd()), tags=tags)

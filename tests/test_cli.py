@@ -82,6 +82,14 @@ def test_check_accepts_the_project_and_speaks_json(here: Path) -> None:
 RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
 
 
+def test_a_rule_about_a_role_is_one_about_each_concept_of_it(here: Path) -> None:
+    weapon = yaml.safe_load(Path("params.yaml").read_text("utf-8"))["concepts"]["weapon"]
+    rule = {**RULE, "metric": "concept_rate", "slice": "word", "min_n": 2 * len(weapon["words"])}
+    both = {"targets": ["weapon", "other"], "concepts__other": weapon, "sample__per_prompt__word": 1}
+    result = run(app, ["check", "--params", write(here / "two.yaml", **both, gate__rules={"gone": rule})])
+    assert f"min_n of at most {len(weapon['words'])}, " in result.output
+
+
 def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
     result = run(app, ["export", f"{'x' * 300}/erased"])  # no file system takes such a name
     assert (result.exit_code, type(result.exception)) == (3, SystemExit), result.output

@@ -150,6 +150,23 @@ def test_the_remedy_says_how_many_pictures_would_decide(yes: int, direction: str
     assert "`sample.per_prompt.concept: " in remedy
 
 
+def test_a_concept_that_came_back_is_not_hidden_among_others() -> None:
+    both = [rated(3, 120), rated(0, 60, slice="concept/vice"), rated(3, 60, slice="concept/weapon")]
+    lower = GONE.model_copy(update={"max": 0.1})
+    assert apply("gone", lower, report(both[0])).outcome == "pass"
+    finding = apply("gone", lower, report(*both))
+    assert finding.outcome == "not enough evidence"
+    assert "concept_rate on concept/weapon" in finding.reason
+    assert apply("gone", lower.model_copy(update={"slice": "concept/vice"}), report(*both)).outcome == "pass"
+
+
+def test_a_relative_limit_is_a_share_of_the_same_concepts_own_rate() -> None:
+    rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
+    ours = [rated(20, 60, slice="concept/weapon"), rated(0, 60, slice="concept/vice")]
+    base = [rated(20, 60, slice="concept/weapon", side="base"), rated(60, 60, slice="concept/vice", side="base")]
+    assert apply("gone", rule, report(*ours, *base)).outcome == "fail"
+
+
 def test_a_relative_rule_also_says_how_many() -> None:
     rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
     found = deciding(rule, report(rated(5, 60), rated(50, 60, side="base")))

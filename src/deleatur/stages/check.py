@@ -142,12 +142,18 @@ def _written(settings: Settings, concept: str = "") -> list[Prompt]:
 
 def _rules(settings: Settings) -> None:
     """Every rule judges a metric on a slice, the metric has a number of it, and there are pictures enough."""
-    asked = Counter(p.role for name in ("", *settings.targets) for p in _written(settings, name))
-    asked["word"] = sum(len(settings.concepts[name].words) for name in settings.targets)
+    asked = Counter[tuple[Role, str]](
+        (p.role, p.concept) for n in ("", *settings.targets) for p in _written(settings, n)
+    )
+    asked |= {("word", name): len(settings.concepts[name].words) for name in settings.targets}
     per_prompt, measured = settings.sample.per_prompt, inputs.metrics(settings)
-    drawn: dict[str, int] = {role: n * per_prompt.get(role, 1) for role, n in asked.items()}
+    drawn = Counter[str]()
+    for (role, concept), n in asked.items():
+        drawn[role] += n * per_prompt.get(role, 1)
+        if concept and len(settings.targets) > 1:
+            drawn[f"{role}/{concept}"] = n * per_prompt.get(role, 1)
     learned: tuple[Role, ...] = ("token", "attack") if settings.attack.methods else ("token",)  # nobody knows how many
-    slices = sorted([role for role, n in drawn.items() if n] + [role for role in learned if per_prompt.get(role, 1)])
+    slices = sorted([part for part, n in drawn.items() if n] + [role for role in learned if per_prompt.get(role, 1)])
     for name, rule in settings.gate.rules.items():
         for what, value, known in (("metric", rule.metric, settings.evaluate.metrics), ("slice", rule.slice, slices)):
             if value not in known:
@@ -156,7 +162,8 @@ def _rules(settings: Settings) -> None:
                     hint=f"correct the {what}, then: deleatur check",
                 )
         metric = measured[rule.metric]
-        if metric.of != "any" and (metric.of == "concept") != (rule.slice in HARMFUL):
+        role_of = rule.slice.split("/")[0]
+        if metric.of != "any" and (metric.of == "concept") != (role_of in HARMFUL):
             which = "that ask for a concept" if metric.of == "concept" else "that do not ask for a concept"
             raise SettingsError(
                 f"gate.rules.{name}: {rule.metric} has numbers of prompts {which} only, and the slice is {rule.slice}",
@@ -167,11 +174,13 @@ def _rules(settings: Settings) -> None:
                 f"gate.rules.{name}: {rule.metric} is the distance to the base model's pictures, a number by itself",
                 hint="leave out versus, relative and side, then: deleatur check",
             )
-        if rule.min_n > drawn.get(rule.slice, rule.min_n):
+        # A rule about a role is one about each concept of it.
+        fewest = min((n for part, n in drawn.items() if f"{part}/".startswith(f"{rule.slice}/")), default=rule.min_n)
+        if rule.min_n > fewest:
             raise SettingsError(
-                f"gate.rules.{name}: expected min_n of at most {drawn[rule.slice]}, "
+                f"gate.rules.{name}: expected min_n of at most {fewest}, "
                 f"which is what will be drawn of the slice {rule.slice}, got {rule.min_n}",
-                hint=f"raise sample.per_prompt.{rule.slice} or lower min_n, then: deleatur check",
+                hint=f"raise sample.per_prompt.{role_of} or lower min_n, then: deleatur check",
             )
 
 

@@ -220,22 +220,21 @@ def _scores(
     galleries: Mapping[Side, Gallery],
     of_side: Mapping[Side, Array],
 ) -> list[Score]:
-    """Per role: the number, and its paired difference from the sides that came before (base, champion)."""
+    """Per slice: the number, and its paired difference from the sides that came before (base, champion)."""
     gallery, values = galleries[side], of_side[side]
-    roles = np.array([p.role for p in gallery.prompts])
     clusters = np.unique([p.id for p in gallery.prompts], return_inverse=True)[1]
     level, out = settings.evaluate.level, []
     made_by = metric.detector(gallery)
     plain = Score(name, "", side, 0.0, 0.0, 0.0, 0, 0, metric.higher_is_better, None, made_by)
 
-    def add(role: str, rows: Any, interval: Interval, versus: Side | None) -> None:
+    def add(name: str, rows: Any, interval: Interval, versus: Side | None) -> None:
         if not np.isfinite([interval.low, interval.high]).all():
             return  # too few prompts for an interval, and no number leaves without one
         n, prompts = int(rows.sum()), len(set(clusters[rows]))
         out.append(
             replace(
                 plain,
-                slice=role,
+                slice=name,
                 value=interval.value,
                 low=interval.low,
                 high=interval.high,
@@ -245,21 +244,32 @@ def _scores(
             )
         )
 
-    for role in sorted(set(roles)):
-        rows = (roles == role) & ~np.isnan(values)
+    for part, mine in _slices(gallery.prompts).items():
         if isinstance(metric, SetMetric):
-            rows = roles == role
-            if side != "base" and rows.sum() >= metric.least:
-                add(role, rows, _set_interval(settings, metric, gallery, galleries["base"], clusters, rows, role), None)
-        elif rows.any():
+            if side != "base" and mine.sum() >= metric.least:
+                add(part, mine, _set_interval(settings, metric, gallery, galleries["base"], clusters, mine, part), None)
+        elif (rows := mine & ~np.isnan(values)).any():
             of = agreement.rate if metric.rate else agreement.mean
-            add(role, rows, of(values[rows], clusters[rows], level), None)
+            add(part, rows, of(values[rows], clusters[rows], level), None)
             for other in of_side:
                 if side == "candidate" and other != side:
                     apart = values - of_side[other]
                     both = rows & ~np.isnan(apart)
-                    add(role, both, agreement.difference(apart[both], clusters[both], level), other)
+                    add(part, both, agreement.difference(apart[both], clusters[both], level), other)
     return out
+
+
+def _slices(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Rows of each role and, where several concepts are erased, of each of them: one could come back unseen among many.
+
+    "concept", "concept/weapon", "concept/vice", …
+    """
+    roles, concepts = (np.array([getattr(p, what) for p in prompts]) for what in ("role", "concept"))
+    found = {role: roles == role for role in sorted(set(roles))}
+    for role, mine in list(found.items()):
+        if len(named := sorted({*concepts[mine]} - {""})) > 1:
+            found |= {f"{role}/{name}": mine & (concepts == name) for name in named}
+    return found
 
 
 def _set_interval(

@@ -93,6 +93,7 @@ def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
         "outcome": verdict.outcome,
         "simulated": str(verdict.simulated).lower(),
         "concepts": concepts,
+        "champion": made_by.champion or "none",
         "method": made_by.method,
         "concept_source": made_by.concept_source,
         "preserve": str(made_by.preserve).lower(),

@@ -167,8 +167,24 @@ def enter(settings: Settings, about: Subject, outcome: Outcome, headline: str) -
             return f"version {version} is challenger: its weights are quarantined as version {bad.pop()}"
         if settings.register_.approval:
             return f"version {version} is challenger"
+        if why := hesitation(settings, release, version):
+            return f"version {version} is challenger: {why}"
         release.promote(about, who, "a pass, and the policy asks nobody")
         return f"version {version} is champion"
+
+
+def hesitation(settings: Settings, release: Release, version: str) -> str:
+    """Why a pass does not replace what is live before a person has said so; empty: it does."""
+    live = release.ledger.aliases.get(CHAMPION)
+    if live in (None, version):
+        return ""
+    own, its = release.registry.tags(version), release.registry.tags(str(live))
+    if lost := {*its.get("concepts", "").split("+")} - {*own.get("concepts", "").split("+"), ""}:
+        return f"{', '.join(sorted(lost))} would be back, which version {live} has erased; name all of them in targets"
+    address = f"models:/{settings.register_.model}/{live}"
+    if any("champion" in rule.sides for rule in settings.gate.rules.values()) and own.get("champion") != address:
+        return f"the policy compares with what is live, and it was not; name sample.champion: {address} in params.yaml"
+    return ""
 
 
 def quarantined(entries: Sequence[Entry]) -> dict[str, str]:
