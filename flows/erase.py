@@ -27,6 +27,7 @@ from pydantic import Field
 from tasks import decide, page, publish, register, reproduce, waiting
 
 from deleatur.errors import ContinueMe, DeleaturError
+from deleatur.io.versions import METHODS
 from deleatur.records import Outcome
 from deleatur.settings import Settings
 from deleatur.stages import STAGES
@@ -72,6 +73,7 @@ def erase(approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10) -> Done
     the flow again asks again. poll_seconds: how often the flow looks for an answer.
     """
     settings = Settings.load()
+    reproduce(METHODS)
     ran = tuple(stage for stage in STAGES if stage != "register" and reproduce(stage))
     verdict = publish(settings)
     register()

@@ -14,11 +14,14 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from deleatur import plug
+from deleatur.io import versions
 from deleatur.settings import Settings
 from deleatur.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 CHAIN: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))
+METHODS: dict[str, Any] = CHAIN["stages"].pop(versions.METHODS)
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
 SECTIONS = {field.alias or name for name, field in Settings.model_fields.items()}
 
@@ -55,6 +58,16 @@ def test_stages_are_the_same_in_the_same_order() -> None:
 def test_every_section_of_params_is_one_of_settings() -> None:
     assert set(PARAMS) == SECTIONS
     assert set(STAGES) & SECTIONS == set(STAGES), "one section per stage"
+
+
+def test_what_dvc_knows_methods_by_is_there_for_each(tmp_path: Path) -> None:
+    """Whichever `method` says: dvc.yaml has no name of one."""
+    assert METHODS["cmd"] == "deleatur methods --digests"
+    assert list(places(METHODS["outs"])) == [plug.DIGESTS.as_posix()]
+    plug.write_digests(tmp_path)
+    asked = {path for stage in CHAIN["stages"].values() for path in places(stage["deps"]) if path.startswith("out/m")}
+    assert {path.split("/")[2] for path in asked} == set(plug.SHELVES)
+    assert all((tmp_path / path).exists() for path in asked)
 
 
 @pytest.mark.parametrize("name", CHAIN["stages"])
@@ -123,6 +136,8 @@ class Noting:
         self._inner, self._read, self._name = inner, read, name
 
     def __getattr__(self, key: str) -> Any:
+        if isinstance(found := getattr(type(self._inner), key, None), property) and found.fget:
+            return found.fget(self)
         value = getattr(self._inner, key)
         if key not in type(self._inner).model_fields:  # a method, which may read all there is
             self._read.add(self._name)

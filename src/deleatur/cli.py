@@ -148,8 +148,16 @@ def methods(
         str | None, typer.Argument(help="erasers, inversion, guides, detectors, metrics or attacks")
     ] = None,
     as_json: Json = False,
+    digests: Annotated[bool, typer.Option("--digests", hidden=True, help="Write what DVC knows methods by.")] = False,
 ) -> None:
-    """What is on each shelf: every method with its numbers, their defaults and its source."""
+    """What is on each shelf: every method with its numbers, their defaults and its source, and the package that brings
+    it where that is not ours.
+    """
+    if digests:
+        from deleatur import plug
+
+        plug.write_digests(Path())
+        return
     from deleatur.stages.check import catalogue
 
     found = catalogue(shelf)
@@ -159,7 +167,8 @@ def methods(
     for room, entries in found.items():
         out.rule(f"[bold]{room}[/bold]", align="left")
         for name, entry in entries.items():
-            out.print(f"[bold cyan]{name}[/bold cyan]  {entry['source']}", highlight=False)
+            origin = f"  [dim]of {entry['package']}[/dim]" if entry["package"] != "deleatur" else ""
+            out.print(f"[bold cyan]{name}[/bold cyan]  {entry['source']}{origin}", highlight=False)
             for key, number in entry["numbers"].items():
                 choices = f"  ({' | '.join(map(str, number['choices']))})" if number["choices"] else ""
                 meaning = number["meaning"].replace("\n", "\n        ")
@@ -376,6 +385,8 @@ def demo(as_json: Json = False) -> None:
     settings = Settings.load()  # what is wrong with it is said before anything runs
     # One look at all stages instead of one for each: what lies before the first that is stale is done.
     stale = versions.status(Path()) if Path(".dvc").is_dir() else STAGES
+    if versions.METHODS in stale:
+        versions.reproduce(versions.METHODS, Path())
     left = list(dropwhile(lambda name: name not in (*stale, "register"), STAGES))
     if done := STAGES[: -len(left)]:
         err.print(f"Up to date: {', '.join(done)}", highlight=False)

@@ -1,11 +1,22 @@
-"""The folder is the registry: one file in a shelf's folder is one method, named after the file."""
+"""The folder is the registry: one file in a shelf's folder is one method, named after the file.
+
+Packages add methods of their own by entry points of the group `deleatur.SHELF`, each a name and the module it is in.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import pkgutil
-from importlib import import_module
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, invalidate_caches
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from deleatur.errors import SettingsError
@@ -13,22 +24,127 @@ from deleatur.errors import SettingsError
 T = TypeVar("T")
 
 SHELVES = ("erasers", "guides", "detectors", "metrics", "attacks", "inversion")
+HERE = Path(__file__).parent
+DIGESTS = Path("out/methods")
+"""Where the digests of all methods lie in a project: DVC knows methods by them, wherever their code is installed."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a shelf. Nothing of it is imported yet."""
+
+    shelf: str
+    name: str
+    module: str
+    package: str = ""
+    """The package that brings it; empty: it is one of ours."""
+    version: str = ""
+
+    @property
+    def origin(self) -> str:
+        return f"{self.package} {self.version}" if self.package else "deleatur"
+
+    def code(self) -> list[str]:
+        """All text that decides what it does: of ours its file; of a package its version and every file of it, since
+        nobody knows which of them the method reads.
+        """
+        if not self.package:
+            return [(HERE / self.shelf / f"{self.name}.py").read_text("utf-8")]
+        return [self.version, *(path.read_text("utf-8", errors="replace") for path in self._files())]
+
+    def _files(self) -> Iterator[Path]:
+        spec = find_spec(self.module.partition(".")[0])
+        folders = (spec and spec.submodule_search_locations) or ()
+        yield from (path for folder in folders for path in sorted(Path(folder).rglob("*.py")))
+        if spec and spec.origin and not folders:
+            yield Path(spec.origin)
+
+    def broken(self, why: str) -> SettingsError:
+        return SettingsError(
+            f"{self.name!r} among {self.shelf}, of the package {self.origin}, does not load: {why}",
+            hint=f"mend or uninstall {self.package}, then: deleatur methods {self.shelf}",
+        )
+
+
+@cache
+def _shelf(shelf: str) -> dict[str, list[Method]]:
+    """What there is under each name; more than one where packages contradict each other."""
+    found: dict[str, list[Method]] = {}
+    for own in pkgutil.iter_modules([str(HERE / shelf)]):
+        found[own.name] = [Method(shelf, own.name, f"deleatur.{shelf}.{own.name}")]
+    for point in sorted(entry_points(group=f"deleatur.{shelf}"), key=lambda p: (p.name, p.dist and p.dist.name)):
+        if point.dist:
+            method = Method(shelf, point.name, point.module, point.dist.name, point.dist.version)
+            found.setdefault(point.name, []).append(method)
+    return found
 
 
 def names(shelf: str) -> list[str]:
     """The methods on a shelf, without importing any of it."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).with_name(shelf))]))
+    return sorted(_shelf(shelf))
+
+
+def method(shelf: str, name: str) -> Method:
+    """Raises SettingsError where there is none of that name, or more than one."""
+    found = _shelf(shelf).get(name, [])
+    if not found:
+        listed = ", ".join(names(shelf))
+        raise SettingsError(f"no {name!r} among {shelf}: there is {listed}", hint=f"deleatur methods {shelf}")
+    if len(found) > 1:
+        claimed = " and ".join(m.origin for m in found)
+        raise SettingsError(
+            f"{name!r} among {shelf} is a method of {claimed}: one of them has to go",
+            hint=f"pip uninstall {found[-1].package}",
+        )
+    return found[0]
 
 
 def find(shelf: str, name: str, base: type[T]) -> type[T]:
-    """The one final class of `base` that the file `shelf/name.py` defines.
+    """The one final class of `base` that the method's module defines.
 
-    Raises SettingsError, naming what there is, when the shelf has no such file.
+    Raises SettingsError, naming what there is, when the shelf has no such method, or when a package's does not load.
     """
-    if name not in names(shelf):
-        listed = ", ".join(names(shelf))
-        raise SettingsError(f"no {name!r} among {shelf}: there is {listed}", hint=f"deleatur methods {shelf}")
-    module = import_module(f"deleatur.{shelf}.{name}")
+    one = method(shelf, name)
+    try:
+        module = import_module(one.module)
+    except Exception as e:  # whatever a stranger's file does
+        if one.package:
+            raise one.broken(f"{type(e).__name__}: {e}") from e
+        raise
     own = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
-    [found] = [c for c in own if issubclass(c, base)]
-    return found
+    found = [c for c in own if issubclass(c, base)]
+    if len(found) != 1 and one.package:
+        raise one.broken(f"{one.module} has to define one class derived from {base.__name__}, and defines {len(found)}")
+    [only] = found
+    return only
+
+
+def code(of: type | ModuleType) -> list[str]:
+    """All text that decides what a module does, or the module of a class; see `Method.code`."""
+    module = of.__module__ if isinstance(of, type) else of.__name__
+    brought = (m for shelf in SHELVES for found in _shelf(shelf).values() for m in found if m.package)
+    method = next((m for m in brought if m.module == module), None)
+    return method.code() if method else [Path(inspect.getfile(of)).read_text("utf-8")]
+
+
+def write_digests(project: Path) -> bool:
+    """Brings DIGESTS of a project up to date: a file for every method. One that is right is not touched.
+
+    Whether there was anything to do.
+    """
+    invalidate_caches()  # a process that has run for weeks sees what was installed meanwhile
+    _shelf.cache_clear()
+    right = {project / DIGESTS / s / f"{n}.json": _shelf(s)[n] for s in SHELVES for n in names(s)}
+    changed = False
+    for path, methods in right.items():
+        texts = [[m.origin, *m.code()] for m in methods]
+        code = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        text = json.dumps({"of": [m.origin for m in methods], "code": code})
+        if not path.is_file() or path.read_text("utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, "utf-8")
+            changed = True
+    for path in set((project / DIGESTS).rglob("*.json")) - set(right):
+        path.unlink()
+        changed = True
+    return changed

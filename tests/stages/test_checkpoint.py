@@ -20,7 +20,7 @@ from killed import Stage
 from torch import Tensor
 from typer.testing import CliRunner
 
-from deleatur import stages
+from deleatur import plug, stages
 from deleatur.cli import app
 from deleatur.errors import ContinueMe, ErasureRefused
 from deleatur.io import tensors
@@ -220,6 +220,7 @@ def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
 def test_code_and_libraries_count_too(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stopped)
     monkeypatch.setattr(checkpoint, "_source", lambda part: f"{part} as it will be")
+    monkeypatch.setattr(plug.Method, "code", lambda method: [f"{method.name} as it will be"])
     monkeypatch.setattr(checkpoint, "version", lambda name: "99")
     output = CliRunner().invoke(app, ["stage", "erase"]).output
     assert "src/deleatur/erasers/sdd.py: its code" in output
@@ -324,10 +325,12 @@ def test_a_checkpoint_belongs_to_all_that_dvc_runs_the_stage_again_for(stopped: 
     [path] = (stopped / "out/state").glob(f"{name}*")
     belongs = tensors.load(path)[1]["belongs"]
     chain = yaml.safe_load((workspace.ROOT / "dvc.yaml").read_text())["stages"][name]
-    methods = {"invert": "hfi", "erase": "sdd", "guide": "cfg"}
+    methods = {"${invert.method}": "hfi", "${erase.method}": "sdd", "${guide.method}": "cfg"}
     deps = {d for d in chain["deps"] if d.startswith("src/")}
-    for section, method in methods.items():
-        deps = {d.replace(f"${{{section}.method}}", method) for d in deps}
+    for digest in (d for d in chain["deps"] if d.startswith("out/methods/")):
+        shelf, said = Path(digest).parts[2], Path(digest).stem
+        method = "concept_inversion" if said == shelf else methods[said]
+        deps.add(f"src/deleatur/{shelf}/{method}.py")
     assert set(belongs["code"]) == deps
     one_by_one = {"targets"} if name != "erase" else set()  # each concept has a checkpoint of its own
     for section in set(chain["params"]) - one_by_one:

@@ -25,6 +25,7 @@ from queue import Empty, Queue
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from deleatur import plug
 from deleatur.errors import (
     ContinueMe,
     DataError,
@@ -37,6 +38,9 @@ from deleatur.errors import (
 
 PROGRESS = "DELEATUR_PROGRESS"
 """Environment variable through which a stage is told where to write its progress, one JSON line at a time."""
+
+METHODS = "methods"
+"""The stage that writes the methods' digests. DVC cannot know that a package was installed: we look before we ask."""
 
 LOOK = 0.2
 """Seconds between two looks at a child."""
@@ -90,6 +94,7 @@ def reproduce(
         ran = ran or line == f"Running stage '{stage}':"
         on_line(line)
 
+    _look_at_methods(root)
     code, tail = follow(_dvc("repro", "--single-item", stage), root, listen, on_progress)
     if code:
         raise _failure(stage, root, tail)
@@ -112,12 +117,19 @@ def status(root: Path) -> dict[str, Any]:
     """Stage → what has changed since it ran; empty when all is up to date, or where there is no DVC repository."""
     if not (root / ".dvc").is_dir():
         return {}
+    _look_at_methods(root)
     done = _quietly(_dvc("status", "--json", "dvc.yaml"), root)
     if done.returncode:
         said = _last(done.stderr.splitlines())
         raise DataError(f"DVC cannot tell what is up to date: {said}", hint=_unversioned(root) or "dvc status")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def _look_at_methods(root: Path) -> None:
+    """DVC takes what we found for what its stage made: left to itself it would put back what it knows."""
+    if plug.write_digests(root) and (root / ".dvc").is_dir():
+        _quietly(_dvc("commit", "--force", "--quiet", METHODS), root)
 
 
 def lock_digest(root: Path) -> str | None:

@@ -110,6 +110,8 @@ def _methods(settings: Settings) -> Iterator[str]:
         inputs.method("attacks", Attack, name, numbers, f"attack.methods.{name}")
         yield f"attack: {name}"
     yield f"evaluate.metrics: {', '.join(inputs.metrics(settings))}"
+    for brought in (m for m in inputs.used(settings) if m.package):
+        yield f"{brought.shelf}: {brought.name} is a method of {brought.origin}"
 
 
 def _networks(settings: Settings) -> Iterator[str]:
@@ -193,8 +195,8 @@ def catalogue(shelf: str | None) -> dict[str, dict[str, Any]]:
 
 def _entry(shelf: str, name: str) -> dict[str, Any]:
     found = plug.find(shelf, name, SHELVES[shelf])
-    source = (sys.modules[found.__module__].__doc__ or "").strip().splitlines()[0]
-    return {"source": source, "numbers": _numbers(found)}
+    source = next(iter((sys.modules[found.__module__].__doc__ or "").strip().splitlines()), "")
+    return {"source": source, "package": plug.method(shelf, name).origin, "numbers": _numbers(found)}
 
 
 def _numbers(of: type[BaseModel], prefix: str = "") -> dict[str, dict[str, Any]]:

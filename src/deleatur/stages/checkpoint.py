@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 import deleatur
+from deleatur import plug
 from deleatur.diffusion.features import Clip
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.state import Saved
@@ -130,13 +131,15 @@ def belongs(
     *,
     sections: Iterable[str],
     code: Iterable[str],
+    methods: Iterable[tuple[str, str]],
     model: Model,
     clip: Clip,
     content: Mapping[str, str],
 ) -> dict[str, Any]:
-    """All that can change a loop's result, by name: settings in full, networks, files and our own code by digest.
+    """All that can change a loop's result, by name: settings in full, networks, files and code by digest.
 
-    sections: dotted names within params.yaml. code: files and folders of the package. content: name → digest.
+    sections: dotted names within params.yaml. code: files and folders of the package. methods: (shelf, name), ours or
+    not. content: name → digest.
     """
     networks = {
         "UNet of base.model": model.digest,
@@ -147,7 +150,7 @@ def belongs(
     return {
         "settings": {dotted: _at(settings, dotted) for dotted in sections},
         "content": networks | dict(content),
-        "code": {f"src/deleatur/{part}": _source(part) for part in code},
+        "code": {f"src/deleatur/{part}": _source(part) for part in code} | dict(map(_method, methods)),
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
@@ -162,6 +165,13 @@ def _source(part: str) -> str:
     place = Path(deleatur.__file__).parent / part
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _method(which: tuple[str, str]) -> tuple[str, str]:
+    shelf, name = which
+    found = plug.method(shelf, name)
+    where = f"{shelf}/{name} of {found.package}" if found.package else f"src/deleatur/{shelf}/{name}.py"
+    return where, hashlib.sha256(json.dumps(found.code()).encode()).hexdigest()
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -87,17 +87,11 @@ def _belongs(settings: Settings, eraser: Eraser, model: Model, clip: Clip) -> di
     if eraser.learns_from_pictures:
         content["feedback"] = tables.read_json(paths.feedback / "summary.json")["feedback"]
     sections = ["base", "seed", "targets", *(f"concepts.{name}" for name in settings.targets), "guide", "erase"]
-    code = [
-        "diffusion",
-        "maths",
-        "feedback/votes.py",
-        f"erasers/{settings.erase.method}.py",
-        f"guides/{settings.guide.method}.py",
-    ]
     return belongs(
         settings,
         sections=[*sections, "reward.clip", "sample.steps"],
-        code=[*code, "stages/inputs.py", "stages/erase.py"],
+        code=["diffusion", "maths", "feedback/votes.py", "stages/inputs.py", "stages/erase.py"],
+        methods=[("erasers", settings.erase.method), ("guides", settings.guide.method)],
         model=model,
         clip=clip,
         content=content,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import sys
 from collections.abc import Collection
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+from deleatur import plug
 from deleatur.diffusion.load import digest
 from deleatur.io import shots, tables, tensors
 from deleatur.maths import seeds
@@ -50,7 +50,7 @@ def of(settings: Settings) -> Identity:
         preserve=float(loop.get("preserve", 0)) > 0,
         simulated=bool(summary["simulated"]),
         champion=settings.sample.champion,
-        versions=VERSIONS,
+        versions=VERSIONS | {m.package: m.version for m in inputs.used(settings) if m.package},
     )
 
 
@@ -59,7 +59,7 @@ def code(*of: type | ModuleType, libraries: Collection[str]) -> str:
 
     What is kept is kept under it: after a correction, what was computed before it is not taken for the result.
     """
-    texts = [Path(inspect.getfile(o)).read_text("utf-8") for o in of]
+    texts = [text for o in of for text in plug.code(o)]
     return sha256([texts, {name: VERSIONS[name] for name in libraries}])
 
 

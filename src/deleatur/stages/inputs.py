@@ -99,6 +99,15 @@ def _named(shelf: str, base: type[M], section: Mapping[str, Mapping[str, Any]]) 
     return out
 
 
+def used(settings: Settings) -> list[plug.Method]:
+    """Every method that the chain runs, each once."""
+    named = [(section.shelf, section.method) for section in (settings.invert, settings.erase, settings.guide)]
+    named += [("attacks", name) for name in settings.attack.methods]
+    for shelf, section in (("detectors", settings.evaluate.detectors), ("metrics", settings.evaluate.metrics)):
+        named += [(shelf, numbers["method"]) for numbers in section.values()]
+    return [plug.method(shelf, name) for shelf, name in dict.fromkeys(named)]
+
+
 def local(settings: Settings, address: str, part: str = "pipeline") -> str:
     """Where it lies on this disk, or its name on a hub; models:/… is looked up where we register."""
     if address.startswith("models:/"):

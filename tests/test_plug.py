@@ -1,0 +1,171 @@
+"""Methods of other packages: found, named with where they come from, refused where they contradict or are broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import finished
+import pytest
+import yaml
+
+from deleatur import plug
+from deleatur.diffusion.load import Model
+from deleatur.erasers import Eraser
+from deleatur.errors import SettingsError
+from deleatur.io import tensors, versions
+from deleatur.stages.check import catalogue
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "docs" / "shave"
+FILE = (EXAMPLE / "deleatur_shave.py").read_text("utf-8")
+
+Bring = Callable[..., None]
+
+
+@pytest.fixture
+def bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bring]:
+    """Puts a package as an installer leaves it where Python looks for packages."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def put(package: str, method: str, module: str, text: str = FILE, version: str = "1.0") -> None:
+        info = tmp_path / f"{package}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[deleatur.erasers]\n{method} = {module}\n")
+        (tmp_path / f"{module}.py").write_text(text, "utf-8")
+        plug._shelf.cache_clear()
+
+    yield put
+    plug._shelf.cache_clear()
+
+
+def test_a_packages_method_stands_beside_ours_and_says_where_it_comes_from(bring: Bring, model: Model) -> None:
+    ours = plug.names("erasers")
+    bring("one", "shave", "shave_one")
+    assert plug.names("erasers") == sorted([*ours, "shave"])
+    assert plug.method("erasers", "shave").origin == "one 1.0"
+    assert plug.find("erasers", "shave", Eraser)().touches(model)
+    told = catalogue("erasers")["erasers"]
+    assert {name: entry["package"] for name, entry in told.items()} == dict.fromkeys(ours, "deleatur") | {
+        "shave": "one 1.0"
+    }
+    assert list(told["shave"]["numbers"]) == ["strength"]
+
+
+def test_a_name_that_two_packages_claim_is_refused_naming_both_and_the_others_go_on(bring: Bring) -> None:
+    bring("one", "shave", "shave_one")
+    bring("two", "shave", "shave_two", version="2.0")
+    bring("three", "sdd", "shave_three")
+    with pytest.raises(SettingsError, match=r"'shave' among erasers is a method of one 1.0 and two 2.0"):
+        plug.find("erasers", "shave", Eraser)
+    with pytest.raises(SettingsError, match=r"'sdd' among erasers is a method of deleatur and three 1.0"):
+        plug.find("erasers", "sdd", Eraser)
+    assert plug.find("erasers", "esd", Eraser)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import nowhere", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("", "has to define one class derived from Eraser, and defines 0"),
+    ],
+)
+def test_what_does_not_load_is_refused_naming_the_package(bring: Bring, text: str, why: str) -> None:
+    module = f"broken_{abs(hash(text))}"
+    bring("one", "broken", module, text)
+    with pytest.raises(SettingsError, match=f"'broken' among erasers, of the package one 1.0, does not load: .*{why}"):
+        plug.find("erasers", "broken", Eraser)
+
+
+def test_what_a_method_is_known_by_changes_with_its_version_and_with_its_packages_files(
+    bring: Bring, tmp_path: Path
+) -> None:
+    """And with nothing else: a file that is right is not written again."""
+
+    def digests() -> dict[str, tuple[str, int]]:
+        plug.write_digests(tmp_path)
+        folder = tmp_path / plug.DIGESTS
+        return {
+            str(p.relative_to(folder)): (json.loads(p.read_text())["code"], p.stat().st_mtime_ns)
+            for p in folder.rglob("*.json")
+        }
+
+    first = digests()
+    assert set(first) == {f"{shelf}/{name}.json" for shelf in plug.SHELVES for name in plug.names(shelf)}
+    bring("one", "shave", "shave_four")
+    with_one = digests()
+    assert first.items() <= with_one.items()
+    (tmp_path / "shave_four.py").write_text(f"{FILE}\n# longer\n", "utf-8")
+    edited = digests()
+    (tmp_path / "one-1.0.dist-info").rename(tmp_path / "one-1.1.dist-info")
+    metadata = tmp_path / "one-1.1.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("1.0", "1.1"))
+    newer = digests()
+    assert len({found["erasers/shave.json"][0] for found in (with_one, edited, newer)}) == 3
+    shutil.rmtree(tmp_path / "one-1.1.dist-info")
+    assert digests() == first
+
+
+def installed(into: Path, version: str = "1.0") -> Path:
+    """The worked example, built and installed as anybody would, without asking an index."""
+    source = into / "source"
+    shutil.copytree(EXAMPLE, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    project = source / "pyproject.toml"
+    project.write_text(project.read_text("utf-8").replace('"1.0"', f'"{version}"'), "utf-8")
+    command = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
+    target = into / "site"
+    run(into, "--no-build-isolation", "--target", str(target), str(source), command=command)
+    return target
+
+
+def run(root: Path, *arguments: str, command: list[str], path: Path | None = None) -> str:
+    env = versions.environment() | ({"PYTHONPATH": f"{path}{os.pathsep}{ROOT / 'src'}"} if path else {})
+    done = subprocess.run(
+        [sys.executable, *command, *arguments], cwd=root, env=env, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_worked_example_installs_is_listed_and_keeps_the_shelfs_promises(tmp_path: Path) -> None:
+    site = installed(tmp_path)
+    listed = run(tmp_path, "methods", "erasers", command=["-m", "deleatur"], path=site)
+    assert "of deleatur-shave 1.0" in listed
+    told = run(ROOT, "-k", "test_erasers and shave", command=["-m", "pytest", "-q", "tests/contracts"], path=site)
+    assert "2 passed" in told
+
+
+@pytest.mark.slow
+def test_a_project_erases_with_it_and_a_new_version_makes_the_result_stale(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "project"
+    root.mkdir()
+    finished.copy(shared, root)
+    params = yaml.safe_load((root / "params.yaml").read_text("utf-8"))
+    params["erase"] |= {"method": "shave", "shave": {"strength": 0.9}}
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), "utf-8")
+    (one := tmp_path / "one").mkdir()
+    (two := tmp_path / "two").mkdir()
+
+    for site, by_hand in ((installed(one), False), (installed(two, "1.1"), True)):
+        with monkeypatch.context() as patch:
+            patch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT / 'src'}")
+            patch.syspath_prepend(site)
+            assert "deleatur-shave" in run(root, "check", command=["-m", "deleatur"])
+            assert "erase" in versions.status(root)
+            if by_hand:
+                finished.dvc(root, "repro", "erase")
+            else:
+                assert versions.reproduce("erase", root)
+            assert "erase" not in versions.status(root)
+    delta = tensors.load_delta(root / "out" / "delta" / "delta.safetensors")
+    assert (delta.method, delta.settings) == ("shave", {"strength": 0.9})
