@@ -43,7 +43,7 @@ EMBEDDED = {
 class Approval(RunInput):
     """The form that a person fills in before a model goes live."""
 
-    approver: str = Field(min_length=1, description="Your name; it stays with the version.")
+    approver: str = Field(min_length=1, description="Your name; it stays with the version. Not who started the run.")
     decision: Literal["approve", "decline"]
     reason: str = Field(default="", description="For whoever asks later.")
 

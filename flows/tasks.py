@@ -6,6 +6,7 @@ done by hand is recognised, and what is done here is recognised there.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
+from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
 from deleatur import gate
@@ -25,6 +27,7 @@ from deleatur.io import documents, versions
 from deleatur.records import Verdict
 from deleatur.settings import Settings
 from deleatur.stages import promote
+from deleatur.stages.release import STARTED_BY
 
 ON_GPU = frozenset({"reward", "invert", "erase", "attack", "sample", "evaluate"})
 """Stages that load networks: they want a slot of the concurrency limit `gpu`. Where there is none, they just run."""
@@ -58,6 +61,8 @@ def reproduce(stage: str) -> bool:
 @task(**RETRIED)
 def register() -> None:
     """Evidence, version and alias into MLflow; nothing where this verdict is registered already."""
+    if creator := _creator():
+        os.environ.setdefault(STARTED_BY, creator)
     versions.perform("register", Path(), get_run_logger().info, Told("register"))
 
 
@@ -125,6 +130,13 @@ class Told:
             self._artifact = create_progress_artifact(share, key=key, description=text)  # type: ignore[assignment]
         else:
             update_progress_artifact(self._artifact, share, description=text)
+
+
+def _creator() -> str:
+    """Who started this run, where the server knows: a user or, where nobody did, the schedule or the automation."""
+    run = FlowRunContext.get()
+    created = run.flow_run.created_by if run and run.flow_run else None
+    return (created and (created.display_value or created.type)) or ""
 
 
 def _slot(stage: str) -> AbstractContextManager[None]:

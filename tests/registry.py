@@ -9,9 +9,10 @@ from pathlib import Path
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 
+from deleatur.io.ledger import Subject
 from deleatur.io.tracking import Registry
 from deleatur.settings import Settings
-from deleatur.stages.release import Subject, enter, registry_of
+from deleatur.stages.release import enter, registry_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,12 +48,13 @@ def passes(settings: Settings, evidence: str, weights: str = "", **says: str) ->
         tags |= {f"deleatur.{name}": value for name, value in says.items()}
         with suppress(MlflowException):
             registry.client.create_registered_model(registry.model)
-        made = registry.client.create_model_version(registry.model, source=str(Path.cwd()), tags=tags)
+        made = registry.client.create_model_version(registry.model, source=str(Path.cwd() / "none"), tags=tags)
         version = str(made.version)
     enter(settings, Subject(version, weights, evidence * 64), "pass", "PASS: 1 rule, 1 passed")
     return version
 
 
-def fails(settings: Settings, evidence: str) -> None:
+def fails(settings: Settings, evidence: str, weights: str = "") -> None:
     """One that makes no version."""
-    enter(settings, Subject(None, evidence * 64, evidence * 64), "fail", "FAIL: 1 rule, 1 failed")
+    about = Subject(None, (weights or evidence) * 64, evidence * 64)
+    enter(settings, about, "fail", "FAIL: 1 rule, 1 failed")

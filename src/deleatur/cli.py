@@ -226,6 +226,9 @@ def _warn(stale: str, params: Path) -> None:
 @guarded
 def export(
     folder: Annotated[Path, typer.Argument(help="Where the pipeline folder is written; must not exist yet.")],
+    version: Annotated[
+        str | None, typer.Option("--version", metavar="VERSION", help="A registered version, not the newest weights.")
+    ] = None,
     params: Params = Path("params.yaml"),
     as_json: Json = False,
 ) -> None:
@@ -235,16 +238,21 @@ def export(
     """
     from deleatur.settings import Settings
     from deleatur.stages.export import export as run
-    from deleatur.stages.export import standing
+    from deleatur.stages.export import export_version, standing
+    from deleatur.stages.verify import standing_of
 
     if folder.exists():
         raise DataError(f"{folder} exists already", hint="name a new folder")
     settings = Settings.load(params)
-    run(settings, folder)
+    if version:
+        export_version(settings, version, folder)
+    else:
+        run(settings, folder)
+    said = standing_of(settings, version) if version else standing(settings)
     if as_json:
-        tell({"folder": str(folder), "verdict": standing(settings)})
+        tell({"folder": str(folder), "verdict": said})
         return
-    out.print(f"Written: {folder}\nVerdict: {standing(settings)}", highlight=False)
+    out.print(f"Written: {folder}\nVerdict: {said}", highlight=False)
     code = f"from diffusers import StableDiffusionPipeline as P; P.from_pretrained({str(folder)!r})"
     out.print(here(f'Next: python -c "{code}"'), highlight=False, markup=False, soft_wrap=True)
 
@@ -257,9 +265,10 @@ def approve(
     reason: Reason = "",
     params: Params = Path("params.yaml"),
 ) -> None:
-    """Let a version that passed and waits for a person go live. The version keeps who wanted that, and why.
+    """Let a version that passed and waits for a person go live. The ledger keeps who wanted that, and why.
 
-    Versions wait where `register.approval` is true in params.yaml.
+    Versions wait where `register.approval` is true in params.yaml, for `register.approval_days`. Who started the run
+    cannot approve what it made.
     """
     from deleatur.settings import Settings
     from deleatur.stages.promote import promote
@@ -322,6 +331,32 @@ def quarantine(
 def _say_taken_back(done: TakenBack) -> None:
     was, live = "was already" if done.already else "is", f"version {done.live} is" if done.live else "none is"
     out.print(f"Version {done.left} {was} quarantined; {live} champion", highlight=False)
+
+
+@app.command()
+@guarded
+def verify(
+    version: Annotated[str, typer.Argument(help="Number of a registered version.")],
+    params: Params = Path("params.yaml"),
+    as_json: Json = False,
+) -> None:
+    """Compare every file of a version with what was judged and signed, before something else loads it.
+
+    Exit code: 4 where a file was changed, added or removed, could run when it is loaded, or no trusted key has signed.
+    """
+    from deleatur.io import ledger
+    from deleatur.settings import Settings
+    from deleatur.stages.verify import standing_of
+    from deleatur.stages.verify import verify as run
+
+    settings = Settings.load(params)
+    found = run(settings, version, ledger.read(settings.register_.ledger).entries)
+    said = standing_of(settings, version)
+    if as_json:
+        tell({"version": version, "files": dict(found.files) if found else None, "standing": said})
+    else:
+        files = f"{len(found.files)} files are as they were judged" if found else "nothing is said of its files"
+        out.print(f"Version {version}: {files}\nVerdict: {said}", highlight=False)
 
 
 @app.command()

@@ -276,28 +276,3 @@ class Verdict:
     policy: str
     """Digest of the gate section."""
     simulated: bool
-
-
-Event = Literal["registration", "approval", "decline", "promotion", "rollback", "quarantine", "settlement", "adoption"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the ledger: what was decided about a version, and what the aliases say from then on."""
-
-    number: int
-    time: str
-    """UTC, ISO 8601, to the second."""
-    event: Event
-    version: str | None
-    """None: the verdict made none."""
-    who: str
-    why: str
-    weights: str
-    """Digest of the delta."""
-    evidence: str
-    """Digest of the verdict, which names all it rests on."""
-    aliases: Mapping[str, str]
-    """Alias → version: all of ours, whether this line moved them or not."""
-    previous: str
-    """SHA-256 of the line before, of its bytes without the line's end."""

@@ -262,6 +262,10 @@ class Register(Section):
     model: Annotated[str, Field(pattern=r"^[^/:@']+$")]
     approval: bool
     """True: a pass becomes `challenger` and a person promotes it. False: it becomes `champion` at once."""
+    approval_days: PositiveInt = 14
+    """A challenger that waits longer has to be judged anew: policy, feedback or champion may have changed."""
+    trusted_keys: tuple[Path, ...] = ()
+    """Public keys, in PEM, of those who may sign a version. None: unsigned ones are let through, and said to be."""
     ledger: Path = Path("ledger.jsonl")
     """Who released what, and took it back: one file for one registry. Whoever releases needs this very file: where
     several machines do, it lies on a volume they share."""

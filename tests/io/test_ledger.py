@@ -13,21 +13,14 @@ import pytest
 
 from deleatur.errors import DataError
 from deleatur.io import ledger
-from deleatur.io.ledger import NONE, Mark
+from deleatur.io.ledger import NONE, Mark, Subject
 
 
 def write(path: Path, *versions: str) -> None:
     with ledger.opened(path) as book:
         for version in versions:
-            book.append(
-                "promotion",
-                version,
-                who="Ada",
-                why="„gut“,\nso far",
-                weights="d" * 64,
-                evidence="e" * 64,
-                aliases={"champion": version},
-            )
+            about = Subject(version, "d" * 64, "e" * 64)
+            book.append("promotion", about, "Ada", "„gut“,\nso far", {"champion": version})
 
 
 @pytest.fixture
@@ -132,7 +125,7 @@ def test_one_that_was_lost_is_gone_on_with_behind_what_the_registry_knows(path: 
     path.write_bytes(lost.replace(b"Ada", b"Eve", 1))
     with ledger.opened(path) as book:
         book.restart(mark)
-        book.append("adoption", "3", who="Ada", why="lost", weights="", evidence="", aliases={"champion": "3"})
+        book.append("adoption", Subject("3", "", ""), "Ada", "lost", {"champion": "3"})
     known = ledger.read(path)
     assert (known.problem, known.base, known.head.number) == ("", mark, 4)
     assert [e.event for e in known.after(mark)] == ["adoption"]

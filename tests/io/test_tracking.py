@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from registry import tables
+from safetensors.torch import save_file
 
 from deleatur.errors import DataError, ServiceError, SettingsError
 from deleatur.io import tracking
 from deleatur.io.ledger import Mark
 from deleatur.io.objects import local
+from deleatur.io.signing import Keys
 from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, QUARANTINED, Evidence, Registry
 
 
@@ -33,7 +36,7 @@ def evidence(tmp_path: Path) -> Evidence:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     (tmp_path / "delta").mkdir()
-    (tmp_path / "delta" / "delta.safetensors").write_bytes(b"weights")
+    save_file({"w": torch.ones(3)}, tmp_path / "delta" / "delta.safetensors")
     return Evidence(
         digest="e" * 64,
         name="sdd weapon",
@@ -51,7 +54,7 @@ def evidence(tmp_path: Path) -> Evidence:
 def add(registry: Registry, evidence: Evidence) -> str:
     place = Path.cwd()
     with registry.running(evidence) as run_id:
-        return registry.add_version(run_id, evidence, place / "pipeline", place / "delta", "about")
+        return registry.add_version(run_id, evidence, place / "pipeline", place / "delta", "about", Keys(None, ()))
 
 
 def test_a_run_holds_settings_numbers_curves_files_and_lineage(registry: Registry, evidence: Evidence) -> None:
@@ -90,7 +93,8 @@ def test_a_version_is_found_by_its_evidence_and_its_folders_by_its_address(
     assert registry.tags(version)["delta"] == "d" * 64
     registry.set_aliases({CHAMPION: version})
     for address in (f"models:/guard/{version}", "models:/guard@champion"):
-        assert (Path(local(address, "delta")) / "delta.safetensors").read_bytes() == b"weights"
+        stored = Path(local(address, "delta")) / "delta.safetensors"
+        assert stored.read_bytes() == Path("delta/delta.safetensors").read_bytes()
         assert (Path(local(address)) / "model_index.json").is_file()
     with pytest.raises(DataError, match="no such model"):
         local("models:/guard@nobody")

@@ -103,7 +103,10 @@ def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> No
         torch.equal(stored.tensors[n], t)
         for n, t in tensors.load_delta(Path("out/delta") / inputs.DELTA).tensors.items()
     )
-    assert (Path(local("models:/deleatur@champion")) / "model_index.json").is_file()
+    place = Path(local("models:/deleatur@champion"))
+    assert (place / "model_index.json").is_file()
+    assert registry_of(fresh).tags("1")["report"] in (place / "README.md").read_text("utf-8")
+    assert json.loads((place / "bom.cdx.json").read_text("utf-8"))["metadata"]["component"]["name"] == "deleatur"
 
     against = fresh.model_copy(update={"sample": fresh.sample.model_copy(update={"champion": "models:/deleatur/1"})})
     sample.run(against)

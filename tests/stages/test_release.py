@@ -99,6 +99,18 @@ def released(*evidence: str) -> tuple[Callable[[Settings], object], ...]:
 DECISIONS = {
     "pass": Decision(released("a"), lambda s: passes(s, "b"), {CHAMPION: "2", LAST: "1"}, "rprp"),
     "wait": Decision(released("a"), lambda s: passes(asking(s), "b"), {CHAMPION: "1", CHALLENGER: "2"}, "rpr"),
+    "void": Decision(
+        (*released("a"), lambda s: passes(asking(s), "b")),
+        lambda s: passes(asking(s), "c"),
+        {CHAMPION: "1", CHALLENGER: "3"},
+        "rprvr",
+    ),
+    "renew": Decision(
+        (*released("a"), lambda s: passes(asking(s), "b"), lambda s: passes(asking(s), "c")),
+        lambda s: passes(asking(s), "b"),
+        {CHAMPION: "1", CHALLENGER: "2"},
+        "rprvrvr",
+    ),
     "fail": Decision(released("a"), lambda s: fails(s, "b"), {CHAMPION: "1"}, "rpr"),
     "approve": Decision(
         (*released("a"), lambda s: passes(asking(s), "b")),

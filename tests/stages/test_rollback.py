@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from deleatur.cli import app
 from deleatur.errors import DataError
 from deleatur.io import ledger
+from deleatur.io.ledger import Subject
 from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, QUARANTINED
 from deleatur.settings import Settings
 from deleatur.stages import promote
@@ -212,7 +213,7 @@ def test_a_ledger_that_was_changed_or_lost_is_noticed_and_can_be_begun_anew(fres
         path.unlink()
     if how == "another":
         with ledger.opened(path) as book:
-            book.append("promotion", "1", who="Eve", why="", weights="", evidence="", aliases={CHAMPION: "1"})
+            book.append("promotion", Subject("1", "", ""), "Eve", "", {CHAMPION: "1"})
     code, said = told("history")
     assert (code, "settle --adopt" in said) == (3, True)
     for command in (lambda: passes(fresh, "c"), lambda: rollback(fresh, "Ada", "seen")):

@@ -10,6 +10,7 @@ was changed, no chain can tell: the registry keeps the hash of the last line, se
 from __future__ import annotations
 
 import fcntl
+import getpass
 import hashlib
 import json
 import os
@@ -19,12 +20,65 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
+from socket import gethostname
+from typing import Literal
 
 from deleatur.errors import DataError
 from deleatur.io import documents
-from deleatur.records import Entry, Event
 
 ANEW = "restore it from the backup or, where it is lost: deleatur settle --adopt --as NAME --reason WHY"
+
+
+Event = Literal[
+    "registration",
+    "approval",
+    "decline",
+    "expiry",
+    "voiding",
+    "promotion",
+    "rollback",
+    "quarantine",
+    "settlement",
+    "adoption",
+]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a decision about a release is about."""
+
+    version: str | None
+    """None: the verdict made none."""
+    weights: str
+    """Digest of the delta."""
+    evidence: str
+    """Digest of the verdict, which names all it rests on."""
+    files: str = ""
+    """Digest of the statement that names the version's files, see `signing`; empty: there is none."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger: what was decided about a version, and what the aliases say from then on."""
+
+    number: int
+    time: str
+    """UTC, ISO 8601, to the second."""
+    event: Event
+    version: str | None
+    who: str
+    """Whose word it is, as they gave it. Of a registration: who started the run."""
+    account: str
+    """Account and machine that wrote the line."""
+    why: str
+    weights: str
+    evidence: str
+    files: str
+    """Like weights and evidence as in `Subject`."""
+    aliases: Mapping[str, str]
+    """Alias → version: all of ours, whether this line moved them or not."""
+    previous: str
+    """SHA-256 of the line before, of its bytes without the line's end."""
 
 
 @dataclass(frozen=True)
@@ -101,29 +155,21 @@ class Book:
     def __init__(self, file: FileIO, ledger: Ledger) -> None:
         self._file, self.ledger = file, ledger
 
-    def append(
-        self,
-        event: Event,
-        version: str | None,
-        *,
-        who: str,
-        why: str,
-        weights: str,
-        evidence: str,
-        aliases: Mapping[str, str],
-    ) -> Entry:
+    def append(self, event: Event, about: Subject, who: str, why: str, aliases: Mapping[str, str]) -> None:
         """On the disk when this returns: from then on it is decided. Raises DataError where the chain does not hold."""
         self.ledger.demand_whole()
         head = self.ledger.head
         entry = Entry(
             number=head.number + 1,
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            time=now().isoformat(timespec="seconds"),
             event=event,
-            version=version,
+            version=about.version,
             who=who,
+            account=f"{account()}@{gethostname()}",
             why=why,
-            weights=weights,
-            evidence=evidence,
+            weights=about.weights,
+            evidence=about.evidence,
+            files=about.files,
             aliases=dict(sorted(aliases.items())),
             previous=head.hash,
         )
@@ -131,7 +177,6 @@ class Book:
         _put(self._file, line + b"\n")
         entries, marks = (*self.ledger.entries, entry), (*self.ledger.marks, _mark(entry.number, line))
         self.ledger = replace(self.ledger, entries=entries, marks=marks)
-        return entry
 
     def restart(self, base: Mark) -> None:
         """Puts aside what cannot be gone on with; the next line follows the one that the registry knows as the last."""
@@ -167,6 +212,18 @@ def read(path: Path) -> Ledger:
     with path.open("rb", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         return _read(path, file)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def account() -> str:
+    """Whose account this process runs under."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container, accounts may have no name
+        return f"uid {os.getuid()}"
 
 
 def _read(path: Path, file: FileIO) -> Ledger:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from deleatur.errors import ServiceError
 
@@ -51,9 +50,8 @@ def _from_registry(address: str, part: str) -> Path:
     from deleatur.io import tracking
 
     place = f"{tracking.place_of(address)}/artifacts/{part}"
-    split = urlsplit(place)
-    if split.scheme in ("", "file"):
-        return Path(unquote(split.path))  # a store on this disk is read in place
+    if folder := tracking.on_disk(place):
+        return folder  # it is read in place
     target = CACHE / hashlib.sha256(place.encode()).hexdigest()[:16]
     if not target.is_dir():
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

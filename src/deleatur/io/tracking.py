@@ -18,11 +18,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version as installed
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import pandas as pd
 
 from deleatur.errors import DataError, DeleaturError, ServiceError, SettingsError
+from deleatur.io import signing
 from deleatur.io.ledger import Mark
 
 QUIET = {
@@ -163,14 +166,19 @@ class Registry:
             found = self.client.search_model_versions(f"name = '{self.model}' and tag.`{EVIDENCE}` = '{evidence}'")
             return str(found[0].version) if found else None
 
-    def add_version(self, run_id: str, evidence: Evidence, pipeline: Path, delta: Path, about: str) -> str:
-        """Stores a diffusers folder and its delta as a model that plain MLflow loads; a new version of it."""
+    def add_version(
+        self, run_id: str, evidence: Evidence, pipeline: Path, delta: Path, about: str, keys: signing.Keys
+    ) -> str:
+        """Stores a diffusers folder and its delta as a model that plain MLflow loads, and says by digest, signed, which
+        files it has; a new version of it.
+        """
         with answering(self.uri):
             uri = self._stored(run_id, evidence) or self._store(run_id, evidence, pipeline, delta)
+            tags = evidence.marked | self._seal(uri, evidence, keys)
             with _already():
                 self.client.create_registered_model(self.model)
             made = self.client.create_model_version(
-                self.model, uri, run_id, tags=evidence.marked, description=about, model_id=uri.rpartition("/")[2]
+                self.model, uri, run_id, tags=tags, description=about, model_id=uri.rpartition("/")[2]
             )
             return str(made.version)
 
@@ -256,6 +264,15 @@ class Registry:
             )
         return str(info.model_uri)
 
+    def _seal(self, uri: str, evidence: Evidence, keys: signing.Keys) -> dict[str, str]:
+        """About what the store holds, not what was sent there."""
+        with files_of(uri) as folder, TemporaryDirectory(prefix="deleatur-") as place:
+            envelope, statement = signing.seal(folder, {**evidence.tags, "evidence": evidence.digest}, keys)
+            (Path(place) / signing.NAME).write_bytes(envelope)
+            model_id = uri.rpartition("/")[2]
+            self.client.log_model_artifact(model_id, str(Path(place) / signing.NAME), signing.PLACE)
+        return {"deleatur.files": statement.digest, "deleatur.signed_by": statement.signed_by}
+
 
 def use(uri: str) -> None:
     """MLflow's own loaders shall look where we look; our child processes decide for themselves."""
@@ -276,6 +293,24 @@ def place_of(address: str) -> str:
     )
     with answering(uri, missing):
         return str(ModelsArtifactRepository.get_underlying_uri(address))
+
+
+def on_disk(place: str) -> Path | None:
+    """Where a store's files lie on this disk; None: they have to be fetched."""
+    split = urlsplit(place)
+    return Path(unquote(split.path)) if split.scheme in ("", "file") else None
+
+
+@contextmanager
+def files_of(address: str, part: str = "") -> Iterator[Path]:
+    """The files of a registered model, or those below a part of it, fetched where they are not on this disk."""
+    place = place_of(address)
+    if folder := on_disk(place):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="deleatur-") as target:
+        fetched = download(f"{place}/{part}".rstrip("/"), (Path(target) / part).parent if part else Path(target))
+        yield Path(target) if part else fetched
 
 
 def download(place: str, target: Path) -> Path:

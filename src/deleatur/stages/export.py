@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deleatur.diffusion.load import digest, load
 from deleatur.diffusion.overlay import applied
-from deleatur.io import documents, tensors
+from deleatur.io import bom, card, documents, tables, tensors
 from deleatur.records import Report, Verdict
 from deleatur.settings import Settings
 from deleatur.stages import inputs
@@ -16,7 +16,8 @@ from deleatur.stages.gate import stale
 
 def export(settings: Settings, folder: Path) -> None:
     """Writes the erased model in fp32, whole or not at all. Tokenizer and text encoder are the base model's own: the
-    soft token, which could be used to probe for the concept, is never part of it.
+    soft token, which could be used to probe for the concept, is never part of it. A model card and a bill of materials
+    lie beside it, where it was judged.
     """
     path = inputs.local(settings, settings.base.model)
     model = load(path, device="cpu")
@@ -31,17 +32,43 @@ def export(settings: Settings, folder: Path) -> None:
             path, unet=model.unet, safety_checker=None, requires_safety_checker=False
         )
         pipeline.save_pretrained(partial, safe_serialization=True)
+    _papers(settings, partial)
     partial.rename(folder)
+
+
+def _papers(settings: Settings, folder: Path) -> None:
+    """Model card and bill of materials, where these weights were judged."""
+    if found := judged(settings):
+        report, verdict = found
+        name, base = settings.register_.model, settings.base.model
+        text = card.render(name, base, settings.evaluate.level, report, verdict)
+        (folder / card.NAME).write_text(text, "utf-8")
+        tables.write_json(folder / bom.NAME, bom.of(name, base, documents.digest(verdict), report, verdict))
+
+
+def export_version(settings: Settings, version: str, folder: Path) -> None:
+    """Writes a registered version, whole or not at all, after it was compared with what was judged and signed."""
+    found = inputs.local(settings, f"models:/{settings.register_.model}/{version}")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(found, partial)
+    partial.rename(folder)
+
+
+def judged(settings: Settings) -> tuple[Report, Verdict] | None:
+    """Report and verdict, if they are about the weights that `erase` last made."""
+    folder, delta = settings.paths.verdict, settings.paths.delta / inputs.DELTA
+    if not (folder / "verdict.json").is_file():
+        return None
+    report = documents.read(settings.paths.report / "report.json", Report)
+    verdict = documents.read(folder / "verdict.json", Verdict)
+    same = report.identity.delta == digest(dict(tensors.load_delta(delta).tensors))
+    return (report, verdict) if same else None
 
 
 def standing(settings: Settings) -> str:
     """What the gate says of the weights that `erase` last made."""
-    folder, delta = settings.paths.verdict, settings.paths.delta / inputs.DELTA
-    if not (folder / "verdict.json").is_file():
+    if (found := judged(settings)) is None:
         return "none: these weights were not judged"
-    report = documents.read(settings.paths.report / "report.json", Report)
-    verdict = documents.read(folder / "verdict.json", Verdict)
-    if report.identity.delta != digest(dict(tensors.load_delta(delta).tensors)):
-        return "none: the last one is about other weights"
-    changed = stale(settings, report, verdict)
-    return f"{verdict.outcome}, but {changed}" if changed else verdict.outcome
+    changed = stale(settings, *found)
+    return f"{found[1].outcome}, but {changed}" if changed else found[1].outcome

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from deleatur.errors import DataError
 from deleatur.io import ledger
+from deleatur.io.ledger import Entry, Subject
 from deleatur.io.tracking import ALIASES, CHAMPION
-from deleatur.records import Entry
 from deleatur.settings import Settings
-from deleatur.stages.release import Moved, Release, Subject, in_hand, registry_of
+from deleatur.stages.release import Moved, Release, in_hand, registry_of
 
 PUT_RIGHT = "deleatur settle --as NAME --reason WHY"
 

@@ -109,12 +109,18 @@ def used(settings: Settings) -> list[plug.Method]:
 
 
 def local(settings: Settings, address: str, part: str = "pipeline") -> str:
-    """Where it lies on this disk, or its name on a hub; models:/… is looked up where we register."""
-    if address.startswith("models:/"):
-        from deleatur.io import tracking
+    """Where it lies on this disk, or its name on a hub; models:/… is looked up where we register, and its files are
+    those that were registered, signed where keys are configured. Raises ModelError where they are not.
+    """
+    if not address.startswith("models:/"):
+        return objects.local(address, part)
+    from deleatur.io import tracking
+    from deleatur.stages import verify
 
-        tracking.use(settings.register_.tracking_uri)
-    return objects.local(address, part)
+    tracking.use(settings.register_.tracking_uri)
+    found = objects.local(address, part)
+    verify.demand(settings, address, Path(found), part)
+    return found
 
 
 def model(settings: Settings) -> Model:

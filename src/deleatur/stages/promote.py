@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from deleatur.errors import DataError
 from deleatur.io import documents
+from deleatur.io.ledger import Event, Subject
 from deleatur.io.tracking import CHALLENGER, CHAMPION, Registry
-from deleatur.records import Event, Verdict
+from deleatur.records import Verdict
 from deleatur.settings import Settings
-from deleatur.stages.release import Release, Subject, deciding, registry_of
+from deleatur.stages.release import Release, deciding, expire, registration, registry_of
+from deleatur.stages.verify import verify
 
 
 def waiting(settings: Settings) -> tuple[str, str] | None:
@@ -22,13 +24,22 @@ def promote(settings: Settings, version: str, approver: str, *, reason: str = ""
     """The challenger `version` becomes champion, and says for good who wanted that, why, and on what digests.
 
     evidence: the digest that the approver was shown; when given, it has to be the version's own, which is returned.
-    Raises DataError unless this version waits for a decision. Once it is live, doing it again changes nothing.
+    Raises DataError unless this version waits for a decision, not for too long, and of another person than the one who
+    started the run; ModelError where its files are not those that were judged. Once it is live, doing it again changes
+    nothing.
     """
     _check(registry_of(settings), version, approver, evidence)
     with deciding(settings) as release:
         live = release.ledger.aliases.get(CHAMPION) == version
         if not (live and _was(release, version, "approval")):
             about = _waits(release, version)
+            _another(release, version, approver)
+            if expire(settings, release, version, approver):
+                raise DataError(
+                    f"version {version} {release.ledger.entries[-1].why}: it has to be judged anew",
+                    hint="deleatur demo (brings all up to date and registers it), then approve it",
+                )
+            verify(settings, version, release.ledger.entries, fetch=False)
             release.decide("approval", about, approver, reason, {})  # the promotion follows from it
         return release.subject(version).evidence
 
@@ -50,6 +61,20 @@ def _check(registry: Registry, version: str, approver: str, evidence: str | None
         raise DataError("a decision has a name to it, and none was given", hint=f"deleatur approve {version} --as NAME")
     if evidence not in (None, registry.tags(version).get("evidence")):
         raise DataError(f"version {version} rests on other evidence than the one that was shown", hint="decide again")
+
+
+def _another(release: Release, version: str, approver: str) -> None:
+    starter = registration(release.ledger.entries, version).who
+    if _name(approver) == _name(starter):
+        raise DataError(
+            f"{starter} has started the run that made version {version}: another person has to approve it",
+            hint=f"deleatur approve {version} --as NAME, by somebody else",
+        )
+
+
+def _name(person: str) -> str:
+    """Ada Lovelace <ada@example.org> and ada  lovelace are one."""
+    return " ".join(person.partition("<")[0].casefold().split())
 
 
 def _was(release: Release, version: str, event: Event) -> bool:

@@ -17,7 +17,9 @@ import pandas as pd
 from deleatur import gate
 from deleatur.errors import DataError
 from deleatur.io import documents, tables, versions
+from deleatur.io.ledger import Subject
 from deleatur.io.page import Curve
+from deleatur.io.signing import Keys
 from deleatur.io.tracking import Evidence, Registry
 from deleatur.records import Report, Score, Verdict
 from deleatur.settings import Settings
@@ -25,7 +27,8 @@ from deleatur.stages import identity, inputs
 from deleatur.stages.curves import curves
 from deleatur.stages.export import export
 from deleatur.stages.progress import bar
-from deleatur.stages.release import Subject, enter, in_hand, registry_of
+from deleatur.stages.release import enter, in_hand, registry_of
+from deleatur.stages.verify import keys, signed_by
 
 RESULT = (
     "base",
@@ -46,24 +49,33 @@ RESULT = (
 def run(settings: Settings) -> None:
     """Raises DataError when the files on disk are not the ones that were judged."""
     registry = registry_of(settings)
+    (signing := keys(settings)).demand_signer()
     report, verdict = _judged(settings)
     evidence = _evidence(settings, report, verdict)
     with bar("register", 3) as advance:
         if registry.finished(evidence.digest):
             with in_hand(settings) as release:
                 moved = "; ".join(f"moved by hand: {m}" for m in release.moved())
-            advance(3, note=moved or "this verdict is registered already")
+            advance(3, note=moved or _enter(settings, registry, evidence, verdict))
             return
         with registry.running(evidence) as run_id:
             registry.log(run_id, evidence)
             advance(note="evidence logged")
-            version = None
             if verdict.outcome == "pass" and settings.guide.method == inputs.PLAIN:
-                version = registry.version(evidence.digest) or _add(settings, registry, run_id, evidence, verdict)
+                version = registry.version(evidence.digest) or _add(
+                    settings, registry, run_id, evidence, verdict, signing
+                )
                 advance(note=f"{registry.model} version {version}")
-            about = Subject(version, report.identity.delta, evidence.digest)
-            came_of_it = enter(settings, about, verdict.outcome, gate.headline(verdict))
+            came_of_it = _enter(settings, registry, evidence, verdict)
         advance(note=came_of_it)
+
+
+def _enter(settings: Settings, registry: Registry, evidence: Evidence, verdict: Verdict) -> str:
+    version = registry.version(evidence.digest)
+    tags = registry.tags(version) if version else {}
+    about = Subject(version, evidence.tags["delta"], evidence.digest, tags.get("files", ""))
+    by = f"; {signed_by(tags)}" if version else ""
+    return enter(settings, about, verdict.outcome, gate.headline(verdict) + by)
 
 
 def _judged(settings: Settings) -> tuple[Report, Verdict]:
@@ -157,9 +169,11 @@ def _points(curve: Curve) -> Iterator[tuple[str, int, float]]:
         yield from ((f"{curve.key}/{series.name}", int(x), y) for x, y in series.points)
 
 
-def _add(settings: Settings, registry: Registry, run_id: str, evidence: Evidence, verdict: Verdict) -> str:
+def _add(
+    settings: Settings, registry: Registry, run_id: str, evidence: Evidence, verdict: Verdict, signing: Keys
+) -> str:
     with TemporaryDirectory(prefix="deleatur-") as place:
         folder = Path(place) / "pipeline"
         export(settings, folder)
         about = gate.headline(verdict) + (f"\n\n{gate.SIMULATED}" if verdict.simulated else "")
-        return registry.add_version(run_id, evidence, folder, settings.paths.delta, about)
+        return registry.add_version(run_id, evidence, folder, settings.paths.delta, about, signing)

@@ -8,28 +8,22 @@ was moved by hand. Light: loads no weights.
 
 from __future__ import annotations
 
-import getpass
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from deleatur.errors import DataError
 from deleatur.io import ledger, versions
-from deleatur.io.ledger import Book, Ledger
+from deleatur.io.ledger import Book, Entry, Event, Ledger, Subject
 from deleatur.io.tracking import ALIASES, CHALLENGER, CHAMPION, LAST, QUARANTINED, Registry
-from deleatur.records import Entry, Event, Outcome
+from deleatur.records import Outcome
 from deleatur.settings import Settings
 
-
-@dataclass(frozen=True)
-class Subject:
-    """What a decision is about."""
-
-    version: str | None
-    weights: str
-    evidence: str
+STARTED_BY = "DELEATUR_STARTED_BY"
+"""Environment variable with the name of who started the run, where that is known better than from git."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +53,9 @@ class Release:
     def subject(self, version: str) -> Subject:
         """A version as the registry has it. Raises DataError where the ledger knows another one by this number."""
         tags = self.registry.tags(version)
-        found = Subject(version, tags.get("delta", ""), tags.get("evidence", ""))
+        found = Subject(version, tags.get("delta", ""), tags.get("evidence", ""), tags.get("files", ""))
         for entry in self.ledger.entries:
-            if entry.version == version and (entry.weights, entry.evidence) != (found.weights, found.evidence):
+            if entry.version == version and _subject(entry) != found:
                 raise DataError(
                     f"version {version} of {self.registry.model} has other weights or other evidence than line "
                     f"{entry.number} of the ledger says: it was changed, or this is the ledger of another registry",
@@ -72,15 +66,7 @@ class Release:
     def decide(self, event: Event, about: Subject, who: str, why: str, moves: Mapping[str, str | None]) -> None:
         """moves: the aliases that change, None for one that goes."""
         aliases = {name: version for name, version in {**self.ledger.aliases, **moves}.items() if version}
-        self.book.append(
-            event,
-            about.version,
-            who=who,
-            why=why,
-            weights=about.weights,
-            evidence=about.evidence,
-            aliases=aliases,
-        )
+        self.book.append(event, about, who, why, aliases)
         self.carry_out()
 
     def carry_out(self) -> None:
@@ -94,7 +80,7 @@ class Release:
             self.registry.set_aliases(self.ledger.aliases)
             self.registry.set_mark(self.ledger.head)
         if self.ledger.entries and (last := self.ledger.entries[-1]).event == "approval":
-            self.promote(Subject(last.version, last.weights, last.evidence), last.who, last.why)
+            self.promote(_subject(last), last.who, last.why)
 
     def promote(self, about: Subject, who: str, why: str) -> None:
         """The version is live, and the one that was is the last known good."""
@@ -148,21 +134,25 @@ def deciding(settings: Settings) -> Iterator[Release]:
 def enter(settings: Settings, about: Subject, outcome: Outcome, headline: str) -> str:
     """Registers a verdict. On a pass its version waits for a person or, where the policy asks nobody, is live.
 
-    What came of it, in words. Entered again, the same verdict changes nothing.
+    Another version that waits, or the same weights, are void from then on. Entered again, the same verdict changes
+    nothing, unless its version has waited too long or was void. What came of it, in words.
     """
     version, who = about.version, person()
     with deciding(settings) as release:
-        entries = release.ledger.entries
-        known = [e for e in entries if e.evidence == about.evidence]
-        if not known:
+        if (waits := release.ledger.aliases.get(CHALLENGER)) == version and waits:
+            expire(settings, release, waits, who)
+        known = [e for e in release.ledger.entries if e.evidence == about.evidence]
+        if not known or known[-1].event in ("expiry", "voiding"):
+            _void(release, about, who)
             release.decide("registration", about, who, headline, {CHALLENGER: version} if version else {})
         if version is None:
             if outcome == "pass":
                 # Whoever loads a version draws plainly, and would get what nobody has judged.
                 return f"pass, with the guide {settings.guide.method}, which a version cannot hold: what is live stays"
             return f"verdict {outcome}: no version made, what is live stays"
-        if any(e.event != "registration" for e in known):
+        if release.ledger.aliases.get(CHALLENGER) != version:
             return f"version {version} was decided about already: deleatur history"
+        entries = release.ledger.entries
         if bad := {e.version for e in entries if e.weights == about.weights} & {*quarantined(entries)}:
             return f"version {version} is challenger: its weights are quarantined as version {bad.pop()}"
         if settings.register_.approval:
@@ -187,6 +177,33 @@ def hesitation(settings: Settings, release: Release, version: str) -> str:
     return ""
 
 
+def expire(settings: Settings, release: Release, version: str, who: str) -> bool:
+    """Whether the challenger has waited too long; it does not wait any longer then."""
+    days = settings.register_.approval_days
+    since = registration(release.ledger.entries, version).time
+    if ledger.now() - datetime.fromisoformat(since) <= timedelta(days=days):
+        return False
+    why = f"waited since {since[:10]}, and approvals are for {days} days"
+    release.decide("expiry", release.subject(version), who, why, {CHALLENGER: None})
+    return True
+
+
+def _void(release: Release, about: Subject, who: str) -> None:
+    waits = release.ledger.aliases.get(CHALLENGER)
+    if waits is None:
+        return
+    old = release.subject(waits)
+    if about.version or old.weights == about.weights:
+        instead = f"version {about.version} was made since" if about.version else "the same weights were judged anew"
+        release.decide("voiding", old, who, instead, {CHALLENGER: None})
+
+
+def registration(entries: Sequence[Entry], version: str) -> Entry:
+    """The line by which a version came to wait; of one that is older than the ledger, the one that took it over."""
+    own = [e for e in entries if e.event == "registration" and e.version == version]
+    return (own or [e for e in entries if e.event == "adoption" and version in e.aliases.values()])[-1]
+
+
 def quarantined(entries: Sequence[Entry]) -> dict[str, str]:
     """Version → why it must not be used."""
     found: dict[str, str] = {}
@@ -203,17 +220,20 @@ def good(entries: Sequence[Entry], but: Collection[str | None]) -> str | None:
 
 
 def person() -> str:
-    """Who runs this: by git's configuration, or else by the name of the account."""
-    try:
-        return versions.author(Path()) or getpass.getuser()
-    except (KeyError, OSError):  # a container's account that has no name
-        return f"uid {os.getuid()}"
+    """Who started this run: whoever a scheduler names, or git's user, or the account."""
+    return os.environ.get(STARTED_BY) or versions.author(Path()) or ledger.account()
+
+
+def _subject(entry: Entry) -> Subject:
+    return Subject(entry.version, entry.weights, entry.evidence, entry.files)
 
 
 def _tag(registry: Registry, entry: Entry) -> None:
     """What a version says of itself for good, to whoever looks at it in MLflow."""
     version, said = entry.version, {}
     match entry.event:
+        case "registration":
+            said = {"started_by": entry.who}
         case "approval":
             said = {"approved_by": entry.who, "approved_because": entry.why}
             said |= {"approved_evidence": entry.evidence, "approved_delta": entry.weights}

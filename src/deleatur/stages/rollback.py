@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from deleatur.errors import DataError
+from deleatur.io.ledger import Entry
 from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, QUARANTINED
-from deleatur.records import Entry
 from deleatur.settings import Settings
 from deleatur.stages.release import Release, deciding, good, quarantined
+from deleatur.stages.verify import verify
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ def rollback(settings: Settings, who: str, reason: str, to: str | None = None) -
     """Takes the last release back: to the last known good version, or to the one named.
 
     A release is taken back once: asked again, this changes nothing, and to go further back wants a version named.
-    Raises DataError where there is nothing to go back to, or the named version may not be live.
+    Raises DataError where there is nothing to go back to, or the version may not be live; ModelError where its files
+    are not those that were judged.
     """
     _demand(who, reason)
     with deciding(settings) as release:
@@ -101,3 +103,4 @@ def _may_be_live(settings: Settings, release: Release, version: str) -> None:
         why = "was never live, and the policy asks a person first"
     if why:
         raise DataError(f"version {version} {why}", hint="deleatur history")
+    verify(settings, version, release.ledger.entries, fetch=False)
