@@ -219,10 +219,18 @@ def kill_at_every_step(settings: Settings, decision: Decision, whole: Callable[[
     return steps
 
 
+@pytest.fixture
+def warm(shared: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow imports most of itself when it is first asked for something: our children need not, each anew."""
+    elsewhere = tmp_path_factory.mktemp("warm")
+    monkeypatch.chdir(elsewhere)
+    passes(registry.make(shared, elsewhere), "a")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECISIONS)
 def test_killed_at_any_step_nothing_is_half_decided_and_the_same_command_finishes(
-    name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    warm: None, name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     monkeypatch.chdir(tmp_path)
     steps = kill_at_every_step(registry.make(shared, tmp_path), DECISIONS[name])
@@ -232,7 +240,7 @@ def test_killed_at_any_step_nothing_is_half_decided_and_the_same_command_finishe
 
 @pytest.mark.slow
 def test_killed_at_any_step_of_registering_nothing_is_half_released(
-    done: Settings, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    warm: None, done: Settings, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     """From the first run in an empty store to the model that is live."""
     monkeypatch.setattr(versions, "status", lambda root: {})  # it takes seconds to ask DVC
