@@ -117,18 +117,22 @@ def _with(reason: str, *found: object) -> str:
 
 
 def _table(known: ledger.Ledger) -> Table:
-    table = Table("line", "when", "what", "version", "who", "why", "live after it", header_style="bold")
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    for name in ("line", "when, UTC", "what", "version", "live"):
+        table.add_column(name, no_wrap=True)
+    for name in ("who", "why"):
+        table.add_column(name, overflow="fold")
     for entry in known.entries:
         live = entry.aliases.get(CHAMPION, "none")
         # Not as markup: reasons are people's own words.
         cells = (
             str(entry.number),
-            entry.time.partition("+")[0],
+            entry.time[:16].replace("T", " "),
             entry.event,
             entry.version or "",
+            live,
             entry.who,
             entry.why,
-            live,
         )
         table.add_row(*map(Text, cells))
     if known.base.number:
