@@ -56,9 +56,9 @@ def of(settings: Settings) -> Identity:
 
 def made_by(settings: Settings) -> str:
     """SHA-256 of the settings that a result depends on. The policy and the registry judge and release it; they are no
-    part of it, and neither is where it lies.
+    part of it, and neither is where it lies or what it is compared with.
     """
-    return sha256(settings.model_dump(mode="json", exclude={"gate", "register_", "paths"}))
+    return sha256(settings.model_dump(mode="json", exclude={"gate", "register_", "paths", "compare"}))
 
 
 def code(*of: type | ModuleType, libraries: Collection[str]) -> str:
