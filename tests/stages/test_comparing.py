@@ -59,9 +59,9 @@ def test_cells_share_what_is_the_same_for_all_and_nothing_else(project_of: Calla
     one, other = (plan.settings_of(settings, Cell("weapon", "hfi+sdd", seed)) for seed in (7, 8))
     again, steered = (plan.settings_of(settings, Cell("weapon", row, 7)) for row in ("uce", "sld"))
     assert (one.seed, one.targets, one.sample.split) == (7, ("weapon",), "test"), "the comparison's own split"
-    assert one.paths.reward == other.paths.reward == Path("out/side/weapon/ratings/reward")
-    assert one.paths.tokens == again.paths.tokens == Path("out/side/weapon/tokens/7")
-    assert other.paths.tokens == Path("out/side/weapon/tokens/8")
+    assert one.paths.reward == other.paths.reward == Path("out/side/weapon/ratings/42/reward")
+    assert one.paths.tokens == again.paths.tokens == Path("out/side/weapon/tokens/7/tokens")
+    assert other.paths.tokens == Path("out/side/weapon/tokens/8/tokens")
     assert one.paths.delta == Path("out/side/weapon/hfi+sdd/7/delta")
     assert steered.paths.delta == Path("out/side/weapon/none/7/delta"), "a guide changes no weights"
     assert steered.paths.shots == Path("out/side/weapon/sld/7/shots")

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+import deleatur
 from deleatur.diffusion.load import digest
 from deleatur.io import shots, tables, tensors
 from deleatur.maths import seeds
@@ -68,6 +69,13 @@ def code(*of: type | ModuleType, libraries: Collection[str]) -> str:
     """
     texts = [Path(inspect.getfile(o)).read_text("utf-8") for o in of]
     return sha256([texts, {name: VERSIONS[name] for name in libraries}])
+
+
+def source(part: str) -> str:
+    """SHA-256 of a file of the package, or of all in a folder of it."""
+    place = Path(deleatur.__file__).parent / part
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def sha256(value: object) -> str:

@@ -3,33 +3,51 @@
 A row's name is an eraser (`sdd`), a guide (`sld`: the weights stay, sampling is steered), a variant that params.yaml
 describes, or `none`, the untouched model, which is always there. `hfi+` before it: told by soft tokens, not words.
 
-    <folder>/<concept>/ratings/          feedback and reward, shared by all rows
+    <folder>/<concept>/ratings/<seed>/   feedback and reward, shared by all rows; <seed> is that of params.yaml
     <folder>/<concept>/tokens/<seed>/    soft tokens, shared by all rows of a training seed
     <folder>/<concept>/<row>/<seed>/     all else that the chain makes
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from deleatur import plug
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError
 from deleatur.guides import Guide
+from deleatur.io import tables
+from deleatur.io.comparison import HFI
 from deleatur.settings import Compare, Settings, merged
 from deleatur.stages import identity, ingest, inputs
 
-NONE, HFI, KEEP = "none", "hfi+", "keep"
+NONE, KEEP = "none", "keep"
 PLAN, RATINGS, TOKENS, STATE = "plan", "ratings", "tokens", "state"
 RESERVED = (NONE, PLAN, RATINGS, TOKENS, STATE)
 """Folders of a concept that are no row's, and the row that needs no listing."""
+SHARED: Mapping[str, tuple[str, ...]] = {RATINGS: ("ingest", "reward"), TOKENS: ("invert",)}
+"""What rows share, and the stages that make it."""
+
+READS: Mapping[str, tuple[str, ...]] = {
+    "ingest": ("ingest",),
+    "reward": ("base.device", "reward"),
+    "invert": ("base", "guide", "invert", "reward.clip", "sample.steps"),
+    "erase": ("base", "guide", "erase", "reward.clip", "sample.steps"),
+    "attack": ("base", "attack", "reward.clip"),
+    "sample": ("base", "guide", "erase.source", "sample"),
+    "evaluate": ("evaluate",),
+}
+"""Settings that a stage depends on, beside the concept and the seed."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of one concept with one training seed."""
+    """One row of one concept with one training seed, or what rows share: `ratings`, `tokens`."""
 
     concept: str
     row: str
@@ -70,11 +88,13 @@ def _known(settings: Settings) -> list[str]:
     return [*methods, *section(settings).variants]
 
 
+def place(settings: Settings, cell: Cell) -> Path:
+    return section(settings).folder / cell.concept / cell.row / str(cell.seed)
+
+
 def settings_of(settings: Settings, cell: Cell) -> Settings:
     """params.yaml as one cell sees it. Raises SettingsError where a variant does not fit the sections it changes."""
     asked = section(settings)
-    place = asked.folder / cell.concept
-    own = place / cell.row / str(cell.seed)
     changes: dict[str, Any] = {
         "seed": cell.seed,
         "targets": [cell.concept],
@@ -83,13 +103,15 @@ def settings_of(settings: Settings, cell: Cell) -> Settings:
         "guide": {"method": inputs.PLAIN},
     }
     whole = merged(settings.model_dump(by_alias=True), merged(changes, _of_row(asked, cell.row)))
+    own = place(settings, cell)
     # What a guide is compared with is the untouched model: its weights are those, and so are the attacks on them.
-    untouched = place / NONE / str(cell.seed) if whole["erase"]["method"] == KEEP else own
+    weights = place(settings, replace(cell, row=NONE)) if whole["erase"]["method"] == KEEP else own
     whole["paths"] |= {name: own / name for name in ("shots", "scores", "report", "verdict")}
-    whole["paths"] |= {name: place / RATINGS / name for name in ("feedback", "data_docs", "reward")}
-    whole["paths"] |= {name: untouched / name for name in ("delta", "attacks")}
-    whole["paths"]["tokens"] = place / TOKENS / str(cell.seed)
-    whole["paths"]["state"] = place / STATE / f"{cell.row}-{cell.seed}"
+    whole["paths"] |= {name: weights / name for name in ("delta", "attacks")}
+    ratings, tokens = (replace(cell, row=RATINGS, seed=settings.seed), replace(cell, row=TOKENS))
+    whole["paths"] |= {name: place(settings, ratings) / name for name in ("feedback", "data_docs", "reward")}
+    whole["paths"] |= {"tokens": place(settings, tokens) / "tokens"}
+    whole["paths"] |= {"state": asked.folder / cell.concept / STATE / f"{cell.row}-{cell.seed}"}
     return Settings.of(whole, f"params.yaml as compare.variants.{cell.row.removeprefix(HFI)} has it")
 
 
@@ -133,24 +155,51 @@ def refused(settings: Settings, concept: str, row: str) -> str:
     return ""
 
 
-def recipe(settings: Settings, concept: str, row: str) -> dict[str, Any]:
-    """All of params.yaml that a row depends on, and its methods' code by digest; or why it cannot be.
+def stages_of(settings: Settings, concept: str, name: str) -> tuple[str, ...]:
+    """What has to run for a row, or for what rows share. A guide alone changes no weights: it has those of `none`."""
+    if name in SHARED:
+        return SHARED[name]
+    guided = name != NONE and settings_of(settings, Cell(concept, name, settings.seed)).erase.method == KEEP
+    return ("sample", "evaluate") if guided else ("erase", "attack", "sample", "evaluate")
+
+
+def recipe(settings: Settings, concept: str, name: str) -> dict[str, Any]:
+    """All of params.yaml that a row, or what rows share, depends on, by stage, and its methods' code by digest; or why
+    the row cannot be.
 
     Other methods' numbers are no part of it: another learning rate of ESD leaves the row of UCE as it is.
     """
-    if why := refused(settings, concept, row):
+    if name not in SHARED and (why := refused(settings, concept, name)):
         return {"refused": why}
-    cell = settings_of(settings, Cell(concept, row, settings.seed))
-    eraser, guide = inputs.chosen(cell.erase, Eraser, "erase"), inputs.chosen(cell.guide, Guide, "guide")
-    return {
-        "refused": "",
-        **cell.model_dump(mode="json", include={"base", "targets", "attack", "sample", "evaluate"}),
-        "clip": cell.reward.clip,
-        "concept": cell.concepts[concept].model_dump(mode="json"),
-        "erase": {"method": cell.erase.method, "source": cell.erase.source, "numbers": eraser.model_dump(mode="json")},
-        "guide": {"method": cell.guide.method, "numbers": guide.model_dump(mode="json")},
-        "code": identity.code(type(eraser), type(guide), libraries=()),
+    of = settings_of(settings, Cell(concept, name, settings.seed))
+    return {"refused": ""} | {
+        stage: {"concept": of.concepts[concept].model_dump(mode="json")}
+        | {dotted: _value(of, dotted) for dotted in READS[stage]}
+        for stage in stages_of(settings, concept, name)
     }
+
+
+def _value(settings: Settings, dotted: str) -> Any:
+    """Of a section with a method: that method, and its numbers with what is not given."""
+    methods: dict[str, Callable[[], BaseModel]] = {
+        "invert": lambda: inputs.inverter(settings, settings.targets[0]),
+        "erase": lambda: inputs.chosen(settings.erase, Eraser, "erase"),
+        "guide": lambda: inputs.chosen(settings.guide, Guide, "guide"),
+    }
+    if make := methods.get(dotted):
+        found, section = make(), getattr(settings, dotted).model_dump(mode="json", include={"method", "source"})
+        return section | {"numbers": found.model_dump(mode="json"), "code": identity.code(type(found), libraries=())}
+    value: Any = settings
+    for key in dotted.split("."):
+        value = getattr(value, key)
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def write(settings: Settings, concept: str) -> None:
+    """A file for each row and for what rows share: what DVC compares, to know which rows have to be made anew."""
+    folder = tables.emptied(section(settings).folder / concept / PLAN)
+    for name in (*SHARED, *rows(settings)):
+        tables.write_json(folder / f"{name}.json", recipe(settings, concept, name))
 
 
 def chosen(given: Sequence[Any], known: Sequence[Any], what: str) -> list[Any]:
