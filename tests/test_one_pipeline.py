@@ -18,10 +18,12 @@ from deleatur import plug
 from deleatur.io import versions
 from deleatur.settings import Settings
 from deleatur.stages import STAGES
+from deleatur.stages.compare import cell, plan
 
 ROOT = Path(__file__).parents[1]
 CHAIN: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))
 METHODS: dict[str, Any] = CHAIN["stages"].pop(versions.METHODS)
+COMPARE: dict[str, Any] = yaml.safe_load((ROOT / "compare" / "dvc.yaml").read_text("utf-8"))
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
 SECTIONS = {field.alias or name for name, field in Settings.model_fields.items()}
 
@@ -102,6 +104,48 @@ def test_what_a_stopped_stage_goes_on_from_lies_in_no_output() -> None:
 def test_metrics_and_plots_lie_in_what_stages_write() -> None:
     for path in places(CHAIN["metrics"] + CHAIN["plots"]):
         assert any(path.startswith(f"{out}/") for out in made()), path
+
+
+METHODS = re.compile(r"src/deleatur/(inversion|erasers|guides)/\$\{")
+
+
+@pytest.mark.parametrize("stage", cell.CODE)
+def test_a_cell_of_a_comparison_depends_on_what_its_stages_depend_on(stage: str) -> None:
+    own = CHAIN["stages"][stage]
+    if stage != "evaluate":  # its report names all there is, and a cell's folder is named by it
+        assert set(plan.READS[stage]) == set(own["params"]) - {"seed", "targets", "concepts"}
+    parts = [f"src/deleatur/{part}" for part in (*cell.CODE[stage], f"stages/{stage}.py")]
+    code = [dep for dep in own["deps"] if dep.startswith("src/") and not METHODS.match(dep)]
+    assert not [dep for dep in code if not inside(dep, parts)], "of a method, the plan has the digest"
+
+
+def inside(path: str, parts: list[str]) -> bool:
+    return any(Path(path).is_relative_to(part) for part in parts)
+
+
+@pytest.mark.parametrize("name", ["ratings", "tokens", "none", "row"])
+def test_dvc_and_a_cell_itself_agree_on_what_a_cell_depends_on(name: str) -> None:
+    family = COMPARE["stages"][name]
+    stages = plan.SHARED.get(name, ("erase", "attack", "sample", "evaluate"))
+    parts = {f"src/deleatur/{part}" for stage in stages for part in (*cell.CODE[stage], f"stages/{stage}.py")}
+    deps = [dep for dep in family["deps"] if dep.startswith("src/")]
+    assert not parts.difference(filter(lambda part: inside(part, deps), parts))
+    assert not set(deps) - parts, "nothing else makes a cell old"
+    assert all((ROOT / dep).exists() for dep in deps)
+    row = "${item.row}" if name == "row" else name
+    assert f"${{compare.folder}}/${{item.concept}}/plan/{row}.json" in family["deps"]
+    assert family["cmd"].startswith(f"deleatur cell {row} ${{item.concept}}")
+    assert family["wdir"] == ".."
+    [out] = [next(iter(out)) for out in family["outs"]]
+    assert out.startswith(f"${{compare.folder}}/${{item.concept}}/{row}/")
+
+
+def test_the_plan_of_a_comparison_reads_every_section_that_a_cell_reads() -> None:
+    family = COMPARE["stages"]["plan"]
+    read = {dotted.partition(".")[0] for stage in plan.READS.values() for dotted in stage}
+    assert read | {"seed", "concepts", "compare"} <= set(family["params"])
+    shelves = {f"src/deleatur/{shelf}" for shelf in ("erasers", "guides", "inversion")}
+    assert shelves <= set(family["deps"]), "their code is a part of what it says"
 
 
 def test_no_folder_of_ours_hides_a_library() -> None:

@@ -60,6 +60,7 @@ def numbers(root: Path, **changes: Any) -> dict[str, Any]:
     p["sample"]["per_prompt"] = {role: 2 for role in p["sample"]["per_prompt"]} | {"keep": 1}
     p["evaluate"]["detectors"] = {"judge": {"method": "classifier", "path": "models/judge"}}
     p["evaluate"]["metrics"] = {k: v for k, v in p["evaluate"]["metrics"].items() if not k.startswith("nudity")}
+    p["compare"] |= {"concepts": ["weapon"], "seeds": [1], "methods": ["uce"], "split": "test"}
     for rule in p["gate"]["rules"].values():
         rule["min_n"] = 2
     return p | changes

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from deleatur.errors import ContinueMe, DataError, DeleaturError, ServiceError
@@ -45,6 +46,7 @@ VERDICT_CODES = {"pass": 0, "fail": 10, "not enough evidence": 11}
 Params = Annotated[Path, typer.Option("--params", help="The file of numbers.")]
 Approver = Annotated[str, typer.Option("--as", metavar="NAME", help="Who decides; it stays with the version.")]
 Reason = Annotated[str, typer.Option("--reason", metavar="WHY", help="For whoever asks later.")]
+Several = Annotated[str, typer.Option(metavar="A,B,…", help="Some of those in params.yaml; all, if left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -131,14 +133,41 @@ def stage(
     params: Params = Path("params.yaml"),
 ) -> None:
     """Run one stage here and now. `dvc repro` runs those that need it, and remembers."""
-    # What a stage imports lives as long as its process: to look through it for garbage, again and again and at the end,
-    # would be a fifth of the start.
-    gc.set_threshold(100_000, 50, 100)
-    atexit.register(gc.freeze)
+    _short_lived()
     from deleatur import stages
     from deleatur.settings import Settings
 
     stages.run(name, Settings.load(params))
+
+
+def _short_lived() -> None:
+    # What a stage imports lives as long as its process: to look through it for garbage, again and again and at the end,
+    # would be a fifth of the start.
+    gc.set_threshold(100_000, 50, 100)
+    atexit.register(gc.freeze)
+
+
+@app.command(hidden=True)
+@guarded
+def cell(
+    row: Annotated[str, typer.Argument(help="A row of the comparison; or plan, ratings, tokens: what rows share.")],
+    concept: str,
+    seed: Annotated[int | None, typer.Argument()] = None,
+) -> None:
+    """One part of `deleatur compare`, here and now: the only command in compare/dvc.yaml."""
+    from deleatur.settings import Settings
+    from deleatur.stages.compare import cell as cells
+    from deleatur.stages.compare import plan
+
+    _short_lived()
+    settings = Settings.load()
+    plan.chosen([concept], plan.section(settings).concepts, "concepts")
+    plan.chosen([row], [plan.PLAN, *plan.SHARED, *plan.rows(settings)], "methods")
+    if row == plan.PLAN:
+        plan.write(settings, concept)
+    else:
+        asked = plan.Cell(concept, row, settings.seed if seed is None else seed)
+        cells.run(settings, cells.Stamps(settings), asked)
 
 
 @app.command()
@@ -220,6 +249,58 @@ def _warn(stale: str, params: Path) -> None:
         # Of another file than DVC reads, stages are run by hand.
         again = "deleatur demo" if params == Path("params.yaml") else f"deleatur stage gate --params {params}"
         err.print(f"[yellow]Not up to date:[/yellow] {stale}. Next: {here(again)}", soft_wrap=True)
+
+
+@app.command()
+@guarded
+def compare(
+    methods: Several = "",
+    concepts: Several = "",
+    seeds: Several = "",
+    show: Annotated[bool, typer.Option("--show", help="Run nothing: the table of what is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Every method side by side, from the same noise by the same sampler: what goes, what stays, what it costs.
+
+    The section `compare` of params.yaml names methods, concepts and training seeds; options choose among them. What is
+    there is not done again, so it can be stopped at any time. Rows that cannot be are named before anything runs.
+    """
+    from deleatur.settings import Settings
+    from deleatur.stages.check import check
+    from deleatur.stages.compare import collect, drive, log, plan
+    from deleatur.stages.compare.cell import Stamps
+
+    settings = Settings.load()
+    check(settings)
+    asked = plan.section(settings)
+    names = plan.chosen(_listed(concepts), asked.concepts, "concepts")
+    numbers = plan.chosen([int(s) if s.isdecimal() else s for s in _listed(seeds)], asked.seeds, "seeds")
+    known = plan.rows(settings)
+    rows = plan.chosen([plan.NONE, *given] if (given := _listed(methods)) else [], known, "methods")
+    stamps = Stamps(settings)
+    if not show:
+        for concept in names:
+            for row in rows:
+                if why := stamps.refused(plan.Cell(concept, row, numbers[0])):
+                    err.print(f"[yellow]Refused:[/yellow] {row} on {concept}: {escape(why)}", soft_wrap=True)
+        try:
+            drive.run(settings, stamps, drive.cells_of(names, rows, numbers))
+        except KeyboardInterrupt:
+            raise ContinueMe("stopped; what is done is kept", hint="deleatur compare (goes on there)") from None
+    tables = [collect.table(settings, stamps, name, rows, numbers) for name in names]
+    made = collect.write(settings, stamps, tables)
+    if not show:
+        log.run(settings, tables, made.files)
+    if as_json:
+        tell(made.plain)
+        return
+    out.print(made.shown)
+    for what, path in made.files.items():
+        out.print(f"{what + ':':<8} {path}", highlight=False)
+
+
+def _listed(text: str) -> list[str]:
+    return [part for part in re.split(r"[,\s]+", text) if part]
 
 
 @app.command()

@@ -224,8 +224,11 @@ class Attack(Section):
     """All of them are used."""
 
 
+Split = Literal["dev", "test", "proof"]
+
+
 class Sample(Section):
-    split: Literal["dev", "test", "proof"]
+    split: Split
     per_prompt: dict[Role, NonNegativeInt]
     steps: PositiveInt
     batch: PositiveInt
@@ -278,6 +281,40 @@ class Register(Section):
         return uri
 
 
+class Variant(Section):
+    """A row of the comparison that is no method as params.yaml has it: what of these sections is other there."""
+
+    erase: Numbers = Field(default_factory=dict)
+    guide: Numbers = Field(default_factory=dict)
+
+    @field_validator("erase")
+    @classmethod
+    def source_is_of_the_row(cls, erase: Numbers) -> Numbers:
+        if "source" in erase:
+            raise ValueError("leave out source: a row is told by words, and with hfi+ before its name by tokens")
+        return erase
+
+
+class Compare(Section):
+    """What `deleatur compare` puts side by side: every row for every concept, with every training seed."""
+
+    concepts: tuple[Name, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    methods: tuple[str, ...] = Field(min_length=1)
+    """Rows, see `stages.compare.plan`; the untouched model is always one more."""
+    variants: dict[Name, Variant] = Field(default_factory=dict)
+    split: Split
+    """Of the prompts that are drawn."""
+    folder: Path
+
+    @field_validator("concepts", "seeds", "methods")
+    @classmethod
+    def once(cls, listed: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(listed)) < len(listed):
+            raise ValueError("name each once")
+        return listed
+
+
 class Settings(Section):
     seed: int
     base: Base
@@ -295,13 +332,15 @@ class Settings(Section):
     evaluate: Evaluate
     gate: Gate
     register_: Register = Field(alias="register")  # `register` is a method of every abstract class
+    compare: Compare | None = None
+    """Left out where nothing is compared."""
 
     @property
     def made_by(self) -> str:
         """SHA-256 of what was given and can change a result. The policy and the registry judge and release it; they are
-        no part of it, and neither is where it lies.
+        no part of it, and neither is where it lies or what it is compared with.
         """
-        given = self.model_dump(mode="json", exclude={"gate", "register_", "paths"}, exclude_unset=True)
+        given = self.model_dump(mode="json", exclude={"gate", "register_", "paths", "compare"}, exclude_unset=True)
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
     @field_validator("targets")
@@ -313,9 +352,10 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def known_targets(self) -> Settings:
-        unknown = set(self.targets) - set(self.concepts)
-        if unknown:
-            raise ValueError(f"targets name concepts that are not defined: {', '.join(sorted(unknown))}")
+        named = {"targets": self.targets} | ({"compare.concepts": self.compare.concepts} if self.compare else {})
+        for where, names in named.items():
+            if unknown := set(names) - set(self.concepts):
+                raise ValueError(f"{where} name concepts that are not defined: {', '.join(sorted(unknown))}")
         return self
 
     @model_validator(mode="after")
@@ -323,6 +363,8 @@ class Settings(Section):
         sources = {f"the source {s} of ingest": Path(re.split(r"[*?\[]", s)[0]) for s in self.ingest.sources}
         prompts = {f"the prompt file of {name}": spec.prompts for name, spec in self.concepts.items()}
         self.paths.demand(OURS | sources | prompts | {"the ledger (register.ledger)": self.register_.ledger})
+        if self.compare:
+            _demand_apart(self.compare.folder, {f"paths.{n}": p for n, p in self.paths} | OURS | sources | prompts)
         return self
 
     @classmethod
@@ -338,10 +380,24 @@ class Settings(Section):
             given = yaml.safe_load(path.read_text("utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as e:  # ValueError: not UTF-8, or a date that there is not
             raise SettingsError(f"{path} is not YAML in UTF-8: {e}", hint=f"mend {path}, then: {again}") from e
+        return cls.of(given, str(path), f"correct {path}, then: {again}")
+
+    @classmethod
+    def of(cls, given: Any, where: str, hint: str = "deleatur check") -> Settings:
+        """Raises SettingsError naming `where` and each key that is wrong."""
         try:
             return cls.model_validate(given)
         except ValidationError as e:
-            raise SettingsError(explain(e, str(path)), hint=f"correct {path}, then: {again}") from e
+            raise SettingsError(explain(e, where), hint=hint) from e
+
+
+def _demand_apart(folder: Path, others: Mapping[str, Path]) -> None:
+    """The comparison empties folders within its own; nothing else may be there, nor it in anything else."""
+    if not _inside(folder, Path()):
+        raise ValueError(f"compare.folder: expected a folder of the project, got {folder}")
+    for name, path in others.items():
+        if _inside(path, folder) or _inside(folder, path):
+            raise ValueError(f"compare.folder is {folder}, and {name} is {path}: keep them apart")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from browsing import Visit, visit
 from evidence import IDENTITY, JUDGE
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from rich.console import Console
 
 from deleatur.gate import Rule, judge
 from deleatur.io import page
 from deleatur.records import Report, Score, Side, Verdict
 
-QUIET = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 SECRET = "words nobody may read"
 SCORES = (
     Score("concept_rate", "concept/weapon", "base", 0.8, 0.7, 0.87, 100, 25, False, None, JUDGE),
@@ -80,28 +69,15 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(html: Path) -> Iterator[tuple[Page, list[str], list[str]]]:
+def opened(html: Path, browser: Browser) -> Visit:
     """The page in a browser, the requests it made and what it said on the console."""
-    if not (chromium := shutil.which("chromium") or shutil.which("chromium-browser")):
-        without = pytest.fail if "BROWSER_REQUIRED" in os.environ else pytest.skip
-        without("no chromium here (Debian: apt-get install chromium)")
-    requests: list[str] = []
-    said: list[str] = []
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=list(QUIET))
-        view = browser.new_page(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
-        view.on("request", lambda request: requests.append(request.url))
-        view.on("console", lambda message: said.append(message.text))
-        view.on("pageerror", lambda error: said.append(str(error)))
-        view.goto(html.as_uri())
-        yield view, requests, said
-        browser.close()
+    return visit(browser, html)
 
 
 @pytest.mark.slow
 class TestInABrowser:
     @pytest.fixture
-    def view(self, opened: tuple[Page, list[str], list[str]]) -> Page:
+    def view(self, opened: Visit) -> Page:
         view = opened[0]
         view.keyboard.press("Escape")
         return view
@@ -109,9 +85,7 @@ class TestInABrowser:
     def shown(self, view: Page) -> int:
         return view.locator(".veil[aria-pressed=true]").count()
 
-    def test_nothing_is_fetched_and_nothing_goes_wrong(
-        self, opened: tuple[Page, list[str], list[str]], html: Path
-    ) -> None:
+    def test_nothing_is_fetched_and_nothing_goes_wrong(self, opened: Visit, html: Path) -> None:
         _, requests, said = opened
         assert [url for url in requests if not url.startswith("data:")] == [html.as_uri()]
         assert said == []

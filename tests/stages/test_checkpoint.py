@@ -219,7 +219,7 @@ def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
 
 def test_code_and_libraries_count_too(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stopped)
-    monkeypatch.setattr(checkpoint, "_source", lambda part: f"{part} as it will be")
+    monkeypatch.setattr(checkpoint, "source", lambda part: f"{part} as it will be")
     monkeypatch.setattr(plug.Method, "code", lambda method: [f"{method.name} as it will be"])
     monkeypatch.setattr(checkpoint, "version", lambda name: "99")
     output = CliRunner().invoke(app, ["stage", "erase"]).output

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import get_args
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageFilter
@@ -101,7 +101,7 @@ def render(
     rules: the gate's, when their limits shall be drawn beside the intervals.
     """
     weighings = {name: deciding(rule, report) for name, rule in (rules or {}).items()}
-    html = _template().render(
+    html = template("page.html").render(
         report=report,
         verdict=verdict,
         headline=headline(verdict),
@@ -219,10 +219,17 @@ class Chart:
         return " ".join(f"{self.x.at(x)},{self.y.at(y)}" for x, y in points)
 
 
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def template(name: str) -> Template:
+    """One of the pages beside this file; they share looks (page.css), what a click does (page.js) and parts.html."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(lambda name: files("deleatur.io").joinpath(name).read_text("utf-8")),
+    )
     environment.filters |= {"number": _number, "data_uri": _data_uri, "code": _code}
-    return environment.from_string(files("deleatur.io").joinpath("page.html").read_text("utf-8"))
+    return environment.get_template(name)
 
 
 def _number(value: float) -> str:

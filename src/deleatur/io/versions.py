@@ -101,6 +101,21 @@ def reproduce(
     return ran
 
 
+def reproduce_all(
+    targets: Sequence[str],
+    root: Path,
+    on_line: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Brings stages of any dvc.yaml up to date, and all that lies before them. Raises as `reproduce` does, at the first
+    that fails.
+    """
+    _look_at_methods(root)
+    code, tail = follow(_dvc("repro", *targets), root, on_line, on_progress)
+    if code:
+        raise _failure(" ".join(targets), root, tail)
+
+
 def perform(
     stage: str,
     root: Path,
@@ -295,12 +310,13 @@ def _error(stage: str, code: int, tail: Sequence[str]) -> DeleaturError:
     """A stage's exit code and last lines as the error that it raised."""
     kind = next((k for k in KINDS if k.exit_code == code), ServiceError)
     said = [i for i, line in enumerate(tail) if line.startswith(f"{kind.__name__}: ")]
+    again = f"dvc repro {stage}" if ":" in stage else f"deleatur stage {stage}"
     if not said:
-        return kind(f"{stage} broke down with exit code {code}: {_last(tail)}", hint=f"deleatur stage {stage}")
+        return kind(f"{stage} broke down with exit code {code}: {_last(tail)}", hint=again)
     words = list(takewhile(lambda line: not line.startswith(("Next: ", "ERROR: ")), tail[said[-1] :]))
     hints = [line.removeprefix("Next: ") for line in tail[said[-1] :] if line.startswith("Next: ")]
     message = "\n".join(words).removeprefix(f"{kind.__name__}: ")
-    return kind(f"{stage}: {message.strip()}", hint=hints[0] if hints else f"deleatur stage {stage}")
+    return kind(f"{stage}: {message.strip()}", hint=hints[0] if hints else again)
 
 
 def _last(lines: Sequence[str]) -> str:

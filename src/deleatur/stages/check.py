@@ -26,6 +26,7 @@ from deleatur.metrics import Metric
 from deleatur.records import Prompt, Role
 from deleatur.settings import Choice, Settings
 from deleatur.stages import ingest, inputs
+from deleatur.stages.compare import plan
 
 SHELVES: dict[str, type[BaseModel]] = {
     "erasers": Eraser,
@@ -54,7 +55,20 @@ def check(settings: Settings) -> list[str]:
     lines.append(f"ingest.sources: {len(ingest.find(settings.ingest.sources))} file(s)")
     _rules(settings)
     lines.append(f"gate: {len(settings.gate.rules)} rules")
-    return lines
+    return [*lines, *_compared(settings)]
+
+
+def _compared(settings: Settings) -> Iterator[str]:
+    """Every row can be, or it is said why not; for every concept there is what it is asked and judged by."""
+    if settings.compare is None:
+        return
+    asked, rows = settings.compare, plan.rows(settings)
+    for concept in asked.concepts:
+        inputs.prompts(settings.concepts[concept].prompts, "dev", concept, "concept")
+        demand_labels(plan.settings_of(settings, plan.Cell(concept, plan.NONE, settings.seed)))
+        can_not = [row for row in rows if plan.refused(settings, concept, row)]
+        refused = f", refused: {', '.join(can_not)}" if can_not else ""
+        yield f"compare: {len(rows)} rows of {concept} with {len(asked.seeds)} seeds{refused}"
 
 
 def demand_labels(settings: Settings) -> None:

@@ -6,20 +6,17 @@ whole or not at all. It lies apart from what the stage writes, which DVC removes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from torch import Tensor
 
-import deleatur
 from deleatur import plug
 from deleatur.diffusion.features import Clip
 from deleatur.diffusion.load import Model, fingerprint
@@ -27,6 +24,7 @@ from deleatur.diffusion.state import Saved
 from deleatur.errors import ContinueMe, DataError, ErasureRefused, SettingsError
 from deleatur.io import tensors
 from deleatur.settings import Settings
+from deleatur.stages.identity import sha256, source
 
 EVERY = 60.0
 """Seconds from one save to the next: what a `kill -9` costs at most."""
@@ -150,7 +148,7 @@ def belongs(
     return {
         "settings": {dotted: _at(settings, dotted) for dotted in sections},
         "content": networks | dict(content),
-        "code": {f"src/deleatur/{part}": _source(part) for part in code} | dict(map(_method, methods)),
+        "code": {f"src/deleatur/{part}": source(part) for part in code} | dict(map(_method, methods)),
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
@@ -161,17 +159,11 @@ def _at(value: Any, dotted: str) -> Any:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
-def _source(part: str) -> str:
-    place = Path(deleatur.__file__).parent / part
-    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
 def _method(which: tuple[str, str]) -> tuple[str, str]:
     shelf, name = which
     found = plug.method(shelf, name)
     where = f"{shelf}/{name} of {found.package}" if found.package else f"src/deleatur/{shelf}/{name}.py"
-    return where, hashlib.sha256(json.dumps(found.code()).encode()).hexdigest()
+    return where, sha256(found.code())
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

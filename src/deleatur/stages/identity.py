@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+import deleatur
 from deleatur import plug
 from deleatur.diffusion.load import digest
 from deleatur.io import shots, tables, tensors
@@ -61,6 +62,13 @@ def code(*of: type | ModuleType, libraries: Collection[str]) -> str:
     """
     texts = [text for o in of for text in plug.code(o)]
     return sha256([texts, {name: VERSIONS[name] for name in libraries}])
+
+
+def source(part: str) -> str:
+    """SHA-256 of a file of the package, or of all in a folder of it."""
+    place = Path(deleatur.__file__).parent / part
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def sha256(value: object) -> str:

@@ -81,6 +81,15 @@ def _ingest(settings: Settings) -> tuple[dict[str, Any], list[Rejected]]:
     return summary, rejected
 
 
+def rated(settings: Settings, concept: str) -> tuple[int, int]:
+    """Pictures of a concept that most raters marked, and that most passed, from the sources as they lie there."""
+    parsed = events.parse({path.as_posix(): tables.read_lines(path) for path in find(settings.ingest.sources)})
+    sound = [row for row in parsed.rows if row.event.concept == concept and events.utc(row.event.created_at)]
+    answers = events.table(events.current(events.link(sound, set())[0]))
+    share = votes.seen(answers, votes.raters(answers))
+    return int((share >= 0.5).sum()), int((share < 0.5).sum())
+
+
 def find(patterns: Sequence[str]) -> list[Path]:
     """The sources, pattern by pattern, sorted by name within each. Raises DataError when a pattern finds none."""
     found = dict[Path, None]()

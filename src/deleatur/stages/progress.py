@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from rich.console import Console
@@ -48,6 +49,15 @@ class Bar:
             self._told = self._done
             self._tell(note)
 
+    def say(self, what: str) -> None:
+        """What is being done now: beside the bar, or a line where that is no terminal."""
+        self._progress.update(self._task, note=what)
+        if not self._progress.console.is_terminal:
+            self._progress.console.print(f"{self._done}/{self._total} {what}", markup=False, highlight=False)
+
+    def remove(self) -> None:
+        self._progress.remove_task(self._task)
+
     def reused(self, n: int) -> None:
         """Pieces that an earlier run did."""
         if n:
@@ -60,12 +70,34 @@ class Bar:
                 f.write(line + "\n")
 
 
+_around: ContextVar[Progress | None] = ContextVar("bars that stand around those to come", default=None)
+
+
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Bar]:
     """Inside, a bar on standard error with elapsed and remaining time; one closing line where that is no terminal."""
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 110)
-    with _bars(console) as progress:
+    if progress := _around.get():
+        made = Bar(progress, what, max(total, 1))
+        yield made
+        made.remove()
+        return
+    with _bars(_console()) as progress:
         yield Bar(progress, what, max(total, 1))
+
+
+@contextmanager
+def around(what: str, total: int) -> Iterator[Bar]:
+    """A bar that stays, with those of what runs inside below it, each as long as it lasts."""
+    with _bars(_console()) as progress:
+        token = _around.set(progress)
+        try:
+            yield Bar(progress, what, max(total, 1))
+        finally:
+            _around.reset(token)
+
+
+def _console() -> Console:
+    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 110)
 
 
 class Followed:

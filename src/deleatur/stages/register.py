@@ -127,8 +127,8 @@ def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
         digest=digest,
         name=f"{made_by.method} {concepts} {digest[:8]}",
         tags=lineage,
-        # Where it is registered is no part of how it was made.
-        settings=settings.model_dump(mode="json", by_alias=True, exclude={"register_"}),
+        # Where it is registered is no part of how it was made, and neither is what it could be compared with.
+        settings=settings.model_dump(mode="json", by_alias=True, exclude={"register_", "compare"}),
         scores=dict(_scores(report)),
         curves=[point for curve in curves(settings) for point in _points(curve)],
         files={
