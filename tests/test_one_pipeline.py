@@ -23,7 +23,7 @@ from deleatur.stages.compare import cell, plan
 ROOT = Path(__file__).parents[1]
 CHAIN: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))
 METHODS: dict[str, Any] = CHAIN["stages"].pop(versions.METHODS)
-COMPARE: dict[str, Any] = yaml.safe_load((ROOT / "compare" / "dvc.yaml").read_text("utf-8"))
+COMPARE: dict[str, Any] = yaml.safe_load((ROOT / "compare" / "stages.yaml").read_text("utf-8"))
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
 SECTIONS = {field.alias or name for name, field in Settings.model_fields.items()}
 

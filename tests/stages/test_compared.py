@@ -297,9 +297,10 @@ def test_dvc_runs_what_is_stale_and_nothing_else(done: Path, tmp_path: Path, mon
     root, params = tmp_path / "project", Path("params.yaml")
     shutil.copytree(done, root)
     monkeypatch.chdir(root)
-    for name in (".dvcignore", ".gitignore", "compare/dvc.yaml"):
+    for name in (".dvcignore", ".gitignore", "compare/stages.yaml"):
         Path(name).parent.mkdir(exist_ok=True)
         shutil.copy(finished.ROOT / name, name)
+    shutil.copy("compare/stages.yaml", "compare/dvc.yaml")
     shutil.copytree(finished.ROOT / "src", "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     numbers = yaml.safe_load(params.read_text("utf-8"))
     numbers["compare"]["methods"].remove("abo")  # which has no cell

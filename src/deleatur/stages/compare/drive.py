@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from deleatur.io import versions
+from deleatur.io import tables, versions
 from deleatur.settings import Settings
 from deleatur.stages.compare import cell as cells
 from deleatur.stages.compare.cell import Stamps
 from deleatur.stages.compare.plan import NONE, RATINGS, TOKENS, Cell
 from deleatur.stages.progress import Bar, around, bar
 
-FAMILY = "compare/dvc.yaml"
+FAMILY, SOURCE = "compare/dvc.yaml", Path("compare/stages.yaml")
+"""The stages as DVC reads them, and as git keeps them."""
 
 
 def cells_of(concepts: Sequence[str], rows: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
@@ -33,7 +35,9 @@ def run(settings: Settings, stamps: Stamps, asked: Sequence[Cell]) -> None:
     if not missing:
         return
     with around("compare", len(missing)) as advance:
-        if Path(".dvc").is_dir() and Path(FAMILY).is_file():
+        if Path(".dvc").is_dir() and SOURCE.is_file():
+            with tables.replacing(Path(FAMILY)) as partial:
+                shutil.copyfile(SOURCE, partial)
             for _, of_seed in groupby(missing, lambda cell: cell.seed):
                 _by_dvc([address(cell) for cell in of_seed], advance)
         else:
