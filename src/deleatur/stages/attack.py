@@ -64,7 +64,7 @@ def _belongs(settings: Settings, model: Model, clip: Clip, name: str, kind: str)
         "reward": identity.files([settings.paths.reward / f"{name}.safetensors"]),
         "delta": identity.files([settings.paths.delta / inputs.DELTA]),
     }
-    code = ["attacks/__init__.py", "diffusion", "maths", "stages/inputs.py", "stages/attack.py"]
+    code = ["attacks/__init__.py", "feedback/reward.py", "diffusion", "maths", "stages/inputs.py", "stages/attack.py"]
     sections = ["base", "seed", f"concepts.{name}", f"attack.methods.{kind}", "reward.clip"]
     return belongs(
         settings, sections=sections, code=code, methods=[("attacks", kind)], model=model, clip=clip, content=content

@@ -45,6 +45,7 @@ def check(settings: Settings) -> list[str]:
     for folder in settings.paths.written.values():
         tables.demand_free(folder)
     lines = [*_methods(settings), *_networks(settings)]
+    lines += [f"{m.shelf}: {m.name} is a method of {m.origin}" for m in inputs.used(settings) if m.package]
     for name in settings.targets:
         spec = settings.concepts[name]
         inputs.prompts(spec.prompts, "dev", name, "concept")  # what erasing looks at
@@ -124,8 +125,6 @@ def _methods(settings: Settings) -> Iterator[str]:
         inputs.method("attacks", Attack, name, numbers, f"attack.methods.{name}")
         yield f"attack: {name}"
     yield f"evaluate.metrics: {', '.join(inputs.metrics(settings))}"
-    for brought in (m for m in inputs.used(settings) if m.package):
-        yield f"{brought.shelf}: {brought.name} is a method of {brought.origin}"
 
 
 def _networks(settings: Settings) -> Iterator[str]:

@@ -90,7 +90,15 @@ def _belongs(settings: Settings, eraser: Eraser, model: Model, clip: Clip) -> di
     return belongs(
         settings,
         sections=[*sections, "reward.clip", "sample.steps"],
-        code=["diffusion", "maths", "feedback/votes.py", "stages/inputs.py", "stages/erase.py"],
+        code=[
+            "diffusion",
+            "maths",
+            "feedback/reward.py",
+            "feedback/votes.py",
+            "erasers/__init__.py",
+            "stages/inputs.py",
+            "stages/erase.py",
+        ],
         methods=[("erasers", settings.erase.method), ("guides", settings.guide.method)],
         model=model,
         clip=clip,

@@ -87,7 +87,8 @@ def _belongs(settings: Settings, model: Model, clip: Clip, name: str) -> dict[st
         "feedback": tables.read_json(settings.paths.feedback / "summary.json")["feedback"],
         "reward": identity.files([settings.paths.reward / f"{name}.safetensors"]),
     }
-    code = ["feedback/votes.py", "inversion/__init__.py", "diffusion", "maths", "stages/inputs.py", "stages/invert.py"]
+    code = ["feedback/reward.py", "feedback/votes.py", "inversion/__init__.py", "diffusion", "maths"]
+    code += ["stages/inputs.py", "stages/invert.py"]
     methods = [("inversion", settings.invert.method), ("guides", settings.guide.method)]
     sections = ["base", "seed", f"concepts.{name}", "guide", "invert", "reward.clip", "sample.steps"]
     return belongs(settings, sections=sections, code=code, methods=methods, model=model, clip=clip, content=content)
