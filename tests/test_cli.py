@@ -174,6 +174,7 @@ def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
         (3, {"ingest__sources": ["/nowhere/*.jsonl"]}, "/nowhere/*.jsonl, found no file"),
         (3, {"paths__prompts": "prompts/none.csv"}, "no file prompts/none.csv"),
         (3, {"sample__split": "proof"}, "expected prompts of the split 'proof'"),
+        (2, {"register__trusted_keys": ["none.pub.pem"]}, "none.pub.pem is no public key"),
         (4, {"base__model": "models/nothing"}, "base.model: no folder models/nothing"),
         (4, {"base__model": "models/judge"}, "expected model_index.json"),
         (4, {"reward__clip": "somewhere"}, "reward.clip: no folder somewhere"),

@@ -40,6 +40,7 @@ def test_the_card_is_one_that_the_hub_reads() -> None:
         "models/pipeline",
     )
     assert data.eval_results is not None
+    assert [r.dataset_config for r in data.eval_results] == ["concept"]
     assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("concept_rate", 0.1)], "its own, absolute"
     digests = [v for v in vars(IDENTITY).values() if isinstance(v, str) and len(v) == 64]
     assert len(digests) == 8

@@ -47,6 +47,7 @@ def _result(score: Score, prompts: str) -> EvalResult:
         task_type="text-to-image",
         dataset_type="deleatur-prompts",
         dataset_name=f"prompts, {score.slice}",
+        dataset_config=score.slice,  # or the hub takes all slices for one
         dataset_revision=prompts,
         metric_type=score.metric,
         metric_name=f"{score.metric} ({score.slice})",

@@ -22,6 +22,7 @@ from deleatur.gate import HARMFUL
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
 from deleatur.io import tables
+from deleatur.io.signing import Keys
 from deleatur.metrics import Metric
 from deleatur.records import Prompt, Role
 from deleatur.settings import Choice, Settings
@@ -56,6 +57,8 @@ def check(settings: Settings) -> list[str]:
     lines.append(f"ingest.sources: {len(ingest.find(settings.ingest.sources))} file(s)")
     _rules(settings)
     lines.append(f"gate: {len(settings.gate.rules)} rules")
+    trusted = len(Keys.load(settings.register_.trusted_keys).trusted)
+    lines.append(f"register: {trusted} trusted keys" if trusted else "register: no key, so that versions are unsigned")
     return [*lines, *_compared(settings)]
 
 
