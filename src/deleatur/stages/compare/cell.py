@@ -33,11 +33,11 @@ _SHOTS = ("records.py", "io/kept.py", "io/shots.py", "stages/identity.py")
 CODE: Mapping[str, tuple[str, ...]] = {
     "ingest": ("feedback",),
     "reward": ("feedback/reward.py", "feedback/votes.py", "diffusion/features.py", "stages/inputs.py"),
-    "invert": ("feedback/votes.py", "inversion/__init__.py", *_NETS),
-    "erase": ("feedback/votes.py", *_NETS),
-    "attack": ("attacks", *_NETS),
+    "invert": ("feedback/reward.py", "feedback/votes.py", "inversion/__init__.py", *_NETS),
+    "erase": ("feedback/reward.py", "feedback/votes.py", "erasers/__init__.py", *_NETS),
+    "attack": ("feedback/reward.py", "attacks", *_NETS),
     "sample": ("guides/cfg.py", *_NETS, *_SHOTS),
-    "evaluate": ("detectors", "metrics", *_NETS, *_SHOTS),
+    "evaluate": ("feedback/reward.py", "detectors", "metrics", *_NETS, *_SHOTS),
 }
 """What of the package a stage depends on beside its own file; the file of a method is named by the plan."""
 
