@@ -486,6 +486,83 @@ def settle(
 
 @app.command()
 @guarded
+def doctor(params: Params = Path("params.yaml"), as_json: Json = False) -> None:
+    """Look a deployment over: versions, stores, pools, schedules, aliases, signatures, disk, clock, credentials.
+
+    Each line is ok, warn or fail, with what to do next. Exit code: 1 where one fails.
+    """
+    from dataclasses import asdict
+
+    from deleatur.stages.doctor import Line, look
+
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    lines: list[Line] = []
+    for line in look(params):
+        lines.append(line)
+        if not as_json:
+            state = (f"{line.state:<5}", colours[line.state])
+            out.print(Text.assemble(state, (f"{line.about:<13}", "dim"), line.what), soft_wrap=True)
+            if line.next:
+                out.print(Text.assemble(" " * 18, "Next: ", (here(line.next), "bold")), soft_wrap=True)
+    if as_json:
+        tell([asdict(line) for line in lines])
+    raise typer.Exit(int(any(line.state == "fail" for line in lines)))
+
+
+@app.command()
+@guarded
+def backup(
+    folder: Annotated[Path, typer.Argument(help="Where the set is written; must not exist yet.")],
+    params: Params = Path("params.yaml"),
+) -> None:
+    """Copy registry, ledger and DVC's pointers as one set that belongs together."""
+    from deleatur.settings import Settings
+    from deleatur.stages.backup import backup as run
+
+    found = run(Settings.load(params), folder)
+    out.print(f"Written: {folder}, {found.versions} versions and {found.decisions} decisions", highlight=False)
+    out.print("Not in it: what the DVC remote and the feedback sources hold. Copy it to another machine.")
+
+
+@app.command()
+@guarded
+def restore(
+    folder: Annotated[Path, typer.Argument(help="A set that `deleatur backup` has written.")],
+    params: Params = Path("params.yaml"),
+) -> None:
+    """Put a set back: into an empty registry, and a clone of the project. Killed, the same command goes on."""
+    from deleatur.settings import Settings
+    from deleatur.stages.backup import restore as run
+
+    found = run(Settings.load(params), folder)
+    out.print(
+        f"As it was at {found.taken}: {found.versions} versions, {found.decisions} decisions; "
+        "ledger and registry say the same",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if found.commit:
+        out.print(here(f"Next: git checkout {found.commit} (the code of then), then: dvc pull"), soft_wrap=True)
+
+
+@app.command()
+@guarded
+def exporter(
+    port: Annotated[int, typer.Option(help="Where Prometheus asks; 0 takes a free one.")] = 9105,
+    host: Annotated[str, typer.Option(help="0.0.0.0 to be asked from other machines.")] = "127.0.0.1",
+    params: Params = Path("params.yaml"),
+) -> None:
+    """Answer Prometheus: what is live, harm and margins, feedback that waits, stages, the ledger's state.
+
+    Reads ledger, registry and evidence at every scrape; changes nothing. Runs until it is stopped.
+    """
+    from deleatur.stages.exporter import serve
+
+    serve(params, host, port, lambda port: err.print(f"http://{host}:{port}/metrics", highlight=False))
+
+
+@app.command()
+@guarded
 def demo(as_json: Json = False) -> None:
     """The whole chain on the built-in model: rated pictures in, a judged and registered model out.
 

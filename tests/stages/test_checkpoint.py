@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from deleatur import plug, stages
 from deleatur.cli import app
 from deleatur.errors import ContinueMe, ErasureRefused
-from deleatur.io import tensors
+from deleatur.io import journal, tensors
 from deleatur.settings import Settings
 from deleatur.stages import checkpoint, inputs
 from deleatur.stages.checkpoint import Checkpoint
@@ -84,7 +84,11 @@ def begin_anew(root: Path, name: str) -> dict[str, bytes]:
 
 
 def saved(root: Path) -> list[str]:
-    return sorted(path.name for path in (root / "out/state").glob("*"))
+    return sorted(path.name for path in (root / "out/state").glob("*safetensors*"))
+
+
+def told(root: Path, name: str) -> list[journal.Line]:
+    return [line for line in journal.read(root / "out/state") if line.stage == name]
 
 
 @pytest.mark.parametrize(("name", "steps"), [("invert", (1, 3)), ("erase", (1, 3, 5)), ("attack", (2, 4))])
@@ -118,6 +122,21 @@ def test_asked_to_stop_a_stage_saves_and_says_continue_me(root: Path, name: str,
     assert stage.told[0]["done"] >= 1
     assert files(root / "out" / OUTPUT[name]) == whole
     assert saved(root) == []
+
+
+def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
+    begin_anew(root, "erase")
+    before = len(told(root, "erase"))
+    assert Stage(root, "erase", saves=False).hit(4, signal.SIGKILL) == -signal.SIGKILL
+    assert Stage(root, "erase").hit(2, signal.SIGTERM) == ContinueMe.exit_code
+    assert Stage(root, "erase").end() == 0
+    lines = told(root, "erase")[before:]
+    assert [line.what for line in lines] == ["began", "began", "resumed", "stopped", "began", "resumed", "done"]
+    lost = [line.lost for line in lines if line.what == "resumed"]
+    assert lost[0] >= 4, "nothing had been saved"
+    assert lost[1] == 0, "who is asked to stop saves the last step"
+    assert lines[-1].seconds > 0
+    assert not list((root / "out/state").glob("*.steps"))
 
 
 def test_killed_while_it_saves_a_stage_goes_on_from_the_save_before(root: Path) -> None:
@@ -207,6 +226,7 @@ def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
     before = files(Path("out"))
     result = CliRunner().invoke(app, ["stage", name])
     assert result.exit_code == 2, result.output
+    before |= {f"state/{journal.FILE}": Path("out/state", journal.FILE).read_bytes()}  # it says that the stage failed
     output = " ".join(result.output.split())
     assert said in output
     assert f"{name} was stopped after step" in output
@@ -228,7 +248,7 @@ def test_code_and_libraries_count_too(stopped: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_no_checkpoint_is_named_with_the_way_out(root: Path) -> None:
-    (root / "out/state").mkdir()
+    (root / "out/state").mkdir(exist_ok=True)
     (root / "out/state/erase.safetensors").write_bytes(b"half of it")
     result = CliRunner().invoke(app, ["stage", "erase"])
     assert result.exit_code == 3
@@ -322,7 +342,7 @@ def test_saving_takes_its_share_of_the_time_and_no_more(counting: Checkpoint, mo
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_checkpoint_belongs_to_all_that_dvc_runs_the_stage_again_for(stopped: Path, name: str) -> None:
-    [path] = (stopped / "out/state").glob(f"{name}*")
+    [path] = (stopped / "out/state").glob(f"{name}*.safetensors")
     belongs = tensors.load(path)[1]["belongs"]
     chain = yaml.safe_load((workspace.ROOT / "dvc.yaml").read_text())["stages"][name]
     methods = {"${invert.method}": "hfi", "${erase.method}": "sdd", "${guide.method}": "cfg"}

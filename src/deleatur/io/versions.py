@@ -147,6 +147,18 @@ def _look_at_methods(root: Path) -> None:
         _quietly(_dvc("commit", "--force", "--quiet", METHODS), root)
 
 
+def store(root: Path) -> str:
+    """Address of the DVC remote, a relative folder made absolute. Raises SettingsError where there is none."""
+    listed = _quietly(_dvc("config", "--list"), root).stdout.splitlines()
+    config = dict(line.split("=", 1) for line in listed if "=" in line)
+    if not (url := config.get(f"remote.{config.get('core.remote')}.url")):
+        raise SettingsError(
+            "expected a DVC remote, through which machines hand work to each other; there is none",
+            hint="dvc remote add --default NAME s3://BUCKET/PREFIX",
+        )
+    return url
+
+
 def lock_digest(root: Path) -> str | None:
     """SHA-256 of dvc.lock, which names every input and output by digest."""
     lock = root / "dvc.lock"
@@ -165,6 +177,12 @@ def author(root: Path) -> str | None:
     if not shutil.which("git"):
         return None
     return _quietly(["git", "config", "user.name"], root).stdout.strip() or None
+
+
+def uncommitted(root: Path, *paths: str) -> list[str]:
+    """Which files below these paths are not as the commit has them, new ones included."""
+    listed = _quietly(["git", "status", "--porcelain", "--no-renames", "--", *paths], root).stdout.splitlines()
+    return [line[3:] for line in listed]
 
 
 def tracked(folder: Path) -> str | None:

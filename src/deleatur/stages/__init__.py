@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from deleatur.errors import ContinueMe, SettingsError
+from deleatur.io import journal
 from deleatur.settings import Settings
 
 STAGES = ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate", "register")
@@ -19,7 +20,7 @@ def run(name: str, settings: Settings) -> None:
     """Runs one stage. Raises SettingsError when there is none of that name, ContinueMe when it was asked to stop."""
     if name not in STAGES:
         raise SettingsError(f"no stage {name!r}: there is {', '.join(STAGES)}", hint="deleatur stage --help")
-    with _stoppable(name):
+    with journal.kept(settings.paths.state, name), _stoppable(name):
         import_module(f"deleatur.stages.{name}").run(settings)
 
 

@@ -7,6 +7,7 @@ whole or not at all. It lies apart from what the stage writes, which DVC removes
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from deleatur.diffusion.features import Clip
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.state import Saved
 from deleatur.errors import ContinueMe, DataError, ErasureRefused, SettingsError
-from deleatur.io import tensors
+from deleatur.io import journal, tensors
 from deleatur.settings import Settings
 from deleatur.stages.identity import sha256, source
 
@@ -56,10 +57,13 @@ class Checkpoint:
         self._asked = False
         self._newest: State | None = None
         self._due = time.monotonic() + EVERY
+        self._steps = self.path.with_suffix(".steps")
         self.state = self._load()
+        self._tell_what_was_lost()
 
     def __call__(self, state: State) -> None:
         self._newest = state
+        os.pwrite(self._counter, b"%d\n" % state.step, 0)  # steps only grow, so nothing of an older number is left
         if self._asked:
             self._stop(state)
         if time.monotonic() >= self._due:
@@ -70,6 +74,8 @@ class Checkpoint:
         signals = (signal.SIGINT, signal.SIGTERM) if main else ()
         heard = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, and the like
         self._before = {number: signal.signal(number, self._ask) for number in heard}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._counter = os.open(self._steps, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         return self
 
     def __exit__(
@@ -77,6 +83,7 @@ class Checkpoint:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._counter)
         if isinstance(error, ErasureRefused):
             self.remove()
         if error is None and self._asked and self._newest:
@@ -84,6 +91,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+        self._steps.unlink(missing_ok=True)
         for partial in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a process killed while it wrote
             partial.unlink()
 
@@ -104,6 +112,13 @@ class Checkpoint:
         tensors.save(self.path, state.tensors(), {"belongs": self._belongs, "numbers": numbers})
         now = time.monotonic()
         self._due = now + max(EVERY, (now - began) / SHARE)
+
+    def _tell_what_was_lost(self) -> None:
+        """The last step is told to the disk as it is done, the state more seldom: what lies between is done again."""
+        if self._steps.is_file():
+            done = int(self._steps.read_text() or 0)
+            kept = self.state[1]["step"] if self.state else 0
+            journal.write(self.path.parent, self._stage, "resumed", lost=max(0, done - kept))
 
     def _load(self) -> Saved | None:
         """Raises SettingsError, naming what differs, when the file belongs to another run."""

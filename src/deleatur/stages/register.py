@@ -9,6 +9,7 @@ somebody has rolled it back; killed anywhere, it has either released nothing or 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -99,6 +100,7 @@ def _judged(settings: Settings) -> tuple[Report, Verdict]:
 
 def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
     paths, made_by = settings.paths, report.identity
+    answers = tables.read_table(paths.feedback / "answers.parquet")
     digest, commit = documents.digest(verdict), versions.commit(Path())
     concepts = "+".join(made_by.concepts)
     lineage = {
@@ -116,6 +118,7 @@ def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
         "delta": made_by.delta,
         "pictures": made_by.pictures,
         "feedback": made_by.feedback,
+        "feedback_until": max(map(datetime.fromisoformat, answers["created_at"])).isoformat(),
         "tokens": made_by.tokens,
         "prompts": made_by.prompts,
         "settings": made_by.settings,
@@ -140,7 +143,7 @@ def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
             "attack": paths.attacks / "record.json",
             "feedback": paths.feedback / "summary.json",
         },
-        feedback=_columns(tables.read_table(paths.feedback / "answers.parquet")),
+        feedback=_columns(answers),
         feedback_digest=made_by.feedback,
         feedback_source=(paths.feedback / "answers.parquet").as_posix(),
     )

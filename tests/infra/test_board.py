@@ -1,0 +1,120 @@
+"""A real Prometheus asks a real exporter about a project whose chain has run, and every panel gets an answer."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from pathlib import Path
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import finished
+import pytest
+from programs import INFRA, program
+from prometheus_client import CollectorRegistry, start_http_server
+from test_watching import PROMTOOL, alerts
+
+from deleatur.io import journal, versions
+from deleatur.stages import register
+from deleatur.stages.exporter import Exporter
+
+sys.path.insert(0, str(INFRA / "grafana"))
+import look
+
+pytestmark = pytest.mark.slow
+
+ELSEWHERE = {
+    "MLflow: requests": "no MLflow server runs here",
+    "Memory of the servers": "nor Prefect's, and Prometheus is not asked about itself",
+    "Waits for approval": "nothing does",
+    "Last known good": "there was one release",
+    "Oldest of them": "nobody waits",
+    "Running for": "nothing runs",
+}
+"""Panels with nothing to show."""
+
+
+@pytest.fixture(scope="module")
+def exporter(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    root = tmp_path_factory.mktemp("watched")
+    settings = finished.copy(shared, root)
+    with pytest.MonkeyPatch.context() as patch, chdir(root):
+        patch.setattr(versions, "status", lambda root: {})
+        register.run(settings)
+        journal.write(settings.paths.state, "erase", "resumed", lost=3)
+        asked = CollectorRegistry()
+        asked.register(Exporter(Path("params.yaml")))
+        server, _ = start_http_server(0, "127.0.0.1", asked)
+        yield server.server_port
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def prometheus(folder: Path, target: int) -> Iterator[str]:
+    """Its address, once it has scraped twice."""
+    rules = INFRA / "prometheus/alerts.yml"
+    scraped = [{"job_name": "deleatur", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}]
+    config = {
+        "global": {"scrape_interval": "4s", "evaluation_interval": "1s"},
+        "rule_files": [str(rules)],
+        "scrape_configs": scraped,
+    }
+    (folder / "prometheus.yml").write_text(json.dumps(config), "utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        program("prometheus", PROMTOOL),
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while not asked(address, "count_over_time(deleatur_readable[1m]) > 1"):
+            assert process.poll() is None, (folder / "log").read_text("utf-8")
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def asked(address: str, expr: str) -> list[dict[str, object]]:
+    try:
+        with urlopen(f"{address}/api/v1/query?{urlencode({'query': expr})}", timeout=10) as answer:
+            return list(json.load(answer)["data"]["result"])
+    except OSError:
+        return []
+
+
+def test_every_panel_shows_something(exporter: int, tmp_path: Path) -> None:
+    with prometheus(tmp_path, exporter) as address:
+        shown = look.draw(address, tmp_path / "board.png", hours=0.1)
+    assert {title for title, series in shown.items() if not series} == set(ELSEWHERE)
+    assert (tmp_path / "board.png").stat().st_size > 100_000
+
+
+def test_rules_are_evaluated_on_it_and_the_right_ones_wait_to_fire(exporter: int, tmp_path: Path) -> None:
+    with prometheus(tmp_path, exporter) as address:
+        deadline = time.monotonic() + 60
+        while not (pending := asked(address, "ALERTS")) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        with urlopen(f"{address}/api/v1/rules", timeout=10) as answer:
+            groups = json.load(answer)["data"]["groups"]
+    rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
+    assert set(rules) == set(alerts())
+    assert {name for name, rule in rules.items() if rule["health"] == "err"} == set()
+    names = {found["metric"]["alertname"] for found in pending}  # type: ignore[index]
+    assert "DeleaturSimulatedLive" in names, "these raters are simulated"
+    assert "DeleaturLedgerBroken" not in names

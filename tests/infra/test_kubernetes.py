@@ -1,0 +1,132 @@
+"""The manifests: built by kustomize, checked against Kubernetes' own schemas, and by what we promise of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from programs import INFRA, program, ran, run
+from test_compose import FILE as COMPOSE
+from test_compose import filled
+from test_images import VERSION
+
+from deleatur.io.versions import GRACE
+
+OVERLAYS = ("local", "aws")
+KUBERNETES = "1.33"
+Document = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each overlay with its secrets filled in, as one file."""
+    root = tmp_path_factory.mktemp("infra")
+    shutil.copytree(INFRA, root, dirs_exist_ok=True)
+    out = {}
+    for name in OVERLAYS:
+        folder = root / "kubernetes/overlays" / name
+        shutil.copy(filled(root), folder / "secrets.env")
+        out[name] = root / f"{name}.yaml"
+        out[name].write_text(ran(program("kubectl"), "kustomize", folder), "utf-8")
+    return out
+
+
+def documents(path: Path) -> list[Document]:
+    return list(yaml.safe_load_all(path.read_text("utf-8")))
+
+
+def pods(path: Path) -> Iterator[tuple[str, Document]]:
+    for document in documents(path):
+        if document["kind"] in ("Deployment", "StatefulSet", "Job"):
+            yield document["metadata"]["name"], document["spec"]["template"]["spec"]
+
+
+def containers(path: Path) -> Iterator[tuple[str, Document]]:
+    for name, pod in pods(path):
+        yield from ((name, c) for c in (*pod.get("initContainers", []), *pod["containers"]))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_without_secrets_nothing_is_built(overlay: str) -> None:
+    done = run(program("kubectl"), "kustomize", INFRA / "kubernetes/overlays" / overlay)
+    assert done.returncode != 0
+    assert "secrets.env" in done.stderr
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_it_is_what_kubernetes_takes(overlay: str, built: dict[str, Path], tmp_path: Path) -> None:
+    check = (program("kubernetes-validate"), "--strict", "-k", KUBERNETES)
+    ran(*check, built[overlay])
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(built[overlay].read_text("utf-8").replace("readinessProbe", "readynessProbe", 1), "utf-8")
+    assert run(*check, wrong).returncode != 0
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_keeps_to_the_restricted_standard(overlay: str, built: dict[str, Path]) -> None:
+    for name, pod in pods(built[overlay]):
+        assert pod["securityContext"]["runAsNonRoot"], name
+        assert pod["securityContext"]["runAsUser"] > 0, name
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert pod["enableServiceLinks"] is False, f"{name}: PREFECT_PORT would be a setting"
+    for name, container in containers(built[overlay]):
+        own = container["securityContext"]
+        assert own["readOnlyRootFilesystem"], name
+        assert own["allowPrivilegeEscalation"] is False, name
+        assert own["capabilities"] == {"drop": ["ALL"]}, name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_container_has_bounds_a_version_and_somebody_who_looks_after_it(
+    overlay: str, built: dict[str, Path]
+) -> None:
+    for name, container in containers(built[overlay]):
+        assert "memory" in container["resources"]["limits"], name
+        assert {"cpu", "memory"} <= set(container["resources"]["requests"]), name
+        assert VERSION.search(container["image"]), name
+    for name, pod in pods(built[overlay]):
+        if pod.get("restartPolicy") != "OnFailure":
+            assert all("livenessProbe" in container for container in pod["containers"]), name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_secret_stands_where_it_can_be_read(overlay: str, built: dict[str, Path]) -> None:
+    rest = [d for d in documents(built[overlay]) if d["kind"] != "Secret"]
+    assert "given-" not in yaml.safe_dump(rest)
+    for path in (INFRA / "kubernetes").rglob("*.yaml"):
+        assert "kind: Secret" not in path.read_text("utf-8"), path
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_whatever_is_referred_to_is_there(overlay: str, built: dict[str, Path]) -> None:
+    named = {(d["kind"], d["metadata"]["name"]) for d in documents(built[overlay])}
+    [keys] = [set(d["data"]) for d in documents(built[overlay]) if d["kind"] == "Secret"]
+    for name, container in containers(built[overlay]):
+        for source in container.get("envFrom", []):
+            assert ("ConfigMap", source["configMapRef"]["name"]) in named, name
+        for variable in container.get("env", []):
+            if ref := variable.get("valueFrom", {}).get("secretKeyRef"):
+                assert ("Secret", ref["name"]) in named, name
+                assert ref["key"] in keys, f"{name}: {ref['key']}"
+
+
+def test_workers_have_time_to_save_and_one_gpu_each(built: dict[str, Path]) -> None:
+    found = dict(pods(built["aws"]))
+    for name in ("worker-cpu", "worker-gpu"):
+        assert found[name]["terminationGracePeriodSeconds"] >= GRACE + 30, name
+    [worker] = found["worker-gpu"]["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "worker-gpu" not in dict(pods(built["local"]))
+
+
+def test_images_are_those_of_compose(built: dict[str, Path]) -> None:
+    theirs = {
+        str(image)
+        for service in yaml.safe_load(COMPOSE.read_text("utf-8"))["services"].values()
+        if not str(image := service.get("image", "deleatur")).startswith("deleatur")
+    }
+    assert theirs == {c["image"] for _, c in containers(built["local"]) if not c["image"].startswith("deleatur")}

@@ -1,0 +1,43 @@
+"""The runbook: a section for every alert, and commands that there are."""
+
+from __future__ import annotations
+
+import re
+
+from programs import INFRA, ROOT
+from test_watching import alerts
+from typer.main import get_command
+
+from deleatur.cli import app
+
+TEXT = (INFRA / "RUNBOOK.md").read_text("utf-8")
+
+
+def sections(level: int) -> list[str]:
+    return re.findall(rf"^{'#' * level} (.*)$", TEXT, re.MULTILINE)
+
+
+def test_every_alert_leads_to_a_section_of_its_own() -> None:
+    assert sections(3) == list(alerts()), "in the order of the rules"
+    for name, rule in alerts().items():
+        assert rule["annotations"]["runbook"] == f"infra/RUNBOOK.md#{name.lower()}"
+
+
+def test_what_an_operator_does_has_a_section() -> None:
+    wanted = ["Deploy", "Upgrade", "Rotate credentials", "Back up and restore", "Evict", "Roll back", "Alerts"]
+    assert sections(2) == wanted
+
+
+def test_commands_are_ours() -> None:
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    for page in ("RUNBOOK.md", "README.md"):
+        text = (INFRA / page).read_text("utf-8")
+        for command in re.findall(r"(?:^\$ |`)deleatur ([a-z]+)", text, re.MULTILINE):
+            assert command in known, f"{page}: deleatur {command}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in ("RUNBOOK.md", "README.md"):
+        text = (INFRA / page).read_text("utf-8")
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            assert (INFRA / link).exists() or (ROOT / link).exists(), f"{page}: {link}"

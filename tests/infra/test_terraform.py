@@ -1,0 +1,66 @@
+"""The Terraform files. Their provider cannot be had without the network: what is checked is what can be without it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import hcl2
+import pytest
+from programs import INFRA, program, run
+
+FOLDER = INFRA / "terraform"
+FILES = sorted(FOLDER.glob("*.tf"))
+
+
+def test_they_are_formatted() -> None:
+    terraform = program("terraform", "no package registry has it", required=False)
+    done = run(terraform, "fmt", "-check", FOLDER)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def blocks() -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for file in FILES:
+        for kind, own in hcl2.loads(file.read_text("utf-8")).items():
+            found.setdefault(kind, []).extend(own if isinstance(own, list) else [])
+    return found
+
+
+def bare(name: str) -> str:
+    return name.strip('"')
+
+
+def declared(blocks: dict[str, list[Any]]) -> Iterator[str]:
+    for block in blocks["variable"]:
+        yield from (f"var.{bare(name)}" for name in block)
+    for block in blocks["locals"]:
+        yield from (f"local.{name}" for name in block if not name.startswith("__"))  # the parser's own
+    for kind, prefix in (("resource", ""), ("data", "data.")):
+        for block in blocks[kind]:
+            yield from (f"{prefix}{bare(t)}.{bare(name)}" for t, own in block.items() for name in own)
+
+
+def test_whatever_is_referred_to_is_declared_and_every_variable_is_used(blocks: dict[str, list[Any]]) -> None:
+    text = re.sub(r"#.*", "", "\n".join(file.read_text("utf-8") for file in FILES))
+    known = set(declared(blocks))
+    used = set(re.findall(r"\b(?:var|local)\.\w+|\b(?:data\.)?aws_\w+\.\w+", text))
+    used = {name for name in used if f"data.{name}" not in used} | {n for n in used if n.startswith("data.")}
+    assert used <= known, used - known
+    assert {name for name in known if name.startswith(("var.", "local."))} <= used
+
+
+def test_bucket_and_database_are_closed_and_encrypted_and_no_password_is_ours(blocks: dict[str, list[Any]]) -> None:
+    resources = {bare(t): own for block in blocks["resource"] for t, own in block.items()}
+    [access] = resources["aws_s3_bucket_public_access_block"].values()
+    assert all(v is True for k, v in access.items() if k.startswith(("block_", "ignore_", "restrict_")))
+    [database] = resources["aws_db_instance"].values()
+    assert database["storage_encrypted"] is True
+    assert database["manage_master_user_password"] is True
+    assert "password" not in database
+    assert database.get("publicly_accessible", False) is False
+    [nodes] = resources["aws_eks_node_group"].values()
+    [taint] = nodes["taint"]
+    assert bare(taint["key"]) == "nvidia.com/gpu"
