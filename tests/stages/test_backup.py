@@ -21,7 +21,7 @@ from deleatur.io import ledger, tables, versions
 from deleatur.io.copies import versions as versions_of
 from deleatur.io.ledger import Subject
 from deleatur.io.objects import local
-from deleatur.io.tracking import CHAMPION, EVIDENCE
+from deleatur.io.tracking import CHAMPION, EVIDENCE, LAST
 from deleatur.settings import Settings
 from deleatur.stages import gate, register, rollback
 from deleatur.stages.backup import backup, restore
@@ -40,7 +40,7 @@ def judged_by(settings: Settings, limit: float) -> None:
 
 @pytest.fixture(scope="module")
 def taken(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with three versions, of which one was deleted and one taken back, and a verdict that failed. Beside it
+    """A project with four versions, of which one was deleted and one taken back, and a verdict that failed. Beside it
     its set, and a registry with nothing in it.
     """
     root = tmp_path_factory.mktemp("taken") / "project"
@@ -48,7 +48,7 @@ def taken(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = finished.copy(shared, root)
     with pytest.MonkeyPatch.context() as patch, chdir(root):
         patch.setattr(versions, "status", lambda root: {})
-        for limit in (-5.0, -4.0, -3.0):
+        for limit in (-6.0, -5.0, -4.0, -3.0):
             judged_by(settings, limit)
         judged_by(settings, 5.0)
         rollback.rollback(settings, "Ada", "it draws swords")
@@ -112,13 +112,13 @@ def files(settings: Settings, version: str) -> dict[str, str]:
 def test_all_is_back(taken: Path, fresh: Settings) -> None:
     assert held(fresh)["runs"] == []
     found = restore(fresh, taken.parent / "set")
-    assert (found.versions, found.decisions) == (2, len(ledger.read(fresh.register_.ledger).entries))
+    assert (found.versions, found.decisions) == (3, len(ledger.read(fresh.register_.ledger).entries))
     with chdir(taken):
-        before, weights = held(at(taken)), files(at(taken), "2")
-    assert len(before["runs"]) == 4
+        before, weights = held(at(taken)), files(at(taken), "3")
+    assert len(before["runs"]) == 5
     assert held(fresh) == before
-    assert before["aliases"][CHAMPION] == "2"
-    assert files(fresh, "2") == weights
+    assert before["aliases"][CHAMPION] == "3"
+    assert files(fresh, "3") == weights
     assert len(weights) > 5
     assert history(fresh).problems == []
     for name in ("dvc.lock", "params.yaml", ".dvc/config"):
@@ -218,4 +218,14 @@ def test_a_broken_chain_is_not_backed_up_and_nothing_is_left(taken: Path, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
     with pytest.raises(DataError, match="exists already"):
         backup(at(taken), taken.parent / "set")
-    assert tables.read_json(taken.parent / "set" / "manifest.json")["versions"] == 2
+    assert tables.read_json(taken.parent / "set" / "manifest.json")["versions"] == 3
+
+
+def test_what_somebody_moved_by_hand_is_settled_first(taken: Path, tmp_path: Path) -> None:
+    shutil.copytree(taken, tmp_path / "p")
+    with chdir(tmp_path / "p"):
+        own = registry_of(here := at(tmp_path / "p"))
+        own.client.delete_model_version(own.model, own.aliases()[LAST])
+        with pytest.raises(DataError, match="moved aliases by hand: last_known_good is no version"):
+            backup(here, tmp_path / "set")
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]

@@ -22,7 +22,7 @@ from deleatur.io.copies import Copy
 from deleatur.io.ledger import Ledger
 from deleatur.settings import Settings
 from deleatur.stages.history import history
-from deleatur.stages.release import in_hand, registry_of
+from deleatur.stages.release import deciding, registry_of
 
 POINTERS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config")
 """Of the workspace; all else of it is git's."""
@@ -41,13 +41,15 @@ class Set:
 
 
 def backup(settings: Settings, folder: Path) -> Set:
-    """Raises DataError where the folder exists, or the ledger was changed: a broken chain is nothing to go back to."""
+    """Raises DataError where the folder exists, the ledger was changed, or an alias was moved by hand: parts that
+    contradict each other are nothing to go back to.
+    """
     if folder.exists():
         raise DataError(f"{folder} exists already", hint="name a new folder")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        with in_hand(settings) as release:
+        with deciding(settings) as release:
             copy = Copy(release.registry, partial / "registry")
             copy.save()
             known = release.ledger
