@@ -330,6 +330,11 @@ def answering(uri: str, missing: DeleaturError | None = None) -> Iterator[None]:
         where, said = _without_password(uri), _without_password(str(e).strip().splitlines()[0])
         if e.error_code == "INVALID_PARAMETER_VALUE":
             raise SettingsError(f"MLflow at {where} does not accept the `register` section: {said}") from e
+        if e.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise SettingsError(
+                f"MLflow at {where} refuses the credentials: {said}",
+                hint="export MLFLOW_TRACKING_USERNAME=… MLFLOW_TRACKING_PASSWORD=…",
+            ) from e
         raise ServiceError(f"MLflow at {where} did not do it: {said}", hint="deleatur stage register") from e
 
 

@@ -1,0 +1,147 @@
+"""The stores of production, real ones: PostgreSQL below MLflow with users, S3 below MLflow's artifacts and DVC."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import boto3
+import finished
+import psycopg
+import pytest
+from botocore.exceptions import ClientError
+from local import BUCKET, Stack
+
+from deleatur.errors import ServiceError, SettingsError
+from deleatur.io import ledger, objects, versions
+from deleatur.io.tracking import CHAMPION, LAST, QUARANTINED, place_of
+from deleatur.settings import Settings
+from deleatur.stages import gate, register, rollback
+from deleatur.stages.backup import backup, restore
+from deleatur.stages.history import history
+from deleatur.stages.release import registry_of
+from deleatur.stages.verify import verify
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("servers")]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(versions, "status", lambda root: {})  # it takes seconds to ask DVC
+    monkeypatch.setattr(objects, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+def judged_by(limit: float) -> None:
+    """The same evidence under another policy: another verdict, and another version."""
+    given = Settings.load().model_dump(mode="json", by_alias=True) | {"gate": finished.passing(limit)}
+    settings = Settings.model_validate(given)
+    gate.run(settings)
+    register.run(settings)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def keys(prefix: str) -> Iterator[str]:
+    for page in boto3.Session().client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix):
+        yield from (found["Key"] for found in page.get("Contents", []))
+
+
+def test_a_clone_gets_everything_from_the_bucket(project: Path, tmp_path: Path) -> None:
+    finished.git(project, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qam", "remote")
+    finished.dvc(project, "push", "--quiet")
+    assert len(list(keys(f"{tmp_path.name}/files/md5/"))) > 20
+    finished.git(tmp_path, "clone", "--quiet", str(project), "clone")
+    for stage in ("tokens", "delta", "shots", "scores"):
+        assert not (tmp_path / "clone" / "out" / stage).exists()
+    finished.dvc(tmp_path / "clone", "pull", "--quiet")
+    for stage in ("tokens", "delta", "shots", "scores"):
+        own = digests(project / "out" / stage)
+        assert own
+        assert digests(tmp_path / "clone" / "out" / stage) == own
+
+
+def test_a_version_lies_in_the_bucket_and_is_taken_back(project: Path, servers: Stack) -> None:
+    for limit in (-5.0, -4.0):
+        judged_by(limit)
+    settings = Settings.load()
+    own = registry_of(settings)
+    assert own.aliases() == {CHAMPION: "2", LAST: "1"}
+    with psycopg.connect(**servers.postgres, dbname="mlflow") as database:
+        rows = database.execute("SELECT alias, version FROM registered_model_aliases WHERE name = %s", [own.model])
+        assert dict(rows) == {CHAMPION: 2, LAST: 1}
+    model_id = place_of(f"models:/{own.model}/2").rstrip("/").split("/")[-2]
+    assert any(key.endswith(".safetensors") for key in keys("mlflow/") if model_id in key)
+    assert digests(Path(objects.local(f"models:/{own.model}@champion", "delta"))) == digests(Path("out/delta"))
+    verify(settings, "2", ledger.read(settings.register_.ledger).entries, fetch=True)
+    rollback.rollback(settings, "Ada", "it draws swords")
+    assert own.aliases() == {CHAMPION: "1", QUARANTINED: "2"}
+    assert history(settings).problems == []
+
+
+def test_servers_that_lost_power_know_all_that_was_decided(project: Path, servers: Stack) -> None:
+    judged_by(-5.0)
+    settings = Settings.load()
+    for name in ("mlflow", "s3", "postgres"):
+        servers.kill(name)
+    with pytest.raises(ServiceError, match="did not do it"):
+        judged_by(-4.0)
+    servers.start("postgres", "s3", "mlflow")
+    assert registry_of(settings).aliases() == {CHAMPION: "1"}
+    verify(settings, "1", ledger.read(settings.register_.ledger).entries, fetch=True)
+    judged_by(-4.0)
+    assert registry_of(settings).aliases() == {CHAMPION: "2", LAST: "1"}
+    assert len(registry_of(settings).client.search_runs([registry_of(settings).experiment_id])) == 2
+
+
+def test_a_set_goes_from_these_stores_into_any_other(project: Path, tmp_path: Path) -> None:
+    for limit in (-5.0, -4.0):
+        judged_by(limit)
+    settings = Settings.load()
+    backup(settings, tmp_path / "set")
+    database = tmp_path / "other.db"
+    shutil.copy(project / "mlflow.db", database)  # has tables, and nothing in them
+    other = settings.model_copy(
+        update={
+            "register_": settings.register_.model_copy(
+                update={"tracking_uri": f"sqlite:///{database}", "ledger": tmp_path / "ledger.jsonl"}
+            )
+        }
+    )
+    restore(other, tmp_path / "set")
+    assert registry_of(other).aliases() == registry_of(settings).aliases()
+    verify(other, "2", ledger.read(tmp_path / "ledger.jsonl").entries, fetch=True)
+
+
+def test_nobody_gets_in_without_a_password(project: Path, servers: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HTTPError, match="401"):
+        urlopen(f"{servers.clients['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search?max_results=1")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "guessed")
+    with pytest.raises(SettingsError, match="refuses the credentials"):
+        judged_by(-5.0)
+    assert not Settings.load().register_.ledger.exists()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "guessed")
+    with pytest.raises(ClientError, match="SignatureDoesNotMatch"):
+        list(keys("mlflow/"))
+    wrong = "postgresql://deleatur:guessed@127.0.0.1"
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        psycopg.connect(wrong, port=servers.ports["postgres"], dbname="mlflow")
+
+
+def test_doctor_finds_the_stores_sound(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged_by(-5.0)
+    done = subprocess.run([sys.executable, "-m", "deleatur", "doctor"], capture_output=True, text=True, check=False)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0, said
+    assert "the DVC remote, s3://deleatur/" in said
+    assert "takes, gives back and removes" in said
+    assert "answers: 1 versions" in said
