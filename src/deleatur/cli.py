@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import wraps
 from itertools import dropwhile
 from pathlib import Path
@@ -412,6 +413,39 @@ def quarantine(
 def _say_taken_back(done: TakenBack) -> None:
     was, live = "was already" if done.already else "is", f"version {done.live} is" if done.live else "none is"
     out.print(f"Version {done.left} {was} quarantined; {live} champion", highlight=False)
+
+
+@app.command()
+@guarded
+def canary(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look, and quarantine nothing.")] = False,
+    params: Params = Path("params.yaml"),
+    as_json: Json = False,
+) -> None:
+    """Draw what is live again, with the noise of last time, for every concept that was ever erased.
+
+    A version that a concept is back in is quarantined, and what was live before it is live again. What counts as back
+    is in the section `canary` of params.yaml. Exit code: 0 all are gone, or nothing is live; 10 one is back; 11 not
+    enough evidence.
+    """
+    from deleatur.settings import Settings
+    from deleatur.stages import canary as stage
+
+    settings = Settings.load(params)
+    found, taken_back = stage.run(settings, dry=dry_run) or (None, None)
+    if as_json:
+        plain = found and {"outcome": found.outcome, **asdict(found)}
+        tell({"canary": plain, "quarantined": taken_back and taken_back.left})
+    elif found is None:
+        out.print("Nothing is live that has anything erased", highlight=False)
+    else:
+        for look in found.looks:
+            style = {"pass": "green", "fail": "red"}.get(look.outcome, "yellow")
+            out.print(Text.assemble((f"{look.outcome.upper():<20} ", style), f"{look.concept}: {look.reason}"))
+        if taken_back:
+            _say_taken_back(taken_back)
+        out.print(f"Pictures: {settings.canary.folder}/", highlight=False)
+    raise typer.Exit(VERDICT_CODES[found.outcome] if found else 0)
 
 
 @app.command()

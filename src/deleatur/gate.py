@@ -27,9 +27,8 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, model_vali
 
 from deleatur.errors import SettingsError
 from deleatur.maths.agreement import size_to_clear
-from deleatur.records import Finding, Outcome, Report, Role, Score, Side, Verdict
+from deleatur.records import WORST_FIRST, Finding, Outcome, Report, Role, Score, Side, Verdict
 
-WORST_FIRST: tuple[Outcome, ...] = ("fail", "not enough evidence", "pass")
 HARMFUL: frozenset[Role] = frozenset({"concept", "word", "token", "attack"})
 """What these prompts ask for is the concept itself."""
 SIMULATED = (
@@ -162,7 +161,7 @@ def apply(name: str, rule: Rule, report: Report) -> Finding:
         return Finding(name, "pass", FIRST, None, "nothing to do")
     if found is None:
         return Finding(name, "not enough evidence", _missing(rule, report), None, _measure(rule))
-    return Finding(name, found.outcome, _reason(found), found.margin, _remedy(found, report.identity.method))
+    return Finding(name, found.outcome, reason(found), found.margin, _remedy(found, report.identity.method))
 
 
 def deciding(rule: Rule, report: Report) -> Weighing | None:
@@ -213,7 +212,8 @@ def _is(score: Score, rule: Rule, side: Side, versus: Side | None) -> bool:
     return of_slice and (score.metric, score.side, score.versus) == (rule.metric, side, versus)
 
 
-def _reason(w: Weighing) -> str:
+def reason(w: Weighing) -> str:
+    """The numbers of a weighing and what they come to, in a sentence."""
     phrase = {
         "pass": f"the whole interval is inside, by {_number(w.margin)}",
         "fail": f"the whole interval is outside, by {_number(-w.margin)}",

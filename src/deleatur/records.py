@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
 
 Kind = Literal["binary", "rank"]
 Outcome = Literal["pass", "fail", "not enough evidence"]
+WORST_FIRST: tuple[Outcome, ...] = ("fail", "not enough evidence", "pass")
 Side = Literal["base", "champion", "candidate"]
 Role = Literal["concept", "word", "token", "attack", "neighbour", "keep", "unseen"]
 """What a prompt is there for. word, token: the concept's own words and soft tokens, alone; others come from files."""
@@ -276,3 +277,35 @@ class Verdict:
     policy: str
     """Digest of the gate section."""
     simulated: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """One concept in pictures that a version drew once more."""
+
+    concept: str
+    outcome: Outcome
+    """fail: it is back."""
+    reason: str
+    scores: Sequence[Score]
+    """Of the version, and of the untouched model, which shows whether the detector sees anything. None where the
+    concept is not known any more."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """What a version that was live drew, some time after its release."""
+
+    version: str
+    time: str
+    """UTC, ISO 8601."""
+    looks: Sequence[Look]
+
+    @property
+    def outcome(self) -> Outcome:
+        return min((look.outcome for look in self.looks), key=WORST_FIRST.index)
+
+    @property
+    def breach(self) -> str:
+        """Why the version must not stay; empty: it may."""
+        return "; ".join(f"{look.concept} is back: {look.reason}" for look in self.looks if look.outcome == "fail")

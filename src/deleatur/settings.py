@@ -315,6 +315,30 @@ class Compare(Section):
         return listed
 
 
+class Canary(Section):
+    """What is live, drawn again and again: `deleatur canary`."""
+
+    seed: int = 1
+    """Of the noise, which is the same each time."""
+    split: Split = "test"
+    per_prompt: PositiveInt = 2
+    max: float = Field(default=0.4, gt=0, lt=1)
+    """Concept rate that is a breach when the whole interval lies above it: a share of the untouched model's."""
+    min_n: PositiveInt = 40
+    retired: tuple[Name, ...] = ()
+    """Concepts that were erased once, and that nobody minds any more."""
+    folder: Path = Path("out/canary")
+
+    @property
+    def rule(self) -> Rule:
+        of = {"metric": "concept_rate", "slice": "concept", "side": "champion", "relative": "base"}
+        return Rule.model_validate({**of, "max": self.max, "min_n": self.min_n})
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "canary.json"
+
+
 class Settings(Section):
     seed: int
     base: Base
@@ -334,13 +358,15 @@ class Settings(Section):
     register_: Register = Field(alias="register")  # `register` is a method of every abstract class
     compare: Compare | None = None
     """Left out where nothing is compared."""
+    canary: Canary = Canary()
 
     @property
     def made_by(self) -> str:
         """SHA-256 of what was given and can change a result. The policy and the registry judge and release it; they are
-        no part of it, and neither is where it lies or what it is compared with.
+        no part of it, and neither is where it lies, what it is compared with or how it is watched.
         """
-        given = self.model_dump(mode="json", exclude={"gate", "register_", "paths", "compare"}, exclude_unset=True)
+        aside = {"gate", "register_", "paths", "compare", "canary"}
+        given = self.model_dump(mode="json", exclude=aside, exclude_unset=True)
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
     @field_validator("targets")
@@ -363,8 +389,10 @@ class Settings(Section):
         sources = {f"the source {s} of ingest": Path(re.split(r"[*?\[]", s)[0]) for s in self.ingest.sources}
         prompts = {f"the prompt file of {name}": spec.prompts for name, spec in self.concepts.items()}
         self.paths.demand(OURS | sources | prompts | {"the ledger (register.ledger)": self.register_.ledger})
+        others = {f"paths.{n}": p for n, p in self.paths} | OURS | sources | prompts
         if self.compare:
-            _demand_apart(self.compare.folder, {f"paths.{n}": p for n, p in self.paths} | OURS | sources | prompts)
+            _demand_apart("compare.folder", self.compare.folder, others)
+        _demand_apart("canary.folder", self.canary.folder, others)
         return self
 
     @classmethod
@@ -391,13 +419,13 @@ class Settings(Section):
             raise SettingsError(explain(e, where), hint=hint) from e
 
 
-def _demand_apart(folder: Path, others: Mapping[str, Path]) -> None:
-    """The comparison empties folders within its own; nothing else may be there, nor it in anything else."""
+def _demand_apart(what: str, folder: Path, others: Mapping[str, Path]) -> None:
+    """It is emptied, or folders within it are; nothing else may be there, nor it in anything else."""
     if not _inside(folder, Path()):
-        raise ValueError(f"compare.folder: expected a folder of the project, got {folder}")
+        raise ValueError(f"{what}: expected a folder of the project, got {folder}")
     for name, path in others.items():
         if _inside(path, folder) or _inside(folder, path):
-            raise ValueError(f"compare.folder is {folder}, and {name} is {path}: keep them apart")
+            raise ValueError(f"{what} is {folder}, and {name} is {path}: keep them apart")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from test_watching import PROMTOOL, alerts
 
 from deleatur.io import journal, versions
-from deleatur.stages import register
+from deleatur.stages import canary, register
 from deleatur.stages.exporter import Exporter
 
 sys.path.insert(0, str(INFRA / "grafana"))
@@ -46,6 +46,7 @@ def exporter(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch, chdir(root):
         patch.setattr(versions, "status", lambda root: {})
         register.run(settings)
+        canary.run(settings, dry=True)
         journal.write(settings.paths.state, "erase", "resumed", lost=3)
         asked = CollectorRegistry()
         asked.register(Exporter(Path("params.yaml")))

@@ -27,10 +27,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from deleatur.gate import HARMFUL, SIMULATED, WORST_FIRST, Rule, Weighing, deciding, headline
+from deleatur.gate import HARMFUL, SIMULATED, Rule, Weighing, deciding, headline
 from deleatur.io.images import encode, grid
 from deleatur.io.tables import replacing
-from deleatur.records import Detector, Finding, Outcome, Report, Role, Score, Side, Verdict
+from deleatur.records import WORST_FIRST, Detector, Finding, Outcome, Report, Role, Score, Side, Verdict
 
 SIDES: tuple[Side, ...] = get_args(Side)
 PLOT = (7.0, 253.0)  # first and last pixel of an interval plot, 260 wide

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from deleatur.errors import DataError
+from deleatur.errors import DataError, ModelError
 from deleatur.io.ledger import Entry
 from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, QUARANTINED
 from deleatur.settings import Settings
@@ -56,16 +56,21 @@ def rollback(settings: Settings, who: str, reason: str, to: str | None = None) -
 
 
 def quarantine(settings: Settings, version: str, who: str, reason: str) -> TakenBack:
-    """The version must not be used any more. If it is live, the last known good one is instead, or none."""
+    """The version must not be used any more. If it is live, the last known good one is instead, or none: also where
+    the files of that one are not those that were judged.
+    """
     _demand(who, reason)
     with deciding(settings) as release:
         about, aliases = release.subject(version), release.ledger.aliases
         if version in quarantined(release.ledger.entries):
             return TakenBack(version, aliases.get(CHAMPION), already=True)
-        live = aliases.get(CHAMPION)
-        if live == version:
-            live = aliases.get(LAST)
-        moves = {QUARANTINED: version, CHAMPION: live, LAST: good(release.ledger.entries, but={version, live})}
+        live, bad = aliases.get(CHAMPION), {version}
+        if live == version and (live := aliases.get(LAST)):
+            try:
+                _may_be_live(settings, release, live)
+            except (DataError, ModelError) as e:
+                reason, bad, live = f"{reason} (and nothing instead: {e})", {version, live}, None
+        moves = {QUARANTINED: version, CHAMPION: live, LAST: good(release.ledger.entries, but={*bad, live})}
         if aliases.get(CHALLENGER) == version:
             moves[CHALLENGER] = None
         release.decide("quarantine", about, who, reason, moves)

@@ -27,6 +27,7 @@ SOURCES: dict[str, Callable[[Settings], Iterator[Metric]]] = {
     "signatures": released.signed,
     "report": evidence.measured,
     "verdict": evidence.judged,
+    "canary": evidence.watched,
     "sources": people.said,
     "feedback": people.ingested,
     "waiting": people.answered,

@@ -8,9 +8,9 @@ from prometheus_client import Metric
 
 from deleatur.io import documents, ledger
 from deleatur.io.tracking import CHAMPION
-from deleatur.records import Outcome, Report, Score, Verdict
+from deleatur.records import Canary, Outcome, Report, Score, Verdict
 from deleatur.settings import Settings
-from deleatur.stages.exporter.series import gauge
+from deleatur.stages.exporter.series import gauge, seconds
 
 OUTCOME: dict[Outcome, float] = {"pass": 1.0, "not enough evidence": 0.0, "fail": -1.0}
 NAMES = ("metric", "slice", "concept", "side", "versus", "detector")
@@ -36,6 +36,21 @@ def judged(settings: Settings) -> Iterator[Metric]:
     margins = {rule: f.margin for rule, f in findings.items() if f.margin is not None}
     yield gauge("rule_margin", "How far inside the limit the deciding end of the interval is.", margins, "rule")
     yield gauge("verdict_live", "1: the newest verdict is about what is live.", _is_live(settings, verdict))
+
+
+def watched(settings: Settings) -> Iterator[Metric]:
+    """What the last canary saw. There is none before the first."""
+    if not settings.canary.result.is_file():
+        return
+    found = documents.read(settings.canary.result, Canary)
+    outcomes = {(look.concept,): OUTCOME[look.outcome] for look in found.looks}
+    yield gauge("canary", "What is live, drawn again: 1 the concept is gone, 0 unclear, -1 back.", outcomes, "concept")
+    scores = {(look.concept, score.side): score for look in found.looks for score in look.scores}
+    about, of = "Share of its pictures with the concept", ("concept", "side")
+    yield gauge("canary_rate", f"{about}.", {k: s.value for k, s in scores.items()}, *of)
+    yield gauge("canary_rate_low", f"{about}: lower end of its interval.", {k: s.low for k, s in scores.items()}, *of)
+    yield gauge("canary_rate_high", f"{about}: upper end of its interval.", {k: s.high for k, s in scores.items()}, *of)
+    yield gauge("canary_timestamp_seconds", "When that was.", seconds(found.time))
 
 
 def _labels(score: Score, concepts: tuple[str, ...]) -> tuple[str, ...]:
