@@ -33,6 +33,27 @@ def calls(on_call: Callable[[Counter[str]], None] = lambda counts: None) -> Iter
         handle.remove()
 
 
+@contextmanager
+def rows() -> Iterator[Counter[str]]:
+    """Inside, every latent that goes through a UNet counts: "forward" without gradient, "backward" with; beside them,
+    the most that went through at once, as "wide" and "deep".
+    """
+    counts: Counter[str] = Counter()
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        if type(module).__name__ == UNET:
+            n = len(args[0])
+            total, most = ("backward", "deep") if output.sample.requires_grad else ("forward", "wide")
+            counts[total] += n
+            counts[most] = max(counts[most], n)
+
+    handle = register_module_forward_hook(count)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
 def killed(work: Callable[[], object], when: Callable[[], object] = lambda: None) -> bool:
     """Whether a process of its own was killed while it worked; `when` runs in it before, and arranges that."""
     child = os.fork()

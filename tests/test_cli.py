@@ -15,6 +15,7 @@ import workspace
 import yaml
 from typer.testing import CliRunner
 
+from deleatur import plug
 from deleatur.cli import app
 from deleatur.cli import here as here_is
 
@@ -337,3 +338,31 @@ def test_commands_are_printed_as_they_work_in_this_terminal(
         assert said.startswith(f"{'dvc' if 'dvc' in command else 'deleatur'} of the project")
         if "dvc" in command:
             assert str(folder / "deleatur") in said, "DVC finds it too"
+
+
+def test_check_says_what_the_chain_takes(here: Path) -> None:
+    done = run(app, ["check", "--json"])
+    assert done.exit_code == 0, done.output
+    lines = {line["name"]: line for line in json.loads(done.output)["cost"]}
+    assert list(lines) == ["invert", "erase", "attack", "sample"]
+    erase = lines["erase"]
+    assert erase["method"] == "sdd"
+    assert erase["cost"]["work"]["backward"] == 6 * (2 + 2), "six iterations of two states, and two preserved ones"
+    assert erase["cost"]["trained"] > 0
+    assert all(line["seconds"] > 0 and line["cost"]["memory"] > 0 for line in lines.values())
+    said = run(app, ["check"]).output
+    assert "What the chain takes on this machine" in said
+
+
+@pytest.mark.slow
+def test_methods_tells_costs_for_stable_diffusion_and_here(here: Path) -> None:
+    found = json.loads(run(app, ["methods", "erasers", "--cost", "--json"]).output)
+    sd, own = ({line["method"]: line["cost"] for line in found[key]} for key in ("Stable Diffusion 1.4", "here"))
+    assert set(sd) == set(own) == set(plug.names("erasers"))
+    assert sd["esd"]["trained"] == 43_962_560
+    assert sd["uce"]["operations"] == 0
+    assert sd["safegen"]["operations"] > sd["esd"]["operations"] / 10
+    assert own["sdd"]["work"]["backward"] == 6 * (2 + 2)
+    said = run(app, ["methods", "--cost"]).output
+    assert "Stable Diffusion 1.4" in said
+    assert "concept_inversion" in said

@@ -49,7 +49,8 @@ def test_a_finished_chain_is_registered_and_says_what_to_type_next(project: Path
 @pytest.mark.parametrize(
     ("code", "file", "old", "new", "said"),
     [
-        (3, "prompts/weapon.csv", "concept", "consept", "DataError: erase: prompts/weapon.csv, line 2: role"),
+        (4, "models/clip/config.json", "{", "[", "ModelError: reward: "),
+        (3, "prompts/weapon.csv", "concept", "consept", "DataError: prompts/weapon.csv, line 2: role"),
         (2, "params.yaml", "seed: 42", "sede: 42", "SettingsError: params.yaml has 2 problem"),
     ],
 )

@@ -140,7 +140,7 @@ def test_the_worked_example_installs_is_listed_and_keeps_the_shelfs_promises(tmp
     listed = run(tmp_path, "methods", "erasers", command=["-m", "deleatur"], path=site)
     assert "of deleatur-shave 1.0" in listed
     told = run(ROOT, "-k", "test_erasers and shave", command=["-m", "pytest", "-q", "tests/contracts"], path=site)
-    assert "2 passed" in told
+    assert "3 passed" in told
 
 
 @pytest.mark.slow

@@ -13,13 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.edit import touched
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.finetune import Probe, Progress
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.state import Saved
 from deleatur.erasers import Eraser
-from deleatur.records import Concept, Delta, LowRank
+from deleatur.records import Concept, Delta, Given, LowRank
 
 
 def direction(c: Tensor, c_0: Tensor) -> Tensor:
@@ -31,6 +32,10 @@ def direction(c: Tensor, c_0: Tensor) -> Tensor:
 class Shave(Eraser):
     strength: float = Field(1.0, ge=0, le=1)
     """s. 1 takes the direction away, 0 leaves everything as it was."""
+
+    def work(self, source: Given) -> Work:
+        """No network is asked; each number that changes is there once more."""
+        return Work(train="xattn_kv", held=4)
 
     def touches(self, model: Model) -> set[str]:
         return set(touched(model))

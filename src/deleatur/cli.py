@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import wraps
 from itertools import dropwhile
@@ -25,6 +25,7 @@ from deleatur.errors import ContinueMe, DataError, DeleaturError, ServiceError
 
 if TYPE_CHECKING:
     from deleatur.settings import Settings
+    from deleatur.stages.cost import Estimate
     from deleatur.stages.rollback import TakenBack
 
 P = ParamSpec("P")
@@ -113,16 +114,47 @@ def tell(value: Any) -> None:
 @app.command()
 @guarded
 def check(params: Params = Path("params.yaml"), as_json: Json = False) -> None:
-    """Validate params.yaml, every method's numbers and every input file, without running anything."""
+    """Validate params.yaml, every method's numbers and every input file, and say what running would take.
+
+    Nothing is run but one network call, to measure time with.
+    """
     from deleatur.settings import Settings
     from deleatur.stages.check import check as run
+    from deleatur.stages.cost import chain
 
-    lines = run(Settings.load(params))
+    settings = Settings.load(params)
+    lines = run(settings)
+    costs = chain(settings)
     if as_json:
-        tell({"ok": True, "checked": lines})
-    else:
-        for line in lines:
-            out.print(f"[green]ok[/green]  {line}", highlight=False)
+        tell({"ok": True, "checked": lines, "cost": [asdict(line) for line in costs]})
+        return
+    for line in lines:
+        out.print(f"[green]ok[/green]  {line}", highlight=False)
+    _costs("What the chain takes on this machine, from an empty folder", costs)
+
+
+def _costs(title: str, lines: Sequence[Estimate], console: Console = out) -> None:
+    from rich.table import Table
+
+    from deleatur.stages.cost import HOW, duration
+
+    if not lines:
+        return
+    timed = lines[0].seconds is not None
+    names = ("", "rows", "with gradient", "trained", "FLOP", "memory", *(["time"] if timed else []))
+    table = Table(*names, title=title, caption=HOW[timed], box=None, title_justify="left", caption_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    above = ""
+    for line in lines:
+        if line.name != above:
+            table.add_row(above := line.name, style="dim")
+        work, c = line.cost.work, line.cost
+        cells = [f"{work.forward:,.0f}", f"{work.backward:,.0f}", f"{c.trained / 1e6:.1f} M", f"{c.operations:.2g}"]
+        cells.append(f"{c.memory / 1e9:.1f} GB" if c.memory >= 1e9 else f"{c.memory / 1e6:.0f} MB")
+        cells += [duration(line.seconds)] if line.seconds is not None else []
+        table.add_row(f"  {line.method}", *cells)
+    console.print(table)
 
 
 @app.command()
@@ -178,6 +210,9 @@ def methods(
         str | None, typer.Argument(help="erasers, inversion, guides, detectors, metrics or attacks")
     ] = None,
     as_json: Json = False,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Network calls, memory and time of each method, known before it runs.")
+    ] = False,
     digests: Annotated[bool, typer.Option("--digests", hidden=True, help="Write what DVC knows methods by.")] = False,
 ) -> None:
     """What is on each shelf: every method with its numbers, their defaults and its source, and the package that brings
@@ -190,6 +225,9 @@ def methods(
         return
     from deleatur.stages.check import catalogue
 
+    if cost:
+        _methods_cost(shelf, as_json)
+        return
     found = catalogue(shelf)
     if as_json:
         tell(found)
@@ -203,6 +241,19 @@ def methods(
                 choices = f"  ({' | '.join(map(str, number['choices']))})" if number["choices"] else ""
                 meaning = number["meaning"].replace("\n", "\n        ")
                 out.print(Text.assemble(f"    {key} = {number['default']}{choices}  ", (meaning, "dim")))
+
+
+def _methods_cost(shelf: str | None, as_json: bool) -> None:
+    from deleatur.settings import Settings
+    from deleatur.stages import cost
+
+    sd = cost.published(shelf)
+    here = cost.methods(Settings.load(), shelf) if Path("params.yaml").is_file() else []
+    if as_json:
+        tell({"Stable Diffusion 1.4": [asdict(line) for line in sd], "here": [asdict(line) for line in here]})
+        return
+    _costs("Each method with its own numbers, on Stable Diffusion 1.4 in float32", sd)
+    _costs("Each method with the numbers of params.yaml, on its base model and this machine", here)
 
 
 @app.command()
@@ -267,6 +318,7 @@ def compare(
     there is not done again, so it can be stopped at any time. Rows that cannot be are named before anything runs.
     """
     from deleatur.settings import Settings
+    from deleatur.stages import cost
     from deleatur.stages.check import check
     from deleatur.stages.compare import collect, drive, log, plan
     from deleatur.stages.compare.cell import Stamps
@@ -284,8 +336,10 @@ def compare(
             for row in rows:
                 if why := stamps.refused(plan.Cell(concept, row, numbers[0])):
                     err.print(f"[yellow]Refused:[/yellow] {row} on {concept}: {escape(why)}", soft_wrap=True)
+        ahead = drive.missing(settings, stamps, drive.cells_of(names, rows, numbers))
+        _costs("What is ahead, each row with one seed", cost.rows(settings, ahead), err)
         try:
-            drive.run(settings, stamps, drive.cells_of(names, rows, numbers))
+            drive.run(settings, stamps, ahead)
         except KeyboardInterrupt:
             raise ContinueMe("stopped; what is done is kept", hint="deleatur compare (goes on there)") from None
     tables = [collect.table(settings, stamps, name, rows, numbers) for name in names]
@@ -525,8 +579,6 @@ def doctor(params: Params = Path("params.yaml"), as_json: Json = False) -> None:
 
     Each line is ok, warn or fail, with what to do next. Exit code: 1 where one fails.
     """
-    from dataclasses import asdict
-
     from deleatur.stages.doctor import Line, look
 
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -605,7 +657,7 @@ def demo(as_json: Json = False) -> None:
     """
     from deleatur.io import versions
     from deleatur.settings import Settings
-    from deleatur.stages import STAGES
+    from deleatur.stages import STAGES, cost
     from deleatur.stages.gate import show
     from deleatur.stages.progress import following
 
@@ -617,6 +669,8 @@ def demo(as_json: Json = False) -> None:
     left = list(dropwhile(lambda name: name not in (*stale, "register"), STAGES))
     if done := STAGES[: -len(left)]:
         err.print(f"Up to date: {', '.join(done)}", highlight=False)
+    if {"invert", "erase", "attack", "sample"} & {*left}:
+        _costs("What is ahead", [line for line in cost.chain(settings) if line.name in left], err)
     try:
         for name in left:
             with following(name, err) as followed:

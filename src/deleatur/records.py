@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
 Kind = Literal["binary", "rank"]
 Outcome = Literal["pass", "fail", "not enough evidence"]
 WORST_FIRST: tuple[Outcome, ...] = ("fail", "not enough evidence", "pass")
+Given = Literal["words", "token"]
+"""What a concept was given in."""
 Side = Literal["base", "champion", "candidate"]
 Role = Literal["concept", "word", "token", "attack", "neighbour", "keep", "unseen"]
 """What a prompt is there for. word, token: the concept's own words and soft tokens, alone; others come from files."""
@@ -90,7 +92,7 @@ class Concept:
     """
 
     name: str
-    source: Literal["words", "token"]
+    source: Given
     texts: tuple[str, ...]
     pieces: tuple[tuple[str | Tensor, ...], ...]
     states: Tensor

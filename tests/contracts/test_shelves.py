@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import counting
 import numpy as np
 import pytest
 import tiny
@@ -22,7 +23,8 @@ from deleatur.diffusion.invert import templates_of
 from deleatur.diffusion.load import Model, fingerprint
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import Weights
-from deleatur.diffusion.sample import denoise, noise
+from deleatur.diffusion.sample import denoise, noise, sample
+from deleatur.diffusion.select import select
 from deleatur.erasers import Eraser
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter, Rated
@@ -106,6 +108,26 @@ def test_erasers_take_words_and_tokens_together_look_and_go_on(model: Model, nam
         assert (again.record["curve"], again.record["looks"]) == (whole.record["curve"], whole.record["looks"])
 
 
+@pytest.mark.parametrize("name", plug.names("erasers"))
+def test_erasers_take_what_they_say(model: Model, name: str) -> None:
+    """Rows with gradient to one, those without as far as chance lets them; trained numbers exactly."""
+    numbers = SMALL.get(name, {})
+    if "loop" in numbers:
+        numbers = {**numbers, "loop": {**numbers["loop"], "iterations": 20}}
+    eraser: Eraser = plug.find("erasers", name, Eraser)(**numbers)
+    concept = encode.concept_from_words(model, "weapon", ["gun", "sword"])
+    with counting.rows() as took:
+        delta = eraser.erase(model, [rated(concept)], keep=encode.encode_text(model, ["", "a cat"]), seed=1)
+    work = eraser.work("words")
+    assert took["backward"] == work.backward
+    assert took["deep"] <= work.deep
+    assert took["forward"] == pytest.approx(work.forward, rel=0.2)
+    assert took["wide"] <= work.wide
+    named = select(model.unet, work.train) if work.train else {}
+    assert set(delta.tensors) <= set(named)
+    assert sum(p.numel() for p in delta.tensors.values()) == sum(named[n].numel() for n in delta.tensors)
+
+
 @pytest.mark.parametrize("name", plug.names("guides"))
 def test_guides(model: Model, name: str) -> None:
     guide: Guide = make("guides", name, Guide)
@@ -129,6 +151,19 @@ def test_guides(model: Model, name: str) -> None:
     for i in range(3):
         alone = combined(slice(i, i + 1))
         assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole, alone, strict=True)), "no row looks at another"
+
+
+@pytest.mark.parametrize("k", range(3))
+@pytest.mark.parametrize("name", plug.names("guides"))
+def test_a_guide_takes_the_predictions_that_it_says_however_many_words_a_concept_has(
+    model: Model, name: str, k: int
+) -> None:
+    guide: Guide = make("guides", name, Guide)
+    concepts = [encode.concept_from_words(model, f"c{i}", ["gun", "sword", "cat"]) for i in range(k)]
+    c, conditions = encode.encode_text(model, ["a dog"]), guide.conditions(model, concepts)
+    with counting.rows() as rows, counting.calls() as calls:
+        sample(model, c, [1], guide=guide, conditions=conditions, steps=3, batch=1)
+    assert (calls[counting.UNET], rows["forward"]) == (3, 3 * guide.predictions(k)), "one network call a step"
 
 
 def spoken(model: Model) -> list[Concept]:
@@ -296,8 +331,17 @@ def test_inverters(model: Model, name: str) -> None:
     )
     before = fingerprint(model.text_encoder), fingerprint(model.unet)
     start = encode.embedding_of(model, "object")
-    tokens = inverter.invert(model, rated, start, seed=0, look=lambda v: [0.0] * len(v))
-    assert tokens
+    looked: list[int] = []
+
+    def look(vectors: torch.Tensor) -> list[float]:
+        looked.append(len(vectors))
+        return [0.0] * len(vectors)
+
+    with counting.rows() as took:
+        tokens = inverter.invert(model, rated, start, seed=0, look=look)
+    work = inverter.work()
+    assert (took["forward"], took["backward"], took["deep"]) == (0, work.backward, work.deep)
+    assert (sum(looked), len(tokens)) == (work.looks * work.found, work.found)
     assert all(t.vectors.shape[1:] == start.shape for t in tokens)
     assert any(not torch.equal(t.vectors[0], start) for t in tokens)
     assert (fingerprint(model.text_encoder), fingerprint(model.unet)) == before
@@ -310,7 +354,11 @@ def test_attacks(model: Model, name: str) -> None:
     z = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     target = Target(model, {}, "weapon", z, encode.embedding_of(model, "object"), templates_of("style", ["cat"] * 4))
     steps: list[int] = []
-    found = attack.attack(target, seed=0, on_step=lambda p: steps.append(p.step))
+    with counting.rows() as took:
+        found = attack.attack(target, seed=0, on_step=lambda p: steps.append(p.step))
+    work = attack.work()
+    assert (took["forward"], took["backward"], took["deep"]) == (work.forward, work.backward, work.deep)
+    assert len(found.vectors) <= work.found
     assert found.vectors.ndim == 3
     assert steps == list(range(1, len(steps) + 1)), "every step is told of"
     assert min(found.budget.values()) > 0

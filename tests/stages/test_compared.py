@@ -46,7 +46,7 @@ def project(root: Path) -> Settings:
 
 def ran(settings: Settings) -> None:
     stamps = Stamps(settings)
-    drive.run(settings, stamps, drive.cells_of(["weapon"], plan.rows(settings), SEEDS))
+    drive.run(settings, stamps, drive.missing(settings, stamps, drive.cells_of(["weapon"], plan.rows(settings), SEEDS)))
 
 
 @pytest.fixture(scope="module")

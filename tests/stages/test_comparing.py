@@ -12,6 +12,7 @@ import workspace
 
 from deleatur.errors import SettingsError
 from deleatur.settings import Settings, merged
+from deleatur.stages import cost
 from deleatur.stages.check import check
 from deleatur.stages.compare import plan
 from deleatur.stages.compare.plan import Cell
@@ -150,3 +151,12 @@ def test_a_selection_is_one_of_what_params_yaml_names() -> None:
     assert plan.chosen([], [1, 2], "seeds") == [1, 2]
     with pytest.raises(SettingsError, match="got 7"):
         plan.chosen([7], [1, 2], "seeds")
+
+
+def test_what_rows_take_is_told_once_for_all_seeds(project_of: Callable[..., Settings]) -> None:
+    asked = [Cell("weapon", row, seed) for seed in (1, 2) for row in ("none", "negative", "sdd")]
+    told = {estimate.method: estimate.cost.work for estimate in cost.rows(project_of(), asked)}
+    assert list(told) == ["none", "negative", "sdd"]
+    assert told["none"].backward == 2 * 3 * 2, "of attacks on its weights: tries, steps, pictures"
+    assert told["negative"].backward == 0, "its weights and their attacks are those of the untouched model"
+    assert told["sdd"].backward == told["none"].backward + 6 * (2 + 2)

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.invert import Progress, Templates
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights
@@ -45,6 +46,10 @@ class Found:
 class Attack(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     access: ClassVar[Access]
+
+    @abstractmethod
+    def work(self) -> Work:
+        """What an attack on one concept asks of the networks."""
 
     @abstractmethod
     def attack(

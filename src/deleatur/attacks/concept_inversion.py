@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from deleatur.attacks import Access, Attack, Found, Target
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.invert import Lesson, Progress, Several, learn
 from deleatur.diffusion.state import Saved
 from deleatur.maths.seeds import generator
@@ -24,6 +25,9 @@ class ConceptInversion(Attack):
     tries: int = Field(1, gt=0)
     """Soft prompts that are looked for, each from draws of its own. A rate of one prompt's pictures has no interval."""
     loop: Several = Field(default_factory=Several)
+
+    def work(self) -> Work:
+        return self.loop.work(self.tries, self.loop.together)
 
     def attack(
         self,

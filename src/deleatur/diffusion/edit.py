@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import encode_text, instead
 from deleatur.diffusion.finetune import Probe, Progress
 from deleatur.diffusion.load import Model
@@ -47,6 +48,10 @@ class Edit(BaseModel):
     """An edit whose relative change of the projections is smaller is refused: it did nothing."""
     most_change: float = Field(10.0, gt=0)
     """An edit whose relative change is larger, or is no number, is refused: it destroyed the model."""
+
+    def work(self, steps: int) -> Work:
+        """No network is asked. Projections are there once more, in fp64, and so is their difference."""
+        return Work(train="xattn_kv", held=8 + 8, looks=0 if self.guard is None else 1 + steps)
 
 
 def touched(model: Model) -> dict[str, Tensor]:

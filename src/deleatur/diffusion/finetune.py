@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.overlay import difference
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.select import Selector, select
 from deleatur.diffusion.state import Saved, moments, parts, restore_moments
 from deleatur.diffusion.terms import Error, Network, Networks, Preserved, Prompted, Rows, Target, Term, squared
-from deleatur.diffusion.trajectories import Law, Replay, Source, trajectories
+from deleatur.diffusion.trajectories import Fresh, Law, Pool, Replay, Source, trajectories
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.seeds import generator
 
@@ -94,6 +95,21 @@ class Training(BaseModel):
         if self.check_every:
             found.append("Looks at sampled pictures could end the training early, or take back what followed the best.")
         return found
+
+    def work(self, erase: int, keep: int = 0) -> Work:
+        """Of iterations that ask the student so many rows, those of the term that erases and the others."""
+        # Student, teacher and Adam's two moments, and the best look, in fp32; the gradient comes and goes with a pass.
+        held = 4 * (4 + bool(self.check_every))
+        drifts = -(-self.iterations // DRIFT)
+        return Work(
+            forward=2 * erase * drifts,
+            backward=(erase + keep) * self.iterations,
+            wide=erase,
+            deep=erase + keep,
+            train=self.train,
+            held=held,
+            looks=1 + -(-self.iterations // self.check_every) if self.check_every else 0,
+        )
 
 
 AS_PUBLISHED = ("trajectories", "made_by", "batch", "stages", "law", "preserve", "check_every")
@@ -160,6 +176,19 @@ class Loop(Training):
             found.append(LAWS[self.law])
         return found
 
+    def prompted(self, targets: int, *, beside: int = 0, law: Law = "uniform") -> Work:
+        """Of the terms that `prompted` makes, where a target takes so many rows for a state, and the student is asked
+        so much beside it.
+        """
+        n, b, used = self.iterations, self.batch, min(self.stages or self.steps, self.steps)
+        fresh = self.trajectories == "fresh"
+        states = Fresh.work(n, used, b) if fresh else Pool.work(n, used, b, self.slots, self.law or law)
+        calm = Replay.work(n, self.steps, b, self.slots) if self.preserve else Work()
+        goals = Work(forward=n * b * targets, wide=b * targets)
+        student = self.work(b * (1 + beside), b if self.preserve else 0)
+        held = Work(latents=states.latents + calm.latents)
+        return student + states + calm + goals + held
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -174,6 +203,9 @@ class Reading:
 
 
 Probe = Callable[[Weights], Reading]
+
+DRIFT = 25
+"""Iterations between two measurements of how far the empty prompt's prediction has moved."""
 
 BLANK = 0.25
 """Share of the base pictures' contrast below which pictures count as blank or as noise."""
@@ -336,7 +368,7 @@ def _iterate(model: Model, loop: Training, run: State, c_0: Tensor, average: Cal
     norm = torch.nn.utils.clip_grad_norm_(run.student.values(), loop.clip)
     numbers = {"loss" if name == "erase" else f"{name}_loss": float(e.detach()) for name, e in errors.items()}
     numbers["grad_norm"] = float(norm)
-    if run.step % 25 == 0:
+    if run.step % DRIFT == 0:
         rows = asked["erase"]
         with torch.no_grad():
             drift = F.mse_loss(networks.student(rows.z, rows.t, c_0), networks.base(rows.z, rows.t, c_0))

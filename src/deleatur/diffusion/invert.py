@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import Prompt, encode
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights, predict
@@ -53,6 +54,10 @@ class Descent(BaseModel):
     norm: float | None = Field(None, gt=0)
     """Longest vector allowed, in mean norms of the vocabulary's rows; none: free, as published. Words lie near 1.
     Free vectors grow to several times that, and erasing what lies so far from every word takes more along."""
+
+    def work(self, tokens: int = 1, together: int = 1, looks: int = 0) -> Work:
+        rows = self.batch * min(together, tokens)
+        return Work(backward=tokens * self.iterations * self.batch, deep=rows, looks=looks, found=tokens)
 
 
 class Several(Descent):

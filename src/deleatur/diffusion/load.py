@@ -135,9 +135,9 @@ def loading(path: str, what: str) -> Iterator[None]:
         raise ModelError(f"{path} does not load as {what}: {e}", hint=remedy(path)) from e
 
 
-def whole(kind: Any, path: str, **where: str) -> Any:
+def whole(kind: Any, path: str, **how: Any) -> Any:
     """A network all of whose tensors come from its files: the libraries would draw what is missing at random."""
-    net, told = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
+    net, told = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"{len(missing)} tensors are not in its files: {missing[0]}, …")
     return net

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.predict import Weights, guided_step, pair
 from deleatur.maths.guidance import cfg
@@ -103,6 +104,11 @@ class Fresh:
         self.count += self.batch
         return Visit(z, k, condition)
 
+    @staticmethod
+    def work(visits: int, used: int, batch: int) -> Work:
+        """Under either law k is (S − 1)/2 on average, and a guided step takes two rows."""
+        return Work(forward=visits * batch * (used - 1), wide=2 * batch, latents=batch)
+
     def tensors(self) -> dict[str, Tensor]:
         return {"count": self.count}
 
@@ -164,6 +170,14 @@ class Pool:
             self.condition[over] = (self.started + torch.arange(len(over))) % len(s.conditions)
             self.started += len(over)
 
+    @staticmethod
+    def work(visits: int, used: int, batch: int, slots: int, law: Law) -> Work:
+        """Two rows for each step of the staggering, then for each visited state that is not its trajectory's last."""
+        k = [i * used // slots for i in range(slots)]
+        visited = min(batch / float(stage_weights(law, used).mean()), slots)
+        forward = 2 * sum(k) + 2 * visits * visited * (used - 1) / used
+        return Work(forward=forward, wide=2 * max(sum(i > 0 for i in k), batch), latents=slots)
+
     def tensors(self) -> dict[str, Tensor]:
         names = ("order", "k", "condition", "z", "position", "started")
         return {n: getattr(self, n) for n in names}
@@ -212,6 +226,11 @@ class Replay:
         self.order = torch.randperm(len(self.z), generator=s.generator)
         self.position = torch.zeros((), dtype=torch.long)
         self.started = self.started + self.slots
+
+    @staticmethod
+    def work(visits: int, steps: int, batch: int, slots: int) -> Work:
+        made = -(-visits // (slots * steps // batch))
+        return Work(forward=2 * made * slots * steps, wide=2 * slots, latents=2 * slots * steps)
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("turns", "started", "z", "eps", "k", "condition", "order", "position")

@@ -9,10 +9,11 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.finetune import Probe, Progress
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.state import Saved
-from deleatur.records import Concept, Delta
+from deleatur.records import Concept, Delta, Given
 
 
 class Eraser(BaseModel):
@@ -29,6 +30,10 @@ class Eraser(BaseModel):
 
     def fits(self, concepts: Sequence[str]) -> None:
         """Raises SettingsError when the numbers lack what the method must know of one of the concepts."""
+
+    @abstractmethod
+    def work(self, source: Given) -> Work:
+        """What erasing asks of the networks, of concepts in words or soft tokens, without the looks of a probe."""
 
     @abstractmethod
     def touches(self, model: Model) -> set[str]:

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import encode_text, instead
 from deleatur.diffusion.finetune import Loop, Probe, Progress, finetune, prompted
 from deleatur.diffusion.load import Model
@@ -25,7 +26,7 @@ from deleatur.diffusion.state import Saved
 from deleatur.diffusion.terms import Error, Networks, Target, squared
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError
-from deleatur.records import Concept, Delta
+from deleatur.records import Concept, Delta, Given
 
 
 def led(c_alt: Tensor, c_0: Tensor) -> Target:
@@ -75,6 +76,9 @@ class AllButOne(Eraser):
             "read.",
             *self.loop.notes(),
         ]
+
+    def work(self, source: Given) -> Work:
+        return self.loop.prompted(2, beside=1)
 
     def touches(self, model: Model) -> set[str]:
         return set(select(model.unet, self.loop.train))

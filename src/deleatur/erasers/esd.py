@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.finetune import Loop, Probe, Progress, finetune, prompted
 from deleatur.diffusion.load import Model
@@ -25,7 +26,7 @@ from deleatur.diffusion.state import Saved
 from deleatur.diffusion.terms import Networks, Target
 from deleatur.erasers import Eraser
 from deleatur.maths.guidance import cfg
-from deleatur.records import Concept, Delta
+from deleatur.records import Concept, Delta, Given
 
 
 def away(c: Tensor, c_0: Tensor, s: float) -> Target:
@@ -55,6 +56,9 @@ class ESD(Eraser):
     start: Literal["empty", "concept"] = "empty"
     """c_from, from where η leads away: the empty prompt (first release) or c itself (current one)."""
     loop: ESDLoop = Field(default_factory=ESDLoop)
+
+    def work(self, source: Given) -> Work:
+        return self.loop.prompted(2)
 
     def touches(self, model: Model) -> set[str]:
         return set(select(model.unet, self.loop.train))

@@ -6,15 +6,19 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.finetune import Probe, Progress
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.state import Saved
 from deleatur.erasers import Eraser
-from deleatur.records import Concept, Delta
+from deleatur.records import Concept, Delta, Given
 
 
 class Keep(Eraser):
     """θ = θ₀."""
+
+    def work(self, source: Given) -> Work:
+        return Work()
 
     def touches(self, model: Model) -> set[str]:
         return set()

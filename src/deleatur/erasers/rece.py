@@ -18,13 +18,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.edit import Edit, Editing, pairs, touched
 from deleatur.diffusion.finetune import Probe, Progress
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.state import Saved
 from deleatur.erasers import Eraser
 from deleatur.maths.closed_form import apart, regenerate
-from deleatur.records import Concept, Delta
+from deleatur.records import Concept, Delta, Given
 
 
 class RECE(Eraser):
@@ -44,6 +45,9 @@ class RECE(Eraser):
     def notes(self) -> list[str]:
         again = "What an epoch finds is erased together with all that was erased before; as published, by itself."
         return [again] if self.hold and self.epochs else []
+
+    def work(self, source: Given) -> Work:
+        return self.edit.work(1 + self.epochs)
 
     def touches(self, model: Model) -> set[str]:
         return set(touched(model))

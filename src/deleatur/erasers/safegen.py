@@ -18,6 +18,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.finetune import Probe, Progress, Training, finetune
 from deleatur.diffusion.load import Model
@@ -29,7 +30,7 @@ from deleatur.erasers import Eraser
 from deleatur.errors import DataError
 from deleatur.maths.noise import Schedule
 from deleatur.maths.seeds import generator
-from deleatur.records import Concept, Delta
+from deleatur.records import Concept, Delta, Given
 
 
 def mosaic(picture: Image.Image, cells: int) -> Image.Image:
@@ -112,6 +113,9 @@ class SafeGen(Eraser):
             "SafeGen's mosaics cover whole pictures here; the published ones cover the region in question.",
             *self.loop.notes(),
         ]
+
+    def work(self, source: Given) -> Work:
+        return self.loop.work(self.loop.batch, self.loop.batch)
 
     def touches(self, model: Model) -> set[str]:
         return set(select(model.unet, self.loop.train))

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import encode_text, joined
 from deleatur.diffusion.finetune import Loop, Probe, Progress, finetune, prompted
 from deleatur.diffusion.load import Model
@@ -24,7 +25,7 @@ from deleatur.diffusion.state import Saved
 from deleatur.diffusion.terms import Networks, Target
 from deleatur.diffusion.trajectories import Law
 from deleatur.erasers import Eraser
-from deleatur.records import Concept, Delta
+from deleatur.records import Concept, Delta, Given
 
 
 def towards_empty(c_0: Tensor, *, frozen: bool) -> Target:
@@ -35,6 +36,10 @@ def towards_empty(c_0: Tensor, *, frozen: bool) -> Target:
         return (networks.base if frozen else networks.student)(z, t, c_0)
 
     return target
+
+
+LAWS: dict[Given, Law] = {"words": "uniform", "token": "beta33"}
+"""Which stages are trained on, where nothing is said: tokens are erased as in HFI."""
 
 
 class SDD(Eraser):
@@ -55,6 +60,9 @@ class SDD(Eraser):
         if self.loop.preserve:
             found.append("The target is what the base model says without a prompt; in the papers, the student itself.")
         return found
+
+    def work(self, source: Given) -> Work:
+        return self.loop.prompted(1, law=LAWS[source])
 
     def touches(self, model: Model) -> set[str]:
         return set(select(model.unet, self.loop.train))
@@ -82,7 +90,7 @@ class SDD(Eraser):
         c_p, c_s = self.roles(model, concepts)
         target = towards_empty(c_0, frozen=self.loop.preserve > 0)
         paired = self.order == "single"
-        law: Law = "beta33" if all(c.source == "token" for c in concepts) else "uniform"
+        law = LAWS["token" if all(c.source == "token" for c in concepts) else "words"]
         terms = prompted(
             model, self.loop, target, c_p=c_p, c_s=c_s, c_0=c_0, paired=paired, keep=keep, law=law, seed=seed
         )

@@ -16,18 +16,22 @@ from collections.abc import Callable, Sequence
 from pydantic import Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.edit import Edit, Editing, pairs, touched
 from deleatur.diffusion.finetune import Probe, Progress
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.state import Saved
 from deleatur.erasers import Eraser
-from deleatur.records import Concept, Delta
+from deleatur.records import Concept, Delta, Given
 
 
 class UCE(Eraser):
     alternatives: dict[str, str] = Field(default_factory=dict)
     """What a concept is drawn as from now on, {weapon: toy}; nothing for those that are not named."""
     edit: Edit = Field(default_factory=Edit)
+
+    def work(self, source: Given) -> Work:
+        return self.edit.work(1)
 
     def touches(self, model: Model) -> set[str]:
         return set(touched(model))

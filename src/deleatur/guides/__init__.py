@@ -25,6 +25,12 @@ class Guide(BaseModel):
     def conditions(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Tensor]:
         """Name → sentences (s, L, d) that run beside the prompt. Without concepts: what plain guidance needs."""
 
+    @abstractmethod
+    def predictions(self, concepts: int) -> int:
+        """How many the sampler makes at each step when so many concepts are steered away from; more where a concept's
+        words or tokens do not fit into one sentence.
+        """
+
     def starts(self, concept: str) -> int:
         """The first sampler step at which it steers away from the concept."""
         return 0

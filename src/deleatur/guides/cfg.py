@@ -17,6 +17,9 @@ from deleatur.records import Concept
 class CFG(Guide):
     """ε̃ = ε₀ + s_g (ε_p − ε₀)."""
 
+    def predictions(self, concepts: int) -> int:
+        return 2
+
     def conditions(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Tensor]:
         return {"": encode_text(model, [""])}
 

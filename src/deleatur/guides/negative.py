@@ -23,6 +23,9 @@ from deleatur.records import Concept
 class Negative(Guide):
     """A long list dilutes: the fewer words or tokens, the stronger."""
 
+    def predictions(self, concepts: int) -> int:
+        return 2
+
     def conditions(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Tensor]:
         return {"negative": listed(model, concepts)}
 

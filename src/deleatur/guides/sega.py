@@ -81,6 +81,9 @@ class SEGA(Guide):
     def of(self, concept: str) -> Edit:
         return self.concepts.get(concept, self.edit)
 
+    def predictions(self, concepts: int) -> int:
+        return 2 + (concepts if self.edit.strength else 0)
+
     def starts(self, concept: str) -> int:
         return self.of(concept).warm_up
 

@@ -58,6 +58,9 @@ class SLD(Guide):
         named = given.get("preset", "medium") if isinstance(given, dict) else None
         return {**PRESETS.get(named, {}), **given} if isinstance(named, str) else given
 
+    def predictions(self, concepts: int) -> int:
+        return 3 if concepts and self.strength else 2
+
     def starts(self, concept: str) -> int:
         return self.warm_up
 

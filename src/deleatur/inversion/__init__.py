@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.invert import Learned, Look, Progress, Templates
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.state import Saved
@@ -39,6 +40,10 @@ class Inverter(BaseModel):
     def notes(self) -> list[str]:
         """What a reader of a report must know: what is ours and not the paper's."""
         return []
+
+    @abstractmethod
+    def work(self) -> Work:
+        """What learning the tokens of one concept asks of the networks, without the looks."""
 
     @abstractmethod
     def invert(

@@ -19,6 +19,7 @@ from pydantic import Field
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.invert import Inversion, Learned, Lesson, Look, Progress, learn
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.state import Saved
@@ -48,6 +49,10 @@ class HFI(Inverter):
         if self.loop.norm:
             found.append("Tokens are no longer than words; the paper leaves their length free.")
         return found
+
+    def work(self) -> Work:
+        looks = -(-self.loop.iterations // self.loop.check_every)
+        return self.loop.work(self.tokens, self.loop.together, looks)
 
     def weights(self, rewards: Tensor, *, rank: bool) -> Tensor:
         """w (n,) of selected pictures: non-negative, sum 1; for rankings unchanged by a constant added to all."""

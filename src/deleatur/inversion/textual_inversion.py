@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deleatur.diffusion.cost import Work
 from deleatur.diffusion.invert import Descent, Learned, Lesson, Look, Progress, learn
 from deleatur.diffusion.load import Model
 from deleatur.diffusion.state import Saved
@@ -17,6 +18,9 @@ from deleatur.maths.seeds import generator
 
 class TextualInversion(Inverter):
     loop: Descent = Field(default_factory=Descent)
+
+    def work(self) -> Work:
+        return self.loop.work()
 
     def invert(
         self,

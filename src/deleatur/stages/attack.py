@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deleatur.attacks import Attack, Target
+from deleatur.attacks import Target
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip
 from deleatur.diffusion.invert import Progress, templates_of
@@ -23,6 +23,7 @@ from deleatur.stages.progress import Bar, bar
 def run(settings: Settings) -> None:
     model, clip = inputs.model(settings), inputs.clip(settings)
     weights = weights_of(model, tensors.load_delta(settings.paths.delta / inputs.DELTA))
+    attacks = inputs.attacks(settings)
     made: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     checkpoints, record, curves = [], {}, {}
     for name in settings.targets:
@@ -32,8 +33,7 @@ def run(settings: Settings) -> None:
         initial = encode.embedding_of(model, spec.initial)
         templates = templates_of(spec.templates, prompts)
         target = Target(model, weights, name, encode_pictures(model, pictures), initial, templates)
-        for kind, numbers in settings.attack.methods.items():
-            attack = inputs.method("attacks", Attack, kind, numbers, f"attack.methods.{kind}")
+        for kind, attack in attacks.items():
             own = _belongs(settings, model, clip, name, kind)
             checkpoint = Checkpoint(settings, "attack", f"attack-{name}-{kind}", own)
             checkpoints.append(checkpoint)

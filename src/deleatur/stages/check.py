@@ -24,7 +24,7 @@ from deleatur.inversion import Inverter
 from deleatur.io import tables
 from deleatur.io.signing import Keys
 from deleatur.metrics import Metric
-from deleatur.records import Prompt, Role
+from deleatur.records import Role
 from deleatur.settings import Choice, Settings
 from deleatur.stages import ingest, inputs
 from deleatur.stages.compare import plan
@@ -50,9 +50,11 @@ def check(settings: Settings) -> list[str]:
     for name in settings.targets:
         spec = settings.concepts[name]
         inputs.prompts(spec.prompts, "dev", name, "concept")  # what erasing looks at
-        lines.append(f"concepts.{name}: {len(_written(settings, name))} prompts of the split {settings.sample.split}")
+        lines.append(
+            f"concepts.{name}: {len(inputs.written(settings, name))} prompts of the split {settings.sample.split}"
+        )
     inputs.to_preserve(settings)
-    lines.append(f"paths.prompts: {len(_written(settings))} prompts of the split {settings.sample.split}")
+    lines.append(f"paths.prompts: {len(inputs.written(settings))} prompts of the split {settings.sample.split}")
     demand_labels(settings)
     lines.append(f"ingest.sources: {len(ingest.find(settings.ingest.sources))} file(s)")
     _rules(settings)
@@ -84,7 +86,7 @@ def demand_labels(settings: Settings) -> None:
     for name, (detector, labels) in counts.items():
         for label in labels:
             _demand(known, detector, label, f"concepts.{name}.found")
-    asked = [p for name in ("", *settings.targets) for p in _written(settings, name)]
+    asked = [p for name in ("", *settings.targets) for p in inputs.written(settings, name)]
     of_prompt = {metrics.labelled(p): p.id for p in reversed(asked)}
     for name, metric in inputs.metrics(settings).items():
         for detector, label in sorted(metric.needs(asked, counts)):
@@ -124,9 +126,7 @@ def _methods(settings: Settings) -> Iterator[str]:
     for concept in settings.targets:
         for name in settings.concepts[concept].invert:
             inputs.inverter(settings, concept, name)
-    for name, numbers in settings.attack.methods.items():
-        inputs.method("attacks", Attack, name, numbers, f"attack.methods.{name}")
-        yield f"attack: {name}"
+    yield from (f"attack: {name}" for name in inputs.attacks(settings))
     yield f"evaluate.metrics: {', '.join(inputs.metrics(settings))}"
 
 
@@ -152,24 +152,14 @@ def _network(where: str, address: str, look: Callable[[Path], None], file: str =
     yield f"{where}: {address}" + ("" if folder else f", {ELSEWHERE}")
 
 
-def _written(settings: Settings, concept: str = "") -> list[Prompt]:
-    """The prompts that are drawn for a concept, or for none."""
-    path = settings.concepts[concept].prompts if concept else settings.paths.prompts
-    return inputs.prompts(path, settings.sample.split, concept)
-
-
 def _rules(settings: Settings) -> None:
     """Every rule judges a metric on a slice, the metric has a number of it, and there are pictures enough."""
-    asked = Counter[tuple[Role, str]](
-        (p.role, p.concept) for n in ("", *settings.targets) for p in _written(settings, n)
-    )
-    asked |= {("word", name): len(settings.concepts[name].words) for name in settings.targets}
     per_prompt, measured = settings.sample.per_prompt, inputs.metrics(settings)
     drawn = Counter[str]()
-    for (role, concept), n in asked.items():
-        drawn[role] += n * per_prompt.get(role, 1)
+    for (role, concept), n in inputs.drawn(settings).items():
+        drawn[role] += n
         if concept and len(settings.targets) > 1:
-            drawn[f"{role}/{concept}"] = n * per_prompt.get(role, 1)
+            drawn[f"{role}/{concept}"] = n
     learned: tuple[Role, ...] = ("token", "attack") if settings.attack.methods else ("token",)  # nobody knows how many
     slices = sorted([part for part, n in drawn.items() if n] + [role for role in learned if per_prompt.get(role, 1)])
     for name, rule in settings.gate.rules.items():

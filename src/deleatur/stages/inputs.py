@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from deleatur import plug
+from deleatur.attacks import Attack
 from deleatur.detectors import Detector
 from deleatur.diffusion import encode
 from deleatur.diffusion.features import Clip, load_clip
@@ -69,6 +71,11 @@ def eraser(settings: Settings) -> Eraser:
     found = chosen(settings.erase, Eraser, "erase")
     found.fits(settings.targets)
     return found
+
+
+def attacks(settings: Settings) -> dict[str, Attack]:
+    given = settings.attack.methods
+    return {name: method("attacks", Attack, name, own, f"attack.methods.{name}") for name, own in given.items()}
 
 
 def inverter(settings: Settings, concept: str, name: str | None = None) -> Inverter:
@@ -151,6 +158,21 @@ def prompts(path: Path, split: str, concept: str, role: Role | None = None) -> l
         wanted = f"prompts of the split {split!r}" + (f" and the role {role!r}" if role else "")
         raise DataError(f"{path}: expected {wanted}, and there is none", hint=PROMPTS)
     return out
+
+
+def written(settings: Settings, concept: str = "") -> list[Prompt]:
+    """The prompts that are drawn for a concept, or for none."""
+    path = settings.concepts[concept].prompts if concept else settings.paths.prompts
+    return prompts(path, settings.sample.split, concept)
+
+
+def drawn(settings: Settings) -> dict[tuple[Role, str], int]:
+    """(role, concept) → pictures of one side, of all that is known before tokens and attacks are learned."""
+    asked = Counter[tuple[Role, str]](
+        (p.role, p.concept) for name in ("", *settings.targets) for p in written(settings, name)
+    )
+    asked |= {("word", name): len(settings.concepts[name].words) for name in settings.targets}
+    return {which: n * settings.sample.per_prompt.get(which[0], 1) for which, n in asked.items()}
 
 
 def to_preserve(settings: Settings) -> list[str]:

@@ -26,22 +26,23 @@ def cells_of(concepts: Sequence[str], rows: Sequence[str], seeds: Sequence[int])
     return [Cell(concept, row, seed) for seed in seeds for concept in concepts for row in rows]
 
 
-def run(settings: Settings, stamps: Stamps, asked: Sequence[Cell]) -> None:
-    """Makes those cells that do not lie there as they would be made now; rows that cannot be are passed over.
+def missing(settings: Settings, stamps: Stamps, asked: Sequence[Cell]) -> list[Cell]:
+    """Those that do not lie there as they would be made now; rows that cannot be are passed over."""
+    return [cell for cell in asked if not stamps.refused(cell) and not cells.done(settings, stamps, cell)]
 
-    Raises what a stage raises; what is done by then is kept, and the same call goes on.
-    """
-    missing = [cell for cell in asked if not stamps.refused(cell) and not cells.done(settings, stamps, cell)]
-    if not missing:
+
+def run(settings: Settings, stamps: Stamps, ahead: Sequence[Cell]) -> None:
+    """Raises what a stage raises; what is done by then is kept, and the same call goes on."""
+    if not ahead:
         return
-    with around("compare", len(missing)) as advance:
+    with around("compare", len(ahead)) as advance:
         if Path(".dvc").is_dir() and SOURCE.is_file():
             with tables.replacing(Path(FAMILY)) as partial:
                 shutil.copyfile(SOURCE, partial)
-            for _, of_seed in groupby(missing, lambda cell: cell.seed):
+            for _, of_seed in groupby(ahead, lambda cell: cell.seed):
                 _by_dvc([address(cell) for cell in of_seed], advance)
         else:
-            for cell in missing:
+            for cell in ahead:
                 advance.say(f"{cell.concept} {cell.row} {cell.seed}")
                 _here(settings, stamps, cell)
                 advance(1)
