@@ -135,6 +135,8 @@ class Delta:
     concepts: tuple[str, ...]
     record: Mapping[str, Any] = field(default_factory=dict)
     """How the run went: steps, stop reason, curves. Not part of the identity."""
+    one_step: int | None = None
+    """The noise level from which the weights draw a picture in one unguided call; None: they are the sampler's."""
 
 
 @dataclass(frozen=True)

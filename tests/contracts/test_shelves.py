@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "esd": {"loop": {**LOOP, "lr": 1e-3, "steps": 3}},
     "abo": {"alternatives": {"weapon": "cat", "style": ""}, "loop": {**LOOP, "lr": 1e-3, "steps": 3, "slots": 4}},
     "safegen": {"loop": {**LOOP, "lr": 1e-3}},
+    "sfd": {"loop": {**LOOP, "lr": 1e-3}},
     "hfi": {"tokens": 2, "top": 4, "loop": LOOP},
     "textual_inversion": {"loop": LOOP},
     "concept_inversion": {"loop": LOOP},
@@ -70,6 +71,7 @@ def test_erasers(model: Model, name: str, tmp_path: Path) -> None:
     again = load_delta(tmp_path / "d.safetensors")
     assert all(torch.equal(one.tensors[n], again.tensors[n]) for n in one.tensors), "round trip through disk"
     assert (again.base, again.method, again.concepts) == (model.digest, name, ("weapon",))
+    assert one.one_step == again.one_step == eraser.one_step
     save_delta(tmp_path / "e.safetensors", same)
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "e.safetensors").read_bytes()
     weights_of(model, again)

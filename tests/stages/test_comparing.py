@@ -19,6 +19,7 @@ from deleatur.stages.compare.plan import Cell
 
 LATE = {"erase": {"method": "keep"}, "guide": {"method": "sld", "sld": {"preset": "medium"}}}
 LOUD = {"erase": {"method": "keep"}, "guide": {"method": "negative", "negative": {"scale": 9.0}}}
+STEERED = {"erase": {"method": "sfd"}, "guide": {"method": "sld", "sld": {"warm_up": 0}}}
 BOTH = {"erase": {"method": "uce"}, "guide": {"method": "sld"}}
 
 
@@ -88,13 +89,15 @@ def test_a_row_depends_on_its_own_numbers_and_on_no_others(project_of: Callable[
         ("hfi+late", "from step 10 on"),
         ("loud", "scale is 9, and the untouched model is drawn with guide.cfg.scale, 4"),
         ("same", "would be none once more"),
+        ("steered", "nothing can steer it on the way"),
         ("safegen", ""),
+        ("sfd", ""),
         ("hfi+sdd", ""),
         ("none", ""),
     ],
 )
 def test_what_a_row_lacks_is_said(project_of: Callable[..., Settings], row: str, said: str) -> None:
-    variants = {"late": LATE, "loud": LOUD, "same": {"erase": {"method": "keep"}}}
+    variants = {"late": LATE, "loud": LOUD, "same": {"erase": {"method": "keep"}}, "steered": STEERED}
     settings = project_of(variants=variants)
     erase = settings.erase.model_copy(update={"abo": {}})  # whatever alternatives params.yaml has
     settings = settings.model_copy(update={"erase": erase})
@@ -110,6 +113,13 @@ def test_pictures_that_nobody_marked_teach_nothing(project_of: Callable[..., Set
     Path("calm.jsonl").write_text("\n".join(calm), "utf-8")
     settings = project_of({"ingest": {"sources": ["calm.jsonl"]}})
     assert "raters marked 0 and passed 24" in plan.refused(settings, "weapon", "safegen")
+
+
+def test_what_draws_in_one_step_is_compared_without_attacks(project_of: Callable[..., Settings]) -> None:
+    settings = project_of()
+    attacked = {row: plan.settings_of(settings, Cell("weapon", row, 7)).attack.methods for row in ("none", "sfd")}
+    assert list(attacked["none"]) == ["concept_inversion"]
+    assert not attacked["sfd"]
 
 
 @pytest.mark.parametrize(

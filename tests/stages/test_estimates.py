@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import counting
 import pytest
@@ -14,14 +15,21 @@ from deleatur.stages import cost
 CHAIN = ("ingest", "reward", "invert", "erase", "attack", "sample")
 LAST = {"check_every": 6, "guard": 9.0}
 """One look after the first, at the end: nothing stops before."""
+SFD: dict[str, Any] = {
+    "erase": {"method": "sfd", "source": "words", "sfd": {"loop": {"iterations": 6, "batch": 2, "lr": 1e-4, **LAST}}},
+    "attack": {"methods": {}},
+}
 
 
 @pytest.mark.slow
-def test_every_stage_takes_the_rows_that_were_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["sdd", "sfd"])
+def test_every_stage_takes_the_rows_that_were_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     numbers = workspace.numbers(tmp_path)
     numbers["erase"]["sdd"]["loop"] |= LAST
-    settings = workspace.make(tmp_path, **numbers)
+    settings = workspace.make(tmp_path, **numbers | (SFD if method == "sfd" else {}))
     told, took = {line.name: line.cost.work for line in cost.chain(settings)}, {}
     for name in CHAIN:
         with counting.rows() as took[name]:

@@ -59,6 +59,8 @@ class Training(BaseModel):
     """Learning rate of AdamW; no schedule, no warm-up."""
     weight_decay: float = Field(1e-4, ge=0)
     """Of AdamW; it pulls the weights to zero, not to the base model's."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """β₁ of AdamW."""
     clip: float = Field(1.0, gt=0)
     """Cap of the global gradient norm over the trained tensors."""
     ema: float = Field(0.999, ge=0, le=1)
@@ -308,7 +310,9 @@ def _start(model: Model, loop: Training, terms: Mapping[str, Term]) -> State:
     student = {n: p.detach().clone().float().requires_grad_() for n, p in own.items()}
     teacher = {n: p.detach().clone().float() for n, p in own.items()}
     # The rate can differ per run only through settings: no schedule, no warm-up, as released.
-    optimiser = torch.optim.AdamW(student.values(), lr=loop.lr, weight_decay=loop.weight_decay)
+    optimiser = torch.optim.AdamW(
+        student.values(), lr=loop.lr, betas=(loop.momentum, 0.999), weight_decay=loop.weight_decay
+    )
     return State(student, teacher, optimiser, terms)
 
 

@@ -56,6 +56,8 @@ def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 def add(first: Delta, second: Delta) -> Delta:
     """Both erasures in one. Refused when the two were not made for the same base."""
+    if (first.one_step, second.one_step) != (None, None):
+        raise ModelError("weights that draw in one step do not add up with others")
     if first.base != second.base:
         raise ModelError(f"deltas of different bases do not add: {first.base[:12]}… and {second.base[:12]}…")
     names = {*first.tensors, *second.tensors}

@@ -24,6 +24,11 @@ class Eraser(BaseModel):
     learns_from_pictures: ClassVar[bool] = False
     """Whether concepts need their rated pictures."""
 
+    @property
+    def one_step(self) -> int | None:
+        """As `Delta.one_step`, of what comes back."""
+        return None
+
     def notes(self) -> list[str]:
         """What a reader of a report must know: what is ours and not the paper's, where a method is a reconstruction."""
         return []

@@ -58,12 +58,14 @@ def load_token(folder: Path) -> SoftToken:
 
 def save_delta(path: Path, delta: Delta) -> None:
     """The differences and their identity; how the run went is kept apart, see `Delta.record`."""
-    facts = {
+    facts: dict[str, Any] = {
         "base": delta.base,
         "method": delta.method,
         "settings": dict(delta.settings),
         "concepts": list(delta.concepts),
     }
+    if delta.one_step is not None:
+        facts["one_step"] = delta.one_step
     tensors = delta.tensors
     if isinstance(tensors, LowRank):
         tensors = {DOWN: tensors.down, **{UP + n: t for n, t in tensors.up.items()}}
@@ -75,4 +77,11 @@ def load_delta(path: Path) -> Delta:
     found: Mapping[str, Tensor] = tensors
     if DOWN in tensors:
         found = LowRank({n.removeprefix(UP): t for n, t in tensors.items() if n != DOWN}, tensors[DOWN])
-    return Delta(found, facts["base"], facts["method"], facts["settings"], tuple(facts["concepts"]))
+    return Delta(
+        found,
+        facts["base"],
+        facts["method"],
+        facts["settings"],
+        tuple(facts["concepts"]),
+        one_step=facts.get("one_step"),
+    )

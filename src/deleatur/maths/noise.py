@@ -35,16 +35,18 @@ class Schedule:
         a = self.alphas_cumprod.to(z0)[t].reshape(-1, *[1] * (z0.ndim - 1))
         return a.sqrt() * z0 + (1 - a).sqrt() * eps
 
+    def clean(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The clean latents (B, …) that are in z if ε is its noise."""
+        a = self.alphas_cumprod.to(z)[t].reshape(-1, *[1] * (z.ndim - 1))
+        return (z - (1 - a).sqrt() * eps) / a.sqrt()
+
     def ddim(self, z: Tensor, eps: Tensor, t: Tensor, n: int) -> Tensor:
         """One step of the n-step sampler from level t (B,) to the next, for states (B, …)."""
         before = t - len(self.alphas_cumprod) // n
         alphas = self.alphas_cumprod.to(z)
-        shape = (-1, *[1] * (z.ndim - 1))
-        a = alphas[t].reshape(shape)
-        a_next = torch.where(before >= 0, alphas[before.clamp(min=0)], alphas.new_tensor(self.final_alpha)).reshape(
-            shape
-        )
-        z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
+        a_next = torch.where(before >= 0, alphas[before.clamp(min=0)], alphas.new_tensor(self.final_alpha))
+        a_next = a_next.reshape(-1, *[1] * (z.ndim - 1))
+        z0 = self.clean(z, eps, t)
         return a_next.sqrt() * z0 + (1 - a_next).sqrt() * eps
 
     def to_epsilon(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:

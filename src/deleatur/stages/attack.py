@@ -22,8 +22,8 @@ from deleatur.stages.progress import Bar, bar
 
 def run(settings: Settings) -> None:
     model, clip = inputs.model(settings), inputs.clip(settings)
-    weights = weights_of(model, tensors.load_delta(settings.paths.delta / inputs.DELTA))
-    attacks = inputs.attacks(settings)
+    delta = tensors.load_delta(settings.paths.delta / inputs.DELTA)
+    weights, attacks = weights_of(model, delta), inputs.attacks(settings, delta.one_step)
     made: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     checkpoints, record, curves = [], {}, {}
     for name in settings.targets:

@@ -122,11 +122,11 @@ def _methods(settings: Settings) -> Iterator[str]:
         used, *others = section.named
         yield f"{where}: {used}" + (f" (numbers of {', '.join(others)} stand by)" if others else "")
     inputs.guide(settings)  # which also has to act before the sampler ends
-    inputs.eraser(settings)
+    eraser = inputs.eraser(settings)
     for concept in settings.targets:
         for name in settings.concepts[concept].invert:
             inputs.inverter(settings, concept, name)
-    yield from (f"attack: {name}" for name in inputs.attacks(settings))
+    yield from (f"attack: {name}" for name in inputs.attacks(settings, eraser.one_step))
     yield f"evaluate.metrics: {', '.join(inputs.metrics(settings))}"
 
 

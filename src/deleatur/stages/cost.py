@@ -130,6 +130,9 @@ def _stages(settings: Settings) -> Iterator[tuple[Which, Work]]:
     def steered(pictures: int) -> Work:
         return drawn(pictures, steps, guide.predictions(len(targets)), batch)
 
+    def candidate(pictures: int) -> Work:
+        return steered(pictures) if eraser.one_step is None else drawn(pictures, 1, 1, batch)
+
     def looked(times: int, calls: Sequence[int], draw: Callable[[int], Work]) -> Work:
         """calls: pictures of each call of the sampler."""
         return sum([draw(n) for n in calls] * times, Work())
@@ -140,10 +143,11 @@ def _stages(settings: Settings) -> Iterator[tuple[Which, Work]]:
 
     found = {name: work.found if settings.erase.source == "token" else None for name, work in learned.items()}
     erasing = eraser.work(settings.erase.source)
-    looks = looked(erasing.looks, _looked_at(settings, found), steered)
+    calls, first = _looked_at(settings, found), min(erasing.looks, 1)  # the first look is at the base model
+    looks = looked(first, calls, steered) + looked(erasing.looks - first, calls, candidate)
     yield ("erase", settings.erase.method), erasing + looks
 
-    asked = inputs.attacks(settings)
+    asked = inputs.attacks(settings, eraser.one_step)
     attacks = [attack.work() for attack in asked.values()]
     yield ("attack", ", ".join(asked)), sum(attacks * len(targets), Work())
 
@@ -151,7 +155,7 @@ def _stages(settings: Settings) -> Iterator[tuple[Which, Work]]:
     pictures += sum(work.found for work in learned.values()) * each.get("token", 1)
     pictures += len(targets) * sum(work.found for work in attacks) * each.get("attack", 1)
     sides = [plain(pictures)] * (2 if settings.sample.champion else 1)
-    yield ("sample", settings.guide.method), sum(sides, steered(pictures))
+    yield ("sample", settings.guide.method), sum(sides, candidate(pictures))
 
 
 def _looked_at(settings: Settings, tokens: Mapping[str, int | None]) -> list[int]:

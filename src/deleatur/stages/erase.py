@@ -55,7 +55,7 @@ def run(settings: Settings) -> None:
             keep=encode.encode_text(model, ["", *kept]),
             seed=settings.seed,
             on_step=on_step,
-            probe=_probe(settings, model, clip, concepts, kept),
+            probe=_probe(settings, model, clip, concepts, kept, eraser.one_step),
             state=checkpoint.state,
         )
     folder = tables.emptied(settings.paths.delta)
@@ -106,7 +106,14 @@ def _belongs(settings: Settings, eraser: Eraser, model: Model, clip: Clip) -> di
     )
 
 
-def _probe(settings: Settings, model: Model, clip: Clip, concepts: Sequence[Concept], kept: Sequence[str]) -> Probe:
+def _probe(
+    settings: Settings,
+    model: Model,
+    clip: Clip,
+    concepts: Sequence[Concept],
+    kept: Sequence[str],
+    one_step: int | None,
+) -> Probe:
     """Draws a few concept prompts, the concept's own tokens or words, and preserved prompts, always from the same
     noise, and rates them with r_ψ and CLIP. Only prompts of the dev split: what is reported later is never looked at.
     """
@@ -125,7 +132,17 @@ def _probe(settings: Settings, model: Model, clip: Clip, concepts: Sequence[Conc
     def draw(c: Tensor, purpose: str, weights: Weights) -> list[Image.Image]:
         seeds = [derive(settings.seed, "erase", "look", purpose, i) for i in range(len(c))]
         steps, batch = settings.sample.steps, settings.sample.batch
-        return sample(model, c, seeds, guide=guide, conditions=conditions, steps=steps, weights=weights, batch=batch)
+        return sample(
+            model,
+            c,
+            seeds,
+            guide=guide,
+            conditions=conditions,
+            steps=steps,
+            weights=weights,
+            one_step=one_step if weights else None,
+            batch=batch,
+        )
 
     def probe(weights: Weights) -> Reading:
         hits = torch.cat([inputs.present(head, clip.pictures(draw(c, "concept", weights))) for head, c in rated])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deleatur.diffusion.load import digest, load
 from deleatur.diffusion.overlay import applied
+from deleatur.errors import SettingsError
 from deleatur.io import bom, card, documents, tables, tensors
 from deleatur.records import Report, Verdict
 from deleatur.settings import Settings
@@ -19,6 +20,13 @@ def export(settings: Settings, folder: Path) -> None:
     soft token, which could be used to probe for the concept, is never part of it. A model card and a bill of materials
     lie beside it, where it was judged.
     """
+    delta = tensors.load_delta(settings.paths.delta / inputs.DELTA)
+    if delta.one_step is not None:
+        raise SettingsError(
+            f"what {delta.method} made draws each picture in one call of its own: a folder that plain diffusers draws "
+            "from step by step would show something else",
+            hint="another erase.method, then: deleatur demo",
+        )
     path = inputs.local(settings, settings.base.model)
     model = load(path, device="cpu")
     from diffusers import StableDiffusionPipeline
@@ -27,7 +35,7 @@ def export(settings: Settings, folder: Path) -> None:
     logging.disable_progress_bar()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with applied(model, tensors.load_delta(settings.paths.delta / inputs.DELTA)):
+    with applied(model, delta):
         pipeline = StableDiffusionPipeline.from_pretrained(
             path, unet=model.unet, safety_checker=None, requires_safety_checker=False
         )

@@ -67,15 +67,36 @@ def guide(settings: Settings) -> Guide:
 
 
 def eraser(settings: Settings) -> Eraser:
-    """Raises SettingsError also when the method does not fit one of the targets."""
+    """Raises SettingsError also when the method does not fit one of the targets, or the guide."""
     found = chosen(settings.erase, Eraser, "erase")
     found.fits(settings.targets)
+    if found.one_step is not None and settings.guide.method != PLAIN:
+        raise SettingsError(
+            f"guide.method: expected {PLAIN}, since what erase.method {settings.erase.method} makes draws in one call "
+            f"and nothing can steer it on the way, got {settings.guide.method}",
+            hint=f"guide.method: {PLAIN}, or another erase.method; then: deleatur check",
+        )
     return found
 
 
-def attacks(settings: Settings) -> dict[str, Attack]:
+def beyond_weights(settings: Settings) -> str:
+    """What the candidate is drawn with that neither a version nor an export holds; empty: its weights are all."""
+    if settings.guide.method != PLAIN:
+        return f"the guide {settings.guide.method}"
+    return "" if eraser(settings).one_step is None else "a sampler of one step"
+
+
+def attacks(settings: Settings, one_step: int | None) -> dict[str, Attack]:
+    """On weights that `one_step` is said of, as of a Delta. Raises SettingsError for one that has nothing to ask."""
     given = settings.attack.methods
-    return {name: method("attacks", Attack, name, own, f"attack.methods.{name}") for name, own in given.items()}
+    found = {name: method("attacks", Attack, name, own, f"attack.methods.{name}") for name, own in given.items()}
+    if found and one_step is not None:
+        raise SettingsError(
+            "attack.methods: expected none, since attacks ask what a network says at every noise level, and what the "
+            f"eraser makes draws from one alone; got {', '.join(found)}",
+            hint="attack: {methods: {}}, or another erase.method; then: deleatur check",
+        )
+    return found
 
 
 def inverter(settings: Settings, concept: str, name: str | None = None) -> Inverter:

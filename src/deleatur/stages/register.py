@@ -1,6 +1,6 @@
 """verdict and all it rests on → MLflow: a run with the evidence; on a pass a version, and the decision that it is live.
 
-A version is weights. A pass that a guide had a part in is logged, and nothing is released.
+A version is weights. A pass that a guide or a sampler of one step had a part in is logged, and nothing is released.
 
 Makes no file, so it is not a stage of dvc.yaml. Registering the same verdict again changes nothing, not even after
 somebody has rolled it back; killed anywhere, it has either released nothing or finishes on the next run.
@@ -62,7 +62,7 @@ def run(settings: Settings) -> None:
         with registry.running(evidence) as run_id:
             registry.log(run_id, evidence)
             advance(note="evidence logged")
-            if verdict.outcome == "pass" and settings.guide.method == inputs.PLAIN:
+            if verdict.outcome == "pass" and not inputs.beyond_weights(settings):
                 version = registry.version(evidence.digest) or _add(
                     settings, registry, run_id, evidence, verdict, signing
                 )
@@ -76,7 +76,7 @@ def _enter(settings: Settings, registry: Registry, evidence: Evidence, verdict: 
     tags = registry.tags(version) if version else {}
     about = Subject(version, evidence.tags["delta"], evidence.digest, tags.get("files", ""))
     by = f"; {signed_by(tags)}" if version else ""
-    return enter(settings, about, verdict.outcome, gate.headline(verdict) + by)
+    return enter(settings, about, verdict.outcome, gate.headline(verdict) + by, inputs.beyond_weights(settings))
 
 
 def _judged(settings: Settings) -> tuple[Report, Verdict]:

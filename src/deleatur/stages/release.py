@@ -131,11 +131,12 @@ def deciding(settings: Settings) -> Iterator[Release]:
         yield release
 
 
-def enter(settings: Settings, about: Subject, outcome: Outcome, headline: str) -> str:
+def enter(settings: Settings, about: Subject, outcome: Outcome, headline: str, beyond: str = "") -> str:
     """Registers a verdict. On a pass its version waits for a person or, where the policy asks nobody, is live.
 
     Another version that waits, or the same weights, are void from then on. Entered again, the same verdict changes
-    nothing, unless its version has waited too long or was void. What came of it, in words.
+    nothing, unless its version has waited too long or was void. What came of it, in words. beyond: why a pass has no
+    version.
     """
     version, who = about.version, person()
     with deciding(settings) as release:
@@ -148,7 +149,7 @@ def enter(settings: Settings, about: Subject, outcome: Outcome, headline: str) -
         if version is None:
             if outcome == "pass":
                 # Whoever loads a version draws plainly, and would get what nobody has judged.
-                return f"pass, with the guide {settings.guide.method}, which a version cannot hold: what is live stays"
+                return f"pass, with {beyond}, which a version cannot hold: what is live stays"
             return f"verdict {outcome}: no version made, what is live stays"
         if release.ledger.aliases.get(CHALLENGER) != version:
             return f"version {version} was decided about already: deleatur history"

@@ -43,6 +43,8 @@ class Way:
     """Laid over the base model."""
     guide: Guide
     conditions: dict[str, Tensor]
+    one_step: int | None
+    """As `Delta.one_step`; guide and conditions then play no part."""
     recipe: Recipe
     """What all its pictures have in common."""
 
@@ -83,7 +85,8 @@ def _ways(settings: Settings, model: Model) -> dict[Side, Way]:
     plain, steered = (inputs.PLAIN, CFG(scale=guide.scale)), (settings.guide.method, guide)
 
     def way(folder: Path | None, method: str, guide: Guide) -> Way:
-        weights = weights_of(model, tensors.load_delta(folder / inputs.DELTA)) if folder else {}
+        delta = tensors.load_delta(folder / inputs.DELTA) if folder else None
+        weights, one_step = (weights_of(model, delta), delta.one_step) if delta else ({}, None)
         conditions = guide.conditions(model, concepts)
         recipe = Recipe(
             pipeline=model.pipeline,
@@ -91,12 +94,12 @@ def _ways(settings: Settings, model: Model) -> dict[Side, Way]:
             weights=digest(dict(weights)),
             states="",
             conditions=digest(conditions),
-            guidance=json.dumps({"method": method, **guide.model_dump()}),
-            steps=settings.sample.steps,
+            guidance=json.dumps({"method": method, **guide.model_dump()} if one_step is None else {"from": one_step}),
+            steps=settings.sample.steps if one_step is None else 1,
             noise_seed=0,
             code=identity.code(sampler, predict, noise, guidance, type(guide), libraries=identity.DRAWING),
         )
-        return Way(weights, guide, conditions, recipe)
+        return Way(weights, guide, conditions, one_step, recipe)
 
     ways: dict[Side, Way] = {"base": way(None, *plain)}
     if settings.sample.champion:
@@ -151,6 +154,7 @@ def _draw(
         conditions=way.conditions,
         steps=settings.sample.steps,
         weights=way.weights,
+        one_step=way.one_step,
         batch=settings.sample.batch,
         on_batch=advance,
     )

@@ -168,6 +168,8 @@ def _predictions(own: Settings) -> int:
     """Of the network, at each sampler step: what a guide costs at every picture. The libraries are loaded after this,
     and are no part of what is measured.
     """
+    if inputs.eraser(own).one_step is not None:
+        return 1
     model, guide = inputs.model(own), inputs.guide(own)
     concepts = [inputs.concept(own, model, name) for name in own.targets]
     return 1 + sum(len(rows) for rows in guide.conditions(model, concepts).values())

@@ -112,7 +112,13 @@ def settings_of(settings: Settings, cell: Cell) -> Settings:
     whole["paths"] |= {name: place(settings, ratings) / name for name in ("feedback", "data_docs", "reward")}
     whole["paths"] |= {"tokens": place(settings, tokens) / "tokens"}
     whole["paths"] |= {"state": asked.folder / cell.concept / STATE / f"{cell.row}-{cell.seed}"}
-    return Settings.of(whole, f"params.yaml as compare.variants.{cell.row.removeprefix(HFI)} has it")
+    where = f"params.yaml as compare.variants.{cell.row.removeprefix(HFI)} has it"
+    found = Settings.of(whole, where)
+    if inputs.chosen(found.erase, Eraser, "erase").one_step is None:
+        return found
+    return Settings.of(
+        whole | {"attack": {"methods": {}}}, where
+    )  # which draws from one noise level: see inputs.attacks
 
 
 def _of_row(asked: Compare, row: str) -> Mapping[str, Any]:

@@ -1,0 +1,194 @@
+"""SFD's promises: nothing to learn where both scores agree, one call for a picture, and the concept is not in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import counting
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from deleatur.detectors.classifier import Classifier
+from deleatur.diffusion import encode
+from deleatur.diffusion.load import Model, load
+from deleatur.diffusion.overlay import add, weights_of
+from deleatur.diffusion.predict import Weights
+from deleatur.diffusion.sample import at_once, sample
+from deleatur.diffusion.terms import Network, Networks
+from deleatur.erasers.sfd import SFD, Distilled, score_identity
+from deleatur.errors import ModelError, SettingsError
+from deleatur.guides.cfg import CFG
+from deleatur.records import Concept
+
+MODELS = Path(__file__).parents[2] / "models"
+QUICK: dict[str, Any] = {"iterations": 60, "lr": 3e-3, "batch": 4}
+
+
+def words(model: Model, *names: str) -> Concept:
+    return encode.concept_from_words(model, "weapon", names)
+
+
+def terms(model: Model, instead: str) -> dict[str, Distilled]:
+    """The concept is "gun"; preserved is "gun" as well, so that the two terms can be compared."""
+    gun, other = encode.encode_text(model, ["gun"]), encode.encode_text(model, [instead])
+    return SFD(loop={"batch": 3}).terms(model, gun, other, gun, seed=0)  # type: ignore[arg-type]
+
+
+def loss(model: Model, term: Distilled, student: dict[str, Tensor]) -> Tensor:
+    networks = Networks(Network(model, student), Network(model, student), Network(model, {}))
+    term.learns = False
+    term.generator.manual_seed(5)
+    with torch.no_grad():
+        rows = term.rows(networks, 0)
+    return term.error(networks.student(rows.z, rows.t, rows.c), rows.goal)
+
+
+def leaves(model: Model) -> dict[str, Tensor]:
+    return {n: p.detach().clone().requires_grad_() for n, p in model.unet.named_parameters()}
+
+
+def test_the_loss_by_hand() -> None:
+    """x 1, real 3, fake 2, |x − real| 2: 1 (3 − 1 − 1) / 2 = 0.5; for α 2, 1 (3 − 1 − 2) / 2 = 0."""
+    x, real, fake = (torch.full((1, 1, 1, 1), value) for value in (1.0, 3.0, 2.0))
+    assert score_identity(x, real, fake, 1.0).tolist() == [0.5]
+    assert score_identity(x, real, fake, 2.0).tolist() == [0.0]
+
+
+def test_for_alpha_one_it_is_the_other_way_to_write_it() -> None:
+    x, real, fake = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    w = (x - real).abs().flatten(1).mean(1)
+    by_hand = ((real - fake) * (fake - x)).flatten(1).mean(1) / w
+    assert torch.allclose(score_identity(x, real, fake, 1.0), by_hand, atol=1e-6)
+
+
+def test_where_both_scores_agree_nothing_is_learned(model: Model) -> None:
+    """At the start ψ = φ: the loss of preserved prompts is 0, and so is its gradient."""
+    student = leaves(model)
+    found = loss(model, terms(model, "cat")["keep"], student)
+    assert found.abs().max() < 1e-6
+    found.mean().backward()
+    assert max(float(p.grad.abs().max()) for p in student.values() if p.grad is not None) < 1e-4
+    assert loss(model, terms(model, "cat")["erase"], student).abs().max() > 1e-3, "of the concept it is not"
+
+
+def test_with_the_concept_for_its_own_alternative_it_is_the_loss_of_a_preserved_prompt(model: Model) -> None:
+    student = {n: p.detach() + 0.01 for n, p in leaves(model).items()}
+    forget, remain = (terms(model, "gun")[name] for name in ("erase", "keep"))
+    for term in (forget, remain):
+        for n, w in term.fake.own.items():
+            w.data += 0.02 * torch.randn(w.shape, generator=torch.Generator().manual_seed(len(n)))
+    same = loss(model, remain, student)
+    assert same.abs().max() > 1e-3
+    assert torch.equal(loss(model, forget, student), same)
+
+
+def test_only_the_generator_gets_a_gradient_and_it_comes_through_both_scores(model: Model) -> None:
+    student, term = leaves(model), terms(model, "cat")["erase"]
+    loss(model, term, student).mean().backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.unet.parameters()), "φ has none"
+    assert all(w.grad is None for w in term.fake.own.values()), "nor has ψ, at the generator's turn"
+    assert sum(float(p.grad.abs().sum()) for p in student.values() if p.grad is not None) > 0
+
+
+def test_the_fake_score_learns_to_denoise_what_the_generator_makes(model: Model) -> None:
+    fake = (
+        SFD(fake_lr=3e-3, kappa=1.0, loop={"batch": 8})
+        .terms(  # type: ignore[arg-type]
+            model,
+            encode.encode_text(model, ["gun"]),
+            encode.encode_text(model, [""]),
+            encode.encode_text(model, ["a cat"]),
+            0,
+        )["erase"]
+        .fake
+    )
+    student, draws = Network(model, {}), torch.Generator().manual_seed(0)
+
+    def error() -> float:
+        z, t_0, t, eps = fake.draw(64, torch.Generator().manual_seed(9))
+        c = fake.asked[torch.arange(64) % 2]
+        with torch.no_grad():
+            x = model.schedule.clean(z, student(z, t_0, c), t_0)
+            said = fake.network()(model.schedule.add_noise(x, eps, t), t, c)
+        return float((said - eps).square().mean())
+
+    before = error()
+    for _ in range(80):
+        with torch.no_grad():
+            fake.learn(student, draws)
+    assert error() < 0.8 * before
+
+
+def test_a_picture_is_one_call_of_the_network_and_no_guide_is_asked(model: Model) -> None:
+    c, guide = encode.encode_text(model, ["a cat", "a dog"]), CFG()
+    conditions = guide.conditions(model, [])
+    with counting.calls() as calls, counting.rows() as rows:
+        once = sample(model, c, [1, 2], guide=guide, conditions=conditions, steps=8, one_step=625, batch=2)
+    assert (calls[counting.UNET], rows["forward"]) == (1, 2)
+    other = sample(model, c, [1, 2], guide=CFG(scale=1.0), conditions={}, steps=3, one_step=625, batch=2)
+    assert [p.tobytes() for p in once] == [p.tobytes() for p in other]
+
+
+def test_what_is_drawn_is_the_clean_latent_seen_in_pure_noise(model: Model) -> None:
+    n = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    c, t = encode.encode_text(model, ["a cat", "a dog"]), torch.tensor([625, 625])
+    a = float(model.schedule.alphas_cumprod[625])
+    z = (1 - a) ** 0.5 * n
+    with torch.no_grad():
+        by_hand = (z - (1 - a) ** 0.5 * model.unet(z, t, c).sample) / a**0.5
+    assert torch.allclose(at_once(model, n, c, 625, {}), by_hand, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_on_the_built_in_model_the_concept_goes_while_the_others_come() -> None:
+    """What the judge makes of pictures of one step: few are right before, since the base model draws in many."""
+    model, judge = load(str(MODELS / "pipeline"), device="cpu"), Classifier(path=str(MODELS / "judge")).load()
+    gun, others = ["gun"], ["cat", "frog", "fish", "rose"]
+    keep = encode.encode_text(model, ["", *(f"a {name}" for name in others)])
+    numbers = {"iterations": 30, "lr": 1e-4, "batch": 8}
+    sfd = SFD(kappa=2.0, fake_lr=3e-4, loop=numbers)  # type: ignore[arg-type]
+    after = weights_of(
+        model, sfd.erase(model, [encode.concept_from_words(model, "gun", gun, ["a {}"])], keep=keep, seed=1)
+    )
+
+    def right(weights: Weights, names: list[str]) -> float:
+        """Mean probability of what the prompt names."""
+        asked = [name for name in names for _ in range(16 // len(names))]
+        c = encode.encode_text(model, [f"a {name}" for name in asked])
+        drawn = sample(model, c, range(16), guide=CFG(), conditions={}, steps=1, weights=weights, one_step=625)
+        return float(np.mean([said[judge.labels.index(n)] for said, n in zip(judge.detect(drawn), asked, strict=True)]))
+
+    found = {what: (right({}, names), right(after, names)) for what, names in (("gun", gun), ("others", others))}
+    print(found)
+    assert found["gun"][1] < 0.5 * found["gun"][0]
+    assert found["others"][1] > found["others"][0]
+
+
+def test_what_comes_back_says_that_it_draws_in_one_step_and_adds_to_nothing(model: Model) -> None:
+    delta = SFD(loop={**QUICK, "iterations": 1}).erase(  # type: ignore[arg-type]
+        model, [words(model, "gun")], keep=encode.encode_text(model, [""]), seed=1
+    )
+    assert delta.one_step == 625
+    with pytest.raises(ModelError, match="one step"):
+        add(delta, delta)
+
+
+def test_without_a_prompt_to_preserve_it_is_refused(model: Model) -> None:
+    with pytest.raises(SettingsError, match="prompts to preserve"):
+        SFD().erase(model, [words(model, "gun")], keep=None, seed=0)
+
+
+def test_levels_are_two_in_order() -> None:
+    with pytest.raises(ValidationError, match="the smaller one first, got 980 and 20"):
+        SFD(levels=(980, 20))
+
+
+def test_the_numbers_are_those_of_the_released_script() -> None:
+    sfd = SFD()
+    assert (sfd.start, sfd.kappa, sfd.alpha, sfd.levels, sfd.fake_lr) == (625, 4.5, 1.0, (20, 980), 3e-6)
+    loop = sfd.loop
+    assert (loop.train, loop.iterations, loop.lr, loop.batch, loop.momentum) == ("full", 12500, 1e-6, 8, 0.0)

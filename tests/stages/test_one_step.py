@@ -1,0 +1,65 @@
+"""A candidate that draws in one step goes through the chain; what does not fit it is refused before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import workspace
+
+from deleatur import stages
+from deleatur.errors import SettingsError
+from deleatur.io import shots, tables
+from deleatur.settings import Settings
+from deleatur.stages import inputs
+from deleatur.stages.check import check
+from deleatur.stages.export import export
+
+LOOP: dict[str, Any] = {"iterations": 2, "lr": 1e-4, "batch": 2, "check_every": 1}
+RULES = {"fit": {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": -5.0, "min_n": 2}}
+
+
+def made(root: Path, **changes: Any) -> Settings:
+    erase = {"method": "sfd", "source": "words", "sfd": {"loop": LOOP}}
+    fits: dict[str, Any] = {"erase": erase, "attack": {"methods": {}}, "gate": {"rules": RULES}}
+    return workspace.make(root, **fits | changes)
+
+
+def test_the_candidate_is_drawn_in_one_call_and_the_base_model_in_all_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = made(tmp_path)
+    assert check(settings)
+    for name in ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate"):
+        stages.run(name, settings)
+    drawn = shots.listed(settings.paths.shots)
+    by_side = {side: own for side, own in drawn.groupby("side")}
+    assert set(by_side["base"]["steps"]) == {settings.sample.steps}
+    assert set(by_side["candidate"]["steps"]) == {1}
+    assert set(by_side["candidate"]["guidance"]) == {'{"from": 625}'}
+    looks = tables.read_json(settings.paths.delta / "looks.json")
+    assert [look["step"] for look in looks][:2] == [0, 1]
+    notes = tables.read_json(settings.paths.delta / "record.json")["notes"]
+    assert any("one step" in note for note in notes)
+    assert inputs.beyond_weights(settings) == "a sampler of one step"
+    with pytest.raises(SettingsError, match="in one call of its own"):
+        export(settings, tmp_path / "erased")
+    assert not (tmp_path / "erased").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"guide": {"method": "sld", "sld": {"warm_up": 0}}}, "guide.method: expected cfg"),
+        ({"attack": {"methods": {"concept_inversion": {}}}}, "attack.methods: expected none"),
+    ],
+)
+def test_guides_and_attacks_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = made(tmp_path, **changes)
+    with pytest.raises(SettingsError, match=said):
+        check(settings)
