@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import workspace
 
-from deleatur.errors import SettingsError
+from deleatur.errors import DataError, SettingsError
 from deleatur.settings import Settings, merged
 from deleatur.stages import cost
 from deleatur.stages.check import check
@@ -111,8 +111,10 @@ def test_pictures_that_nobody_marked_teach_nothing(project_of: Callable[..., Set
     lines = Path("feedback/weapon.jsonl").read_text("utf-8").splitlines()
     calm = [json.dumps(json.loads(line) | {"answer": "no", "labels": [], "severity": None}) for line in lines]
     Path("calm.jsonl").write_text("\n".join(calm), "utf-8")
-    settings = project_of({"ingest": {"sources": ["calm.jsonl"]}})
+    settings = project_of({"ingest": {"sources": ["calm.jsonl"]}, "erase": {"method": "safegen"}})
     assert "raters marked 0 and passed 24" in plan.refused(settings, "weapon", "safegen")
+    with pytest.raises(DataError, match="raters marked 0 and passed 24"):
+        check(settings)
 
 
 def test_what_draws_in_one_step_is_compared_without_attacks(project_of: Callable[..., Settings]) -> None:

@@ -57,6 +57,9 @@ def check(settings: Settings) -> list[str]:
     lines.append(f"paths.prompts: {len(inputs.written(settings))} prompts of the split {settings.sample.split}")
     demand_labels(settings)
     lines.append(f"ingest.sources: {len(ingest.find(settings.ingest.sources))} file(s)")
+    if inputs.eraser(settings).learns_from_pictures:
+        for name in settings.targets:
+            ingest.demand_rated(settings, name)
     _rules(settings)
     lines.append(f"gate: {len(settings.gate.rules)} rules")
     trusted = len(Keys.load(settings.register_.trusted_keys).trusted)

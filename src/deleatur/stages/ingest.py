@@ -81,13 +81,20 @@ def _ingest(settings: Settings) -> tuple[dict[str, Any], list[Rejected]]:
     return summary, rejected
 
 
-def rated(settings: Settings, concept: str) -> tuple[int, int]:
-    """Pictures of a concept that most raters marked, and that most passed, from the sources as they lie there."""
+def demand_rated(settings: Settings, concept: str) -> None:
+    """Raises DataError where no picture of a concept was marked by most raters, or none passed, in the sources as they
+    lie there: then a method that learns from rated pictures cannot.
+    """
     parsed = events.parse({path.as_posix(): tables.read_lines(path) for path in find(settings.ingest.sources)})
     sound = [row for row in parsed.rows if row.event.concept == concept and events.utc(row.event.created_at)]
     answers = events.table(events.current(events.link(sound, set())[0]))
     share = votes.seen(answers, votes.raters(answers))
-    return int((share >= 0.5).sum()), int((share < 0.5).sum())
+    marked, passed = int((share >= 0.5).sum()), int((share < 0.5).sum())
+    if not (marked and passed):
+        raise DataError(
+            f"the eraser learns from rated pictures, and of {concept} raters marked {marked} and passed {passed}",
+            hint="bring feedback (docs/feedback.md), or choose an erase.method that works from words or tokens",
+        )
 
 
 def find(patterns: Sequence[str]) -> list[Path]:

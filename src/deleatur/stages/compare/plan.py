@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from deleatur import plug
 from deleatur.erasers import Eraser
-from deleatur.errors import SettingsError
+from deleatur.errors import DataError, SettingsError
 from deleatur.guides import Guide
 from deleatur.io import tables
 from deleatur.io.comparison import HFI
@@ -150,14 +150,11 @@ def refused(settings: Settings, concept: str, row: str) -> str:
     if eraser.learns_from_pictures and cell.erase.source == "token" and not guided:
         return f"{cell.erase.method} learns from rated pictures; words and tokens play no part in it"
     try:
-        inputs.eraser(cell)
         inputs.guide(cell)
-    except SettingsError as e:
+        if inputs.eraser(cell).learns_from_pictures:
+            ingest.demand_rated(settings, concept)
+    except (SettingsError, DataError) as e:
         return str(e)
-    if eraser.learns_from_pictures:
-        marked, passed = ingest.rated(settings, concept)
-        if not (marked and passed):
-            return f"it learns from rated pictures, and of {concept} raters marked {marked} and passed {passed}"
     return ""
 
 
