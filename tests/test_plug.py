@@ -125,6 +125,14 @@ def installed(into: Path, version: str = "1.0") -> Path:
     return target
 
 
+def on_our_shelf(into: Path) -> Path:
+    """The same file as one of ours: nothing else is added, and nothing is changed."""
+    ours = into / "src"
+    shutil.copytree(ROOT / "src", ours, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(EXAMPLE / "deleatur_shave.py", ours / "deleatur" / "erasers" / "shave.py")
+    return ours
+
+
 def run(root: Path, *arguments: str, command: list[str], path: Path | None = None) -> str:
     env = versions.environment() | ({"PYTHONPATH": f"{path}{os.pathsep}{ROOT / 'src'}"} if path else {})
     done = subprocess.run(
@@ -135,10 +143,13 @@ def run(root: Path, *arguments: str, command: list[str], path: Path | None = Non
 
 
 @pytest.mark.slow
-def test_the_worked_example_installs_is_listed_and_keeps_the_shelfs_promises(tmp_path: Path) -> None:
-    site = installed(tmp_path)
-    listed = run(tmp_path, "methods", "erasers", command=["-m", "deleatur"], path=site)
-    assert "of deleatur-shave 1.0" in listed
+@pytest.mark.parametrize(("added", "package"), [(installed, "deleatur-shave 1.0"), (on_our_shelf, "deleatur")])
+def test_the_worked_example_is_listed_and_keeps_the_shelfs_promises_wherever_it_lies(
+    tmp_path: Path, added: Callable[[Path], Path], package: str
+) -> None:
+    site = added(tmp_path)
+    listed = json.loads(run(tmp_path, "methods", "erasers", "--json", command=["-m", "deleatur"], path=site))
+    assert listed["erasers"]["shave"]["package"] == package
     told = run(ROOT, "-k", "test_erasers and shave", command=["-m", "pytest", "-q", "tests/contracts"], path=site)
     assert "3 passed" in told
 

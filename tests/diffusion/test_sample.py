@@ -14,7 +14,7 @@ from deleatur.diffusion.overlay import add, applied, difference, weights_of
 from deleatur.diffusion.predict import predict
 from deleatur.diffusion.sample import decode, encode_pictures, noise, sample
 from deleatur.diffusion.select import RULES, select
-from deleatur.errors import ModelError
+from deleatur.errors import ModelError, SettingsError
 from deleatur.guides.cfg import CFG
 from deleatur.records import Delta
 
@@ -133,6 +133,9 @@ def test_selectors_take_what_they_say(model: Model, rule: str) -> None:
     else:
         assert not {"conv_out.weight", "time_embedding.linear_1.weight"} & names
         assert any("time_emb_proj" in n for n in names)
+    if rule != "full":
+        with pytest.raises(SettingsError, match="matches no tensor"):
+            select(torch.nn.ModuleDict({"time_embedding": torch.nn.Linear(1, 1)}), rule)  # type: ignore[arg-type]
 
 
 def test_pictures_encode_to_the_shape_of_latents(model: Model) -> None:

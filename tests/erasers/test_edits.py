@@ -157,6 +157,25 @@ def test_only_what_reads_the_text_is_touched_and_kept_as_factors(model: Model, t
     assert all(torch.linalg.matrix_rank(d) <= 2 for d in again.values())
 
 
+@pytest.mark.parametrize("eraser", [UCE(), RECE(epochs=1)])
+def test_the_order_of_concepts_says_nothing(model: Model, eraser: Eraser) -> None:
+    gun, ink = words(model, "gun", "sword"), words(model, "ink", concept="style")
+    one, other = (erase(model, eraser, *order).tensors for order in ((gun, ink), (ink, gun)))
+    assert all(torch.allclose(one[n], other[n], atol=1e-5) for n in one)
+    alone = erase(model, eraser, gun).tensors
+    assert not all(torch.allclose(one[n], alone[n], atol=1e-5) for n in one), "both are erased"
+
+
+def test_what_brings_the_concept_back_are_states_of_whole_sentences(model: Model) -> None:
+    """(L, d) for each; and what an epoch reports of them is their length over that of the concept's own."""
+    gun = words(model, "gun")
+    c, g = pairs(model, [gun], {}, "all")
+    assert c.shape == g.shape == (model.length, 64)
+    lengths = [row["length"] for row in erase(model, RECE(epochs=2), gun).record["curve"][1:]]
+    assert len(lengths) == 2
+    assert all(0 < length < 100 for length in lengths)
+
+
 def test_no_epoch_is_uce(model: Model) -> None:
     uce, rece = (erase(model, e, words(model, "gun")) for e in (UCE(), RECE(epochs=0)))
     assert all(torch.equal(uce.tensors[n], rece.tensors[n]) for n in uce.tensors)
