@@ -61,6 +61,10 @@ def numbers(root: Path, **changes: Any) -> dict[str, Any]:
     p["evaluate"]["detectors"] = {"judge": {"method": "classifier", "path": "models/judge"}}
     p["evaluate"]["metrics"] = {k: v for k, v in p["evaluate"]["metrics"].items() if not k.startswith("nudity")}
     p["compare"] |= {"concepts": ["weapon"], "seeds": [1], "methods": ["uce"], "split": "test"}
+    p["emergency"]["per_prompt"] = {"concept": 1, "word": 1, "neighbour": 1, "keep": 0, "unseen": 2}
+    p["emergency"]["rules"] = {
+        "fits": {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": -5.0, "min_n": 2}
+    }
     for rule in p["gate"]["rules"].values():
         rule["min_n"] = 2
     return p | changes

@@ -504,6 +504,35 @@ def canary(
 
 @app.command()
 @guarded
+def emergency(
+    concepts: Annotated[str, typer.Argument(metavar="CONCEPT,…", help="What has to go, by the names in params.yaml.")],
+    who: Approver,
+    reason: Reason,
+    params: Params = Path("params.yaml"),
+    as_json: Json = False,
+) -> None:
+    """Release within minutes, beside the chain: a formula instead of training, fewer pictures, a policy of its own.
+
+    What is live has erased stays erased. By the section `emergency` of params.yaml; docs/release.md says more. The next
+    release of the chain replaces it. Exit code: that of the verdict.
+    """
+    from deleatur import gate
+    from deleatur.settings import Settings
+    from deleatur.stages import emergency as stage
+
+    settings = Settings.load(params)
+    verdict = stage.run(settings, concepts.split(","), who, reason)
+    if as_json:
+        tell(asdict(verdict))
+    else:
+        out.print(gate.explain(verdict), markup=False, highlight=False, soft_wrap=True)
+        page = stage.settings_of(settings, concepts.split(",")).paths.verdict / "report.html"
+        out.print(f"Pictures and all numbers: {page}", highlight=False)
+    raise typer.Exit(VERDICT_CODES[verdict.outcome])
+
+
+@app.command()
+@guarded
 def verify(
     version: Annotated[str, typer.Argument(help="Number of a registered version.")],
     params: Params = Path("params.yaml"),

@@ -339,6 +339,20 @@ class Canary(Section):
         return self.folder / "canary.json"
 
 
+class Emergency(Section):
+    """What `deleatur emergency` does otherwise than the chain, and the policy that its releases are judged by."""
+
+    erase: Numbers
+    """Over the section `erase`: a method that takes seconds, told by words, which nobody has to learn first."""
+    per_prompt: dict[Role, NonNegativeInt]
+    """Pictures, as in `sample.per_prompt`."""
+    rules: dict[str, Rule] = Field(min_length=1)
+    """Instead of `gate.rules`."""
+    days: PositiveInt = 14
+    """Until a trained release should have replaced it; then it is said everywhere."""
+    folder: Path = Path("out/emergency")
+
+
 class Settings(Section):
     seed: int
     base: Base
@@ -359,13 +373,15 @@ class Settings(Section):
     compare: Compare | None = None
     """Left out where nothing is compared."""
     canary: Canary = Canary()
+    emergency: Emergency | None = None
+    """Left out where nothing is released but by the chain."""
 
     @property
     def made_by(self) -> str:
         """SHA-256 of what was given and can change a result. The policy and the registry judge and release it; they are
         no part of it, and neither is where it lies, what it is compared with or how it is watched.
         """
-        aside = {"gate", "register_", "paths", "compare", "canary"}
+        aside = {"gate", "register_", "paths", "compare", "canary", "emergency"}
         given = self.model_dump(mode="json", exclude=aside, exclude_unset=True)
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
@@ -393,6 +409,8 @@ class Settings(Section):
         if self.compare:
             _demand_apart("compare.folder", self.compare.folder, others)
         _demand_apart("canary.folder", self.canary.folder, others)
+        if self.emergency:
+            _demand_apart("emergency.folder", self.emergency.folder, others)
         return self
 
     @classmethod

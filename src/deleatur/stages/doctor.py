@@ -226,6 +226,8 @@ def _aliases(settings: Settings) -> Iterator[Line]:
         yield ok(found.standing)
         live = known.aliases.get(CHAMPION)
         yield ok(f"version {live} is live") if live else warn("nothing is live", "deleatur history")
+        if live and (why := registry_of(settings).tags(live).get("emergency")):
+            yield warn(f"version {live} was released in an emergency: {why}", "deleatur demo (the chain replaces it)")
 
 
 def _signatures(settings: Settings) -> Iterator[Line]:

@@ -80,7 +80,8 @@ class Scores:
         tables.keep_only(self.folder, self._asked)
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, notes: Sequence[str] = ()) -> None:
+    """notes: what a reader of the report must know besides."""
     demand_labels(settings)
     metrics = inputs.metrics(settings)
     listed = shots.listed(settings.paths.shots)
@@ -97,7 +98,7 @@ def run(settings: Settings) -> None:
                 scores += _scores(settings, name, metric, side, galleries, of_side)
     tables.write_table(settings.paths.scores / "values.parquet", pd.concat(values), VALUES)
     kept.tidy()
-    report = Report(identity.of(settings), tuple(scores), tuple(_notes(settings)))
+    report = Report(identity.of(settings), tuple(scores), (*notes, *_notes(settings)))
     folder = tables.emptied(settings.paths.report)
     documents.write(folder / "report.json", report)
     tables.write_json(folder / "metrics.json", _flat(scores))

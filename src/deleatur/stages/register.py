@@ -47,12 +47,14 @@ RESULT = (
 """Fields of a report's identity that the workspace must still agree with."""
 
 
-def run(settings: Settings) -> None:
-    """Raises DataError when the files on disk are not the ones that were judged."""
+def run(settings: Settings, emergency: str = "") -> None:
+    """emergency: why this was made beside the chain, which then need not be up to date. Raises DataError when the files
+    on disk are not the ones that were judged.
+    """
     registry = registry_of(settings)
     (signing := keys(settings)).demand_signer()
-    report, verdict = _judged(settings)
-    evidence = _evidence(settings, report, verdict)
+    report, verdict = _judged(settings, in_chain=not emergency)
+    evidence = _evidence(settings, report, verdict, emergency)
     with bar("register", 3) as advance:
         if registry.finished(evidence.digest):
             with in_hand(settings) as release:
@@ -76,10 +78,12 @@ def _enter(settings: Settings, registry: Registry, evidence: Evidence, verdict: 
     tags = registry.tags(version) if version else {}
     about = Subject(version, evidence.tags["delta"], evidence.digest, tags.get("files", ""))
     by = f"; {signed_by(tags)}" if version else ""
-    return enter(settings, about, verdict.outcome, gate.headline(verdict) + by, inputs.beyond_weights(settings))
+    why = f"EMERGENCY: {urgent}. " if (urgent := evidence.tags.get("emergency")) else ""
+    said = f"{why}{gate.headline(verdict)}{by}"
+    return enter(settings, about, verdict.outcome, said, inputs.beyond_weights(settings))
 
 
-def _judged(settings: Settings) -> tuple[Report, Verdict]:
+def _judged(settings: Settings, *, in_chain: bool) -> tuple[Report, Verdict]:
     """Report and verdict, after checking that they are about what lies in this workspace."""
     report = documents.read(settings.paths.report / "report.json", Report)
     verdict = documents.read(settings.paths.verdict / "verdict.json", Verdict)
@@ -93,12 +97,12 @@ def _judged(settings: Settings) -> tuple[Report, Verdict]:
         raise DataError(
             f"the verdict was made with another {', '.join(changed)} than this workspace holds", hint="dvc repro"
         )
-    if stale := versions.status(Path()):
+    if in_chain and (stale := versions.status(Path())):
         raise DataError(f"not up to date with params.yaml and the code: {', '.join(sorted(stale))}", hint="dvc repro")
     return report, verdict
 
 
-def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
+def _evidence(settings: Settings, report: Report, verdict: Verdict, emergency: str) -> Evidence:
     paths, made_by = settings.paths, report.identity
     answers = tables.read_table(paths.feedback / "answers.parquet")
     digest, commit = documents.digest(verdict), versions.commit(Path())
@@ -122,21 +126,23 @@ def _evidence(settings: Settings, report: Report, verdict: Verdict) -> Evidence:
         "tokens": made_by.tokens,
         "prompts": made_by.prompts,
         "settings": made_by.settings,
-        "dvc_lock": versions.lock_digest(Path()) or "none",
+        "dvc_lock": (not emergency and versions.lock_digest(Path())) or "none",
         "git_commit": commit.hash or "none",
         "git_dirty": str(commit.dirty).lower(),
-    }
+    } | ({"emergency": emergency} if emergency else {})
     return Evidence(
         digest=digest,
         name=f"{made_by.method} {concepts} {digest[:8]}",
         tags=lineage,
-        # Where it is registered is no part of how it was made, and neither is what it could be compared with.
-        settings=settings.model_dump(mode="json", by_alias=True, exclude={"register_", "compare"}),
+        # Where it is registered is no part of how it was made, and neither is what else can be done with it.
+        settings=settings.model_dump(
+            mode="json", by_alias=True, exclude={"register_", "compare", "canary", "emergency"}
+        ),
         scores=dict(_scores(report)),
         curves=[point for curve in curves(settings) for point in _points(curve)],
         files={
             "params": Path("params.yaml"),
-            "lock": Path("dvc.lock"),
+            **({} if emergency else {"lock": Path("dvc.lock")}),
             "report": paths.report,
             "verdict": paths.verdict,
             "erase": paths.delta / "record.json",

@@ -122,10 +122,10 @@ def _prompts(settings: Settings, model: Model) -> Iterator[tuple[Prompt, encode.
     yield from ((p, (p.text,)) for p in written)
     for name in settings.targets:
         # Whichever of the two was erased: a word that the token took along, or left behind, is worth knowing.
-        word = encode.concept_from_words(model, name, settings.concepts[name].words)
-        token = encode.concept_from_token(model, inputs.token(settings, name))
-        alone: tuple[tuple[Role, Concept], ...] = (("word", word), ("token", token))
-        for role, c in alone:
+        alone: dict[Role, Concept] = {"word": encode.concept_from_words(model, name, settings.concepts[name].words)}
+        if settings.sample.per_prompt.get("token", 1):
+            alone["token"] = encode.concept_from_token(model, inputs.token(settings, name))
+        for role, c in alone.items():
             for i, (text, pieces) in enumerate(zip(c.texts, c.pieces, strict=True)):
                 yield Prompt(f"{name}-{role}-{i}", text, role, "", name), pieces
     for path in sorted(settings.paths.attacks.glob("*.safetensors")):

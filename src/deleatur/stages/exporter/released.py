@@ -18,7 +18,7 @@ from deleatur.stages.exporter.series import counter, gauge, seconds
 from deleatur.stages.release import quarantined, registry_of
 from deleatur.stages.verify import verify
 
-HOUR = 3600
+HOUR, DAY = 3600, 86400
 """Seconds that a look at a version's files is good for: to read gigabytes takes longer than a scrape may."""
 
 
@@ -62,6 +62,9 @@ def registered(settings: Settings) -> Iterator[Metric]:
         yield gauge("champion", "What is live.", {about: 1.0}, "version", "method", "concepts", "weights")
         simulated = tags.get("simulated") == "true"
         yield gauge("champion_simulated", "1: what is live rests on raters that are no people.", simulated)
+        urgent, days = "emergency" in tags, settings.emergency.days if settings.emergency else 0
+        yield gauge("champion_emergency", "1: what is live was released in an emergency.", urgent)
+        yield gauge("emergency_seconds", "How long an emergency release may stay.", days * DAY)
 
 
 def signed(settings: Settings) -> Iterator[Metric]:
