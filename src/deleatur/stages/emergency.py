@@ -1,4 +1,5 @@
-"""A release within minutes, beside the chain: no token is learned, nothing is trained, fewer pictures are drawn.
+"""A release within minutes, beside the chain: no token is learned, nothing is trained, fewer pictures are drawn, and
+nothing is measured that its policy does not ask for.
 
 The same stages with other numbers and under a policy of its own, in a folder of its own; the chain's results stay as
 they are. Ledger, registry and the model's own card say that it is one, and why. It is registered, approved and taken
@@ -65,6 +66,8 @@ def settings_of(settings: Settings, concepts: Sequence[str]) -> Settings:
         "paths": {name: asked.folder / name for name in settings.paths.written},
     }
     whole = merged(settings.model_dump(by_alias=True), changes)
+    wanted = {rule.metric for rule in asked.rules.values()}
+    whole["evaluate"]["metrics"] = {n: m for n, m in whole["evaluate"]["metrics"].items() if n in wanted}
     whole |= {"gate": {"rules": asked.rules}, "attack": {"methods": {}}, "emergency": None}
     return Settings.of(whole, "params.yaml with its section emergency")
 
