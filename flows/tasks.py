@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from uuid import UUID
 
-from prefect import task
+from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
@@ -22,15 +23,29 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
 from deleatur import gate
-from deleatur.errors import ContinueMe, ServiceError
+from deleatur.errors import ContinueMe, DeleaturError, ServiceError
 from deleatur.io import documents, versions
 from deleatur.records import Verdict
 from deleatur.settings import Settings
 from deleatur.stages import promote
 from deleatur.stages.release import STARTED_BY
 
-ON_GPU = frozenset({"reward", "invert", "erase", "attack", "sample", "evaluate"})
-"""Stages that load networks: they want a slot of the concurrency limit `gpu`. Where there is none, they just run."""
+HERE = Path()
+"""The project's root: where a flow runs."""
+
+OnGpu = Literal["reward", "invert", "erase", "attack", "sample", "evaluate"]
+ON_GPU = frozenset(get_args(OnGpu))
+"""Stages that load networks: they want a slot of their GPU's concurrency limit. Where there is none, they just run."""
+
+SLOT = os.environ.get("DELEATUR_GPU", "gpu")
+"""Name of that limit. Workers that share a GPU share its name."""
+LEASE = 60.0
+"""Seconds after which the slot of a process that vanished is free again."""
+
+LOST_STATE = "Lost"
+"""Name of the state of a run whose process has vanished: see flows/setup.py."""
+LIVES = 20
+"""Times that a run is started again by itself, before somebody has to look."""
 
 UPDATE = 2.0
 """Seconds between two updates of a progress artifact: each is a request to the server."""
@@ -50,12 +65,25 @@ RETRIED: dict[str, Any] = {
 }
 
 
+@contextmanager
+def ending_in_a_command() -> Iterator[None]:
+    """What a flow fails with ends with the command to run next: its message is all that a notification shows."""
+    try:
+        if (lives := runtime.flow_run.run_count or 0) > LIVES:
+            raise ServiceError(
+                f"its process was lost {lives - 1} times", hint=f"prefect flow-run logs {runtime.flow_run.id}"
+            )
+        yield
+    except DeleaturError as e:
+        raise type(e)(f"{e}\nNext: {e.hint or 'deleatur check'}", hint=e.hint) from e
+
+
 @task(task_run_name="{stage}", **RETRIED)
-def reproduce(stage: str) -> bool:
-    """Brings one stage of dvc.yaml up to date; whether anything had to run."""
+def reproduce(stage: str, how: Sequence[str] = (), root: Path = HERE) -> bool:
+    """Brings one stage of dvc.yaml up to date; whether anything had to run. how: options of `dvc repro`."""
     told = Told(stage)
     with _slot(stage):
-        return versions.reproduce(stage, Path(), get_run_logger().info, told)
+        return versions.reproduce(stage, root, get_run_logger().info, told, how)
 
 
 @task(**RETRIED)
@@ -140,4 +168,4 @@ def _creator() -> str:
 
 
 def _slot(stage: str) -> AbstractContextManager[None]:
-    return concurrency("gpu", occupy=1, strict=False) if stage in ON_GPU else nullcontext()
+    return concurrency(SLOT, occupy=1, lease_duration=LEASE) if stage in ON_GPU else nullcontext()

@@ -166,8 +166,8 @@ def test_flows_leave_the_work_to_stages() -> None:
         )
 
 
-SPEED = {"sample.batch"}
-"""Changes how fast pictures are drawn, and not the pictures."""
+SPEED = {"sample.batch", "workers.dask", "workers.save_every"}
+"""Change how fast pictures are drawn or how much a kill costs, and not the pictures."""
 
 
 class Noting:

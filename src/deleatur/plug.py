@@ -39,6 +39,8 @@ class Method:
     package: str = ""
     """The package that brings it; empty: it is one of ours."""
     version: str = ""
+    source: Path = HERE
+    """Where the code of ours lies."""
 
     @property
     def origin(self) -> str:
@@ -49,7 +51,7 @@ class Method:
         nobody knows which of them the method reads.
         """
         if not self.package:
-            return [(HERE / self.shelf / f"{self.name}.py").read_text("utf-8")]
+            return [(self.source / self.shelf / f"{self.name}.py").read_text("utf-8")]
         return [self.version, *(path.read_text("utf-8", errors="replace") for path in self._files())]
 
     def _files(self) -> Iterator[Path]:
@@ -67,11 +69,11 @@ class Method:
 
 
 @cache
-def _shelf(shelf: str) -> dict[str, list[Method]]:
+def _shelf(shelf: str, source: Path = HERE) -> dict[str, list[Method]]:
     """What there is under each name; more than one where packages contradict each other."""
     found: dict[str, list[Method]] = {}
-    for own in pkgutil.iter_modules([str(HERE / shelf)]):
-        found[own.name] = [Method(shelf, own.name, f"deleatur.{shelf}.{own.name}")]
+    for own in pkgutil.iter_modules([str(source / shelf)]):
+        found[own.name] = [Method(shelf, own.name, f"deleatur.{shelf}.{own.name}", source=source)]
     for point in sorted(entry_points(group=f"deleatur.{shelf}"), key=lambda p: (p.name, p.dist and p.dist.name)):
         if point.dist:
             method = Method(shelf, point.name, point.module, point.dist.name, point.dist.version)
@@ -128,13 +130,15 @@ def code(of: type | ModuleType) -> list[str]:
 
 
 def write_digests(project: Path) -> bool:
-    """Brings DIGESTS of a project up to date: a file for every method. One that is right is not touched.
+    """Brings DIGESTS of a project up to date: a file for every method, of the code that lies there where it has some of
+    its own. One that is right is not touched.
 
     Whether there was anything to do.
     """
+    source = own if (own := project / "src" / "deleatur").is_dir() else HERE
     invalidate_caches()  # a process that has run for weeks sees what was installed meanwhile
     _shelf.cache_clear()
-    right = {project / DIGESTS / s / f"{n}.json": _shelf(s)[n] for s in SHELVES for n in names(s)}
+    right = {project / DIGESTS / s / f"{n}.json": found for s in SHELVES for n, found in _shelf(s, source).items()}
     changed = False
     for path, methods in right.items():
         texts = [[m.origin, *m.code()] for m in methods]

@@ -353,6 +353,30 @@ class Emergency(Section):
     folder: Path = Path("out/emergency")
 
 
+class Feedback(Section):
+    """When new feedback starts the chain: the flow `feedback`."""
+
+    min_new: PositiveInt = 50
+    """Events that were not there at the last run. Fewer wait for more."""
+    inbox: str | None = None
+    """Folder or s3://bucket/prefix that feedback arrives in: its files are fetched to where the first of ingest.sources
+    looks for them."""
+
+
+class Workers(Section):
+    """Other machines that stages run on. Where work is done changes nothing of its result."""
+
+    state: str | None = None
+    """Folder or s3://bucket/prefix that all of them reach: what a stopped stage goes on from where another machine
+    takes over. None: it starts anew there."""
+    save_every: float = Field(default=60, ge=0)
+    """Seconds from one saving of a long stage to the next, which is what a machine costs that vanishes. More where
+    saving would take more than 1 % of the time."""
+    dask: PositiveInt | Annotated[str, Field(pattern=r"^(tcp|tls|ws|wss)://\S+$")] | None = None
+    """Who draws pictures and looks at them: the processes of a Dask scheduler, by its address; as many processes on
+    this machine; or, None, the stage itself."""
+
+
 class Settings(Section):
     seed: int
     base: Base
@@ -375,13 +399,16 @@ class Settings(Section):
     canary: Canary = Canary()
     emergency: Emergency | None = None
     """Left out where nothing is released but by the chain."""
+    feedback: Feedback = Feedback()
+    workers: Workers = Workers()
 
     @property
     def made_by(self) -> str:
         """SHA-256 of what was given and can change a result. The policy and the registry judge and release it; they are
-        no part of it, and neither is where it lies, what it is compared with or how it is watched.
+        no part of it, and neither is when it is made, on which machines, where it lies, what it is compared with or how
+        it is watched.
         """
-        aside = {"gate", "register_", "paths", "compare", "canary", "emergency"}
+        aside = {"gate", "register_", "paths", "compare", "canary", "emergency", "feedback", "workers"}
         given = self.model_dump(mode="json", exclude=aside, exclude_unset=True)
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 

@@ -45,3 +45,18 @@ def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
 
 def test_where_nothing_ran_there_is_nothing_to_say(tmp_path: Path) -> None:
     assert journal.read(tmp_path) == []
+
+
+def test_lines_of_another_workspace_are_added_once(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    journal.write(here, "gate", "began")
+    with journal.kept(there, "erase"):
+        pass
+    for _ in range(2):
+        journal.adopt(here, journal.text(there))
+    assert [(line.stage, line.what) for line in journal.read(here)] == [
+        ("gate", "began"),
+        ("erase", "began"),
+        ("erase", "done"),
+    ]
+    assert journal.read(here)[1:] == journal.read(there)

@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import finished
+import psutil
 import pytest
 import yaml
 from killed import running
 
 from deleatur.errors import ContinueMe, DataError, ErasureRefused, ModelError, ServiceError, SettingsError
-from deleatur.io import versions
+from deleatur.io import exchange, versions
 from deleatur.io.versions import Progress
 
 WORK = """
@@ -26,6 +27,19 @@ for done in (1, 2):
         f.write(json.dumps({"what": "work", "done": done, "total": 2, "note": ""}) + "\\n")
 print("working")
 pathlib.Path("made").write_text(pathlib.Path("given").read_text())
+"""
+
+WATCHED = """
+import pathlib, os, time, types
+from deleatur import stages
+def run(settings):
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    try:
+        time.sleep(120)
+    finally:
+        pathlib.Path("saved").write_text("state")
+stages.import_module = lambda name: types.SimpleNamespace(run=run)
+stages.run("erase", types.SimpleNamespace(paths=types.SimpleNamespace(state=pathlib.Path("state"))))
 """
 
 SLEEP = """
@@ -50,6 +64,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scripts = {
         "work": WORK,
         "sleep": SLEEP,
+        "watched": WATCHED,
         "wrong": ends(2, "SettingsError: params.yaml has 1 problem(s):\n  lr: too large\nNext: deleatur check\n"),
         "missing": ends(3, "DataError: no file\n"),
         "other": ends(4, "ModelError: not this one\n"),
@@ -127,6 +142,22 @@ def test_whoever_stops_us_stops_the_stage_after_it_has_saved(root: Path, how: si
         os.kill(stage, 0)
 
 
+def test_a_stage_whose_follower_is_killed_saves_and_ends(root: Path) -> None:
+    """Nobody would stop it, and it would hold the GPU that another one is started on."""
+    code = "from pathlib import Path; from deleatur.io import versions; versions.reproduce('watched', Path())"
+    us = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    stage = int(awaited(root / "pid"))
+    assert not (root / "saved").exists()
+    us.kill()
+    us.wait(30)
+    assert awaited(root / "saved") == "state"
+    for _ in range(600):
+        if not psutil.pid_exists(stage) or psutil.Process(stage).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    raise AssertionError("it still runs")
+
+
 @pytest.mark.slow
 def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, tmp_path: Path) -> None:
     """First we are asked to stop, and the stage through us; then the stage alone; then nobody."""
@@ -191,3 +222,109 @@ def test_which_code_it_was(root: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_where_there_is_no_dvc_nothing_is_stale(tmp_path: Path) -> None:
     assert versions.status(tmp_path) == {}
+
+
+@pytest.fixture
+def two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A project whose stage `work` has run, and a clone of it; a store that both reach."""
+    place = tmp_path_factory.mktemp("two")
+    finished.dvc(root, "remote", "add", "--quiet", "--default", "store", str(place / "store"))
+    (root / ".gitignore").write_text("/made\n")
+    finished.git(root, "add", "--all")
+    finished.git(root, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "all")
+    assert exchange.published(root), "nobody clones it"
+    commit = versions.commit(root).hash
+    assert commit
+    exchange.check_out(root, commit, place / "clone")
+    return root, place / "clone"
+
+
+def test_a_stage_that_was_done_here_is_done_there(two: tuple[Path, Path]) -> None:
+    here, there = two
+    assert versions.reproduce("work", here)
+    exchange.push(here, "work")
+    with pytest.raises(DataError, match="does not know the stage other"):
+        exchange.entry("other", here)
+    assert versions.status(there, "work")
+    exchange.enter("work", exchange.entry("work", here), there)
+    assert versions.status(there, "work"), "its product is not there yet"
+    exchange.pull(there, "work")
+    assert versions.status(there, "work") == {}
+    assert (there / "made").read_text() == "1"
+    assert (here / "dvc.lock").read_bytes() == (there / "dvc.lock").read_bytes()
+
+    (there / "dvc.lock").unlink()
+    (there / "made").unlink()
+    assert not versions.reproduce("work", there, how=versions.PULL), "the memory of what it was made from came along"
+    assert (there / "made").read_text() == "1"
+
+    (here / "given").write_text("2")
+    assert versions.reproduce("work", here)
+    text = (there / "dvc.lock").read_text() + '  zebra:\n    cmd: "true"\n'
+    (there / "dvc.lock").write_text(text)
+    exchange.enter("work", exchange.entry("work", here), there)
+    assert (there / "dvc.lock").read_text().endswith('  zebra:\n    cmd: "true"\n'), "other stages stay as they are"
+    assert exchange.entry("work", there) == exchange.entry("work", here)
+
+
+def test_another_machine_takes_what_lies_at_another_place(two: tuple[Path, Path], tmp_path: Path) -> None:
+    here, there = two
+    exchange.use_store(there, str(tmp_path / "other"))
+    assert exchange.store(there) == str(tmp_path / "other")
+    assert versions.commit(there) == versions.commit(here), "the commit has not changed"
+    finished.dvc(here, "remote", "remove", "store")
+    with pytest.raises(SettingsError, match="expected a DVC remote"):
+        exchange.store(here)
+    with pytest.raises(ServiceError, match="dvc push failed"):
+        exchange.push(here, "work")
+
+
+def test_what_others_would_not_get_is_known(two: tuple[Path, Path]) -> None:
+    here, there = two
+    assert exchange.origin(here) == str(here)
+    assert exchange.origin(there) == str(here)
+    assert exchange.published(there)
+    (there / "work.py").write_text("changed")
+    (there / "new.py").write_text("new")
+    assert exchange.uncommitted(there, "work.py", "new.py", "given") == ["work.py", "new.py"]
+    finished.git(there, "add", "--all")
+    finished.git(there, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "mine")
+    assert not exchange.published(there)
+    with pytest.raises(DataError, match="cannot be checked out"):
+        exchange.check_out(here, "0" * 40, there / "deeper")
+
+
+def test_what_no_commit_and_no_lock_needs_is_cleared_away(two: tuple[Path, Path]) -> None:
+    root, _ = two
+    assert versions.reproduce("work", root)
+    first = (root / "dvc.lock").read_text()
+    (root / "given").write_text("2")
+    assert versions.reproduce("work", root)
+    exchange.push(root, "work")
+    for dry in (True, False):
+        assert "Removed 1 objects from repo cache." not in exchange.collect(root, [first], dry=dry, remote=False)
+    assert "Removed 1 objects from repo cache." in exchange.collect(root, [], dry=True, remote=False)
+    assert "Removed 1 objects from repo cache." in exchange.collect(root, [], dry=False, remote=True)
+    assert "Removed 1 objects from repo cache." not in exchange.collect(root, [], dry=True, remote=True)
+    assert versions.status(root, "work") == {}
+
+
+def test_a_folder_is_known_as_a_stage_last_read_it(root: Path) -> None:
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    stages["work"]["deps"] = ["given", "read"]
+    stages["writes"] = {"cmd": "mkdir -p read && cp given read/file", "deps": ["given"], "outs": ["read"]}
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    assert exchange.last_read("work", Path("read"), "file", root) is None
+    versions.reproduce("writes", root)
+    versions.reproduce("work", root)
+    (root / "given").write_text("2")
+    versions.reproduce("writes", root)
+    assert (root / "read/file").read_text() == "2"
+    assert exchange.last_read("work", Path("read"), "file", root) == b"1"
+    assert exchange.last_read("work", Path("read"), "nothing", root) is None
+
+
+def test_the_code_that_lies_there_is_the_code_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "src" / "deleatur").mkdir(parents=True)
+    assert versions.environment(tmp_path)["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path / "src")
+    assert versions.environment(tmp_path / "src").get("PYTHONPATH") == os.environ.get("PYTHONPATH")

@@ -24,7 +24,7 @@ from deleatur import plug, stages
 from deleatur.cli import app
 from deleatur.errors import ContinueMe, ErasureRefused
 from deleatur.io import journal, tensors
-from deleatur.settings import Settings
+from deleatur.settings import Settings, Workers
 from deleatur.stages import checkpoint, inputs
 from deleatur.stages.checkpoint import Checkpoint
 from deleatur.stages.erase import contrast
@@ -256,7 +256,7 @@ def test_what_is_no_checkpoint_is_named_with_the_way_out(root: Path) -> None:
 
 
 def test_a_refused_run_leaves_nothing_to_go_on_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "every", lambda settings: 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", 1e9)
     set_number("erase", "sdd", "loop", "least_change", value=1e9)()
     with pytest.raises(ErasureRefused):
@@ -337,7 +337,7 @@ def test_saving_takes_its_share_of_the_time_and_no_more(counting: Checkpoint, mo
             for _ in range(3000):
                 now += 1.0
                 counting(Counting())
-            assert len(saves) == pytest.approx(3000 / max(checkpoint.EVERY, cost / checkpoint.SHARE), abs=1)
+            assert len(saves) == pytest.approx(3000 / max(Workers().save_every, cost / checkpoint.SHARE), abs=1)
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,13 +34,13 @@ class Line:
 
 
 def write(folder: Path, stage: str, what: What, *, seconds: float = 0.0, lost: int = 0) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(asdict(Line(time.time(), stage, what, round(seconds, 3), lost))) + "\n"
-    handle = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line.encode())  # in one piece: several stages may run at once
-    finally:
-        os.close(handle)
+    _append(folder, [Line(time.time(), stage, what, round(seconds, 3), lost)])
+
+
+def adopt(folder: Path, text: str) -> None:
+    """Adds the lines of another workspace's journal, those aside that have been added before."""
+    known = set(read(folder))
+    _append(folder, [line for line in _lines(text) if line not in known])
 
 
 @contextmanager
@@ -61,8 +61,22 @@ def kept(folder: Path, stage: str) -> Iterator[None]:
 
 def read(folder: Path) -> list[Line]:
     """In the order written. Nobody has run anything yet: no line."""
+    return list(_lines(text(folder)))
+
+
+def text(folder: Path) -> str:
+    """As it stands on the disk, for `adopt`."""
     path = folder / FILE
-    return list(_lines(path.read_text("utf-8", errors="replace"))) if path.is_file() else []
+    return path.read_text("utf-8", errors="replace") if path.is_file() else ""
+
+
+def _append(folder: Path, lines: Iterable[Line]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:  # in one piece: several stages may run at once
+        os.write(handle, "".join(json.dumps(asdict(line)) + "\n" for line in lines).encode())
+    finally:
+        os.close(handle)
 
 
 def _lines(text: str) -> Iterator[Line]:

@@ -1,12 +1,17 @@
-"""Addresses → local folders: s3://bucket/prefix by boto3, models:/name@alias by MLflow, all else as it is."""
+"""Addresses → local folders, and back: s3://… by fsspec, models:/name@alias by MLflow, all else as it is."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from deleatur.errors import ServiceError
+from deleatur.io import tables
 
 CACHE = Path.home() / ".cache" / "deleatur"
 
@@ -17,33 +22,70 @@ def local(address: str, part: str = "pipeline") -> str:
     part: which folder of a registered model, "pipeline" or "delta"; other addresses are such a folder already.
     """
     if address.startswith("s3://"):
-        return str(_from_s3(address))
+        target = CACHE / hashlib.sha256(address.encode()).hexdigest()[:16]
+        fetch(address, target)
+        return str(target)
     if address.startswith("models:/"):
         return str(_from_registry(address, part))
     return address
 
 
-def _from_s3(address: str) -> Path:
-    import boto3
+def fetch(address: str, target: Path) -> None:
+    """Every file below an address, a folder or s3://bucket/prefix, into `target`; nothing where there is nothing.
+
+    What is there in the same size is not fetched again. Raises ServiceError when the address cannot be reached.
+    """
+    with _reached(address) as (fs, root):
+        for place, facts in fs.find(root, detail=True).items():
+            file = target / place.removeprefix(root).lstrip("/")
+            whole = not file.name.startswith(".")  # or it is what a process left that was killed while it wrote
+            if whole and not (file.is_file() and file.stat().st_size == facts["size"]):
+                with tables.replacing(file) as partial:
+                    fs.get_file(place, str(partial))
+
+
+def put(file: Path, address: str) -> None:
+    """One file to an address, whole or not at all."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    with _reached(address) as (fs, place):
+        if isinstance(fs, LocalFileSystem):
+            with tables.replacing(Path(place)) as partial:
+                shutil.copyfile(file, partial)
+        else:
+            fs.put_file(str(file), place)
+
+
+def older(address: str, than: float) -> list[str]:
+    """What lies right below an address, a folder's files all older than a time in seconds since 1970."""
+    with _reached(address) as (fs, root):
+        newest: dict[str, float] = {}
+        for place in fs.find(root):
+            name = place.removeprefix(root).lstrip("/").partition("/")[0]
+            newest[name] = max(newest.get(name, 0.0), fs.modified(place).timestamp())
+        return [f"{address.rstrip('/')}/{name}" for name, at in sorted(newest.items()) if at < than]
+
+
+def remove(address: str) -> None:
+    """All that lies below an address."""
+    with _reached(address) as (fs, root):
+        if fs.exists(root):
+            fs.rm(root, recursive=True)
+
+
+@contextmanager
+def _reached(address: str) -> Iterator[tuple[Any, str]]:
+    """File system and place of an address; what goes wrong inside is a ServiceError."""
+    import fsspec
     from botocore.exceptions import BotoCoreError, ClientError
 
-    bucket, _, prefix = address.removeprefix("s3://").rstrip("/").partition("/")
-    prefix += "/" if prefix else ""  # a folder, not all whose names begin so
-    target = CACHE / hashlib.sha256(address.encode()).hexdigest()[:16]
     try:
-        client = boto3.client("s3")
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        for entry in (e for page in pages for e in page.get("Contents", [])):
-            file = target / str(entry["Key"]).removeprefix(prefix)
-            if file.is_file() and file.stat().st_size == entry["Size"]:
-                continue
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}.partial")
-            client.download_file(bucket, entry["Key"], str(partial))
-            partial.replace(file)
-    except (BotoCoreError, ClientError) as e:
-        raise ServiceError(f"{address} could not be fetched: {e}", hint="check AWS_ENDPOINT_URL_S3 and AWS_*") from e
-    return target
+        fs, place = fsspec.core.url_to_fs(address)
+        fs.invalidate_cache()  # others write there too
+        yield fs, place.rstrip("/")
+    except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as e:
+        hint = "check AWS_ENDPOINT_URL_S3 and AWS_*" if address.startswith("s3://") else f"ls {address}"
+        raise ServiceError(f"{address} could not be reached: {e}", hint=hint) from e
 
 
 def _from_registry(address: str, part: str) -> Path:

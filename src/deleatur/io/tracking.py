@@ -235,6 +235,27 @@ class Registry:
                     return None
                 raise
 
+    def file(self, version: str, place: str) -> str:
+        """The text of one of the files that a version rests on. Raises DataError when there is no such version."""
+        with (
+            answering(self.uri, DataError(f"{self.model} has no version {version} with a {place}", hint="mlflow ui")),
+            TemporaryDirectory(prefix="deleatur-") as folder,
+        ):
+            run_id = str(self.client.get_model_version(self.model, version).run_id)
+            return Path(self.client.download_artifacts(run_id, place, folder)).read_text("utf-8")
+
+    def spent(self, before: float) -> dict[str, str]:
+        """Runs that ended before a time, in seconds since 1970, and that no version came from: id → name."""
+        with answering(self.uri):
+            kept = {found.run_id for found in self.client.search_model_versions(f"name = '{self.model}'")}
+            ended = self.client.search_runs([self.experiment_id], f"attributes.end_time < {int(before * 1000)}")
+            return {run.info.run_id: run.info.run_name for run in ended if run.info.run_id not in kept}
+
+    def delete_run(self, run_id: str) -> None:
+        """It can be restored until somebody runs `mlflow gc`."""
+        with answering(self.uri):
+            self.client.delete_run(run_id)
+
     def _run(self, evidence: str) -> Run | None:
         found = self.client.search_runs([self.experiment_id], f"tags.`{EVIDENCE}` = '{evidence}'", max_results=1)
         return found[0] if found else None

@@ -5,6 +5,7 @@ A stage is reproduced by `dvc repro --single-item NAME`: DVC runs it if what it 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -38,6 +39,12 @@ from deleatur.errors import (
 
 PROGRESS = "DELEATUR_PROGRESS"
 """Environment variable through which a stage is told where to write its progress, one JSON line at a time."""
+
+PULL = ("--pull",)
+
+FOLLOWED = "DELEATUR_FOLLOWED"
+"""Environment variable with a file that is locked for as long as somebody follows the stage. A follower that is killed
+cannot say goodbye, and nothing shall compute on for nobody."""
 
 METHODS = "methods"
 """The stage that writes the methods' digests. DVC cannot know that a package was installed: we look before we ask."""
@@ -79,8 +86,12 @@ def reproduce(
     root: Path,
     on_line: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    how: Sequence[str] = (),
 ) -> bool:
     """Brings one stage of dvc.yaml up to date with what lies before it; whether it had to run.
+
+    how: options of `dvc repro`. With PULL, what was made elsewhere from the same is taken from the DVC remote. What the
+    stage reads has to be here: DVC takes what is missing for unchanged.
 
     Raises what the stage itself raised (ContinueMe and ServiceError are worth another try, the others are not),
     ServiceError when it was killed or broke down, and DataError when DVC refused to run it. Whoever interrupts us
@@ -95,7 +106,7 @@ def reproduce(
         on_line(line)
 
     _look_at_methods(root)
-    code, tail = follow(_dvc("repro", "--single-item", stage), root, listen, on_progress)
+    code, tail = follow(dvc("repro", "--single-item", *how, stage), root, listen, on_progress)
     if code:
         raise _failure(stage, root, tail)
     return ran
@@ -111,7 +122,7 @@ def reproduce_all(
     that fails.
     """
     _look_at_methods(root)
-    code, tail = follow(_dvc("repro", *targets), root, on_line, on_progress)
+    code, tail = follow(dvc("repro", *targets), root, on_line, on_progress)
     if code:
         raise _failure(" ".join(targets), root, tail)
 
@@ -128,14 +139,14 @@ def perform(
         raise _error(stage, code, tail)
 
 
-def status(root: Path) -> dict[str, Any]:
+def status(root: Path, stage: str = "dvc.yaml") -> dict[str, Any]:
     """Stage → what has changed since it ran; empty when all is up to date, or where there is no DVC repository."""
     if not (root / ".dvc").is_dir():
         return {}
     _look_at_methods(root)
-    done = _quietly(_dvc("status", "--json", "dvc.yaml"), root)
+    done = quietly(dvc("status", "--json", stage), root)
     if done.returncode:
-        said = _last(done.stderr.splitlines())
+        said = last(done.stderr.splitlines())
         raise DataError(f"DVC cannot tell what is up to date: {said}", hint=_unversioned(root) or "dvc status")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -144,19 +155,7 @@ def status(root: Path) -> dict[str, Any]:
 def _look_at_methods(root: Path) -> None:
     """DVC takes what we found for what its stage made: left to itself it would put back what it knows."""
     if plug.write_digests(root) and (root / ".dvc").is_dir():
-        _quietly(_dvc("commit", "--force", "--quiet", METHODS), root)
-
-
-def store(root: Path) -> str:
-    """Address of the DVC remote, a relative folder made absolute. Raises SettingsError where there is none."""
-    listed = _quietly(_dvc("config", "--list"), root).stdout.splitlines()
-    config = dict(line.split("=", 1) for line in listed if "=" in line)
-    if not (url := config.get(f"remote.{config.get('core.remote')}.url")):
-        raise SettingsError(
-            "expected a DVC remote, through which machines hand work to each other; there is none",
-            hint="dvc remote add --default NAME s3://BUCKET/PREFIX",
-        )
-    return url
+        quietly(dvc("commit", "--force", "--quiet", METHODS), root)
 
 
 def lock_digest(root: Path) -> str | None:
@@ -167,8 +166,8 @@ def lock_digest(root: Path) -> str | None:
 
 def commit(root: Path) -> Commit:
     """Which code this is."""
-    head = _quietly(["git", "rev-parse", "--verify", "--quiet", "HEAD"], root)
-    changed = _quietly(["git", "status", "--porcelain", "--untracked-files=no"], root)
+    head = quietly(["git", "rev-parse", "--verify", "--quiet", "HEAD"], root)
+    changed = quietly(["git", "status", "--porcelain", "--untracked-files=no"], root)
     return Commit(head.stdout.strip() or None, bool(changed.stdout.strip()))
 
 
@@ -176,13 +175,7 @@ def author(root: Path) -> str | None:
     """Who git says works here; none where there is no git, or nobody has told it."""
     if not shutil.which("git"):
         return None
-    return _quietly(["git", "config", "user.name"], root).stdout.strip() or None
-
-
-def uncommitted(root: Path, *paths: str) -> list[str]:
-    """Which files below these paths are not as the commit has them, new ones included."""
-    listed = _quietly(["git", "status", "--porcelain", "--no-renames", "--", *paths], root).stdout.splitlines()
-    return [line[3:] for line in listed]
+    return quietly(["git", "config", "user.name"], root).stdout.strip() or None
 
 
 def tracked(folder: Path) -> str | None:
@@ -192,17 +185,22 @@ def tracked(folder: Path) -> str | None:
     """
     if not shutil.which("git"):
         return None
-    listed = _quietly(["git", "ls-files", "--", "."], folder)
+    listed = quietly(["git", "ls-files", "--", "."], folder)
     if listed.returncode and "not a git repository" not in listed.stderr:
-        raise DataError(f"git cannot tell what it keeps in {folder}: {_last(listed.stderr.splitlines())}")
+        raise DataError(f"git cannot tell what it keeps in {folder}: {last(listed.stderr.splitlines())}")
     return next(iter(listed.stdout.splitlines()), None)
 
 
-def environment() -> dict[str, str]:
-    """Ours, for a child that runs DVC: stages say `deleatur`, which has to be found where no venv is activated too."""
+def environment(root: Path = Path()) -> dict[str, str]:
+    """Ours, for a child that runs DVC: stages say `deleatur`, which has to be found where no venv is activated too, and
+    has to be the code that lies here, which DVC watches.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # Within a git hook these name the repository, whatever folder a command is for.
     ours = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}
+    source = root.resolve() / "src"
+    if (source / "deleatur").is_dir():
+        ours["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source), ours.get("PYTHONPATH")]))
     return ours | {"DVC_NO_ANALYTICS": "1", "PATH": path, "LC_ALL": "C.UTF-8"}
 
 
@@ -216,21 +214,22 @@ def follow(
     with TemporaryDirectory(prefix="deleatur-") as place, _terminable():
         pipe = Path(place) / "progress"
         pipe.touch()
-        child = subprocess.Popen(
-            command,
-            cwd=root,
-            env={**environment(), **READ_BY_US, PROGRESS: str(pipe)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        lines: Queue[str] = Queue()
-        reader = threading.Thread(target=_read, args=(child, lines), daemon=True)
-        reader.start()
-        tail: deque[str] = deque(maxlen=TAIL)
         with pipe.open(encoding="utf-8") as progress:
+            fcntl.flock(progress, fcntl.LOCK_EX)
+            child = subprocess.Popen(
+                command,
+                cwd=root,
+                env={**environment(root), **READ_BY_US, PROGRESS: str(pipe), FOLLOWED: str(pipe)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            lines: Queue[str] = Queue()
+            reader = threading.Thread(target=_read, args=(child, lines), daemon=True)
+            reader.start()
+            tail: deque[str] = deque(maxlen=TAIL)
 
             def tell() -> None:
                 for line in filter(str.strip, _waiting(lines)):
@@ -249,13 +248,13 @@ def follow(
         return child.returncode, list(tail)
 
 
-def _dvc(command: str, *arguments: str) -> list[str]:
+def dvc(command: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "dvc", "--wait-for-lock", command, *arguments]
 
 
-def _quietly(command: Sequence[str], root: Path) -> subprocess.CompletedProcess[str]:
+def quietly(command: Sequence[str], root: Path) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
+        return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True)
     except FileNotFoundError as e:
         raise ServiceError(f"{command[0]} is not installed", hint=f"install {command[0]}") from e
 
@@ -314,12 +313,12 @@ def _failure(stage: str, root: Path, tail: Sequence[str]) -> DeleaturError:
     for line in reversed(tail):
         if found := re.search(r"failed to reproduce '([^']+)'.* exited with (-?\d+)", line):
             return _error(found[1], int(found[2]), tail)
-    return DataError(f"DVC did not run {stage}: {_last(tail)}", hint=_unversioned(root) or f"dvc repro {stage}")
+    return DataError(f"DVC did not run {stage}: {last(tail)}", hint=_unversioned(root) or f"dvc repro {stage}")
 
 
 def _unversioned(root: Path) -> str:
     """The command that makes of a folder what DVC can work in; none where it is that."""
-    if _quietly(["git", "rev-parse", "--git-dir"], root).returncode:
+    if quietly(["git", "rev-parse", "--git-dir"], root).returncode:
         return "git init" if (root / ".dvc").is_dir() else "git init && dvc init"
     return "" if (root / ".dvc").is_dir() else "dvc init"
 
@@ -330,12 +329,12 @@ def _error(stage: str, code: int, tail: Sequence[str]) -> DeleaturError:
     said = [i for i, line in enumerate(tail) if line.startswith(f"{kind.__name__}: ")]
     again = f"dvc repro {stage}" if ":" in stage else f"deleatur stage {stage}"
     if not said:
-        return kind(f"{stage} broke down with exit code {code}: {_last(tail)}", hint=again)
+        return kind(f"{stage} broke down with exit code {code}: {last(tail)}", hint=again)
     words = list(takewhile(lambda line: not line.startswith(("Next: ", "ERROR: ")), tail[said[-1] :]))
     hints = [line.removeprefix("Next: ") for line in tail[said[-1] :] if line.startswith("Next: ")]
     message = "\n".join(words).removeprefix(f"{kind.__name__}: ")
     return kind(f"{stage}: {message.strip()}", hint=hints[0] if hints else again)
 
 
-def _last(lines: Sequence[str]) -> str:
+def last(lines: Sequence[str]) -> str:
     return next(iter(reversed(lines)), "it said nothing")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 
 from deleatur.errors import ContinueMe, SettingsError
 from deleatur.io import journal
+from deleatur.io.versions import FOLLOWED
 from deleatur.settings import Settings
 
 STAGES = ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate", "register")
@@ -29,6 +33,8 @@ def _stoppable(name: str) -> Iterator[None]:
     """SIGTERM is what Ctrl-C is, and either of them is no accident. Loops that save do so first: see `checkpoint`."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    if main and (lock := os.environ.get(FOLLOWED)):
+        threading.Thread(target=_stop_when_left, args=(lock,), daemon=True).start()
     try:
         yield
     except KeyboardInterrupt:
@@ -36,3 +42,10 @@ def _stoppable(name: str) -> Iterator[None]:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _stop_when_left(lock: str) -> None:
+    """Asks this process to stop once nobody follows it any more."""
+    with suppress(FileNotFoundError), Path(lock).open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # waits
+    os.kill(os.getpid(), signal.SIGTERM)

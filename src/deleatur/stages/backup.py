@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deleatur.errors import DataError
-from deleatur.io import ledger, tables, versions
+from deleatur.io import exchange, ledger, tables, versions
 from deleatur.io.copies import Copy
 from deleatur.io.ledger import Ledger
 from deleatur.settings import Settings
@@ -121,7 +121,7 @@ def _demand_unsaved_nothing(workspace: Path) -> None:
     other = [
         name for name in names if Path(name).exists() and Path(name).read_bytes() != (workspace / name).read_bytes()
     ]
-    if other and (lost := versions.uncommitted(Path(), *other)):
+    if other and (lost := exchange.uncommitted(Path(), *other)):
         raise DataError(
             f"{', '.join(lost)}: changed here and not committed, and the set has another",
             hint=f"git stash push {' '.join(lost)}, then the same command again",

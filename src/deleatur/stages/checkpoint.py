@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,13 +28,16 @@ from deleatur.io import journal, tensors
 from deleatur.settings import Settings
 from deleatur.stages.identity import sha256, source
 
-EVERY = 60.0
-"""Seconds from one save to the next: what a `kill -9` costs at most."""
 SHARE = 0.01
 """Of the time may go into saving: where it takes a second, it is done every hundred seconds."""
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 """Those whose next version may round differently."""
+
+
+def every(settings: Settings) -> float:
+    """Seconds from one save to the next: what a `kill -9` costs at most."""
+    return settings.workers.save_every
 
 
 class State(Protocol):
@@ -56,7 +60,8 @@ class Checkpoint:
         self._stage, self._belongs = stage, json.loads(json.dumps(belongs))
         self._asked = False
         self._newest: State | None = None
-        self._due = time.monotonic() + EVERY
+        self._every = every(settings)
+        self._due = time.monotonic() + self._every
         self._steps = self.path.with_suffix(".steps")
         self.state = self._load()
         self._tell_what_was_lost()
@@ -111,7 +116,7 @@ class Checkpoint:
         numbers = json.dumps(state.numbers())  # as text, so that keys keep their order
         tensors.save(self.path, state.tensors(), {"belongs": self._belongs, "numbers": numbers})
         now = time.monotonic()
-        self._due = now + max(EVERY, (now - began) / SHARE)
+        self._due = now + max(self._every, (now - began) / SHARE)
 
     def _tell_what_was_lost(self) -> None:
         """The last step is told to the disk as it is done, the state more seldom: what lies between is done again."""
@@ -136,6 +141,7 @@ class Checkpoint:
                 "Changed back, it goes on. To give up what is saved and start anew, remove it.",
                 hint=f"rm {self.path}",
             )
+        print(f"{self._stage} goes on after step {numbers['step']}", file=sys.stderr)
         return saved, numbers
 
 

@@ -1,0 +1,118 @@
+"""What is released can be made again, to the bit, and is kept; what nobody needs goes, once somebody has said so."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import finished
+import machines
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
+
+from prefect import flow  # noqa: E402
+from prefect.client.orchestration import get_client  # noqa: E402
+from prefect.states import Completed  # noqa: E402
+
+from deleatur.errors import DataError  # noqa: E402
+from deleatur.io import versions  # noqa: E402
+from deleatur.io.tracking import Registry  # noqa: E402
+from deleatur.settings import Settings  # noqa: E402
+from deleatur.stages import register  # noqa: E402
+from deleatur.stages.release import registry_of  # noqa: E402
+
+
+@pytest.fixture
+def released(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """A finished project, as the current directory, whose version 1 is live."""
+    finished.copy(shared, tmp_path)
+    finished.dvc(tmp_path, "remote", "add", "--quiet", "--default", "store", "../store")
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.load()
+    register.run(settings)
+    return registry_of(settings)
+
+
+def test_a_released_result_is_made_again_and_compared(released: Registry) -> None:
+    from audit import audit
+
+    released.tag("1", {"policy": "0" * 64})
+    params = Path("params.yaml").read_text()
+    machines.change(Path(), seed=7, erase={"method": "keep"})  # what is done today is not what was done then
+    with pytest.raises(DataError, match=r"version 1, made again, has another digest of policy\."):
+        audit(where="here")
+    Path("params.yaml").write_text(params)
+    assert versions.status(Path()) == {}, "nothing here was touched"
+
+
+def test_a_version_whose_commit_holds_other_code_is_refused(released: Registry) -> None:
+    from audit import audit
+
+    code = Path("src/deleatur/erasers/sdd.py")
+    code.write_text(code.read_text() + "\n# corrected\n")
+    finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "corrected")
+    released.tag("1", {"git_commit": str(versions.commit(Path()).hash)})
+    with pytest.raises(DataError, match=r"made with other files than its commit holds: out/methods/erasers/sdd\.json"):
+        audit(where="here")
+
+
+def cached() -> set[Path]:
+    return {p for p in Path(".dvc/cache/files").rglob("*") if p.is_file()}
+
+
+def ended_long_ago(server: dict[str, str]) -> Any:
+    """A server takes nobody's word for when a run has ended: its database is told."""
+
+    @flow
+    def old() -> None: ...
+
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(old, tags=["deleatur"], state=Completed())
+    with closing(sqlite3.connect(Path(server["PREFECT_HOME"]) / "prefect.db", timeout=60)) as database, database:
+        ended = (datetime.now(UTC) - timedelta(days=100)).strftime("%Y-%m-%d %H:%M:%S.%f")
+        changed = database.execute("UPDATE flow_run SET end_time = ? WHERE id = ?", (ended, str(run.id)))
+        assert changed.rowcount == 1
+    return run
+
+
+def test_what_nobody_needs_goes_when_it_is_said(released: Registry, server: dict[str, str], tmp_path: Path) -> None:
+    from housekeeping import housekeeping
+
+    state = tmp_path.parent / "state"
+    machines.change(Path(), workers={"state": str(state)})
+    for name in ("erase-old", "erase-young"):
+        (state / name).mkdir(parents=True)
+        (state / name / "erase.safetensors").write_text("x")
+    os.utime(state / "erase-old" / "erase.safetensors", (time.time() - 100 * 86400,) * 2)
+    finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "rm", "-q", "--cached", "dvc.lock")
+    finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--amend", "-m", "all")
+    finished.dvc(Path(), "gc", "--workspace", "--force", "--quiet")
+    of_version = cached()
+    for limit in (-6.0, -7.0):
+        machines.change(Path(), gate=finished.passing(limit=limit))
+        versions.reproduce("gate", Path())
+    run, tried = ended_long_ago(server), released.client.create_run(released.experiment_id, run_name="tried")
+    released.client.set_terminated(tried.info.run_id, "FAILED", end_time=int(1000 * (time.time() - 100 * 86400)))
+    before = cached()
+
+    said = housekeeping(days=90)
+    assert [line for line in said if "MLflow" in line] == ["run of MLflow: tried"]
+    assert f"state of a stopped stage: {state}/erase-old" in said
+    assert f"run of Prefect: {run.name}" in said
+    assert any(line.startswith("Removed") for line in said)
+    assert cached() == before, "only said"
+
+    housekeeping(dry_run=False, days=90)
+    assert not (state / "erase-old").exists()
+    assert (state / "erase-young").exists()
+    assert released.client.get_run(tried.info.run_id).info.lifecycle_stage == "deleted"
+    with get_client(sync_client=True) as client:
+        assert run.id not in {r.id for r in client.read_flow_runs()}
+    assert of_version < cached() < before, "that of the champion and of the workspace stays"
+    assert versions.status(Path()) == {}
