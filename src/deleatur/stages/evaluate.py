@@ -6,8 +6,9 @@ one part of one network at most, a new picture is looked at by itself, and a new
 
 from __future__ import annotations
 
+import socket
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,9 @@ from deleatur.diffusion import features
 from deleatur.diffusion.batches import full
 from deleatur.diffusion.encode import BARE
 from deleatur.diffusion.load import digest
+from deleatur.errors import ModelError
 from deleatur.feedback.reward import Head
-from deleatur.io import documents, shots, tables
+from deleatur.io import documents, images, shots, tables
 from deleatur.io.kept import Kept, parts
 from deleatur.maths import agreement, distances
 from deleatur.maths.agreement import Interval
@@ -35,11 +37,15 @@ from deleatur.records import Prompt, Report, Score, Side
 from deleatur.settings import Settings
 from deleatur.stages import identity, inputs
 from deleatur.stages.check import demand_labels
+from deleatur.stages.fan import hands, own, spread
 from deleatur.stages.identity import sha256
 from deleatur.stages.progress import Bar, bar
 
 SIDES: tuple[Side, ...] = ("base", "champion", "candidate")
 PROMPT = ["id", "text", "role", "label", "concept"]  # in the order of the record's fields
+
+CLIP = ""
+"""In place of a detector's name."""
 
 PART = 128
 """Pictures between two savings: what a killed run may have to look at again."""
@@ -49,7 +55,8 @@ RESAMPLES = 200
 SAID = pa.schema({"key": pa.string(), "numbers": pa.list_(pa.float32())})
 VALUE = pa.schema({"key": pa.string(), "value": pa.float64()})
 Pictures = Sequence[Image.Image]
-Fetch = Callable[[Sequence[str]], Pictures]
+Ask = Callable[[Sequence[Sequence[str]]], Iterable[tuple[Sequence[str], Array]]]
+"""Pictures by key, part by part → each part, and what a network says of it."""
 
 VALUES = pa.schema(
     {
@@ -120,20 +127,30 @@ def look(
     keys = list(dict.fromkeys(key for key, _ in asked))
     wanted = _wanted(metrics, asked, counts)
     at = {key: row for row, key in enumerate(keys)}
-    fetch = partial(shots.decoded, shots.pictures(settings.paths.shots))
+    pictures = shots.pictures(settings.paths.shots)
+    fetch = partial(shots.decoded, pictures)
     seen: dict[str, Seen] = {}
-    with bar("look", len(keys) + sum(len(wanted[name]) for name in detectors)) as advance:
+    total = len(keys) + sum(len(wanted[name]) for name in detectors)
+    with hands(settings.workers) as others, bar("look", total) as advance:
+
+        def asking(name: str, net: Callable[[Pictures], Any], weights: str) -> Ask:
+            if others:
+                common = (settings, name, weights)
+                return lambda todo: spread(others, _look_there, common, todo, lambda part: pictures.read(part)["image"])
+            return lambda todo: ((part, np.asarray(net(fetch(part)))) for part in todo)
+
         for name, detector in detectors.items():
             net = detector.load()
             how = identity.code(type(detector), libraries=identity.LOOKING)
             what = sha256([how, detector.model_dump(mode="json"), net.weights])
             scores = np.full((len(keys), len(net.labels)), np.nan, np.float32)
             if mine := wanted[name]:
-                scores[[at[key] for key in mine]] = _said(kept.of(what, SAID), mine, fetch, net.detect, advance)
+                ask = asking(name, net.detect, net.weights)
+                scores[[at[key] for key in mine]] = _said(kept.of(what, SAID), mine, ask, advance)
             seen[name] = Seen(net.labels, scores, net.weights, what)
         how = identity.code(features, libraries=identity.LOOKING)
         store = kept.of(sha256([how, clip.digest]), SAID)
-        embedded = torch.from_numpy(_said(store, keys, fetch, clip.pictures, advance))
+        embedded = torch.from_numpy(_said(store, keys, asking(CLIP, clip.pictures, clip.digest), advance))
     rewards = {name: Reward(_rated(head, embedded), digest(head.tensors)) for name, head in heads.items()}
     out: dict[Side, Gallery] = {}
     for side, frame in drawn.items():
@@ -166,15 +183,33 @@ def _wanted(
     return defaultdict(list, {name: list(keys) for name, keys in out.items()})
 
 
-def _said(store: Kept, keys: Sequence[str], fetch: Fetch, ask: Callable[[Pictures], Any], advance: Bar) -> Any:
+def _said(store: Kept, keys: Sequence[str], ask: Ask, advance: Bar) -> Any:
     """A network's numbers, a row for each picture; it is asked for those that it has not seen."""
     missing = store.missing(keys)
     advance.reused(len(keys) - len(missing))
-    for part in parts(missing, PART):
-        store.add(pd.DataFrame({"key": part, "numbers": list(np.asarray(ask(fetch(part))))}))
+    for part, numbers in ask(parts(missing, PART)):
+        store.add(pd.DataFrame({"key": part, "numbers": list(numbers)}))
         advance(len(part))
     store.settle(keys, size=PART)
     return np.stack(list(store.read(keys)["numbers"]))
+
+
+def _look_there(common: tuple[Settings, str, str], encoded: Iterable[bytes]) -> Array:
+    """In another process, with the network as it lies there."""
+    settings, name, weights = common
+    net, found = own("network", name + weights, lambda: _network(settings, name))
+    if found != weights:
+        raise ModelError(f"{name or 'reward.clip'} is another network on {socket.gethostname()} than here")
+    return np.asarray(net([images.decode(data) for data in encoded]))
+
+
+def _network(settings: Settings, name: str) -> tuple[Callable[[Pictures], Any], str]:
+    """A detector, or CLIP, and the digest of its weights."""
+    if name == CLIP:
+        clip = inputs.clip(settings)
+        return clip.pictures, clip.digest
+    loaded = inputs.detectors(settings)[name].load()
+    return loaded.detect, loaded.weights
 
 
 def _rated(head: Head, embedded: Tensor) -> Tensor:

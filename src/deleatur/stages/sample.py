@@ -10,6 +10,7 @@ goes on at the shard it was in, a new prompt adds its own pictures, and the base
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from deleatur.diffusion import sample as sampler
 from deleatur.diffusion.load import Model, digest
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import Weights
+from deleatur.errors import ModelError
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
 from deleatur.io import images, shots, tables, tensors
@@ -32,6 +34,7 @@ from deleatur.maths.seeds import derive
 from deleatur.records import Concept, Prompt, Recipe, Role, Shot, Side
 from deleatur.settings import Settings
 from deleatur.stages import identity, inputs
+from deleatur.stages.fan import hands, own, spread
 from deleatur.stages.progress import bar
 
 
@@ -67,12 +70,18 @@ def run(settings: Settings) -> None:
     plan = {side: list(_jobs(settings, side, way.recipe, asked)) for side, way in ways.items()}
     keys = {side: [job.key for job in jobs] for side, jobs in plan.items()}
     kept, size = shots.pictures(settings.paths.shots), settings.sample.shard
-    with bar("sample", sum(map(len, plan.values()))) as advance:
+    with hands(settings.workers) as others, bar("sample", sum(map(len, plan.values()))) as advance:
         for side, way in ways.items():
             missing, jobs = kept.missing(keys[side]), dict(zip(keys[side], plan[side], strict=True))
             advance.reused(len(plan[side]) - len(missing))
-            for part in parts([jobs[key] for key in missing], size):
-                kept.add(_draw(settings, model, way, part, advance))
+            todo = parts([jobs[key] for key in missing], size)
+            if others:
+                for part, rows in spread(others, _draw_there, (settings, way), todo, list):
+                    kept.add(rows)
+                    advance(len(part))
+            else:
+                for part in todo:
+                    kept.add(_draw(settings, model, way, part, advance))
     # Listed before anything is deleted: what the list names is there at any moment.
     shots.write(settings.paths.shots, pd.DataFrame([_row(job.shot) for jobs in plan.values() for job in jobs]))
     kept.settle(*keys.values(), size=size)
@@ -159,6 +168,17 @@ def _draw(
         on_batch=advance,
     )
     return pd.DataFrame({"key": [job.key for job in jobs], "image": [images.encode(p) for p in drawn]})
+
+
+def _draw_there(common: tuple[Settings, Way], jobs: Sequence[Job]) -> pd.DataFrame:
+    """In another process, with the base model as it lies there."""
+    settings, way = common
+    model = own("model", settings.base.model_dump_json(), lambda: inputs.model(settings))
+    if model.pipeline != way.recipe.pipeline:
+        raise ModelError(
+            f"{settings.base.model} is another model on {socket.gethostname()} than here", hint="deleatur check, there"
+        )
+    return _draw(settings, model, way, jobs, lambda n: None)
 
 
 def _row(shot: Shot) -> dict[str, object]:
