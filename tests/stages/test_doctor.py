@@ -132,6 +132,7 @@ def test_a_scheduler_that_nobody_prepared_and_one_that_is(server: str) -> None:
     assert [line.what for line in seen["pools"]] == [
         "the server has no work pool cpu",
         "the server has no work pool gpu",
+        "no limit counts the slots of a GPU: two stages may meet on one",
     ]
     assert worst(seen["schedules"]).what == "not deployed: chain, gpu"
     assert worst(seen["registry"]).state == "warn", "a file of this machine"

@@ -91,6 +91,11 @@ class Scheduler:
     def deployments(self) -> dict[str, dict[str, Any]]:
         return {deployment["name"]: deployment for deployment in self._ask("deployments/filter", {}).said}
 
+    def slots(self) -> dict[str, int]:
+        """Name → how many may hold one of it at a time; what Prefect counts for a deployment's own limit left out."""
+        found = {limit["name"]: limit["limit"] for limit in self._ask("v2/concurrency_limits/filter", {}).said}
+        return {name: limit for name, limit in found.items() if not name.startswith("deployment:")}
+
     def automations(self) -> dict[str, bool]:
         """Name → whether it is switched on."""
         return {a["name"]: bool(a["enabled"]) for a in self._ask("automations/filter", {}).said}

@@ -19,7 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from deleatur.errors import DeleaturError
-from deleatur.io import copies, ledger, signing, tracking, versions
+from deleatur.io import copies, exchange, ledger, signing, tracking
 from deleatur.io.servers import Answer, Scheduler, ask, basic
 from deleatur.io.tracking import CHAMPION, LAST
 from deleatur.settings import Settings
@@ -131,7 +131,7 @@ def _registry(settings: Settings, scheduler: Scheduler | None) -> Iterator[Line]
 
 def _results(scheduler: Scheduler | None) -> Iterator[Line]:
     """Where stages leave what they made, which is all that a run goes on from: no flow keeps results of its own."""
-    store = versions.store(Path())
+    store = exchange.store(Path())
     if scheduler and "://" not in store:
         yield warn(
             f"the DVC remote {store} is a folder of this machine: other workers cannot reach it",
@@ -189,6 +189,8 @@ def _pools(scheduler: Scheduler | None) -> Iterator[Line]:
             yield fail(f"{name} has no worker", f"prefect worker start --pool {name}")
         else:
             yield ok(f"{name}: {len(there)} worker{'s' * (len(there) > 1)}")
+    if "gpu" in wanted and not scheduler.slots():
+        yield warn("no limit counts the slots of a GPU: two stages may meet on one", "python flows/setup.py")
 
 
 def _schedules(scheduler: Scheduler | None) -> Iterator[Line]:
@@ -201,7 +203,14 @@ def _schedules(scheduler: Scheduler | None) -> Iterator[Line]:
         yield fail(f"not deployed: {', '.join(missing)}", "prefect --no-prompt deploy --all")
     if paused:
         yield warn(f"paused: {', '.join(paused)}", "resume them on their pages in Prefect")
-    active = sum(s["active"] for d in wanted for s in known.get(d["name"], {}).get("schedules", []))
+    on = {name: {s["schedule"].get("cron") for s in d["schedules"] if s["active"]} for name, d in known.items()}
+    for d in wanted:
+        asked = {s.get("cron") for s in d.get("schedules", [])}
+        if d["name"] in known and (off := asked - on[d["name"]]):
+            yield warn(
+                f"{d['name']}: the schedule {', '.join(map(str, off))} is off", "prefect --no-prompt deploy --all"
+            )
+    active = sum(len(on[d["name"]]) for d in wanted if d["name"] in known)
     yield ok(f"{len(wanted) - len(missing)} deployments, {active} schedules")
     if late := scheduler.runs("Late"):
         yield warn(f"{late} runs are late: no worker has taken them", "prefect flow-run ls --state LATE")

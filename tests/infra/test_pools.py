@@ -1,0 +1,110 @@
+"""One way of deploying: Compose, the manifests, prefect.yaml and the templates of the work pools say the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from programs import INFRA, ROOT, program, ran
+from test_compose import OURS, config, filled
+from test_kubernetes import KUBERNETES, containers, documents
+from test_kubernetes import built as built  # the fixture
+
+from deleatur.io.versions import GRACE
+
+POOLS = ("cpu", "gpu")
+SETUP = "python flows/setup.py && prefect --no-prompt deploy --all"
+PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return dict(yaml.safe_load(ran(*config(filled(tmp_path_factory.mktemp("env"))))))
+
+
+def template(kind: str, pool: str) -> dict[str, Any]:
+    return dict(json.loads((INFRA / f"pools/{kind}-{pool}.json").read_text("utf-8")))
+
+
+def defaults(kind: str, pool: str) -> dict[str, Any]:
+    declared = template(kind, pool)["variables"]["properties"]
+    return {name: said["default"] for name, said in declared.items() if "default" in said}
+
+
+def job(pool: str) -> dict[str, Any]:
+    """What Kubernetes gets where a deployment sets nothing: what has no default is left out."""
+    given = defaults("kubernetes", pool) | {"name": "run"}
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: v for k, v in ((k, fill(v)) for k, v in value.items()) if v is not None}
+        if isinstance(value, list):
+            return [fill(v) for v in value]
+        if isinstance(value, str) and (whole := PLACEHOLDER.fullmatch(value)):
+            return given.get(whole[1])
+        return PLACEHOLDER.sub(lambda found: given[found[1]], value) if isinstance(value, str) else value
+
+    return dict(fill(template("kubernetes", pool)["job_configuration"]["job_manifest"]))
+
+
+def test_both_ways_of_deploying_set_up_with_the_same_command(composed: dict[str, Any], built: dict[str, Path]) -> None:
+    assert composed["services"]["setup"]["command"][-1] == SETUP
+    for overlay in built.values():
+        [setup] = [c for name, c in containers(overlay) if name == "setup" and c["name"] == "setup"]
+        assert setup["args"][-1] == SETUP
+
+
+def test_every_pool_has_workers_of_the_type_that_setup_makes(composed: dict[str, Any], built: dict[str, Path]) -> None:
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text("utf-8"))["deployments"]
+    assert {d["work_pool"]["name"] for d in deployments} == set(POOLS)
+    started = [c["args"] for name, c in containers(built["aws"]) if c["name"] == "worker"]
+    for commands in (started, [composed["services"][f"worker-{pool}"]["command"] for pool in POOLS]):
+        assert [command[command.index("--pool") + 1] for command in sorted(commands)] == list(POOLS)
+        assert {command[command.index("--type") + 1] for command in commands} == {"process"}, "as flows/setup.py"
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_templates_start_what_is_built_where_it_finds_its_things(
+    pool: str, composed: dict[str, Any], built: dict[str, Path]
+) -> None:
+    docker, kubernetes = defaults("docker", pool), defaults("kubernetes", pool)
+    images = [s["image"] for s in composed["services"].values() if OURS.match(s["image"])]
+    assert docker["image"] in images
+    assert docker["networks"] == [composed["networks"]["default"]["name"]]
+    volumes = {volume["name"] for volume in composed["volumes"].values()}
+    assert {volume.partition(":")[0] for volume in docker["volumes"]} <= volumes
+    name = yaml.safe_load((INFRA / "kubernetes/base/kustomization.yaml").read_text("utf-8"))
+    tags = {image["newName"] + ":" + image["newTag"] for image in name["images"] if "newName" in image}
+    assert kubernetes["image"] in tags
+    assert kubernetes["namespace"] == name["namespace"]
+    named = {(d["kind"], d["metadata"]["name"]) for d in documents(built["aws"])}
+    assert ("ServiceAccount", kubernetes["service_account_name"]) in named
+    if pool == "cpu":
+        [workspace] = [
+            d for d in documents(built["aws"]) if (d["kind"], d["metadata"]["name"]) == ("StatefulSet", "worker-cpu")
+        ]
+        [claim] = workspace["spec"]["volumeClaimTemplates"]
+        claimed = f"{claim['metadata']['name']}-{workspace['metadata']['name']}-0"
+        assert kubernetes["project_claim"] == claimed
+        assert docker["volumes"][0].partition(":")[2] == kubernetes["project_path"] == "/workspace"
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_run_on_kubernetes_is_a_job_that_its_namespace_takes(pool: str, tmp_path: Path) -> None:
+    found = job(pool)
+    found["metadata"]["name"] = found["metadata"].pop("generateName") + "1"  # as Kubernetes does
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(found), "utf-8")
+    ran(program("kubernetes-validate"), "--strict", "-k", KUBERNETES, path)
+    pod = found["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert pod["terminationGracePeriodSeconds"] >= GRACE + 30
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) is (pool == "gpu")
