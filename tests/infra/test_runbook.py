@@ -24,7 +24,16 @@ def test_every_alert_leads_to_a_section_of_its_own() -> None:
 
 
 def test_what_an_operator_does_has_a_section() -> None:
-    wanted = ["Deploy", "Upgrade", "Rotate credentials", "Back up and restore", "Evict", "Roll back", "Emergency", "Alerts"]
+    wanted = [
+        "Deploy",
+        "Upgrade",
+        "Rotate credentials",
+        "Back up and restore",
+        "Evict",
+        "Roll back",
+        "Emergency",
+        "Alerts",
+    ]
     assert sections(2) == wanted
 
 
