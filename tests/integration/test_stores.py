@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -20,14 +21,16 @@ from local import BUCKET, Stack
 
 from deleatur.errors import ServiceError, SettingsError
 from deleatur.io import ledger, objects, versions
+from deleatur.io.carried import carried
 from deleatur.io.tracking import CHAMPION, LAST, QUARANTINED, place_of
 from deleatur.settings import Settings
-from deleatur.stages import gate, register, rollback
+from deleatur.stages import doctor, gate, register, rollback
 from deleatur.stages.backup import backup, restore
 from deleatur.stages.history import history
 from deleatur.stages.release import registry_of
 from deleatur.stages.verify import verify
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("servers")]
 
 
@@ -122,6 +125,29 @@ def test_a_set_goes_from_these_stores_into_any_other(project: Path, tmp_path: Pa
     verify(other, "2", ledger.read(tmp_path / "ledger.jsonl").entries, fetch=True)
 
 
+def test_feedback_and_saved_states_go_through_the_bucket(project: Path, tmp_path: Path) -> None:
+    export = f"s3://{BUCKET}/{tmp_path.name}/export"
+    for file in Path("feedback").iterdir():
+        objects.put(file, f"{export}/{file.name}")
+    objects.fetch(export, tmp_path / "inbox")
+    assert digests(tmp_path / "inbox") == digests(project / "feedback")
+
+    state = f"s3://{BUCKET}/{tmp_path.name}/state"
+
+    def stopped() -> None:
+        with carried([Path("out/state")], state):
+            Path("out/state/erase.safetensors").write_bytes(b"half of it")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    Path("out/state/erase.safetensors").unlink()
+    with carried([Path("out/state")], state):
+        assert Path("out/state/erase.safetensors").read_bytes() == b"half of it"
+    objects.remove(state)
+    assert not list(keys(f"{tmp_path.name}/state"))
+
+
 def test_nobody_gets_in_without_a_password(project: Path, servers: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HTTPError, match="401"):
         urlopen(f"{servers.clients['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search?max_results=1")
@@ -137,11 +163,20 @@ def test_nobody_gets_in_without_a_password(project: Path, servers: Stack, monkey
         psycopg.connect(wrong, port=servers.ports["postgres"], dbname="mlflow")
 
 
-def test_doctor_finds_the_stores_sound(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_on_postgresql_knows_its_schedules_after_a_loss_of_power(
+    project: Path, servers: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     judged_by(-5.0)
-    done = subprocess.run([sys.executable, "-m", "deleatur", "doctor"], capture_output=True, text=True, check=False)
-    said = " ".join(done.stdout.split())
-    assert done.returncode == 0, said
-    assert "the DVC remote, s3://deleatur/" in said
-    assert "takes, gives back and removes" in said
-    assert "answers: 1 versions" in said
+    servers.start("prefect")
+    for name in ("flows", "prefect.yaml", "infra"):
+        Path(name).symlink_to(ROOT / name)
+    ours = {**os.environ, **servers.clients, "DO_NOT_TRACK": "true", "PYTHONPATH": "src"}
+    for command in (["flows/setup.py"], ["-m", "prefect", "--no-prompt", "deploy", "--all"]):
+        subprocess.run([sys.executable, *command], env=ours, check=True, capture_output=True)
+    for name in ("prefect", "postgres"):
+        servers.kill(name)
+    servers.start("postgres", "prefect")
+    monkeypatch.setenv("PREFECT_API_URL", servers.clients["PREFECT_API_URL"])
+    found = {(line.about, line.state) for line in doctor.look(Path("params.yaml"))}
+    assert {(about, "ok") for about in ("registry", "results", "scheduler", "schedules", "aliases", "clock")} <= found
+    assert {about for about, state in found if state == "fail"} == {"pools"}, "nobody works here"
