@@ -229,7 +229,7 @@ class Stack:
     def _mlflow(self, root: Path | None) -> Server:
         port, metrics = self.ports["mlflow"], self.folder / "mlflow-metrics"
         command = [PYTHON, "-m", "mlflow", "server", "--app-name=basic-auth", "--serve-artifacts", "--workers=1"]
-        command += ["--backend-store-uri=postgresql:///mlflow", f"--artifacts-destination=s3://{BUCKET}/mlflow"]
+        command += ["--backend-store-uri=postgresql+psycopg:///mlflow", f"--artifacts-destination=s3://{BUCKET}/mlflow"]
         command += ["--host=127.0.0.1", f"--port={port}", f"--expose-prometheus={metrics}"]
         own = {
             "MLFLOW_AUTH_CONFIG_PATH": str(HERE / "mlflow-auth.ini"),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import HTTPError
@@ -22,6 +23,7 @@ from local import BUCKET, Stack
 from deleatur.errors import ServiceError, SettingsError
 from deleatur.io import ledger, objects, versions
 from deleatur.io.carried import carried
+from deleatur.io.servers import Scheduler
 from deleatur.io.tracking import CHAMPION, LAST, QUARANTINED, place_of
 from deleatur.settings import Settings
 from deleatur.stages import doctor, gate, register, rollback
@@ -180,3 +182,8 @@ def test_a_scheduler_on_postgresql_knows_its_schedules_after_a_loss_of_power(
     found = {(line.about, line.state) for line in doctor.look(Path("params.yaml"))}
     assert {(about, "ok") for about in ("registry", "results", "scheduler", "schedules", "aliases", "clock")} <= found
     assert {about for about, state in found if state == "fail"} == {"pools"}, "nobody works here"
+    scheduler, deadline = Scheduler.named(), time.monotonic() + 90
+    assert scheduler
+    while not scheduler.runs("Scheduled"):
+        assert time.monotonic() < deadline, "no schedule has made a run"
+        time.sleep(1)
