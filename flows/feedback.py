@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 from erase import erase
@@ -10,8 +11,14 @@ from here import run_here
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterState
-from prefect.client.schemas.filters import FlowRunFilterStateType as OfType
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -22,7 +29,8 @@ from deleatur.io import exchange, objects, tables
 from deleatur.settings import Settings
 
 CHAIN = "erase/chain"
-AT_WORK = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
+AT_WORK = [StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
+"""A run that waits for a person is to find the feedback that the person was shown."""
 
 
 @flow(name="feedback")
@@ -77,10 +85,16 @@ def start(settings: Settings) -> None:
 
 
 def chain_is_at_work() -> bool:
-    at_work = FlowRunFilter(state=FlowRunFilterState(type=OfType(any_=AT_WORK)))
+    """Or due: a schedule has runs of later days, too."""
+    at_work = FlowRunFilterState(type=FlowRunFilterStateType(any_=AT_WORK))
+    waiting = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
+    due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))
+    chain = FlowFilter(name=FlowFilterName(any_=[erase.name]))
     with get_client(sync_client=True) as client:
-        chain = FlowFilter(name=FlowFilterName(any_=[erase.name]))
-        return bool(client.read_flow_runs(flow_filter=chain, flow_run_filter=at_work, limit=1))
+        return any(
+            client.read_flow_runs(flow_filter=chain, flow_run_filter=which, limit=1)
+            for which in (FlowRunFilter(state=at_work), FlowRunFilter(state=waiting, expected_start_time=due))
+        )
 
 
 def _events(summary: dict[str, dict[str, dict[str, int]]], settings: Settings) -> dict[str, int]:

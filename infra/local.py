@@ -377,6 +377,7 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         sys.exit(sys.argv[1:] not in (["-h"], ["--help"]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers do not stay behind
     stack = Stack(Path(sys.argv[1]))
     names = ["postgres", "s3", "mlflow", "prefect"]
     if Path("params.yaml").is_file():
@@ -388,7 +389,9 @@ def main() -> None:
             stack.start(name, root=Path.cwd())
             print(f"http://127.0.0.1:{stack.ports[name]}", flush=True)
         print("\n".join(["", *(f"export {name}={value}" for name, value in stack.clients.items())]), flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        signal.pause()
+    except KeyboardInterrupt:
+        print("stopping")
     except (Missing, RuntimeError) as e:
         print(e, file=sys.stderr)
         sys.exit(1)
