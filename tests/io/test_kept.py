@@ -75,6 +75,16 @@ def test_a_group_that_stays_keeps_its_files_untouched(tmp_path: Path) -> None:
     assert len(same) == 2, "the shards of abcd"
 
 
+@pytest.mark.parametrize(("stays", "goes"), [("abc", "cab"), ("cab", "abc")])  # whichever name sorts first
+def test_a_row_in_two_shards_is_read_from_the_one_that_stays(stays: str, goes: str, tmp_path: Path) -> None:
+    for keys in (stays, goes):
+        Kept(tmp_path, SCHEMA).add(rows(keys))
+    kept = Kept(tmp_path, SCHEMA)
+    kept.settle(stays, size=SIZE)
+    assert len(files(tmp_path)) == 1
+    assert list(kept.read("bca")["key"]) == list("bca")
+
+
 def test_a_key_in_two_groups_is_kept_once(tmp_path: Path) -> None:
     work(tmp_path, "abc", "cba")
     assert len(files(tmp_path)) == 1

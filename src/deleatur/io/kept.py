@@ -64,7 +64,11 @@ class Kept:
             seen.update(own)
             for part in parts(own, size):
                 path = self._shard(part)
-                wanted.add(path if path.is_file() else self.add(self.read(part)))
+                wanted.add(path)
+                if path.is_file():
+                    self._place |= dict.fromkeys(part, path)  # the same row may lie in a shard that goes, too
+                else:
+                    self.add(self.read(part))
         tables.keep_only(self.folder, wanted)
 
     def _shard(self, keys: Iterable[str]) -> Path:
