@@ -343,7 +343,7 @@ def compare(
         except KeyboardInterrupt:
             raise ContinueMe("stopped; what is done is kept", hint="deleatur compare (goes on there)") from None
     tables = [collect.table(settings, stamps, name, rows, numbers) for name in names]
-    made = collect.write(settings, stamps, tables)
+    made = collect.write(settings, tables)
     if not show:
         log.run(settings, tables, made.files)
     if as_json:

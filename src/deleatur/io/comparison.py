@@ -115,6 +115,8 @@ class Table:
     base: Mapping[str, Number]
     """What the untouched model has, where rows tell a change."""
     rows: tuple[Row, ...]
+    made: Mapping[str, str] = field(default_factory=dict)
+    """What all rows have in common, by digest."""
 
     @property
     def columns(self) -> list[Column]:

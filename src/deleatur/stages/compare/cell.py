@@ -48,20 +48,25 @@ class Stamps:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._recipe = cache(lambda concept, row: plan.recipe(settings, concept, row))
+        self._source = cache(identity.source)
         self._known: dict[tuple[Cell, str], str] = {}
 
     def of(self, cell: Cell) -> dict[str, str]:
-        return {stage: self._of(cell, stage) for stage in plan.stages_of(self._settings, cell.concept, cell.row)}
+        """By stage, in order."""
+        return {stage: self._of(cell, stage) for stage in self._stages(cell)}
 
     def refused(self, cell: Cell) -> str:
-        return "" if cell.row in SHARED else str(self._recipe(cell.concept, cell.row)["refused"])
+        return str(self._recipe(cell.concept, cell.row)["refused"])
+
+    def _stages(self, cell: Cell) -> list[str]:
+        return [name for name in self._recipe(cell.concept, cell.row) if name != "refused"]
 
     def _of(self, cell: Cell, stage: str) -> str:
         if (cell, stage) not in self._known:
             of = [
                 self._recipe(cell.concept, cell.row)[stage],
                 cell.seed,
-                {part: identity.source(part) for part in (*CODE[stage], f"stages/{stage}.py")},
+                {part: self._source(part) for part in (*CODE[stage], f"stages/{stage}.py")},
                 self._feedback if stage == "ingest" else [self._models, self._prompts(cell.concept)],
                 [self._of(*before) for before in self._before(cell, stage)],
             ]
@@ -71,7 +76,6 @@ class Stamps:
     def _before(self, cell: Cell, stage: str) -> Iterator[tuple[Cell, str]]:
         ratings = replace(cell, row=RATINGS, seed=self._settings.seed)
         tokens, none = replace(cell, row=TOKENS), replace(cell, row=NONE)
-        own = plan.stages_of(self._settings, cell.concept, cell.row)
         match stage:
             case "reward":
                 yield ratings, "ingest"
@@ -82,7 +86,7 @@ class Stamps:
             case "attack":
                 yield cell, "erase"
             case "sample":
-                yield (cell if "attack" in own else none), "attack"
+                yield (cell if "attack" in self._stages(cell) else none), "attack"
             case "evaluate":
                 yield cell, "sample"
 

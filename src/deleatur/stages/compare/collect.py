@@ -45,16 +45,30 @@ def table(settings: Settings, stamps: Stamps, concept: str, rows: Sequence[str],
     """Of what is there as it would be made now. A row that lacks some seeds is told by the others."""
     found = [_Row(settings, stamps, concept, name, seeds) for name in rows]
     feedback = plan.settings_of(settings, Cell(concept, RATINGS, settings.seed)).paths.feedback / "summary.json"
-    base = next((row.numbers("base") for row in found if row.reports), {})
+    first = next((row for row in found if row.reports), None)
     return Table(
         concept,
         settings.evaluate.level,
         plan.section(settings).split,
         bool(tables.read_json(feedback)["simulated"]) if feedback.is_file() else False,
         tuple(seeds),
-        base,
+        first.numbers("base") if first else {},
         tuple(row.told() for row in found),
+        _made_from(next(iter(first.reports.values()))) if first else {},
     )
+
+
+def _made_from(report: Report) -> dict[str, str]:
+    """What every row of a concept has in common, by digest."""
+    i, detectors = report.identity, {s.detector for s in report.scores if s.detector}
+    return {
+        "sampler": i.sampler,
+        "seeds rule": i.seeds_rule,
+        "pipeline": i.pipeline,
+        "feedback": i.feedback,
+        "prompts": i.prompts,
+        "detectors": ", ".join(sorted({f"{d.name} {d.weights}" for d in detectors})),
+    }
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class Written:
     files: Mapping[str, Path]
 
 
-def write(settings: Settings, stamps: Stamps, found: Sequence[Table]) -> Written:
+def write(settings: Settings, found: Sequence[Table]) -> Written:
     """The tables as files, beside the cells. Raises DataError where no cell is there."""
     folder = plan.section(settings).folder
     if not any(row.seeds for table in found for row in table.rows):
@@ -73,12 +87,12 @@ def write(settings: Settings, stamps: Stamps, found: Sequence[Table]) -> Written
     tables.write_csv(files["Table"], comparison.frame(found))
     with tables.replacing(files["Plot"]) as partial:
         partial.write_bytes(pareto.png(found))
-    galleries = [g for table in found if (g := _gallery(settings, stamps, table))]
+    galleries = [g for table in found if (g := _gallery(settings, table))]
     compare.render(found, galleries, _made(settings, found), files["Page"], cover=settings.evaluate.blur_sheet)
     return Written(comparison.terminal(found), comparison.plain(found), files)
 
 
-def _gallery(settings: Settings, stamps: Stamps, table: Table) -> Gallery | None:
+def _gallery(settings: Settings, table: Table) -> Gallery | None:
     """Of the first seed that most rows have: a few prompts of each kind, the first picture of each."""
     seeds = Counter(seed for row in table.rows for seed in row.seeds)
     if not seeds:
@@ -113,14 +127,23 @@ def _made(settings: Settings, found: Sequence[Table]) -> dict[str, str]:
     devices = dict.fromkeys(d for table in found for row in table.rows if row.cost for d in row.cost.devices)
     return {
         "Base model": settings.base.model,
-        "Sampler": f"DDIM, {settings.sample.steps} steps, eta 0, {settings.base.dtype}",
-        "Detectors": json.dumps(settings.evaluate.detectors),
+        **dict(_shared(found)),
         "Metrics": json.dumps(settings.evaluate.metrics),
         "Attacks": json.dumps(settings.attack.methods),
         "Erased on": ", ".join(devices) or "no machine that is known",
         "Commit": (commit.hash or "none") + (", with changes" if commit.dirty else ""),
         "Versions": ", ".join(f"{name} {version}" for name, version in identity.VERSIONS.items()),
     }
+
+
+def _shared(found: Sequence[Table]) -> Iterator[tuple[str, str]]:
+    """What all rows were made from: once where it is the same for all concepts."""
+    for name in dict.fromkeys(name for table in found for name in table.made):
+        values = {table.concept: table.made[name] for table in found if name in table.made}
+        if len(set(values.values())) == 1:
+            yield name.capitalize(), next(iter(values.values()))
+        else:
+            yield from ((f"{name.capitalize()}, {concept}", value) for concept, value in values.items())
 
 
 class _Row:
@@ -245,7 +268,8 @@ def _measure(column: Column, side: str) -> Measure:
     def relative(sides: pd.DataFrame, clusters: Any, level: float) -> Interval:
         found = agreement.mean((sides["candidate"] - sides["base"]).to_numpy(float), clusters, level)
         base = float(sides["base"].mean())
-        return Interval(found.value / base, found.low / base, found.high / base)
+        ends = sorted((found.low / base, found.high / base))
+        return Interval(found.value / base, ends[0], ends[1])
 
     changes: Mapping[str, Measure] = {"change": change, "relative": relative}
     return own if side == "base" else changes.get(column.kind, own)
