@@ -17,7 +17,7 @@ from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import predict
 from deleatur.diffusion.select import select
 from deleatur.diffusion.terms import Network, Networks
-from deleatur.erasers.esd import ESD, away
+from deleatur.erasers.esd import ESD, ESDLoop, away
 from deleatur.erasers.sdd import towards_empty
 from deleatur.errors import ErasureRefused
 from deleatur.maths.seeds import generator
@@ -81,6 +81,12 @@ def test_x_and_u_are_the_sets_that_the_paper_names(model: Model) -> None:
         *(f"conv_out.{part}" for part in ("weight", "bias")),
         *(f"time_embedding.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")),
     }
+
+
+def test_other_tensors_than_the_papers_are_named() -> None:
+    assert not ESD(loop=ESDLoop(train="xattn")).notes()
+    assert not ESD(loop=ESDLoop(train="noxattn")).notes(), "ESD-u is published too"
+    assert any("xattn_kv" in note for note in ESD(loop=ESDLoop(train="xattn_kv")).notes())
 
 
 def test_u_trains_the_published_number_of_parameters() -> None:

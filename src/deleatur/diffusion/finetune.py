@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -50,6 +50,9 @@ class Training(BaseModel):
     """Numbers of every training, wherever its states come from. Defaults are SDD's released ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    also_published: ClassVar[tuple[Selector, ...]] = ()
+    """What else than the default of `train` is the method as published."""
 
     train: Selector = "xattn"
     """Which tensors of the UNet train."""
@@ -92,7 +95,8 @@ class Training(BaseModel):
     def notes(self) -> list[str]:
         """What is not the method's own in these numbers, and changes what it does; lengths and rates do not."""
         found = []
-        if self.train != (own := type(self).model_fields["train"].default):
+        own = type(self).model_fields["train"].default
+        if self.train not in (own, *self.also_published):
             found.append(f"The tensors called {self.train} were trained; as first published, those called {own}.")
         if self.check_every:
             found.append("Looks at sampled pictures could end the training early, or take back what followed the best.")

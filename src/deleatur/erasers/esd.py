@@ -11,7 +11,7 @@ itself and not one up to 20 beside it; the gradient is clipped, as where the tab
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.finetune import Loop, Probe, Progress, finetune, prompted
 from deleatur.diffusion.load import Model
-from deleatur.diffusion.select import select
+from deleatur.diffusion.select import Selector, select
 from deleatur.diffusion.state import Saved
 from deleatur.diffusion.terms import Networks, Target
 from deleatur.erasers import Eraser
@@ -43,6 +43,7 @@ def away(c: Tensor, c_0: Tensor, s: float) -> Target:
 class ESDLoop(Loop):
     """Numbers of the first release. The current one: 200 iterations, lr 5e-5, made_by base, from c, η = 2."""
 
+    also_published: ClassVar[tuple[Selector, ...]] = ("noxattn",)  # ESD-u
     iterations: int = Field(1000, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """0 is plain Adam."""
