@@ -249,6 +249,7 @@ class Stack:
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg:///prefect",
             "PREFECT_SERVER_API_AUTH_STRING": f"admin:{self.passwords['prefect']}",
             "PREFECT_SERVER_METRICS_ENABLED": "true",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_UI_API_URL": self.clients["PREFECT_API_URL"],
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -278,7 +279,7 @@ class Stack:
             listed[:] = [f"127.0.0.1:{self.ports[name]}" for name in names]
         path = _private(self.folder / "prometheus.yml", yaml.safe_dump(config))
         command = [found, f"--config.file={path}", f"--storage.tsdb.path={self.folder / 'prometheus'}"]
-        command += [f"--web.listen-address=127.0.0.1:{port}", "--web.enable-lifecycle"]
+        command += [f"--web.listen-address=127.0.0.1:{port}"]
         return Server(command, {}, lambda: _healthy(f"http://127.0.0.1:{port}/-/ready"))
 
     def _alertmanager(self, root: Path | None) -> Server:

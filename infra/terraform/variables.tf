@@ -53,7 +53,7 @@ variable "gpu_capacity" {
 }
 
 variable "gpu_nodes" {
-  description = "How many GPU nodes at most. The cluster's autoscaler starts them; none runs while there is nothing to do."
+  description = "How many GPU nodes at most. The cluster's autoscaler starts one for each replica of worker-gpu in overlays/aws, or, with a container for each run, for each stage that needs one."
   type        = number
   default     = 2
 }

@@ -15,6 +15,8 @@ from test_images import VERSION
 from deleatur.io.versions import GRACE
 
 FILE = INFRA / "compose.yaml"
+GPU = INFRA / "compose.gpu.yaml"
+"""Laid over it where the machine has one."""
 OURS = re.compile(r"^deleatur(-services)?:")
 ONCE = ("databases", "bucket", "checkout", "setup")
 """Services that do something and end."""
@@ -32,18 +34,19 @@ def filled(folder: Path, but: str = "") -> Path:
     return path
 
 
-def config(env: Path) -> list[str | Path]:
-    return [program("docker-compose"), "--env-file", env, "--profile", "*", "-f", FILE, "config"]
+def config(env: Path, *over: Path) -> list[str | Path]:
+    files = [word for path in (FILE, *over) for word in ("-f", path)]
+    return [program("docker-compose"), "--env-file", env, *files, "config"]
 
 
 @cache
-def services(folder: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load(ran(*config(filled(folder))))["services"])
+def services(folder: Path, *over: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(ran(*config(filled(folder), *over)))["services"])
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return services(tmp_path_factory.mktemp("env"))
+@pytest.fixture(scope="module", params=[(), (GPU,)], ids=["cpu", "gpu"])
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return services(tmp_path_factory.mktemp("env"), *request.param)
 
 
 def test_the_example_holds_nothing_and_starts_nothing() -> None:
@@ -105,13 +108,21 @@ def test_a_worker_that_is_stopped_has_time_to_save(worker: str, stack: dict[str,
     assert 60 * int(minutes) + int(seconds) >= GRACE + 30
 
 
-def test_the_gpu_is_asked_for_and_only_where_there_is_one(stack: dict[str, Any], tmp_path: Path) -> None:
-    devices = stack["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+def test_the_gpu_is_asked_for_and_only_where_there_is_one(tmp_path: Path) -> None:
+    without, with_one = services(tmp_path), services(tmp_path, GPU)
+    changed = {name for name in with_one if with_one[name] != without[name]}
+    assert changed == {"worker-gpu"}, "one worker in the place of the other"
+    plain, worker = without["worker-gpu"], with_one["worker-gpu"]
+    assert {name for name in worker if worker[name] != plain.get(name)} == {"image", "build", "deploy"}
+    assert plain["image"] == without["worker-cpu"]["image"]
+    assert worker["image"] == plain["image"].removesuffix("-cpu") + "-gpu"
+    assert worker["build"]["args"] == {"TORCH": "gpu"}
+    devices = worker["deploy"]["resources"]["reservations"]["devices"]
     assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
-    command = config(filled(tmp_path))
-    command.remove("--profile")
-    command.remove("*")
-    assert "worker-gpu" not in yaml.safe_load(ran(*command))["services"]
+
+
+def test_nobody_can_stop_prometheus_by_a_request(stack: dict[str, Any]) -> None:
+    assert "--web.enable-lifecycle" not in stack["prometheus"]["command"]
 
 
 def test_files_that_are_mounted_exist(stack: dict[str, Any]) -> None:

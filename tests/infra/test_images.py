@@ -47,6 +47,10 @@ def test_every_library_is_of_the_version_that_the_tests_ran_with() -> None:
     assert "\ntorch==" in (ROOT / "constraints.txt").read_text("utf-8")
 
 
+def test_workers_can_draw_with_dask() -> None:
+    assert "-r pyproject.toml --extra dask" in stages()["build-worker"]
+
+
 def test_what_the_servers_need_is_what_the_extra_says() -> None:
     pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
     [extra] = re.findall(r"^server = \[(.*)\]$", pyproject, re.MULTILINE)

@@ -107,7 +107,9 @@ def test_whatever_is_referred_to_is_there(overlay: str, built: dict[str, Path]) 
     [keys] = [set(d["data"]) for d in documents(built[overlay]) if d["kind"] == "Secret"]
     for name, container in containers(built[overlay]):
         for source in container.get("envFrom", []):
-            assert ("ConfigMap", source["configMapRef"]["name"]) in named, name
+            for kind, ref in ((kind.removesuffix("Ref"), ref) for kind, ref in source.items()):
+                known = (kind[0].upper() + kind[1:], ref["name"]) in named
+                assert known or ref.get("optional"), f"{name}: {ref['name']}"
         for variable in container.get("env", []):
             if ref := variable.get("valueFrom", {}).get("secretKeyRef"):
                 assert ("Secret", ref["name"]) in named, name
@@ -120,7 +122,30 @@ def test_workers_have_time_to_save_and_one_gpu_each(built: dict[str, Path]) -> N
         assert found[name]["terminationGracePeriodSeconds"] >= GRACE + 30, name
     [worker] = found["worker-gpu"]["containers"]
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert "worker-gpu" not in dict(pods(built["local"]))
+
+
+def test_without_a_gpu_the_worker_of_its_pool_is_there_and_wants_none(built: dict[str, Path]) -> None:
+    [other], [worker] = (dict(pods(built[name]))["worker-gpu"]["containers"] for name in ("aws", "local"))
+    images = {c["image"].rpartition("/")[2] for name, c in containers(built["aws"]) if name == "worker-cpu"}
+    assert {worker["image"]} == images, "that of the pool cpu"
+    assert "nvidia" not in str(worker["resources"])
+    assert worker["args"] == other["args"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_our_workers_can_write_where_they_write(overlay: str, built: dict[str, Path]) -> None:
+    """Temporary files and caches; the root is read-only."""
+    for name, container in containers(built[overlay]):
+        if container["image"].startswith("deleatur:") or "/deleatur:" in container["image"]:
+            env = {v["name"]: v.get("value") for v in container.get("env", [])}
+            mounted = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
+            assert {env.get("TMPDIR", "/tmp"), "/tmp", "/home/deleatur"} <= mounted, f"{name}: {container['name']}"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_who_is_told_is_known_wherever_setup_is_run(overlay: str, built: dict[str, Path]) -> None:
+    found = {(name, c["name"]) for name, c in containers(built[overlay]) if "DELEATUR_TELL" in str(c.get("env"))}
+    assert {("setup", "setup"), ("worker-cpu", "worker")} <= found
 
 
 def test_images_are_those_of_compose(built: dict[str, Path]) -> None:

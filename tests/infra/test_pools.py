@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from programs import INFRA, ROOT, program, ran
-from test_compose import OURS, config, filled
-from test_kubernetes import KUBERNETES, containers, documents
+from test_compose import GPU, OURS, config, filled, services
+from test_kubernetes import KUBERNETES, containers, documents, pods
 from test_kubernetes import built as built  # the fixture
 
 from deleatur.io.versions import GRACE
@@ -23,6 +24,7 @@ PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Without a GPU, as it starts by default."""
     return dict(yaml.safe_load(ran(*config(filled(tmp_path_factory.mktemp("env"))))))
 
 
@@ -58,21 +60,43 @@ def test_both_ways_of_deploying_set_up_with_the_same_command(composed: dict[str,
         assert setup["args"][-1] == SETUP
 
 
+def test_prefect_is_set_the_same_way_everywhere(
+    composed: dict[str, Any], built: dict[str, Path], tmp_path: Path
+) -> None:
+    """Addresses and passwords aside."""
+    sys.path.insert(0, str(INFRA))
+    from local import Stack
+
+    given = [composed["services"]["prefect"]["environment"], Stack(tmp_path)._prefect(None).env]
+    for path in built.values():
+        [container] = [c for name, c in containers(path) if name == "prefect"]
+        given.append({v["name"]: v["value"] for v in container["env"] if "value" in v})
+        mounted = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+        [pod] = [pod for name, pod in pods(path) if name == "prefect"]
+        kept = [v["name"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
+        assert [mounted[given[-1]["PREFECT_HOME"]]] == kept, "who holds a slot is known after a restart too"
+    own = {"PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_UI_API_URL", "PREFECT_HOME"}
+    image = {"PREFECT_SERVER_ANALYTICS_ENABLED"}
+    first, *rest = [{n: v for n, v in e.items() if n.startswith("PREFECT_") and n not in own | image} for e in given]
+    assert len(first) >= 4
+    assert all(other == first for other in rest)
+
+
 def test_every_pool_has_workers_of_the_type_that_setup_makes(composed: dict[str, Any], built: dict[str, Path]) -> None:
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text("utf-8"))["deployments"]
     assert {d["work_pool"]["name"] for d in deployments} == set(POOLS)
-    started = [c["args"] for name, c in containers(built["aws"]) if c["name"] == "worker"]
-    for commands in (started, [composed["services"][f"worker-{pool}"]["command"] for pool in POOLS]):
+    started = [[c["args"] for _, c in containers(path) if c["name"] == "worker"] for path in built.values()]
+    for commands in (*started, [composed["services"][f"worker-{pool}"]["command"] for pool in POOLS]):
         assert [command[command.index("--pool") + 1] for command in sorted(commands)] == list(POOLS)
         assert {command[command.index("--type") + 1] for command in commands} == {"process"}, "as flows/setup.py"
 
 
 @pytest.mark.parametrize("pool", POOLS)
 def test_templates_start_what_is_built_where_it_finds_its_things(
-    pool: str, composed: dict[str, Any], built: dict[str, Path]
+    pool: str, composed: dict[str, Any], built: dict[str, Path], tmp_path: Path
 ) -> None:
     docker, kubernetes = defaults("docker", pool), defaults("kubernetes", pool)
-    images = [s["image"] for s in composed["services"].values() if OURS.match(s["image"])]
+    images = [s["image"] for s in services(tmp_path, GPU).values() if OURS.match(s["image"])]
     assert docker["image"] in images
     assert docker["networks"] == [composed["networks"]["default"]["name"]]
     volumes = {volume["name"] for volume in composed["volumes"].values()}
@@ -91,6 +115,9 @@ def test_templates_start_what_is_built_where_it_finds_its_things(
         claimed = f"{claim['metadata']['name']}-{workspace['metadata']['name']}-0"
         assert kubernetes["project_claim"] == claimed
         assert docker["volumes"][0].partition(":")[2] == kubernetes["project_path"] == "/workspace"
+    else:
+        default = composed["services"]["checkout"]["environment"]["DELEATUR_REPOSITORY"]
+        assert f":{default}:" in docker["volumes"][0], "cloned from there, where nobody has said another place"
 
 
 @pytest.mark.parametrize("pool", POOLS)
