@@ -6,6 +6,7 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 
+import feedback
 from here import run_here
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -25,6 +26,8 @@ DAY = 24 * 3600.0
 def housekeeping(dry_run: bool = True, days: int = 90, remote: bool = False) -> list[str]:
     """Removes data that no commit, no file of the workspace and no version with an alias needs, states of stopped
     stages that nobody went on with, runs of MLflow that no version came from, and runs of Prefect.
+
+    Data stay while a run of the chain is at work: workers leave products in the remote before any dvc.lock names them.
 
     Args:
         dry_run: Only say what would be removed.
@@ -47,6 +50,8 @@ def housekeeping(dry_run: bool = True, days: int = 90, remote: bool = False) -> 
 
 @task(**RETRIED)
 def data(settings: Settings, dry_run: bool, remote: bool) -> list[str]:
+    if feedback.chain_is_at_work():
+        return ["no data: a run of the chain is at work, and what it has made may not be named by any dvc.lock yet"]
     registry = registry_of(settings)
     kept = {version for name in (CHAMPION, CHALLENGER, LAST) if (version := registry.alias(name))}
     locks = [registry.file(version, "lock/dvc.lock") for version in sorted(kept)]

@@ -1,8 +1,9 @@
 """Prepares a Prefect server for the deployments of prefect.yaml: work pools, GPU slots, what becomes of runs that die,
-and who is told. Done again, it changes what is there to what is asked for.
+and who is told. Done again, it changes pools, automations and addresses to what is asked for now; slots under other
+names stay.
 
 python flows/setup.py
-python flows/setup.py --type kubernetes --gpu gpu-a:1 --gpu gpu-b:1 --tell https://hooks.slack.com/services/…
+DELEATUR_TELL=https://hooks.slack.com/services/… python flows/setup.py --type kubernetes --gpu gpu:2
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -32,6 +34,9 @@ from tasks import LOST_STATE
 from deleatur.errors import SettingsError
 
 TELL = "DELEATUR_TELL"
+OURS = "deleatur: "
+"""What the names of our automations begin with."""
+BLOCK = re.compile(r"deleatur-\d+")
 TEMPLATES = Path(__file__).parents[1] / "infra" / "pools"
 
 SILENT = 75
@@ -153,6 +158,16 @@ def put(automation: Automation) -> None:
         automation.update()
 
 
+def forget(client: SyncPrefectClient, names: set[str], blocks: Sequence[UUID]) -> None:
+    """What of ours an earlier setup made and this one does not want."""
+    for found in client.read_automations():
+        if found.name.startswith(OURS) and found.name not in names:
+            client.delete_automation(found.id)
+    for document in client.read_block_documents(include_secrets=False):
+        if document.id not in blocks and BLOCK.fullmatch(document.name or ""):
+            client.delete_block_document(document.id)
+
+
 def setup(kind: str, slots: Sequence[tuple[str, int]], addresses: Sequence[str], silent: float = SILENT) -> None:
     with get_client(sync_client=True) as client:
         for name in ("cpu", "gpu"):
@@ -160,8 +175,11 @@ def setup(kind: str, slots: Sequence[tuple[str, int]], addresses: Sequence[str],
         for name, limit in slots:
             client.upsert_global_concurrency_limit_by_name(name, limit)
     blocks = [block(f"deleatur-{i}", address) for i, address in enumerate(addresses, 1)]
-    for automation in automations(blocks, silent):
+    wanted = list(automations(blocks, silent))
+    for automation in wanted:
         put(automation)
+    with get_client(sync_client=True) as client:
+        forget(client, {automation.name for automation in wanted}, blocks)
 
 
 def slot(text: str) -> tuple[str, int]:
@@ -186,7 +204,8 @@ def main() -> None:
         action="append",
         metavar="ADDRESS",
         help="whom to tell of runs that failed or wait for a person: a webhook (Slack's and the like), or mailtos://… "
-        "and whatever else Apprise knows; left out, the addresses in DELEATUR_TELL, with spaces between",
+        "and whatever else Apprise knows. Better, since the list of processes shows arguments: left out, the addresses "
+        "in DELEATUR_TELL, with spaces between. Where there is neither, nobody is told any more",
     )
     asked = parser.parse_args()
     try:

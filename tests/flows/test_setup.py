@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 from prefect import flow, tags  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.events import emit_event  # noqa: E402
+from prefect.events.actions import DoNothing  # noqa: E402
+from prefect.events.schemas.automations import AutomationCore  # noqa: E402
 from prefect.states import Crashed, Pending, Running  # noqa: E402
 from test_deployments import cleared, prefect  # noqa: E402
 
@@ -93,6 +95,32 @@ def test_a_message_ends_with_the_command_to_run_next(hook: tuple[str, Inbox], ma
         assert told.splitlines()[-1].startswith("Next: prefect flow-run logs ")
         [mailed] = [text for text in mail[1] if "broken" in text]
         assert mailed.rstrip().endswith("Next: deleatur check")
+    finally:
+        cleared()
+
+
+def test_who_is_not_asked_for_any_more_is_not_told(hook: tuple[str, Inbox], mail: tuple[str, Inbox]) -> None:
+    from setup import of, setup
+
+    def there() -> tuple[set[str], list[str]]:
+        with get_client(sync_client=True) as client:
+            named = {automation.name for automation in client.read_automations()}
+            return named, sorted(f"{d.block_type_name} {d.name}" for d in client.read_block_documents())
+
+    try:
+        with get_client(sync_client=True) as client:
+            theirs = client.create_automation(
+                AutomationCore(name="another", trigger=of("x", expect={"x"}), actions=[DoNothing()])
+            )
+        setup("process", [], [hook[0], mail[0]])
+        told, blocks = there()
+        assert blocks == ["Custom Webhook deleatur-1", "Slack Webhook deleatur-2"]
+        setup("process", [], [mail[0]])
+        assert there() == (told, ["Slack Webhook deleatur-1"])
+        setup("process", [], [])
+        assert there() == (told - {"deleatur: somebody is told"}, [])
+        with get_client(sync_client=True) as client:
+            assert client.read_automation(theirs), "not ours to take away"
     finally:
         cleared()
 

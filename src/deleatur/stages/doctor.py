@@ -34,6 +34,8 @@ SLOW, WRONG = 5, 60
 """Seconds that a clock may differ before we say so, and before it is a fault. S3 refuses at 15 minutes."""
 SHARE = 0.1
 """Of a disk that should be free."""
+CLEAR = "python flows/housekeeping.py"
+"""Says what could go. It keeps what versions need, which `dvc gc --workspace` by itself does not."""
 
 
 @dataclass(frozen=True)
@@ -265,9 +267,9 @@ def _disk(settings: Settings) -> Iterator[Line]:
         found = shutil.disk_usage(place)
         free = f"{what}: {found.free / 2**30:.1f} GiB free of {found.total / 2**30:.1f}"
         if found.free < 2 * model:
-            yield fail(f"{free}; a release needs twice the model, {2 * model / 2**30:.1f} GiB", "dvc gc --workspace")
+            yield fail(f"{free}; a release needs twice the model, {2 * model / 2**30:.1f} GiB", CLEAR)
         elif found.free < SHARE * found.total:
-            yield warn(free, "dvc gc --workspace")
+            yield warn(free, CLEAR)
         else:
             yield ok(free)
 
@@ -283,7 +285,11 @@ def _clock(settings: Settings, scheduler: Scheduler | None) -> Iterator[Line]:
         if clock := greeting().clock:
             off = abs((datetime.now(UTC) - clock).total_seconds())
             said = f"{off:.0f} s off the clock of {name}"
-            yield ok(said) if off <= SLOW else (warn if off <= WRONG else fail)(said, "timedatectl set-ntp true")
+            yield (
+                ok(said)
+                if off <= SLOW
+                else (warn if off <= WRONG else fail)(said, "on the host, not in a container: timedatectl set-ntp true")
+            )
 
 
 def _credentials() -> Iterator[Line]:
