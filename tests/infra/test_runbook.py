@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import yaml
 from programs import INFRA, ROOT
 from test_watching import alerts
 from typer.main import get_command
@@ -43,6 +44,25 @@ def test_commands_are_ours() -> None:
         text = (INFRA / page).read_text("utf-8")
         for command in re.findall(r"(?:^\$ |`)deleatur ([a-z]+)", text, re.MULTILINE):
             assert command in known, f"{page}: deleatur {command}"
+
+
+def test_compose_knows_which_files_it_is_about() -> None:
+    [exported, commented] = re.findall(r"COMPOSE_FILE=(\S+) +# with a GPU: (\S+)", TEXT)[0]
+    files = {*exported.split(":"), *commented.split(":")}
+    assert all((ROOT / name).is_file() for name in files)
+    assert files == {f"infra/{path.name}" for path in INFRA.glob("compose*.yaml")}
+    assert "docker compose -f" not in TEXT
+
+
+def test_services_that_it_names_are_there() -> None:
+    services = yaml.safe_load((INFRA / "compose.yaml").read_text("utf-8"))["services"]
+    for pattern in (
+        r"docker compose (?:exec|stop|ps|logs)(?: -T| -e \S+)* ([a-z][\w-]+)",
+        r"/workspace ([a-z-]+) deleatur",
+    ):
+        found = re.findall(pattern, TEXT)
+        assert found
+        assert set(found) <= set(services), pattern
 
 
 def test_links_lead_somewhere() -> None:
