@@ -67,7 +67,17 @@ def checkout(settings: Settings, version: str) -> Iterator[tuple[Path, dict[str,
     """
     registry = registry_of(settings)
     tags = registry.tags(version)
+    if why := tags.get("emergency"):
+        raise DataError(
+            f"version {version} was made beside the chain, in an emergency ({why}): there is nothing to make again",
+            hint="release by the chain",
+        )
     numbers = yaml.safe_load(registry.file(version, "params/params.yaml"))
+    if Settings.of(numbers, f"params.yaml of version {version}").made_by != tags["settings"]:
+        raise DataError(
+            f"version {version} was made with other settings than the params.yaml that lies with it",
+            hint=f"deleatur verify {version}",
+        )
     numbers["register"] = settings.register_.model_dump(
         mode="json"
     )  # a champion to compare with is looked up where we are now

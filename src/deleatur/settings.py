@@ -377,6 +377,10 @@ class Workers(Section):
     this machine; or, None, the stage itself."""
 
 
+BESIDE = frozenset({"compare", "canary", "emergency", "feedback", "workers"})
+"""Sections that no result of the chain depends on."""
+
+
 class Settings(Section):
     seed: int
     base: Base
@@ -408,8 +412,7 @@ class Settings(Section):
         no part of it, and neither is when it is made, on which machines, where it lies, what it is compared with or how
         it is watched.
         """
-        aside = {"gate", "register_", "paths", "compare", "canary", "emergency", "feedback", "workers"}
-        given = self.model_dump(mode="json", exclude=aside, exclude_unset=True)
+        given = self.model_dump(mode="json", exclude={*BESIDE, "gate", "register_", "paths"}, exclude_unset=True)
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
     @field_validator("targets")

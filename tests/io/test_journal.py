@@ -60,3 +60,11 @@ def test_lines_of_another_workspace_are_added_once(tmp_path: Path) -> None:
         ("erase", "done"),
     ]
     assert journal.read(here)[1:] == journal.read(there)
+
+
+def test_a_line_that_was_never_finished_takes_no_other_along(tmp_path: Path) -> None:
+    journal.write(tmp_path, "erase", "began")
+    with (tmp_path / journal.FILE).open("a") as file:
+        file.write('{"time": 1.0, "stage": "er')
+    journal.write(tmp_path, "erase", "done")
+    assert [line.what for line in journal.read(tmp_path)] == ["began", "done"]

@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from deleatur.errors import ServiceError
+from deleatur.errors import DataError, ServiceError
 from deleatur.io import objects
 
 
@@ -86,3 +86,16 @@ def test_an_address_that_cannot_be_reached_is_worth_another_try(tmp_path: Path) 
     assert raised.value.hint == f"ls {tmp_path}/file/inner"
     with pytest.raises(ServiceError, match="nowhere://"):
         objects.fetch("nowhere://bucket/x", tmp_path / "here")
+
+
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    """As a bucket may have it: there, a name is any text."""
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/store/a/good", b"1")
+    fs.store["/store/a/../../evil"] = fs.store["/store/a/good"]
+    try:
+        with pytest.raises(DataError, match=r"evil' leads out of the folder"):
+            objects.fetch("memory://store/a", tmp_path / "deep" / "here")
+    finally:
+        fs.store.clear()
+    assert not list(tmp_path.rglob("evil"))

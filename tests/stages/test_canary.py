@@ -146,6 +146,8 @@ def test_every_concept_that_was_ever_erased_is_looked_at(released: Path) -> None
     code, said = told("canary")
     assert code == 11
     assert "blood: it was erased once, and params.yaml has no such concept any more; canary.retired" in said
+    registry.client.delete_model_version("deleatur", "1")
+    assert canary.live(Settings.load()) == ("2", ["weapon", "blood"]), "what it had erased is remembered"
     change(canary={"retired": ["blood"]})
     assert told("canary")[0] == 0
 

@@ -241,6 +241,9 @@ def test_reports_wait_again_when_what_learned_from_them_is_taken_back(
     with source.open("a") as file:
         file.write(json.dumps(lines[0]) + "\n")
     assert told()["feedback_answers"]["yes", "ink"] == 4, "what was appended is read"
+    with source.open("a") as file:
+        file.writelines(json.dumps(lines[0] | {"answer": answer}) + "\n" for answer in ("a whole sentence", ["yes"]))
+    assert set(told()["feedback_answers"]) == {("yes", "ink"), ("no", "ink")}, "a label is a word of ours"
 
 
 def test_a_registry_that_does_not_answer_is_a_series(empty: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deleatur.errors import ServiceError
 from deleatur.io import objects
 
 LOOK = 1.0
@@ -42,7 +41,7 @@ def carried(
                 try:
                     objects.put(file, f"{address}/{file.as_posix()}")
                     known[file] = stamp
-                except ServiceError as e:
+                except Exception as e:  # whatever it is, the stage goes on, and the next look tries again
                     if file.is_file():  # or the stage has removed it meanwhile
                         on_problem(str(e))
 

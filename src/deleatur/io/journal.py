@@ -73,8 +73,10 @@ def text(folder: Path) -> str:
 def _append(folder: Path, lines: Iterable[Line]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    before = text(folder)
+    torn = "\n" if before and not before.endswith("\n") else ""  # killed in the middle of a line
     try:  # in one piece: several stages may run at once
-        os.write(handle, "".join(json.dumps(asdict(line)) + "\n" for line in lines).encode())
+        os.write(handle, (torn + "".join(json.dumps(asdict(line)) + "\n" for line in lines)).encode())
     finally:
         os.close(handle)
 

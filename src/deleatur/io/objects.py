@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deleatur.errors import ServiceError
+from deleatur.errors import DataError, ServiceError
 from deleatur.io import tables
 
 CACHE = Path.home() / ".cache" / "deleatur"
@@ -33,11 +33,16 @@ def local(address: str, part: str = "pipeline") -> str:
 def fetch(address: str, target: Path) -> None:
     """Every file below an address, a folder or s3://bucket/prefix, into `target`; nothing where there is nothing.
 
-    What is there in the same size is not fetched again. Raises ServiceError when the address cannot be reached.
+    What is there in the same size is not fetched again. Raises ServiceError when the address cannot be reached,
+    DataError for a name that leads out of `target`: whoever may write there may not write anywhere here.
     """
     with _reached(address) as (fs, root):
         for place, facts in fs.find(root, detail=True).items():
             file = target / place.removeprefix(root).lstrip("/")
+            if not file.resolve().is_relative_to(target.resolve()):
+                raise DataError(
+                    f"{address}: the name {place!r} leads out of the folder", hint=f"remove it from {address}"
+                )
             whole = not file.name.startswith(".")  # or it is what a process left that was killed while it wrote
             if whole and not (file.is_file() and file.stat().st_size == facts["size"]):
                 with tables.replacing(file) as partial:

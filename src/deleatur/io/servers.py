@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,6 +36,7 @@ def ask(
 
     Raises ServiceError where nobody answers, SettingsError where the credentials are not taken.
     """
+    shown = without_password(address)
     headers = {"Content-Type": "application/json"} | ({"Authorization": authorization} if authorization else {})
     data = None if body is None else json.dumps(body).encode()
     try:
@@ -42,15 +44,20 @@ def ask(
             text, date = answer.read().decode(), answer.headers.get("Date")
     except HTTPError as e:
         if e.code in (401, 403):
-            raise SettingsError(f"{address} refuses the credentials ({e.code})", hint=f"export {credentials}") from e
-        raise ServiceError(f"{address} answers {e.code} {e.reason}", hint=f"curl {address}") from e
+            raise SettingsError(f"{shown} refuses the credentials ({e.code})", hint=f"export {credentials}") from e
+        raise ServiceError(f"{shown} answers {e.code} {e.reason}", hint=f"curl {shown}") from e
     except (OSError, HTTPException, ValueError) as e:
-        raise ServiceError(f"{address} does not answer: {e}", hint=f"curl {address}") from e
+        raise ServiceError(f"{shown} does not answer: {e}", hint=f"curl {shown}") from e
     try:
         said = json.loads(text)
     except ValueError:
         said = text.strip()
     return Answer(said, parsedate_to_datetime(date) if date else None)
+
+
+def without_password(text: str) -> str:
+    """postgresql://me:secret@host/db → postgresql://host/db."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def basic(user_and_password: str) -> str:

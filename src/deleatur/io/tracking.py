@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ import pandas as pd
 from deleatur.errors import DataError, DeleaturError, ServiceError, SettingsError
 from deleatur.io import signing
 from deleatur.io.ledger import Mark
+from deleatur.io.servers import without_password
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -348,7 +348,7 @@ def answering(uri: str, missing: DeleaturError | None = None) -> Iterator[None]:
     except MlflowException as e:
         if missing and e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise missing from e
-        where, said = _without_password(uri), _without_password(str(e).strip().splitlines()[0])
+        where, said = without_password(uri), without_password(str(e).strip().splitlines()[0])
         if e.error_code == "INVALID_PARAMETER_VALUE":
             raise SettingsError(f"MLflow at {where} does not accept the `register` section: {said}") from e
         if e.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
@@ -395,8 +395,3 @@ def _already() -> Iterator[None]:
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _without_password(text: str) -> str:
-    """postgresql://me:secret@host/db → postgresql://host/db."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

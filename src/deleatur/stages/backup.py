@@ -89,10 +89,10 @@ def restore(settings: Settings, folder: Path) -> Set:
         shutil.copyfile(folder / "ledger.jsonl", partial)
     registry.set_aliases(saved.aliases)
     registry.set_mark(saved.head)
-    for path in _files(folder / "workspace"):
-        place = Path(path.relative_to(folder / "workspace"))
-        with tables.replacing(place) as partial:
-            shutil.copyfile(path, partial)
+    for name in POINTERS:  # whatever else lies there
+        if (path := folder / "workspace" / name).is_file():
+            with tables.replacing(Path(name)) as partial:
+                shutil.copyfile(path, partial)
     for problem in history(settings).problems:
         raise problem
     return _set(about)

@@ -18,11 +18,12 @@ from deleatur import gate
 from deleatur.diffusion import encode
 from deleatur.diffusion.load import Model, load
 from deleatur.diffusion.sample import sample
+from deleatur.errors import DataError
 from deleatur.gate import Weighing
 from deleatur.guides import Guide
 from deleatur.io import documents, ledger, tables
 from deleatur.io.page import Row, Sheet, summary_png
-from deleatur.io.tracking import CHAMPION
+from deleatur.io.tracking import CHAMPION, Registry
 from deleatur.maths.agreement import rate
 from deleatur.maths.seeds import derive
 from deleatur.records import Canary, Detector, Look, Prompt, Score, Side
@@ -56,8 +57,17 @@ def live(settings: Settings) -> tuple[str | None, list[str]]:
     known, registry = ledger.read(settings.register_.ledger), registry_of(settings)
     known.demand_whole()
     ever = dict.fromkeys(v for entry in known.entries if (v := entry.aliases.get(CHAMPION)))
-    named = dict.fromkeys(name for v in ever for name in registry.tags(v).get("concepts", "").split("+") if name)
+    named = dict.fromkeys(name for v in ever for name in _erased(registry, v))
+    if settings.canary.result.is_file():  # a version that somebody has deleted does not say any more
+        named |= dict.fromkeys(look.concept for look in documents.read(settings.canary.result, Canary).looks)
     return known.aliases.get(CHAMPION), [name for name in named if name not in settings.canary.retired]
+
+
+def _erased(registry: Registry, version: str) -> list[str]:
+    try:
+        return [name for name in registry.tags(version).get("concepts", "").split("+") if name]
+    except DataError:
+        return []
 
 
 def look(settings: Settings, version: str, concepts: Sequence[str]) -> Canary:

@@ -9,7 +9,7 @@ network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -47,15 +47,15 @@ def hands(workers: Workers) -> Iterator[Any]:
         with LocalCluster(n_workers=workers.dask, **how) as cluster, Client(cluster) as client:
             yield client
         return
-    try:
-        client = Client(workers.dask, timeout=PATIENCE)
-        client.wait_for_workers(1, timeout=PATIENCE)
-    except (OSError, ValueError) as e:  # a TimeoutError is an OSError
-        raise ServiceError(
-            f"the Dask scheduler {workers.dask} did not answer, or has no worker: {e}",
-            hint=f"dask worker {workers.dask}, in the project's folder",
-        ) from e
-    with client:
+    with ExitStack() as opened:
+        try:
+            client = opened.enter_context(Client(workers.dask, timeout=PATIENCE))
+            client.wait_for_workers(1, timeout=PATIENCE)
+        except (OSError, ValueError) as e:  # a TimeoutError is an OSError
+            raise ServiceError(
+                f"the Dask scheduler {workers.dask} did not answer, or has no worker: {e}",
+                hint=f"dask worker {workers.dask}, in the project's folder",
+            ) from e
         yield client
 
 
@@ -75,12 +75,15 @@ def spread(
         of[future] = part
         return future
 
-    from distributed import as_completed
+    from distributed import CancelledError, KilledWorker, as_completed
 
     first = islice(left, AHEAD * max(1, len(client.nthreads())))
     done = as_completed([submit(part) for part in first])
     for future in done:
-        result: R = future.result()
+        try:
+            result: R = future.result()
+        except (KilledWorker, CancelledError) as e:
+            raise ServiceError(f"Dask lost a part of the work: {e}", hint="the same command, to go on") from e
         yield of.pop(future), result
         for part in islice(left, 1):
             done.add(submit(part))

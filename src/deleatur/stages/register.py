@@ -23,7 +23,7 @@ from deleatur.io.page import Curve
 from deleatur.io.signing import Keys
 from deleatur.io.tracking import Evidence, Registry
 from deleatur.records import Report, Score, Verdict
-from deleatur.settings import Settings
+from deleatur.settings import BESIDE, Settings
 from deleatur.stages import identity, inputs
 from deleatur.stages.curves import curves
 from deleatur.stages.export import export
@@ -135,9 +135,7 @@ def _evidence(settings: Settings, report: Report, verdict: Verdict, emergency: s
         name=f"{made_by.method} {concepts} {digest[:8]}",
         tags=lineage,
         # Where it is registered is no part of how it was made, and neither is what else can be done with it.
-        settings=settings.model_dump(
-            mode="json", by_alias=True, exclude={"register_", "compare", "canary", "emergency"}
-        ),
+        settings=settings.model_dump(mode="json", by_alias=True, exclude={*BESIDE, "register_"}),
         scores=dict(_scores(report)),
         curves=[point for curve in curves(settings) for point in _points(curve)],
         files={

@@ -12,18 +12,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from prometheus_client import Metric
 from prometheus_client.core import HistogramMetricFamily
 
+from deleatur.errors import DataError
 from deleatur.feedback.events import utc
 from deleatur.io import ledger, tables
 from deleatur.io.tracking import CHAMPION, Registry
+from deleatur.records import Feedback
 from deleatur.settings import Settings
 from deleatur.stages import ingest
 from deleatur.stages.exporter.series import gauge, seconds
 from deleatur.stages.release import registry_of
 
+ANSWERS = get_args(get_type_hints(Feedback)["answer"])
 REPORTING = ("yes", "ranked")
 HOUR, DAY = 3600, 86400
 BUCKETS = (HOUR, 6 * HOUR, DAY, 2 * DAY, 7 * DAY, 30 * DAY)
@@ -104,7 +108,7 @@ def _read(path: Path, size: int, changed: int) -> Sequence[Answer]:
         try:
             event = json.loads(line)
             moment = utc(event["created_at"])
-            if moment:
+            if moment and event["answer"] in ANSWERS:  # the word is a label: nobody may put a sentence there
                 found.append(Answer(event["concept"], event["answer"], moment.timestamp()))
         except (ValueError, KeyError, TypeError):
             continue  # ingest says what is wrong with it
@@ -125,5 +129,8 @@ def _fixes(settings: Settings) -> Iterator[Fix]:
 @cache
 def _made_from(registry: Registry, version: str) -> tuple[frozenset[str], str]:
     """Concepts and `feedback_until` of a version, which never change; versions of an older deleatur lack the second."""
-    tags = registry.tags(version)
+    try:
+        tags = registry.tags(version)
+    except DataError:  # somebody has deleted it
+        return frozenset(), ""
     return frozenset(tags.get("concepts", "").split("+")), tags.get("feedback_until", "")
