@@ -412,7 +412,8 @@ def main() -> None:
     if folder.exists():
         sys.exit(f"{folder} exists already; name a new folder")
     folder.mkdir(parents=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers do not stay behind
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing stays behind; what is started in a background hears us too
+        signal.signal(number, signal.default_int_handler)
     with free(len(USUAL)) as ports:
         stack = Stack(folder / "servers", dict(zip(USUAL, ports, strict=True)), scrape=5)
     day = Day(folder, stack, told := Told())

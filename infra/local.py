@@ -378,7 +378,8 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         sys.exit(sys.argv[1:] not in (["-h"], ["--help"]))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers do not stay behind
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing stays behind; what is started in a background hears us too
+        signal.signal(number, signal.default_int_handler)
     stack = Stack(Path(sys.argv[1]))
     names = ["postgres", "s3", "mlflow", "prefect"]
     if Path("params.yaml").is_file():
