@@ -127,9 +127,6 @@ class Worker:
         for process in self.runs():
             process.send_signal(signal.SIGKILL)
 
-    def gone(self) -> bool:
-        return self._process.poll() is not None
-
 
 @dataclass
 class Day:
@@ -139,6 +136,8 @@ class Day:
     console: Console = field(default_factory=lambda: Console(highlight=False))
     began: float = field(default_factory=time.monotonic)
     workers: dict[str, Worker] = field(default_factory=dict)
+    """That have not been taken away."""
+    hired: list[Worker] = field(default_factory=list)
     timeline: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -200,7 +199,8 @@ class Day:
         return dict(lines[-1]["aliases"]) if lines else {}
 
     def hire(self, pool: str, name: str, folder: Path) -> None:
-        self.workers[name] = Worker(pool, name, folder, self.env)
+        self.hired.append(worker := Worker(pool, name, folder, self.env))
+        self.workers[name] = worker
 
     # ------------------------------------------------------------------ the day
 
@@ -430,7 +430,7 @@ def main() -> None:
         day.console.print(f"[red]{type(e).__name__}:[/red] {e}\nNext: the logs in {folder}", markup=True)
         sys.exit(1)
     finally:
-        for worker in day.workers.values():
+        for worker in day.hired:
             worker.loses_power()
         stack.stop()
         shutil.rmtree(stack.database, ignore_errors=True)
