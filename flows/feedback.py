@@ -11,26 +11,23 @@ from here import run_here
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterExpectedStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterState
+from prefect.client.schemas.filters import FlowRunFilterStateType as OfType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
+from prefect.states import Cancelled
 from tasks import HERE, RETRIED, ending_in_a_command, reproduce
 
 from deleatur.io import exchange, objects, tables
+from deleatur.io.tracking import CHALLENGER
 from deleatur.settings import Settings
+from deleatur.stages.release import registry_of
 
 CHAIN = "erase/chain"
-AT_WORK = [StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
-"""A run that waits for a person is to find the feedback that the person was shown."""
+AT_WORK = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED)
+"""A run that waits for an answer goes on with the feedback that was shown to whoever answers."""
 
 
 @flow(name="feedback")
@@ -44,8 +41,9 @@ def feedback(min_new: int | None = None) -> int:
     with ending_in_a_command():
         settings, log = Settings.load(), get_run_logger()
         enough = min_new or settings.feedback.min_new
+        withdraw(settings)
         if chain_is_at_work():
-            log.info("A run of the chain is at work; feedback is looked at when it has ended")
+            log.info("A run of the chain is at work, or waits for an answer; feedback is looked at when it has ended")
             return 0
         fetch(settings)
         reproduce("ingest")
@@ -85,16 +83,26 @@ def start(settings: Settings) -> None:
 
 
 def chain_is_at_work() -> bool:
-    """Or due: a schedule has runs of later days, too."""
-    at_work = FlowRunFilterState(type=FlowRunFilterStateType(any_=AT_WORK))
-    waiting = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
-    due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))
-    chain = FlowFilter(name=FlowFilterName(any_=[erase.name]))
+    """Or due: what its schedule has planned for later is neither."""
+    now = datetime.now(UTC)
+    return any(run.state_name != "Scheduled" or run.expected_start_time <= now for run in _chains(*AT_WORK))
+
+
+def withdraw(settings: Settings) -> None:
+    """Cancels runs that are suspended for an answer which has been given elsewhere, on the command line for one."""
+    waits = [run for run in _chains(StateType.PAUSED) if run.state and run.state.name == "Suspended"]
+    if waits and registry_of(settings).alias(CHALLENGER) is None:
+        with get_client(sync_client=True) as client:
+            for run in waits:
+                client.set_flow_run_state(run.id, Cancelled(message="It has been decided; nothing waits for an answer"))
+
+
+def _chains(*states: StateType) -> list[FlowRun]:
+    """Runs of the chain in one of these states."""
+    asked = FlowRunFilter(state=FlowRunFilterState(type=OfType(any_=list(states))))
+    chain = FlowFilter(name=FlowFilterName(any_=[CHAIN.partition("/")[0]]))
     with get_client(sync_client=True) as client:
-        return any(
-            client.read_flow_runs(flow_filter=chain, flow_run_filter=which, limit=1)
-            for which in (FlowRunFilter(state=at_work), FlowRunFilter(state=waiting, expected_start_time=due))
-        )
+        return client.read_flow_runs(flow_filter=chain, flow_run_filter=asked)
 
 
 def _events(summary: dict[str, dict[str, dict[str, int]]], settings: Settings) -> dict[str, int]:

@@ -16,11 +16,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 from machines import awaited  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName  # noqa: E402
-from prefect.states import Failed  # noqa: E402
+from prefect.states import Failed, Pending, Running, Suspended  # noqa: E402
 from test_deployments import cleared, prefect  # noqa: E402
 
 from deleatur.feedback.simulated import Panel  # noqa: E402
+from deleatur.io import versions  # noqa: E402
 from deleatur.settings import Settings  # noqa: E402
+from deleatur.stages import promote, register  # noqa: E402
 from deleatur.stages.simulate import simulate  # noqa: E402
 
 
@@ -51,9 +53,7 @@ def runs() -> list[Any]:
         return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["erase"])))
 
 
-def test_enough_new_feedback_starts_the_chain_once(
-    project: Path, tmp_path: Path, server: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_enough_new_feedback_starts_the_chain_once(project: Path, tmp_path: Path, server: dict[str, str]) -> None:
     import feedback
     from setup import setup
 
@@ -98,3 +98,35 @@ def test_where_nothing_is_deployed_the_chain_runs_here(
     new = arrives(tmp_path / "inbox", "some", 2)
     assert feedback.feedback(min_new=new) == new
     assert begun == ["here"]
+
+
+def test_a_run_that_waits_for_an_answer_is_at_work_until_it_was_decided_elsewhere(
+    project: Path, server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import feedback
+    from setup import setup
+
+    for name in ("flows", "prefect.yaml"):
+        (project / name).symlink_to(machines.ROOT / name)
+    machines.change(project, register={"approval": True})
+    settings = Settings.load()
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "status", lambda root: {})
+        register.run(settings)
+    (project.parent / "inbox").mkdir()
+    arrives(project.parent / "inbox", "some", 2)
+    try:
+        setup("process", [], [])
+        prefect(server, project, "--no-prompt", "deploy", "--name", "chain")
+        with get_client(sync_client=True) as client:
+            chain = client.read_deployment_by_name("erase/chain").id
+            run = client.create_flow_run_from_deployment(chain, state=Pending()).id
+            client.set_flow_run_state(run, Running(), force=True)
+            client.set_flow_run_state(run, Suspended(pause_key="evidence"))
+            assert feedback.feedback() == 0
+            assert not Path("feedback/some.jsonl").exists(), "whoever answers has not seen it"
+            promote.decline(settings, "1", "Ada")
+            assert feedback.feedback() > 0
+            assert client.read_flow_run(run).state.is_cancelled()
+    finally:
+        cleared()
