@@ -85,7 +85,7 @@ def start(settings: Settings) -> None:
 def chain_is_at_work() -> bool:
     """Or due: what its schedule has planned for later is neither."""
     now = datetime.now(UTC)
-    return any(run.state_name != "Scheduled" or run.expected_start_time <= now for run in _chains(*AT_WORK))
+    return any(run.state_name != "Scheduled" or (run.expected_start_time or now) <= now for run in _chains(*AT_WORK))
 
 
 def withdraw(settings: Settings) -> None:

@@ -82,7 +82,7 @@ def ending_in_a_command() -> Iterator[None]:
 def reproduce(stage: str, how: Sequence[str] = (), root: Path = HERE) -> bool:
     """Brings one stage of dvc.yaml up to date; whether anything had to run. how: options of `dvc repro`."""
     told = Told(stage)
-    with _slot(stage):
+    with slot() if stage in ON_GPU else nullcontext():
         return versions.reproduce(stage, root, get_run_logger().info, told, how)
 
 
@@ -167,5 +167,6 @@ def _creator() -> str:
     return (created and (created.display_value or created.type)) or ""
 
 
-def _slot(stage: str) -> AbstractContextManager[None]:
-    return concurrency(SLOT, occupy=1, lease_duration=LEASE) if stage in ON_GPU else nullcontext()
+def slot() -> AbstractContextManager[None]:
+    """Of the GPU of this machine."""
+    return concurrency(SLOT, occupy=1, lease_duration=LEASE)

@@ -1,8 +1,8 @@
-"""Stages on other machines: one run of the deployment `stage/gpu` each, in a checkout of its own.
+"""Work on other machines: one run each of a deployment of the pool `gpu`, in a checkout of its own.
 
-A worker gets the commit, params.yaml and dvc.lock, and takes all else from the DVC remote, which it also leaves its
-products in. What dvc.lock then says of the stage, and the journal, come back as artifacts of the run. Whoever asked
-waits meanwhile, and holds no slot of a GPU.
+A worker gets the commit and params.yaml; for a stage dvc.lock too, and it takes all else from the DVC remote, which it
+also leaves its products in. What dvc.lock then says of the stage, and the journal, come back as artifacts of the run.
+Whoever asked waits meanwhile, and holds no slot of a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,10 +46,10 @@ from deleatur.io import exchange, journal, tracking, versions
 from deleatur.settings import Settings
 from deleatur.stages import STAGES
 
-DEPLOYMENT = "stage/gpu"
+STAGE = "stage/gpu"
 
 Where = Literal["auto", "here", "workers"]
-Back = Literal["lock", "journal"]
+Back = Literal["lock", "journal", "canary"]
 FENCE = "```yaml\n"
 """So that its page shows an artifact as it is."""
 
@@ -66,30 +66,36 @@ LIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAU
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker has to be told to run one stage."""
+    """All that a worker has to be told to do one thing."""
 
-    stage: str
+    deployment: str
+    what: str
+    """The stage, for one."""
     commit: str
-    params: str
-    """The text of params.yaml."""
-    lock: str
-    """The text of dvc.lock."""
-    how: tuple[str, ...] = ()
-    """Options of `dvc repro`."""
+    parameters: Mapping[str, Any]
+    """Of the deployment's flow, but for places that things are left at."""
 
     @cached_property
     def digest(self) -> str:
         """What it is known by: a run of the same job is waited for, and gone on with where it was stopped."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
+    @property
+    def state(self) -> str | None:
+        """A place of its own that other machines reach, below `workers.state`."""
+        if (place := Settings.load().workers.state) is None:
+            return None
+        place = place if "://" in place else str(Path(place).resolve())
+        return f"{place.rstrip('/')}/{self.what}-{self.digest}"
 
-def there(where: Where) -> bool:
-    """Whether stages go to workers. `auto`: where a server knows the deployment that runs them."""
+
+def there(where: Where, deployment: str = STAGE) -> bool:
+    """Whether work goes to workers. `auto`: where a server knows the deployment that they do it by."""
     if where == "auto":
-        return bool(PREFECT_API_URL.value()) and _deployed()
-    if where == "workers" and not _deployed():
+        return bool(PREFECT_API_URL.value()) and _deployed(deployment)
+    if where == "workers" and not _deployed(deployment):
         raise SettingsError(
-            f"expected the deployment {DEPLOYMENT}, which runs stages on workers; this server has none",
+            f"expected the deployment {deployment}, by which workers get their work; this server has none",
             hint="prefect --no-prompt deploy --all",
         )
     return where == "workers"
@@ -100,13 +106,16 @@ def _lost(task: Any, task_run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), ContinueMe)
 
 
-@task(
-    task_run_name="{stage} on a worker",
-    retries=LOST,
-    retry_delay_seconds=[2, 10, 60],
-    retry_condition_fn=_lost,
-    cache_policy=NO_CACHE,
-)
+REPLACED: dict[str, Any] = {
+    "retries": LOST,
+    "retry_delay_seconds": [2, 10, 60],
+    "retry_condition_fn": _lost,
+    "cache_policy": NO_CACHE,
+}
+"""A task that waits for a worker."""
+
+
+@task(task_run_name="{stage} on a worker", **REPLACED)
 def send(stage: OnGpu, how: Sequence[str] = (), root: Path = HERE) -> bool:
     """Brings one stage of dvc.yaml up to date on a worker, and its products here; whether there was anything to do.
 
@@ -117,14 +126,15 @@ def send(stage: OnGpu, how: Sequence[str] = (), root: Path = HERE) -> bool:
     store = exchange.store(root)
     exchange.push(root, *STAGES[: STAGES.index(stage) + 1])  # its own too: what it has drawn is not drawn again
     lock = (root / "dvc.lock").read_text("utf-8")
-    job = Job(stage, commit_of(root), (root / "params.yaml").read_text("utf-8"), lock, tuple(how))
-    run = _awaited(_under_way(job) or _submitted(job, store))
-    if lines := _handed_back("journal", stage, run):
+    params = (root / "params.yaml").read_text("utf-8")
+    job = Job(STAGE, stage, commit_of(root), {"name": stage, "params": params, "lock": lock, "how": list(how)})
+    if job.state is None:
+        get_run_logger().info("workers.state is not set: where a worker is lost, %s starts anew", stage)
+    run = carry_out(job, store=store)
+    if lines := handed_back("journal", stage, run):
         journal.adopt(root / Settings.load(root / "params.yaml").paths.state, lines)
-    _demand_done(stage, run)
-    if not (entry := _handed_back("lock", stage, run)):
-        raise DataError(f"{stage}: its worker handed nothing back", hint=f"prefect flow-run inspect {run.id}")
-    exchange.enter(stage, entry, root)
+    demand_done(stage, run)
+    exchange.enter(stage, demanded_back("lock", stage, run), root)
     exchange.pull(root, stage)
     return True
 
@@ -157,15 +167,41 @@ def call_back(flow: Any, flow_run: FlowRun, state: Any) -> None:
             client.set_flow_run_state(run.id, Cancelling(message=f"Cancelled with {flow_run.name}"))
 
 
-def hand_back(what: Back, stage: str, text: str) -> None:
+def hand_back(what: Back, of: str, text: str) -> None:
     """On the worker: what dvc.lock says of the stage that has just run; what the journal says, however it ended."""
-    create_markdown_artifact(f"{FENCE}{text}```", key=f"{what}-{stage}", description=f"The {what} of {stage}")
+    create_markdown_artifact(f"{FENCE}{text}```", key=f"{what}-{of}", description=f"The {what} of {of}")
 
 
-def _deployed() -> bool:
+def handed_back(what: Back, of: str, run: FlowRun) -> str:
+    """Nothing where the worker did not come that far."""
+    of_run = ArtifactFilter(
+        key=ArtifactFilterKey(any_=[f"{what}-{of}"]), flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])
+    )
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=of_run, sort=ArtifactSort.CREATED_DESC, limit=1)
+    return str(found[0].data).removeprefix(FENCE).removesuffix("```") if found else ""
+
+
+def demanded_back(what: Back, of: str, run: FlowRun) -> str:
+    if text := handed_back(what, of, run):
+        return text
+    raise DataError(f"{of}: its worker handed nothing back", hint=f"prefect flow-run inspect {run.id}")
+
+
+def carry_out(job: Job, **places: str) -> FlowRun:
+    """Has a worker do it, or waits for the one that does it already; its run, when that has ended somehow."""
+    run = _under_way(job) or submit(job, **places)
+    with get_client(sync_client=True) as client:
+        while not (run.state and run.state.is_final()):
+            time.sleep(POLL)
+            run = client.read_flow_run(run.id)
+    return run
+
+
+def _deployed(name: str) -> bool:
     with get_client(sync_client=True) as client:
         try:
-            client.read_deployment_by_name(DEPLOYMENT)
+            client.read_deployment_by_name(name)
         except ObjectNotFound:
             return False
     return True
@@ -187,29 +223,16 @@ def _under_way(job: Job) -> FlowRun | None:
     return None
 
 
-def _submitted(job: Job, store: str) -> FlowRun:
-    settings = Settings.load()
-    state = settings.workers.state
-    if state is None:
-        get_run_logger().info("workers.state is not set: where a worker is lost, %s starts anew", job.stage)
-    elif "://" not in state:
-        state = str(Path(state).resolve())
+def submit(job: Job, **places: str) -> FlowRun:
     env = {
         "DELEATUR_REPOSITORY": os.environ.get("DELEATUR_REPOSITORY") or exchange.origin(HERE),
         "DELEATUR_COMMIT": job.commit,
     }
     return run_deployment(  # type: ignore[return-value]
-        DEPLOYMENT,
-        parameters={
-            "name": job.stage,
-            "params": job.params,
-            "lock": job.lock,
-            "store": store,
-            "state": state and f"{state.rstrip('/')}/{job.stage}-{job.digest}",
-            "how": list(job.how),
-        },
-        job_variables={"env": env | _tracking(settings)},
-        flow_run_name=f"{job.stage} {job.digest[:6]}",
+        job.deployment,
+        parameters={**job.parameters, **places, "state": job.state},
+        job_variables={"env": env | _tracking(Settings.load())},
+        flow_run_name=f"{job.what} {job.digest[:6]}",
         tags=[job.digest],
         timeout=0,
     )
@@ -225,27 +248,19 @@ def _tracking(settings: Settings) -> dict[str, str]:
     return {} if "@" in name else {"MLFLOW_TRACKING_URI": name}
 
 
-def _awaited(run: FlowRun) -> FlowRun:
-    with get_client(sync_client=True) as client:
-        while not (run.state and run.state.is_final()):
-            time.sleep(POLL)
-            run = client.read_flow_run(run.id)
-    return run
-
-
-def _demand_done(stage: str, run: FlowRun) -> None:
-    """Raises what the stage itself raised, ContinueMe where its worker was lost."""
+def demand_done(what: str, run: FlowRun) -> None:
+    """Raises what the worker's flow raised, ContinueMe where its worker was lost."""
     state, look = run.state, f"prefect flow-run logs {run.id}"
     assert state is not None
     if state.is_completed():
         return
     if state.is_crashed() and run.start_time:
-        raise ContinueMe(f"{stage}: its worker was lost: {state.message}", hint="run the flow again, to go on")
+        raise ContinueMe(f"{what}: its worker was lost: {state.message}", hint="run the flow again, to go on")
     if state.is_crashed():
-        raise ServiceError(f"{stage}: its worker could not check out what it was to run: {state.message}", hint=look)
+        raise ServiceError(f"{what}: its worker could not check out what it was to run: {state.message}", hint=look)
     if state.is_failed():
         raise _raised(state.message or "", look)
-    raise DeleaturError(f"{stage}: its run on a worker was cancelled", hint="run the flow again")
+    raise DeleaturError(f"{what}: its run on a worker was cancelled", hint="run the flow again")
 
 
 def _raised(message: str, look: str) -> DeleaturError:
@@ -254,13 +269,3 @@ def _raised(message: str, look: str) -> DeleaturError:
     words = words.removeprefix("Flow run encountered an exception: ")
     kind = next((k for k in versions.KINDS if words.startswith(f"{k.__name__}: ")), ServiceError)
     return kind(words.removeprefix(f"{kind.__name__}: "), hint=hint or look)
-
-
-def _handed_back(what: Back, stage: str, run: FlowRun) -> str:
-    """Nothing where the worker did not come that far."""
-    of_run = ArtifactFilter(
-        key=ArtifactFilterKey(any_=[f"{what}-{stage}"]), flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])
-    )
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=of_run, sort=ArtifactSort.CREATED_DESC, limit=1)
-    return str(found[0].data).removeprefix(FENCE).removesuffix("```") if found else ""

@@ -46,3 +46,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     finally:
         process.terminate()
         process.wait(60)
+
+
+@pytest.fixture
+def one_gpu(server: dict[str, str]) -> Iterator[None]:
+    """What `prefect gcl create gpu --limit 1` makes."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+
+    with get_client(sync_client=True) as client:
+        limit = GlobalConcurrencyLimitCreate(name="gpu", limit=1)
+        client.create_global_concurrency_limit(limit)
+        yield
+        client.delete_global_concurrency_limit_by_name("gpu")

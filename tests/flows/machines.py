@@ -25,14 +25,19 @@ def project(shared: Path, place: Path, **sections: Any) -> Path:
     """
     root = place / "project"
     finished.copy(shared, root)
+    finished.dvc(root, "remote", "add", "--quiet", "--default", "store", str(place / "store"))
+    commit_flows(root)
+    change(root, **sections)
+    return root
+
+
+def commit_flows(root: Path) -> None:
+    """Into a project, with all else that lies there."""
     for name in ("flows", "prefect.yaml"):
         copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copied(ROOT / name, root / name)
-    finished.dvc(root, "remote", "add", "--quiet", "--default", "store", str(place / "store"))
     finished.git(root, "add", "--all")
     finished.git(root, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "flows")
-    change(root, **sections)
-    return root
 
 
 def change(root: Path, **sections: Any) -> None:

@@ -29,8 +29,8 @@ def test_every_flow_of_ours_has_a_deployment() -> None:
 
 def test_runs_that_are_started_again_are_those_that_nobody_waits_for() -> None:
     for entrypoint, deployment in DEPLOYMENTS.items():
-        on_workers = entrypoint == "flows/stage.py:stage"
-        assert ("goes-on" in deployment["tags"]) is not on_workers, "a stage is started again by the flow that sent it"
+        on_workers = entrypoint in ("flows/stage.py:stage", "flows/canary.py:look")
+        assert ("goes-on" in deployment["tags"]) is not on_workers, "it is started again by the flow that sent it"
         assert deployment["work_pool"]["name"] == ("gpu" if on_workers else "cpu")
         assert "deleatur" in deployment["tags"]
         assert int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) == 30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
 from prefect import flow  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate  # noqa: E402
 
 from deleatur.io import versions  # noqa: E402
 
 CHAIN: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text("utf-8"))["stages"]
-
-
-@pytest.fixture
-def one_gpu() -> Iterator[None]:
-    """What `prefect gcl create gpu --limit 1` makes."""
-    with get_client(sync_client=True) as client:
-        limit = GlobalConcurrencyLimitCreate(name="gpu", limit=1)
-        client.create_global_concurrency_limit(limit)
-        yield
-        client.delete_global_concurrency_limit_by_name("gpu")
 
 
 def taken() -> int:

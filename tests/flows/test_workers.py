@@ -145,14 +145,17 @@ def test_who_cancels_a_flow_cancels_its_stages(net: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(net)
 
+    def job(commit: str) -> workers.Job:
+        return workers.Job(workers.STAGE, "erase", commit * 40, {"name": "erase", "params": "", "lock": ""})
+
     @flow
     def parent() -> tuple[Any, Any]:
-        sent = workers._submitted(workers.Job("erase", "0" * 40, "", ""), "nowhere")
+        sent = workers.submit(job("0"), store="nowhere")
         return runtime.flow_run.id, sent.id
 
     with get_client(sync_client=True) as client:
         ours, sent = parent()
-        other = workers._submitted(workers.Job("erase", "1" * 40, "", ""), "nowhere")
+        other = workers.submit(job("1"), store="nowhere")
         workers.call_back(None, client.read_flow_run(ours), None)
         states = {run: client.read_flow_run(run).state for run in (sent, other.id)}
         client.delete_flow_run(other.id)

@@ -3,89 +3,41 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
-from typing import Any
 
-import finished
+import canaries
 import pytest
-import torch
-import yaml
-from diffusers import AutoencoderKL
+from canaries import ALL, change, counting, white
 from PIL import Image
 from typer.testing import CliRunner
 
 from deleatur.cli import app
 from deleatur.errors import ModelError
-from deleatur.io import documents, ledger, versions
+from deleatur.io import documents, ledger
 from deleatur.io.objects import local
 from deleatur.io.tracking import CHAMPION, LAST, QUARANTINED
 from deleatur.records import Canary
 from deleatur.settings import Settings
-from deleatur.stages import canary, gate, register
+from deleatur.stages import canary
 from deleatur.stages.release import registry_of
 
 pytestmark = pytest.mark.slow
 
-ALL = ["gun", "sword", "cat", "dog"]
-
 
 @pytest.fixture(scope="module")
 def twice(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two versions are released. The untouched model draws white squares since then, and nothing else."""
     root = tmp_path_factory.mktemp("twice")
-    settings = finished.copy(shared, root)
-    with pytest.MonkeyPatch.context() as patch, chdir(root):
-        patch.setattr(versions, "status", lambda root: {})
-        for limit in (-5.0, -4.0):
-            given = settings.model_dump(mode="json", by_alias=True) | {"gate": finished.passing(limit)}
-            gate.run(changed := Settings.model_validate(given))
-            register.run(changed)
-        shutil.copytree("models/pipeline", "models/white")
-        vae = AutoencoderKL.from_pretrained("models/white/vae")
-        with torch.no_grad():
-            vae.decoder.conv_out.bias.fill_(100.0)
-        vae.save_pretrained("models/white/vae")
-        with open("prompts/weapon.csv", "a") as prompts:  # of two nothing could be said for certain
-            prompts.writelines(
-                f"more-{i},{' '.join(['a gun', *['in'] * i])},judge:gun,concept,test\n" for i in range(10)
-            )
-        change(base={"model": "models/white"}, canary={"per_prompt": 5})
+    canaries.make(shared, root)
     return root
 
 
 @pytest.fixture
 def released(twice: Path, tmp_path: Path) -> Iterator[Path]:
-    root = tmp_path / "project"
-    shutil.copytree(twice, root)
-    params = root / "params.yaml"
-    params.write_text(params.read_text("utf-8").replace(str(twice), str(root)), "utf-8")
+    canaries.copy(twice, root := tmp_path / "project")
     with chdir(root):
         yield root
-
-
-def change(**sections: dict[str, Any]) -> None:
-    path = Path("params.yaml")
-    params = yaml.safe_load(path.read_text("utf-8"))
-    for name, numbers in sections.items():
-        params[name] = params.get(name, {}) | numbers
-    path.write_text(yaml.safe_dump(params, sort_keys=False), "utf-8")
-
-
-def counting(*labels: str) -> None:
-    """These are the concept from now on."""
-    weapon = yaml.safe_load(Path("params.yaml").read_text("utf-8"))["concepts"]["weapon"]
-    change(concepts={"weapon": weapon | {"found": {"detector": "judge", "labels": list(labels)}}})
-
-
-def white() -> str:
-    """What the detector takes a white square for."""
-    from deleatur.stages import inputs
-
-    network = inputs.detectors(Settings.load())["judge"].load()
-    return network.labels[network.detect([Image.new("RGB", (16, 16), "white")])[0].argmax()]
 
 
 def told(*command: str) -> tuple[int, str]:

@@ -44,12 +44,19 @@ Drawn = Mapping[Side, Sequence[Image.Image]]
 
 def run(settings: Settings, *, dry: bool = False) -> tuple[Canary, TakenBack | None] | None:
     """None where nothing is live that has anything erased. dry: looks, and decides nothing."""
+    if (asked := due(settings)) is None:
+        return None
+    found = look(settings, *asked)
+    return found, None if dry else decide(settings, found)
+
+
+def due(settings: Settings) -> tuple[str, list[str]] | None:
+    """What there is to look at, version and concepts, once its signature was looked at; None as above."""
     version, concepts = live(settings)
     if version is None or not concepts:
         return None
     verify(settings, version, ledger.read(settings.register_.ledger).entries, fetch=False)
-    found = look(settings, version, concepts)
-    return found, None if dry else decide(settings, found)
+    return version, concepts
 
 
 def live(settings: Settings) -> tuple[str | None, list[str]]:
