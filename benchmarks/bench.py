@@ -43,7 +43,7 @@ def variant(name: str, changes: Mapping[str, Any], shared: Mapping[str, str] | N
 
 def folder(settings: Settings) -> Path:
     """Where a variant writes, but for what it shares."""
-    return settings.paths.delta.parent
+    return settings.paths.shots.parent
 
 
 def run(settings: Settings, names: Iterable[str]) -> dict[str, float]:
@@ -53,7 +53,8 @@ def run(settings: Settings, names: Iterable[str]) -> dict[str, float]:
     seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
     for name in names:
         if name not in seconds:
-            shutil.rmtree(settings.paths.state, ignore_errors=True)  # a stage that goes on would look quick
+            left = settings.paths.shots if name == "sample" else settings.paths.state
+            shutil.rmtree(left, ignore_errors=True)  # a stage that goes on would look quick
             began = time.perf_counter()
             stages.run(name, settings)
             seconds[name] = round(time.perf_counter() - began, 1)
