@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prefect import flow
 from prefect.logging import get_run_logger
-from tasks import OnGpu, ending_in_a_command, reproduce
+from tasks import HERE, OnGpu, ending_in_a_command, pull, push, reproduce
 from workers import hand_back
 
 from deleatur.errors import DeleaturError
@@ -37,7 +37,7 @@ def stage(name: OnGpu, params: str, lock: str, store: str, state: str | None = N
         Path("dvc.lock").write_text(lock, "utf-8")
         if "://" not in store:
             exchange.use_store(root, store)
-        exchange.pull(root, *STAGES[: STAGES.index(name)])
+        pull(root, *STAGES[: STAGES.index(name)])
         settings = Settings.load()
         with _going_on(name, settings, state):
             try:
@@ -45,7 +45,7 @@ def stage(name: OnGpu, params: str, lock: str, store: str, state: str | None = N
             except DeleaturError:
                 hand_back("journal", name, journal.text(settings.paths.state))
                 raise
-            exchange.push(root, name)
+            push(root, name)
             hand_back("lock", name, exchange.entry(name, root))
             hand_back("journal", name, journal.text(settings.paths.state))
         return ran
@@ -56,7 +56,7 @@ def _going_on(name: str, settings: Settings, state: str | None) -> Iterator[None
     """Goes on from what a lost worker has left, and leaves the same to the next one."""
     kept = {"sample": [settings.paths.shots], "evaluate": [settings.paths.scores]}.get(name, [])
     if kept:  # what an earlier run of other settings has drawn is not drawn again
-        exchange.pull(Path(), name, all_of_it=False)
+        pull(HERE, name, all_of_it=False)
     if state is None:
         yield
         return

@@ -24,7 +24,7 @@ from prefect.logging import get_run_logger
 
 from deleatur import gate
 from deleatur.errors import ContinueMe, DeleaturError, ServiceError
-from deleatur.io import documents, versions
+from deleatur.io import documents, exchange, versions
 from deleatur.records import Verdict
 from deleatur.settings import Settings
 from deleatur.stages import promote
@@ -84,6 +84,18 @@ def reproduce(stage: str, how: Sequence[str] = (), root: Path = HERE) -> bool:
     told = Told(stage)
     with slot() if stage in ON_GPU else nullcontext():
         return versions.reproduce(stage, root, get_run_logger().info, told, how)
+
+
+@task(task_run_name="push", **RETRIED)
+def push(root: Path, *stages: str) -> None:
+    """What they have made, to the DVC remote: a network that is away for a minute costs no hours of work."""
+    exchange.push(root, *stages)
+
+
+@task(task_run_name="pull", **RETRIED)
+def pull(root: Path, *stages: str, all_of_it: bool = True) -> None:
+    """What they have made, from the DVC remote."""
+    exchange.pull(root, *stages, all_of_it=all_of_it)
 
 
 @task(**RETRIED)

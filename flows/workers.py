@@ -12,11 +12,13 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -39,10 +41,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling
-from tasks import HERE, OnGpu
+from tasks import HERE, OnGpu, pull, push
 
 from deleatur.errors import ContinueMe, DataError, DeleaturError, ServiceError, SettingsError
 from deleatur.io import exchange, journal, tracking, versions
+from deleatur.io.servers import without_password
 from deleatur.settings import Settings
 from deleatur.stages import STAGES
 
@@ -60,6 +63,9 @@ POLL = 5.0
 
 CODE = ("src", "flows", "prompts", "dvc.yaml", ".dvcignore", ".dvc/config")
 """What a worker takes from the commit, beside the networks."""
+
+REPOSITORY = "DELEATUR_REPOSITORY"
+"""Environment variable with where workers clone from, where that is not the origin of the repository here."""
 
 LIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED)
 
@@ -124,7 +130,7 @@ def send(stage: OnGpu, how: Sequence[str] = (), root: Path = HERE) -> bool:
     if not versions.status(root, stage):
         return False
     store = exchange.store(root)
-    exchange.push(root, *STAGES[: STAGES.index(stage) + 1])  # its own too: what it has drawn is not drawn again
+    push(root, *STAGES[: STAGES.index(stage) + 1])  # its own too: what it has drawn is not drawn again
     lock = (root / "dvc.lock").read_text("utf-8")
     params = (root / "params.yaml").read_text("utf-8")
     job = Job(STAGE, stage, commit_of(root), {"name": stage, "params": params, "lock": lock, "how": list(how)})
@@ -135,7 +141,7 @@ def send(stage: OnGpu, how: Sequence[str] = (), root: Path = HERE) -> bool:
         journal.adopt(root / Settings.load(root / "params.yaml").paths.state, lines)
     demand_done(stage, run)
     exchange.enter(stage, demanded_back("lock", stage, run), root)
-    exchange.pull(root, stage)
+    pull(root, stage)
     return True
 
 
@@ -147,7 +153,9 @@ def demand_published() -> None:
             f"workers check out the commit, and {', '.join(changed[:3])} is not as it is there", hint="git commit"
         )
     if not exchange.published(HERE):
-        raise SettingsError(f"workers clone {exchange.origin(HERE)}, which lacks the commit {commit}", hint="git push")
+        raise SettingsError(
+            f"workers clone {without_password(exchange.origin(HERE))}, which lacks the commit {commit}", hint="git push"
+        )
 
 
 def commit_of(root: Path) -> str:
@@ -194,7 +202,8 @@ def carry_out(job: Job, **places: str) -> FlowRun:
     with get_client(sync_client=True) as client:
         while not (run.state and run.state.is_final()):
             time.sleep(POLL)
-            run = client.read_flow_run(run.id)
+            with suppress(httpx.HTTPError):  # a server that is started anew is asked again
+                run = client.read_flow_run(run.id)
     return run
 
 
@@ -224,10 +233,9 @@ def _under_way(job: Job) -> FlowRun | None:
 
 
 def submit(job: Job, **places: str) -> FlowRun:
-    env = {
-        "DELEATUR_REPOSITORY": os.environ.get("DELEATUR_REPOSITORY") or exchange.origin(HERE),
-        "DELEATUR_COMMIT": job.commit,
-    }
+    env, repository = {"DELEATUR_COMMIT": job.commit}, os.environ.get(REPOSITORY) or exchange.origin(HERE)
+    if not repository.startswith("http") or without_password(repository) == repository:
+        env[REPOSITORY] = repository  # what holds a password is in the workers' own environment
     return run_deployment(  # type: ignore[return-value]
         job.deployment,
         parameters={**job.parameters, **places, "state": job.state},
