@@ -27,7 +27,8 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@# Three on two cores: some tests wait for a server most of their time.
+	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
 
 demo: setup
 	$(BIN)/deleatur demo
