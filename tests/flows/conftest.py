@@ -16,13 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "flows"))
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever has started a server keeps it: one for the tests that lose workers and wait, one for all others."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            lost = item.path.name == "test_workers.py"
-            item.add_marker(pytest.mark.xdist_group("workers" if lost else "prefect"))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Whoever has started a server keeps it: one for the tests that lose workers and wait, one for all others. xdist
+    looks at the groups next.
+    """
+    lost = item.path.name == "test_workers.py"
+    item.add_marker(pytest.mark.xdist_group("workers" if lost else "prefect"))
 
 
 @pytest.fixture(scope="session")
