@@ -16,14 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "flows"))
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Whoever has started a server keeps it: one for the tests that lose workers and wait, one for all others. xdist
-    looks at the groups next.
-    """
-    lost = item.path.name == "test_workers.py"
-    item.add_marker(pytest.mark.xdist_group("workers" if lost else "prefect"))
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """One Prefect server with an empty database for the whole session: it takes its time to start. Gives the variables

@@ -33,7 +33,7 @@ from deleatur.stages.release import registry_of
 from deleatur.stages.verify import verify
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("servers")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
