@@ -62,6 +62,7 @@ def logs(name: str) -> list[list[str]]:
         ]
 
 
+@pytest.mark.large
 def test_a_worker_that_is_lost_is_replaced_and_the_bits_stay(
     net: Path, server: dict[str, str], shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
