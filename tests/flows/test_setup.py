@@ -125,6 +125,7 @@ def test_who_is_not_asked_for_any_more_is_not_told(hook: tuple[str, Inbox], mail
         cleared()
 
 
+@pytest.mark.large
 def test_runs_that_die_go_on(server: dict[str, str]) -> None:
     """No process runs here: what a server hears of one that does is said to it, up to the moment it dies."""
     from setup import setup
