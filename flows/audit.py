@@ -78,9 +78,8 @@ def checkout(settings: Settings, version: str) -> Iterator[tuple[Path, dict[str,
             f"version {version} was made with other settings than the params.yaml that lies with it",
             hint=f"deleatur verify {version}",
         )
-    numbers["register"] = settings.register_.model_dump(
-        mode="json"
-    )  # a champion to compare with is looked up where we are now
+    # A champion to compare with is looked up where we are now.
+    numbers["register"] = settings.register_.model_dump(mode="json")
     with TemporaryDirectory(prefix="deleatur-") as place:
         root = Path(place) / "checkout"
         exchange.check_out(HERE, tags["git_commit"], root)

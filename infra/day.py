@@ -29,7 +29,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import boto3
 import psutil
 import yaml
 from local import BUCKET, USUAL, Missing, Stack, free
@@ -39,6 +38,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from rich.console import Console
+
+from deleatur.settings import merged
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "infra" / "grafana"))
@@ -210,7 +211,7 @@ class Day:
         self.run("git", "clone", "--quiet", "--bare", str(ROOT), str(origin), cwd=self.folder)
         self.run("git", "clone", "--quiet", str(origin), str(self.project), cwd=self.folder)
         path = self.project / "params.yaml"
-        path.write_text(yaml.safe_dump(_merged(yaml.safe_load(path.read_text("utf-8")), DAY), sort_keys=False), "utf-8")
+        path.write_text(yaml.safe_dump(merged(yaml.safe_load(path.read_text("utf-8")), DAY), sort_keys=False), "utf-8")
         answers = self.project / "feedback" / "weapon.jsonl"
         lines = answers.read_bytes().splitlines(keepends=True)
         answers.write_bytes(b"".join(lines[::2]))
@@ -238,23 +239,13 @@ class Day:
         return version
 
     def feedback_arrives(self, files: dict[str, bytes]) -> None:
-        own = self.stack.clients
-        store = boto3.client(
-            "s3",
-            endpoint_url=own["AWS_ENDPOINT_URL_S3"],
-            region_name=own["AWS_DEFAULT_REGION"],
-            aws_access_key_id=own["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=own["AWS_SECRET_ACCESS_KEY"],
-        )
+        store = self.stack.store()
         for name, content in reversed(files.items()):  # answers last: their pictures are there then
             store.put_object(Bucket=BUCKET, Key=f"inbox/{name}", Body=content)
 
     def saved(self, stage: str) -> bool:
         """Whether a stage on a worker has put away something that another one can go on from."""
-        own = self.stack.clients
-        session = boto3.Session(own["AWS_ACCESS_KEY_ID"], own["AWS_SECRET_ACCESS_KEY"])
-        store = session.client("s3", endpoint_url=own["AWS_ENDPOINT_URL_S3"], region_name=own["AWS_DEFAULT_REGION"])
-        return bool(store.list_objects_v2(Bucket=BUCKET, Prefix=f"state/{stage}-").get("Contents"))
+        return bool(self.stack.store().list_objects_v2(Bucket=BUCKET, Prefix=f"state/{stage}-").get("Contents"))
 
     def is_lost(self, stage: str, how: str) -> None:
         """The worker that has this stage, as soon as it has something to lose."""
@@ -398,10 +389,6 @@ def pages_are_looked_at(day: Day) -> None:
 def demand(true: bool, what: str) -> None:
     if not true:
         raise Rehearsal(what)
-
-
-def _merged(into: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return into | {k: _merged(into.get(k, {}), v) if isinstance(v, dict) else v for k, v in changes.items()}
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -297,12 +298,13 @@ class Stack:
         command += [f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address="]
         return Server(command, {}, lambda: _healthy(f"http://127.0.0.1:{port}/-/ready"))
 
-    def _make_bucket(self) -> None:
+    def store(self) -> Any:
+        """A client of the S3-compatible store."""
         import boto3
         from botocore.config import Config
 
         own = self._s3_env
-        client = boto3.client(
+        return boto3.client(
             "s3",
             endpoint_url=own["AWS_ENDPOINT_URL_S3"],
             region_name=own["AWS_DEFAULT_REGION"],
@@ -310,8 +312,11 @@ class Stack:
             aws_secret_access_key=own["AWS_SECRET_ACCESS_KEY"],
             config=Config(retries={"total_max_attempts": 20, "mode": "standard"}),  # it answers before it can store
         )
-        if BUCKET not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
-            client.create_bucket(Bucket=BUCKET)
+
+    def _make_bucket(self) -> None:
+        store = self.store()
+        if BUCKET not in {found["Name"] for found in store.list_buckets()["Buckets"]}:
+            store.create_bucket(Bucket=BUCKET)
 
 
 @contextmanager

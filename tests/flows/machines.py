@@ -15,6 +15,8 @@ import finished
 import psutil
 import yaml
 
+from deleatur.settings import merged
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0
 
@@ -44,10 +46,6 @@ def change(root: Path, **sections: Any) -> None:
     path = root / "params.yaml"
     params = yaml.safe_load(path.read_text("utf-8"))
     path.write_text(yaml.safe_dump(merged(params, sections), sort_keys=False), "utf-8")
-
-
-def merged(into: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return into | {k: merged(into.get(k, {}), v) if isinstance(v, dict) else v for k, v in changes.items()}
 
 
 class Worker:

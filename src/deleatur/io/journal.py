@@ -72,10 +72,10 @@ def text(folder: Path) -> str:
 
 def _append(folder: Path, lines: Iterable[Line]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    before = text(folder)
-    torn = "\n" if before and not before.endswith("\n") else ""  # killed in the middle of a line
+    handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:  # in one piece: several stages may run at once
+        size = os.fstat(handle).st_size
+        torn = "\n" if size and os.pread(handle, 1, size - 1) != b"\n" else ""  # killed in the middle of a line
         os.write(handle, (torn + "".join(json.dumps(asdict(line)) + "\n" for line in lines)).encode())
     finally:
         os.close(handle)
