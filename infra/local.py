@@ -71,6 +71,7 @@ class Stack:
     """Where alerts go."""
     scrape: int = 30
     """Seconds from one look at the exporter to the next."""
+    prefect_database: str = "postgresql+asyncpg:///prefect"
     _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -247,7 +248,7 @@ class Stack:
         port = self.ports["prefect"]
         own = {
             "PREFECT_HOME": str(self.folder / "prefect"),
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg:///prefect",
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.prefect_database,
             "PREFECT_SERVER_API_AUTH_STRING": f"admin:{self.passwords['prefect']}",
             "PREFECT_SERVER_METRICS_ENABLED": "true",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",

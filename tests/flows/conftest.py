@@ -1,51 +1,60 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "flows"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "flows"), str(ROOT / "infra")]
 os.environ.setdefault("DO_NOT_TRACK", "true")
+
+from local import USUAL, Missing, Stack, free  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """One Prefect server with an empty database for the whole session: it takes its time to start. Gives the variables
-    that make other processes use it.
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One Prefect server with an empty database for the whole session: it takes its time to start. On PostgreSQL where
+    that is installed: writers of SQLite wait for each other.
     """
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_LOGGING_LEVEL, temporary_settings
-
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}/api"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    env = clean | {"PREFECT_HOME": str(home), "PREFECT_API_URL": address, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    start = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "server.log").open("w") as log:
-        process = subprocess.Popen(start, env=env, stdout=log, stderr=subprocess.STDOUT)
+    with free(len(USUAL)) as ports:
+        stack = Stack(tmp_path_factory.mktemp("prefect"), dict(zip(USUAL, ports, strict=True)))
     try:
-        for _ in range(600):
-            assert process.poll() is None, (home / "server.log").read_text()
-            try:
-                urlopen(f"{address}/health").close()
-                break
-            except URLError:
-                time.sleep(0.5)
-        with temporary_settings({PREFECT_API_URL: address, PREFECT_HOME: home, PREFECT_LOGGING_LEVEL: "ERROR"}):
-            yield env
+        try:
+            stack.start("postgres")
+        except Missing:
+            stack.prefect_database = f"sqlite+aiosqlite:///{stack.folder}/prefect.db"
+        stack.start("prefect")
+        yield stack
     finally:
-        process.terminate()
-        process.wait(60)
+        stack.stop()
+        stack.remove()
+
+
+@pytest.fixture(scope="session")
+def server(stack: Stack) -> Iterator[dict[str, str]]:
+    """The variables that make other processes use it; this one does."""
+    from prefect.settings import (
+        PREFECT_API_AUTH_STRING,
+        PREFECT_API_URL,
+        PREFECT_HOME,
+        PREFECT_LOGGING_LEVEL,
+        temporary_settings,
+    )
+
+    ours = {name: value for name, value in stack.clients.items() if name.startswith("PREFECT_")}
+    ours["PREFECT_HOME"] = str(stack.folder / "client")
+    others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    here = {
+        PREFECT_API_AUTH_STRING: ours["PREFECT_API_AUTH_STRING"],
+        PREFECT_API_URL: ours["PREFECT_API_URL"],
+        PREFECT_HOME: ours["PREFECT_HOME"],
+        PREFECT_LOGGING_LEVEL: "ERROR",
+    }
+    with temporary_settings(here):
+        yield others | ours
 
 
 @pytest.fixture

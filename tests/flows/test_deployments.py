@@ -99,7 +99,8 @@ def test_everything_is_deployed_by_one_command(
         with get_client(sync_client=True) as client:
             assert len(client.read_automations()) == len(names), "each once, however often it is set up"
             monkeypatch.chdir(tmp_path)
-            monkeypatch.setenv("PREFECT_API_URL", server["PREFECT_API_URL"])
+            for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+                monkeypatch.setenv(name, server[name])
             assert complaints() == ["cpu has no worker", "gpu has no worker"], "nothing is missing but machines"
             sync = client.read_deployment_by_name("feedback/sync")
             client.update_deployment_schedule(sync.id, sync.schedules[0].id, active=False)

@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 from prefect import flow  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey  # noqa: E402
-from prefect.settings import PREFECT_API_URL  # noqa: E402
 
 from deleatur.errors import ContinueMe, SettingsError  # noqa: E402
 from deleatur.io import versions  # noqa: E402
@@ -106,12 +105,11 @@ def test_a_stage_that_was_stopped_is_continued(monkeypatch: pytest.MonkeyPatch) 
     assert tries == ["erase", "erase"]
 
 
-def test_whoever_stops_the_flow_is_told_to_run_it_again(project: Path) -> None:
+def test_whoever_stops_the_flow_is_told_to_run_it_again(project: Path, server: dict[str, str]) -> None:
     change("erase", source="words")
     script = Path(__file__).parents[2] / "flows" / "erase.py"
-    env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
     us = subprocess.Popen(
-        [sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, script], env=server, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     while not list(running("erase", us.pid)):
         assert us.poll() is None, us.communicate()[0]

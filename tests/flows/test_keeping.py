@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import time
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,11 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
+from local import Stack  # noqa: E402
 from prefect import flow  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.states import Completed, Running  # noqa: E402
+from sqlalchemy import create_engine, text  # noqa: E402
 
 from deleatur.errors import DataError  # noqa: E402
 from deleatur.io import versions  # noqa: E402
@@ -66,7 +66,7 @@ def cached() -> set[Path]:
     return {p for p in Path(".dvc/cache/files").rglob("*") if p.is_file()}
 
 
-def ended_long_ago(server: dict[str, str]) -> Any:
+def ended_long_ago(stack: Stack) -> Any:
     """A server takes nobody's word for when a run has ended: its database is told."""
 
     @flow
@@ -74,14 +74,17 @@ def ended_long_ago(server: dict[str, str]) -> Any:
 
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(old, tags=["deleatur"], state=Completed())
-    with closing(sqlite3.connect(Path(server["PREFECT_HOME"]) / "prefect.db", timeout=60)) as database, database:
-        ended = (datetime.now(UTC) - timedelta(days=100)).strftime("%Y-%m-%d %H:%M:%S.%f")
-        changed = database.execute("UPDATE flow_run SET end_time = ? WHERE id = ?", (ended, str(run.id)))
+    address = stack.prefect_database.replace("+aiosqlite", "").replace("asyncpg", "psycopg")
+    database = create_engine(address, connect_args={} if "sqlite" in address else stack.postgres)
+    ended = text("UPDATE flow_run SET end_time = :ended WHERE id = :run")
+    with database.begin() as connection:
+        changed = connection.execute(ended, {"ended": datetime.now(UTC) - timedelta(days=100), "run": str(run.id)})
         assert changed.rowcount == 1
+    database.dispose()
     return run
 
 
-def test_what_nobody_needs_goes_when_it_is_said(released: Registry, server: dict[str, str], tmp_path: Path) -> None:
+def test_what_nobody_needs_goes_when_it_is_said(released: Registry, stack: Stack, tmp_path: Path) -> None:
     from erase import erase
     from housekeeping import housekeeping
 
@@ -98,7 +101,7 @@ def test_what_nobody_needs_goes_when_it_is_said(released: Registry, server: dict
     for limit in (-6.0, -7.0):
         machines.change(Path(), gate=finished.passing(limit=limit))
         versions.reproduce("gate", Path())
-    run, tried = ended_long_ago(server), released.client.create_run(released.experiment_id, run_name="tried")
+    run, tried = ended_long_ago(stack), released.client.create_run(released.experiment_id, run_name="tried")
     released.client.set_terminated(tried.info.run_id, "FAILED", end_time=int(1000 * (time.time() - 100 * 86400)))
     before = cached()
 
