@@ -43,10 +43,14 @@ def test_what_was_put_comes_back_and_what_is_there_is_not_fetched_again(address:
     objects.fetch(address, here)
     assert files(here) == {"one": "1", "deep/two": "22"}
     before = (here / "one").stat().st_mtime_ns
-    objects.put(written(tmp_path / "two", "changed"), f"{address}/deep/two")
-    objects.fetch(address, here)
-    assert files(here) == {"one": "1", "deep/two": "changed"}
+    for text in ("changed", "another"):  # the second in the size of the first
+        objects.put(written(tmp_path / "two", text), f"{address}/deep/two")
+        objects.fetch(address, here)
+        assert files(here) == {"one": "1", "deep/two": text}
     assert (here / "one").stat().st_mtime_ns == before
+    written(here / "deep" / "two", "further")
+    objects.fetch(address, here)
+    assert files(here)["deep/two"] == "further", "what is here is newer"
     objects.remove(address)
     objects.remove(address)
     objects.fetch(address, tmp_path / "empty")

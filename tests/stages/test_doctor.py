@@ -102,6 +102,9 @@ def test_files_with_credentials_that_others_can_read_are_named(released: Path) -
     assert worst(found()["credentials"]).state == "ok"
 
 
+ENTRYPOINT = "flows/erase.py:erase"
+
+
 @pytest.fixture
 def server(released: Path) -> Iterator[str]:
     from prefect.settings import (
@@ -120,7 +123,10 @@ def server(released: Path) -> Iterator[str]:
     ):
         url = str(PREFECT_API_URL.value())
         patch.setenv("PREFECT_API_URL", url)
-        wanted = [{"name": "chain", "work_pool": {"name": "cpu"}}, {"name": "gpu", "work_pool": {"name": "gpu"}}]
+        wanted = [
+            {"name": name, "entrypoint": ENTRYPOINT, "work_pool": {"name": pool}}
+            for name, pool in (("chain", "cpu"), ("gpu", "gpu"))
+        ]
         (released / "prefect.yaml").write_text(yaml.safe_dump({"deployments": wanted}))
         yield url
     (released / "prefect.yaml").unlink()
@@ -142,10 +148,12 @@ def test_a_scheduler_that_nobody_prepared_and_one_that_is(server: str) -> None:
 
     servers.ask(f"{server}/work_pools/", body={"name": "cpu", "type": "process"})
     flow = servers.ask(f"{server}/flows/", body={"name": "erase"}).said["id"]
-    for name in ("chain", "gpu"):
-        every = {"schedule": {"cron": "0 1 * * 0"}, "active": True}
-        body = {"name": name, "flow_id": flow, "work_pool_name": "cpu", "schedules": [every]}
-        servers.ask(f"{server}/deployments/", body=body)
+    other = servers.ask(f"{server}/flows/", body={"name": "other"}).said["id"]
+    every = {"schedule": {"cron": "0 1 * * 0"}, "active": True}
+    ours = {"flow_id": flow, "entrypoint": ENTRYPOINT, "schedules": [every]}
+    theirs = {"flow_id": other, "entrypoint": "other.py:other", "paused": True}
+    for body in ({"name": "chain", **ours}, {"name": "gpu", **ours}, {"name": "chain", **theirs}):
+        servers.ask(f"{server}/deployments/", body={"work_pool_name": "cpu", **body})
     seen = found()
     assert worst(seen["pools"][:1]).what == "cpu has no worker"
     assert [line.what for line in seen["schedules"]] == ["2 deployments, 2 schedules"]

@@ -33,8 +33,8 @@ def local(address: str, part: str = "pipeline") -> str:
 def fetch(address: str, target: Path) -> None:
     """Every file below an address, a folder or s3://bucket/prefix, into `target`; nothing where there is nothing.
 
-    What is there in the same size is not fetched again. Raises ServiceError when the address cannot be reached,
-    DataError for a name that leads out of `target`: whoever may write there may not write anywhere here.
+    What is there in the same size, and no older, is not fetched again. Raises ServiceError when the address cannot be
+    reached, DataError for a name that leads out of `target`: whoever may write there may not write anywhere here.
     """
     with _reached(address) as (fs, root):
         for place, facts in fs.find(root, detail=True).items():
@@ -44,9 +44,15 @@ def fetch(address: str, target: Path) -> None:
                     f"{address}: the name {place!r} leads out of the folder", hint=f"remove it from {address}"
                 )
             whole = not file.name.startswith(".")  # or it is what a process left that was killed while it wrote
-            if whole and not (file.is_file() and file.stat().st_size == facts["size"]):
+            made = int(fs.modified(place).timestamp() * 1e9)
+            if whole and not (file.is_file() and _is_current(file.stat(), facts["size"], made)):
                 with tables.replacing(file) as partial:
                     fs.get_file(place, str(partial))
+                    os.utime(partial, ns=(made, made))
+
+
+def _is_current(found: os.stat_result, size: int, made: int) -> bool:
+    return found.st_size == size and found.st_mtime_ns >= made
 
 
 def put(file: Path, address: str) -> None:

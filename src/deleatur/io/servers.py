@@ -95,8 +95,9 @@ class Scheduler:
         found = self._ask(f"work_pools/{pool}/workers/filter", {}).said
         return [worker["name"] for worker in found if worker["status"] == "ONLINE"]
 
-    def deployments(self) -> dict[str, dict[str, Any]]:
-        return {deployment["name"]: deployment for deployment in self._ask("deployments/filter", {}).said}
+    def deployments(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """By the flow's entrypoint and the name: deployments of other flows may have the same one."""
+        return {(found["entrypoint"], found["name"]): found for found in self._ask("deployments/filter", {}).said}
 
     def slots(self) -> dict[str, int]:
         """Name → how many may hold one of it at a time; what Prefect counts for a deployment's own limit left out."""

@@ -198,22 +198,19 @@ def _pools(scheduler: Scheduler | None) -> Iterator[Line]:
 def _schedules(scheduler: Scheduler | None) -> Iterator[Line]:
     if scheduler is None:
         return
-    known, wanted = scheduler.deployments(), _deployments()
-    missing = [d["name"] for d in wanted if d["name"] not in known]
-    paused = [name for name, found in known.items() if found["paused"] and any(d["name"] == name for d in wanted)]
-    if missing:
-        yield fail(f"not deployed: {', '.join(missing)}", "prefect --no-prompt deploy --all")
-    if paused:
+    known, wanted = scheduler.deployments(), {(d["entrypoint"], d["name"]): d for d in _deployments()}
+    there = {key: known[key] for key in wanted if key in known}
+    if missing := [name for _, name in wanted.keys() - there.keys()]:
+        yield fail(f"not deployed: {', '.join(sorted(missing))}", "prefect --no-prompt deploy --all")
+    if paused := [name for (_, name), found in there.items() if found["paused"]]:
         yield warn(f"paused: {', '.join(paused)}", "resume them on their pages in Prefect")
-    on = {name: {s["schedule"].get("cron") for s in d["schedules"] if s["active"]} for name, d in known.items()}
-    for d in wanted:
-        asked = {s.get("cron") for s in d.get("schedules", [])}
-        if d["name"] in known and (off := asked - on[d["name"]]):
-            yield warn(
-                f"{d['name']}: the schedule {', '.join(map(str, off))} is off", "prefect --no-prompt deploy --all"
-            )
-    active = sum(len(on[d["name"]]) for d in wanted if d["name"] in known)
-    yield ok(f"{len(wanted) - len(missing)} deployments, {active} schedules")
+    active = 0
+    for key, found in there.items():
+        on = {s["schedule"].get("cron") for s in found["schedules"] if s["active"]}
+        active += len(on)
+        if off := {s.get("cron") for s in wanted[key].get("schedules", [])} - on:
+            yield warn(f"{key[1]}: the schedule {', '.join(map(str, off))} is off", "prefect --no-prompt deploy --all")
+    yield ok(f"{len(there)} deployments, {active} schedules")
     if late := scheduler.runs("Late"):
         yield warn(f"{late} runs are late: no worker has taken them", "prefect flow-run ls --state LATE")
 
