@@ -148,6 +148,6 @@ def test_who_is_late_or_may_not_decide_is_asked_again_and_an_answer_outlives_a_l
     assert (run.asks_about, aliases()) == (first, {CHALLENGER: "1"})
     run.answered(ADA)
     run.ends(Crashed(name="Lost"))
-    run.begins_again()
+    machines.awaited(lambda: run.state.name == "AwaitingRetry", "another life, which the server gives")
     assert run.lives().decision == "approve"
     assert aliases() == {CHAMPION: "1"}

@@ -125,6 +125,8 @@ def cleared() -> None:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs():
+            client.delete_flow_run(run.id)
         for deployment in client.read_deployments():
             client.delete_deployment(deployment.id)
         for pool in client.read_work_pools():

@@ -63,8 +63,8 @@ def test_enough_new_feedback_starts_the_chain_once(project: Path, tmp_path: Path
     inbox.mkdir()
     try:
         setup("process", [], [])
-        prefect(server, project, "--no-prompt", "deploy", "--name", "chain")
         before = {run.id for run in runs()}
+        prefect(server, project, "--no-prompt", "deploy", "--name", "chain")
 
         def begun() -> list[Any]:
             return [r for r in runs() if r.id not in before and r.idempotency_key and "feedback" in r.idempotency_key]
