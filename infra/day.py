@@ -285,7 +285,8 @@ def rehearse(day: Day, page: str) -> None:
     day.feedback_arrives(late)
     day.says(f"feedback arrives: {rows} answers")
     day.prefect("deployment", "schedule", "create", "feedback/sync", "--interval", "20", "--active")
-    run = day.until(lambda: day.newest("erase"), "a run of the chain")
+    day.until(lambda: day.newest("erase"), "a run of the chain")
+    day.prefect("deployment", "schedule", "clear", "feedback/sync", "--accept-yes")  # or its late runs go first later
     day.says("the schedule has found it: the chain has begun")
     for stage, how in (("invert", "loses_power"), ("erase", "is_evicted"), ("sample", "loses_its_run")):
         day.is_lost(stage, how)
