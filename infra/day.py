@@ -39,6 +39,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from rich.console import Console
 
+from deleatur.io import journal
 from deleatur.settings import merged
 
 ROOT = Path(__file__).parents[1]
@@ -245,7 +246,8 @@ class Day:
 
     def saved(self, stage: str) -> bool:
         """Whether a stage on a worker has put away something that another one can go on from."""
-        return bool(self.stack.store().list_objects_v2(Bucket=BUCKET, Prefix=f"state/{stage}-").get("Contents"))
+        found = self.stack.store().list_objects_v2(Bucket=BUCKET, Prefix=f"state/{stage}-").get("Contents", [])
+        return any(file["Key"].endswith((".safetensors", ".parquet")) for file in found)
 
     def is_lost(self, stage: str, how: str) -> None:
         """The worker that has this stage, as soon as it has something to lose."""
@@ -341,6 +343,9 @@ def nothing_is_lost(day: Day, versions: Sequence[str]) -> None:
     kept = summary["events"] + summary["quarantined"]["rows"]
     demand(kept == answers, f"{answers} answers are there, and {kept} are accounted for")
     day.says(f"ledger: {len(events)} lines, whole; feedback: {answers} answers, none lost")
+    again = {line.stage: line.lost for line in journal.read(day.project / "out/state") if line.what == "resumed"}
+    demand({"invert", "erase"} <= again.keys(), f"of the loops that were stopped only {sorted(again)} went on")
+    day.says(f"steps done twice: {', '.join(f'{lost} of {stage}' for stage, lost in again.items())}")
 
 
 def board_is_drawn(day: Day) -> None:

@@ -130,19 +130,30 @@ def test_nothing_harmful_no_person_and_no_picture_is_in_a_label(released: Path) 
     assert len(text.splitlines()) < 1000
 
 
-def test_what_cannot_be_read_is_a_series_and_all_else_stays(
-    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hidden = Path("out/report").rename(tmp_path / "report")
+def test_what_cannot_be_read_is_a_series_and_all_else_stays(released: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("out/report/report.json")
+    whole = path.read_text()
+    path.write_text("{}")
     try:
         found = told()
     finally:
-        hidden.rename("out/report")
+        path.write_text(whole)
     assert found["readable"]["report",] == 0
     assert "score" not in found
     assert sum(found["readable"].values()) == len(found["readable"]) - 1
     assert found["alias_version"] == {(CHAMPION,): 1}
-    assert "report cannot be read: no file out/report/report.json" in capsys.readouterr().err
+    assert "report cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["report", "verdict", "feedback"])
+def test_what_nobody_has_made_yet_is_no_trouble(released: Path, tmp_path: Path, folder: str) -> None:
+    hidden = Path("out", folder).rename(tmp_path / folder)
+    try:
+        found = told()
+    finally:
+        hidden.rename(Path("out", folder))
+    assert set(found["readable"].values()) == {1.0}
+    assert {"report": "score", "verdict": "verdict", "feedback": "feedback_rows"}[folder] not in found
 
 
 def test_damaged_evidence_is_told_without_its_content(released: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,7 @@
-"""What was measured last, and what the gate said of it: the numbers of report and verdict, by name."""
+"""What was measured last, and what the gate said of it: the numbers of report and verdict, by name.
+
+A file that is not there is no trouble: nothing has made it yet, or a stage that makes it anew is at work.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ NAMES = ("metric", "slice", "concept", "side", "versus", "detector")
 
 
 def measured(settings: Settings) -> Iterator[Metric]:
-    report = documents.read(settings.paths.report / "report.json", Report)
+    path = settings.paths.report / "report.json"
+    if not path.is_file():
+        return
+    report = documents.read(path, Report)
     scores = {_labels(score, report.identity.concepts): score for score in report.scores}
     about = "A number of the newest report"
     yield gauge("score", f"{about}.", {k: s.value for k, s in scores.items()}, *NAMES)
@@ -27,7 +33,10 @@ def measured(settings: Settings) -> Iterator[Metric]:
 
 
 def judged(settings: Settings) -> Iterator[Metric]:
-    verdict = documents.read(settings.paths.verdict / "verdict.json", Verdict)
+    path = settings.paths.verdict / "verdict.json"
+    if not path.is_file():
+        return
+    verdict = documents.read(path, Verdict)
     yield gauge("verdict", "Newest verdict: 1 pass, 0 not enough evidence, -1 fail.", OUTCOME[verdict.outcome])
     yield gauge("verdict_simulated", "1: the newest verdict rests on raters that are no people.", verdict.simulated)
     findings = {(f.rule,): f for f in verdict.findings}
@@ -39,7 +48,7 @@ def judged(settings: Settings) -> Iterator[Metric]:
 
 
 def watched(settings: Settings) -> Iterator[Metric]:
-    """What the last canary saw. There is none before the first."""
+    """What the last canary saw."""
     if not settings.canary.result.is_file():
         return
     found = documents.read(settings.canary.result, Canary)

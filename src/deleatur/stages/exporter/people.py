@@ -62,8 +62,11 @@ def said(settings: Settings) -> Iterator[Metric]:
 
 
 def ingested(settings: Settings) -> Iterator[Metric]:
-    """What the last ingest made of it."""
-    summary = tables.read_json(settings.paths.feedback / "summary.json")
+    """What the last ingest made of it, if there was one."""
+    path = settings.paths.feedback / "summary.json"
+    if not path.is_file():
+        return
+    summary = tables.read_json(path)
     rows = {("used",): summary["events"], ("quarantined",): summary["quarantined"]["rows"]}
     yield gauge("feedback_rows", "Rows that the last ingest used, and put aside because it could not.", rows, "as")
     agreed = {(name,): c["agreement"]["value"] for name, c in summary["concepts"].items()}
