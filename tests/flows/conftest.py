@@ -37,6 +37,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def server(stack: Stack) -> Iterator[dict[str, str]]:
     """The variables that make other processes use it; this one does."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
     from prefect.settings import (
         PREFECT_API_AUTH_STRING,
         PREFECT_API_URL,
@@ -56,6 +58,8 @@ def server(stack: Stack) -> Iterator[dict[str, str]]:
     }
     with temporary_settings(here):
         yield others | ours
+        for told in (APILogWorker, EventsWorker):  # they would look for the server for a minute when it is gone
+            told.drain_all()
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def net(server: dict[str, str], shared: Path, tmp_path_factory: pytest.TempPathF
     from setup import setup
 
     place = tmp_path_factory.mktemp("net")
-    root = machines.project(shared, place, workers={"state": str(place / "state"), "save_every": 0.5}, **LONG)
+    root = machines.project(shared, place, workers={"state": str(place / "state"), "save_every": 0.5})
     setup("process", [("gpu", 1)], [], silent=40)
     prefect(server, root, "--no-prompt", "deploy", "--name", "gpu")
     yield root
@@ -70,6 +70,7 @@ def test_a_worker_that_is_lost_is_replaced_and_the_bits_stay(
 
     monkeypatch.setattr(workers, "POLL", 0.5)
     monkeypatch.chdir(net)
+    machines.change(net, **LONG)
     at_home = machines.project(shared, tmp_path, **LONG)
     for stage in MADE:
         assert versions.reproduce(stage, at_home)
