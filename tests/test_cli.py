@@ -363,6 +363,6 @@ def test_methods_tells_costs_for_stable_diffusion_and_here(here: Path) -> None:
     assert sd["uce"]["operations"] == 0
     assert sd["safegen"]["operations"] > sd["esd"]["operations"] / 10
     assert own["sdd"]["work"]["backward"] == 6 * (2 + 2)
-    said = run(app, ["methods", "--cost"]).output
+    said = run(app, ["methods", "attacks", "--cost"]).output
     assert "Stable Diffusion 1.4" in said
     assert "concept_inversion" in said

@@ -17,6 +17,7 @@ from programs import INFRA, ROOT, program, ran, run
 
 PROMETHEUS, GRAFANA = INFRA / "prometheus", INFRA / "grafana"
 PROMTOOL = "apt install prometheus, on Debian"
+TESTS = sorted(PROMETHEUS.glob("alerts_*test.yml"))
 
 
 def alerts() -> dict[str, dict[str, Any]]:
@@ -42,7 +43,7 @@ def test_prometheus_takes_its_files() -> None:
 
 def test_every_alert_is_quiet_first_and_fires_then(tmp_path: Path) -> None:
     promtool = program("promtool", PROMTOOL)
-    ran(promtool, "test", "rules", PROMETHEUS / "alerts_test.yml")
+    ran(promtool, "test", "rules", *TESTS)
     deaf = tmp_path / "alerts.yml"
     deaf.write_text((PROMETHEUS / "alerts.yml").read_text("utf-8").replace("== 0", "== 2"), "utf-8")
     (tmp_path / "alerts_test.yml").write_text((PROMETHEUS / "alerts_test.yml").read_text("utf-8"), "utf-8")
@@ -50,7 +51,7 @@ def test_every_alert_is_quiet_first_and_fires_then(tmp_path: Path) -> None:
 
 
 def test_every_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not() -> None:
-    tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text("utf-8"))["tests"]
+    tests = [test for path in TESTS for test in yaml.safe_load(path.read_text("utf-8"))["tests"]]
     asked = [case for test in tests for case in test["alert_rule_test"]]
     for fires in (True, False):
         assert {case["alertname"] for case in asked if bool(case["exp_alerts"]) == fires} == set(alerts())
