@@ -76,9 +76,10 @@ def ended_long_ago(stack: Stack) -> Any:
         run = client.create_flow_run(old, tags=["deleatur"], state=Completed())
     address = stack.prefect_database.replace("+aiosqlite", "").replace("asyncpg", "psycopg")
     database = create_engine(address, connect_args={} if "sqlite" in address else stack.postgres)
-    ended = text("UPDATE flow_run SET end_time = :ended WHERE id = :run")
+    then = (datetime.now(UTC) - timedelta(days=100)).strftime("%Y-%m-%d %H:%M:%S.%f")
+    ended = text("UPDATE flow_run SET end_time = :then WHERE id = :run")
     with database.begin() as connection:
-        changed = connection.execute(ended, {"ended": datetime.now(UTC) - timedelta(days=100), "run": str(run.id)})
+        changed = connection.execute(ended, {"then": then, "run": str(run.id)})
         assert changed.rowcount == 1
     database.dispose()
     return run

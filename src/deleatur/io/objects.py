@@ -43,16 +43,14 @@ def fetch(address: str, target: Path) -> None:
                 raise DataError(
                     f"{address}: the name {place!r} leads out of the folder", hint=f"remove it from {address}"
                 )
-            whole = not file.name.startswith(".")  # or it is what a process left that was killed while it wrote
+            if file.name.startswith("."):  # what a process left that was killed while it wrote
+                continue
             made = int(fs.modified(place).timestamp() * 1e9)
-            if whole and not (file.is_file() and _is_current(file.stat(), facts["size"], made)):
+            here = file.stat() if file.is_file() else None
+            if here is None or here.st_size != facts["size"] or here.st_mtime_ns < made:
                 with tables.replacing(file) as partial:
                     fs.get_file(place, str(partial))
                     os.utime(partial, ns=(made, made))
-
-
-def _is_current(found: os.stat_result, size: int, made: int) -> bool:
-    return found.st_size == size and found.st_mtime_ns >= made
 
 
 def put(file: Path, address: str) -> None:
