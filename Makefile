@@ -27,9 +27,9 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup
-	@# Three on two cores: some tests wait for a server most of their time. Files as they are: what a file has made serves
-	@# all its tests, and the files that wait come early.
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@# Five, also on two cores: many tests wait for a server most of their time. Files as they are: what a file has made
+	@# serves all its tests, and the files that wait come early.
+	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: setup
 	$(BIN)/deleatur demo

@@ -186,7 +186,7 @@ class _Row:
         facts, seen = next(iter(self._facts.values())), self._measured
         memory = [m.memory for m in seen if m.memory is not None]
         return Cost(
-            float(np.mean([m.seconds for m in seen])) if seen else None,
+            float(np.median([m.seconds for m in seen])) if seen else None,  # a machine that was busy, or slept
             all(m.complete for m in seen),
             max(memory, default=None),
             facts["trained"],
