@@ -100,6 +100,19 @@ def test_a_version_is_found_by_its_evidence_and_its_folders_by_its_address(
         local("models:/guard@nobody")
 
 
+def test_runs_that_nobody_needs_are_found_on_every_page(
+    registry: Registry, evidence: Evidence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "PAGE", 1)
+    add(registry, evidence)
+    for name in ("one", "two"):
+        run = registry.client.create_run(registry.experiment_id, run_name=name)
+        registry.client.set_terminated(run.info.run_id, "FAILED", end_time=1000)
+    registry.client.create_run(registry.experiment_id, run_name="at work")
+    assert sorted(registry.spent(before=2.0).values()) == ["one", "two"]
+    assert sorted(registry.spent(before=2e9).values()) == ["one", "two"], "what a version came from stays"
+
+
 def test_aliases_are_as_wanted_and_the_mark_is_kept(registry: Registry, evidence: Evidence) -> None:
     assert (registry.aliases(), registry.alias(CHAMPION), registry.mark()) == ({}, None, None), "no model yet"
     registry.set_mark(Mark(1, "a" * 64))

@@ -45,6 +45,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models import Model, ModelSignature  # noqa: E402
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository  # noqa: E402
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema  # noqa: E402
+from mlflow.utils import get_results_from_paginated_fn  # noqa: E402
 
 GIVEN = os.environ.get("MLFLOW_TRACKING_URI")
 """As it was when we came: MLflow itself sets the variable whenever it is told an address, see `use`."""
@@ -66,6 +67,8 @@ EVIDENCE = "deleatur.evidence"
 MARK = "deleatur.ledger"
 DIGEST = 36
 """Characters that MLflow keeps of a dataset's digest; the whole one is a tag."""
+PAGE = 1000
+"""Runs that MLflow is asked for at once."""
 
 T = TypeVar("T")
 
@@ -248,7 +251,10 @@ class Registry:
         """Runs that ended before a time, in seconds since 1970, and that no version came from: id → name."""
         with answering(self.uri):
             kept = {found.run_id for found in self.client.search_model_versions(f"name = '{self.model}'")}
-            ended = self.client.search_runs([self.experiment_id], f"attributes.end_time < {int(before * 1000)}")
+            asked = [self.experiment_id], f"attributes.end_time < {int(before * 1000)}"
+            ended = get_results_from_paginated_fn(
+                lambda n, page: self.client.search_runs(*asked, max_results=n, page_token=page), PAGE
+            )
             return {run.info.run_id: run.info.run_name for run in ended if run.info.run_id not in kept}
 
     def delete_run(self, run_id: str) -> None:
