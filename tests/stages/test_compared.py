@@ -276,7 +276,8 @@ def test_the_command_runs_tells_and_writes(settings: Settings) -> None:
     assert table["rows"][2]["refused"]
     csv = tables.read_csv(Path("out/compare/table.csv"))
     assert list(csv["row"]) == ["none", "uce", "abo"]
-    assert float(csv["concept"][1]) == table["rows"][1]["numbers"]["concept"]["value"]
+    assert set(csv["concept"]) == {"weapon"}
+    assert float(csv["concept_value"][1]) == table["rows"][1]["numbers"]["concept"]["value"]
     client = Registry(settings.register_.tracking_uri, log.experiment(settings), "deleatur").client
     [experiment] = client.search_experiments(filter_string="name = 'deleatur-compare'")
     [run] = client.search_runs([experiment.experiment_id])

@@ -219,8 +219,7 @@ def _flat(table: Table, row: Row) -> dict[str, Any]:
     for column in COLUMNS:
         number = row.numbers.get(column.key)
         for part in ("value", "low", "high", "n", "prompts"):
-            name = column.key if part == "value" else f"{column.key}_{part}"
-            out[name] = getattr(number, part) if number else None
+            out[f"{column.key}_{part}"] = getattr(number, part) if number else None
     for part in ("seconds", "memory", "trained", "bytes", "predictions"):
         out[part] = getattr(row.cost, part) if row.cost else None
     return out
