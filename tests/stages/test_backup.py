@@ -18,7 +18,6 @@ from sqlalchemy.engine import Engine
 
 from deleatur.errors import DataError
 from deleatur.io import ledger, tables, versions
-from deleatur.io.copies import versions as versions_of
 from deleatur.io.ledger import Subject
 from deleatur.io.objects import local
 from deleatur.io.tracking import CHAMPION, EVIDENCE, LAST
@@ -83,7 +82,7 @@ def held(settings: Settings) -> dict[str, Any]:
     return {
         "aliases": own.aliases(),
         "mark": own.mark(),
-        "versions": [(v.version, v.tags, v.description) for v in versions_of(own)],
+        "versions": [(v.version, v.tags, v.description) for v in own.versions()],
         "runs": sorted(
             (
                 r.data.tags[EVIDENCE],

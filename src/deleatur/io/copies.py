@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,6 @@ from deleatur.io import tables
 from deleatur.io.kept import parts
 from deleatur.io.tracking import EVIDENCE, Registry, answering, files_of, use
 
-PAGE = 100
-
 
 @dataclass(frozen=True)
 class Copy:
@@ -48,9 +45,10 @@ class Copy:
     def save(self) -> None:
         use(self.registry.uri)
         with answering(self.registry.uri):
-            found = versions(self.registry)
-            for run in self._runs():
-                self._save_run(run)
+            found = self.registry.versions()
+            for run in self.registry.runs():
+                if EVIDENCE in run.data.tags:
+                    self._save_run(run)
             for model in dict.fromkeys(map(_model_of, found)):
                 self._save_model(model)
             tables.write_json(self.folder / "versions.json", [_plain(version) for version in found])
@@ -74,14 +72,6 @@ class Copy:
         """The copy's versions, in the order of their numbers."""
         found: list[dict[str, Any]] = tables.read_json(self.folder / "versions.json")
         return found
-
-    def _runs(self) -> Iterator[Run]:
-        client, token = self.registry.client, None
-        while True:
-            page = client.search_runs([self.registry.experiment_id], max_results=PAGE, page_token=token)
-            yield from (run for run in page if EVIDENCE in run.data.tags)
-            if not (token := page.token):
-                return
 
     def _save_run(self, run: Run) -> None:
         folder, client = self.folder / "runs" / run.info.run_id, self.registry.client
@@ -159,7 +149,7 @@ class Copy:
     def _load_version(self, given: dict[str, Any], run_id: str, model_id: str) -> None:
         """As the number that it had: in between are numbers of versions that were deleted."""
         client, name, source = self.registry.client, self.registry.model, f"models:/{model_id}"
-        if given["number"] in {int(v.version) for v in versions(self.registry)}:
+        if given["number"] in {int(v.version) for v in self.registry.versions()}:
             return
         while True:
             made = client.create_model_version(
@@ -183,22 +173,12 @@ class Copy:
 
     def _demand_part_of(self, wanted: list[dict[str, Any]]) -> None:
         known = {v["number"]: v["tags"].get(EVIDENCE) for v in wanted}
-        for version in versions(self.registry):
+        for version in self.registry.versions():
             if known.get(int(version.version)) != version.tags.get(EVIDENCE):
                 raise DataError(
                     f"{self.registry.model} has a version {version.version} here that is not the copy's",
                     hint="restore into an empty registry, or under another name (register.model)",
                 )
-
-
-def versions(registry: Registry) -> list[ModelVersion]:
-    """All versions of the model, in the order of their numbers."""
-    client, found, token = registry.client, list[ModelVersion](), None
-    while True:
-        page = client.search_model_versions(f"name = '{registry.model}'", max_results=PAGE, page_token=token)
-        found += page
-        if not (token := page.token):
-            return sorted(found, key=lambda v: int(v.version))
 
 
 def _model_of(version: ModelVersion) -> str:

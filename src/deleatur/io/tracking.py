@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,7 +40,7 @@ for _name, _value in QUIET.items():  # MLflow reads them when it is imported
 
 import mlflow  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, Run, RunTag  # noqa: E402
-from mlflow.entities.model_registry import RegisteredModel  # noqa: E402
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models import Model, ModelSignature  # noqa: E402
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository  # noqa: E402
@@ -67,8 +67,8 @@ EVIDENCE = "deleatur.evidence"
 MARK = "deleatur.ledger"
 DIGEST = 36
 """Characters that MLflow keeps of a dataset's digest; the whole one is a tag."""
-PAGE = 1000
-"""Runs that MLflow is asked for at once."""
+PAGE = 100
+"""Runs or versions that MLflow is asked for at once."""
 
 T = TypeVar("T")
 
@@ -250,12 +250,20 @@ class Registry:
     def spent(self, before: float) -> dict[str, str]:
         """Runs that ended before a time, in seconds since 1970, and that no version came from: id → name."""
         with answering(self.uri):
-            kept = {found.run_id for found in self.client.search_model_versions(f"name = '{self.model}'")}
-            asked = [self.experiment_id], f"attributes.end_time < {int(before * 1000)}"
-            ended = get_results_from_paginated_fn(
-                lambda n, page: self.client.search_runs(*asked, max_results=n, page_token=page), PAGE
-            )
+            kept = {version.run_id for version in self.versions()}
+            ended = self.runs(f"attributes.end_time < {int(before * 1000)}")
             return {run.info.run_id: run.info.run_name for run in ended if run.info.run_id not in kept}
+
+    def runs(self, which: str = "") -> list[Run]:
+        """Those that a filter of MLflow's lets through, all pages of them."""
+        with answering(self.uri):
+            return _all(self.client.search_runs, [self.experiment_id], which)
+
+    def versions(self) -> list[ModelVersion]:
+        """All of the model, in the order of their numbers."""
+        with answering(self.uri):
+            found = _all(self.client.search_model_versions, f"name = '{self.model}'")
+            return sorted(found, key=lambda v: int(v.version))
 
     def delete_run(self, run_id: str) -> None:
         """It can be restored until somebody runs `mlflow gc`."""
@@ -354,7 +362,7 @@ def answering(uri: str, missing: DeleaturError | None = None) -> Iterator[None]:
     except MlflowException as e:
         if missing and e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise missing from e
-        where, said = without_password(uri), without_password(str(e).strip().splitlines()[0])
+        where, said = without_password(GIVEN or uri), without_password(str(e).strip().splitlines()[0])
         if e.error_code == "INVALID_PARAMETER_VALUE":
             raise SettingsError(f"MLflow at {where} does not accept the `register` section: {said}") from e
         if e.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
@@ -363,6 +371,14 @@ def answering(uri: str, missing: DeleaturError | None = None) -> Iterator[None]:
                 hint="export MLFLOW_TRACKING_USERNAME=… MLFLOW_TRACKING_PASSWORD=…",
             ) from e
         raise ServiceError(f"MLflow at {where} did not do it: {said}", hint="deleatur stage register") from e
+
+
+def _all(search: Callable[..., Any], *asked: Any) -> list[Any]:
+    def page(n: int, token: str | None) -> Any:
+        return search(*asked, max_results=n, page_token=token)
+
+    found: list[Any] = get_results_from_paginated_fn(page, PAGE)
+    return found
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -19,7 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from deleatur.errors import DeleaturError
-from deleatur.io import copies, exchange, ledger, signing, tracking
+from deleatur.io import exchange, ledger, signing, tracking
 from deleatur.io.servers import Answer, Scheduler, ask, basic
 from deleatur.io.tracking import CHAMPION, LAST
 from deleatur.settings import Settings
@@ -126,8 +126,7 @@ def _registry(settings: Settings, scheduler: Scheduler | None) -> Iterator[Line]
     if where.startswith("sqlite:") and not Path(where.removeprefix("sqlite:///")).is_file():
         yield ok(f"{where}: made by the first verdict")
         return
-    with tracking.answering(where):
-        count = len(copies.versions(registry))
+    count = len(registry.versions())
     yield ok(f"{where.rpartition('@')[2]} answers: {count} versions of {registry.model}")
 
 
