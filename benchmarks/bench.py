@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from deleatur import stages
-from deleatur.diffusion.finetune import Progress
-from deleatur.io import documents
-from deleatur.settings import Settings, merged
-from deleatur.stages.progress import bar
+from deleatur.config.settings import Settings, merged
+from deleatur.runtime.progress import bar
+from deleatur.storage import json_records
+from deleatur.training.finetune import Progress
 
 ROOT = Path(__file__).parents[1]
 OUT = Path("out/bench")
@@ -33,7 +33,7 @@ def variant(name: str, changes: Mapping[str, Any], shared: Mapping[str, str] | N
     The folder's name tells what all numbers are: after an edit of params.yaml nothing old is taken for new.
     """
     params = merged(yaml.safe_load((ROOT / "params.yaml").read_text("utf-8")), changes)
-    digest = documents.digest({"params": params, "shared": shared})[:8]
+    digest = json_records.digest({"params": params, "shared": shared})[:8]
     for key in ("reward", "tokens", "delta", "attacks", "state", "shots", "scores", "report", "verdict"):
         params["paths"][key] = str(OUT / f"{name}-{digest}" / key)
     params["paths"]["feedback"] = str(OUT / "feedback")

@@ -17,10 +17,12 @@ from typing import Any
 import bench
 from selectivity import compared, learned, looked, untouched
 
-from deleatur.diffusion.finetune import PRESETS
+from deleatur.artifacts import tokens
+from deleatur.config import methods
 from deleatur.diffusion.overlay import weights_of
 from deleatur.erasers import Eraser
-from deleatur.stages import inputs
+from deleatur.runtime import models
+from deleatur.training.finetune import PRESETS
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ def erased(run: Run) -> dict[str, Any]:
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    model = inputs.model(settings)
-    eraser = inputs.method("erasers", Eraser, "sdd", {"order": "single", "loop": run.loop}, "erase")
-    concept = inputs.concept(settings, model, "weapon")
+    model = models.base_model(settings)
+    eraser = methods.instantiate("erasers", Eraser, "sdd", {"order": "single", "loop": run.loop}, "erase")
+    concept = tokens.load_concept(settings, model, "weapon")
     began = time.perf_counter()
     with bench.watching(f"{run.preset} {run.seed}") as on_step:
         delta = eraser.erase(model, [concept], keep=None, seed=run.seed, on_step=on_step)

@@ -18,8 +18,8 @@ import bench
 import torch
 from distributed import LocalCluster
 
-from deleatur.io import shots
-from deleatur.settings import Settings
+from deleatur.config.settings import Settings
+from deleatur.storage import samples
 
 SHARD = 64
 """Pictures in a part of the work. The more parts, the less a worker waits for the other's last."""
@@ -58,7 +58,7 @@ def drawn(workers: int, per_prompt: int, threads: int) -> tuple[float, int, dict
     with scheduler(workers) as address:
         settings = settings.model_copy(update={"workers": settings.workers.model_copy(update={"dask": address})})
         seconds = bench.run(settings, ("sample",))["sample"]
-    return seconds, len(shots.listed(settings.paths.shots)), bits(settings)
+    return seconds, len(samples.listed(settings.paths.shots)), bits(settings)
 
 
 def bits(settings: Settings) -> dict[str, str]:

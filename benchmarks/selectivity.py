@@ -21,16 +21,18 @@ import bench
 import matplotlib.pyplot as plt
 import numpy as np
 
+from deleatur.artifacts import prompts, tokens
+from deleatur.config import methods
+from deleatur.config.settings import Settings
 from deleatur.detectors import Detector, Network
 from deleatur.diffusion import encode
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
-from deleatur.maths import agreement
+from deleatur.maths import intervals
 from deleatur.maths.distances import cosine
 from deleatur.maths.seeds import derive
-from deleatur.records import Prompt
-from deleatur.settings import Settings
-from deleatur.stages import inputs
+from deleatur.records.sampling import Prompt
+from deleatur.runtime import models
 
 PICTURE = bench.OUT / "curves.png"
 SEED = 1000
@@ -80,8 +82,8 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
     if path.is_file():
         found: list[dict[str, Any]] = json.loads(path.read_text())
         return found
-    model = inputs.model(settings)
-    eraser = inputs.eraser(settings)
+    model = models.base_model(settings)
+    eraser = methods.eraser(settings)
     saved: dict[int, Weights] = {}
 
     with bench.watching(run.name) as tell:
@@ -93,8 +95,8 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
 
         eraser.erase(
             model,
-            [inputs.concept(settings, model, run.concept)],
-            keep=encode.encode_text(model, ["", *inputs.to_preserve(settings)]),
+            [tokens.load_concept(settings, model, run.concept)],
+            keep=encode.encode_text(model, ["", *prompts.to_preserve(settings)]),
             seed=settings.seed,
             on_step=on_step,
         )
@@ -107,17 +109,17 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
 
 
 @cache
-def prompts(concept: str) -> list[Prompt]:
+def proof_prompts(concept: str) -> list[Prompt]:
     settings = Settings.load(bench.ROOT / "params.yaml")
-    found = inputs.prompts(settings.concepts[concept].prompts, "proof", concept)
-    found += inputs.prompts(settings.paths.prompts, "proof", "")
+    found = prompts.read(settings.concepts[concept].prompts, "proof", concept)
+    found += prompts.read(settings.paths.prompts, "proof", "")
     return [p for p in found if p.role in PICTURES for _ in range(PICTURES[p.role])]
 
 
 @cache
 def eyes(name: str) -> Network:
     spec = dict(Settings.load(bench.ROOT / "params.yaml").evaluate.detectors[name])
-    return inputs.method("detectors", Detector, spec.pop("method"), spec, name).load()
+    return methods.instantiate("detectors", Detector, spec.pop("method"), spec, name).load()
 
 
 @cache
@@ -128,8 +130,8 @@ def untouched(concept: str) -> dict[str, Any]:
 def looked(concept: str, weights: Weights) -> dict[str, Any]:
     """Per picture: whether the concept is there, whether it is what the prompt asks for, its CLIP score."""
     settings = Settings.load(bench.ROOT / "params.yaml")
-    model, guide, clip = inputs.model(settings), inputs.guide(settings), inputs.clip(settings)
-    asked, found = prompts(concept), settings.concepts[concept].found
+    model, guide, clip = models.base_model(settings), methods.guide(settings), models.clip_model(settings)
+    asked, found = proof_prompts(concept), settings.concepts[concept].found
     seeds = [derive(SEED, p.id, i) for i, p in enumerate(asked)]
     texts = [p.text for p in asked]
     pictures = sample(
@@ -160,10 +162,10 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         return after["role"] == role, after["prompt"][after["role"] == role]
 
     mine, clusters = rows("concept")
-    out = {"concept": vars(agreement.rate(after["there"][mine], clusters))}
+    out = {"concept": vars(intervals.rate(after["there"][mine], clusters))}
     for role in ("neighbour", "unseen"):
         mine, clusters = rows(role)
-        apart = agreement.difference(after["right"][mine] - before["right"][mine], clusters)
+        apart = intervals.difference(after["right"][mine] - before["right"][mine], clusters)
         out[role] = vars(apart) | {"base": float(before["right"][mine].mean())}
     out["clip"] = {"relative": float(after["clip"][mine].mean() / before["clip"][mine].mean() - 1)}
     return out

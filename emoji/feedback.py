@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from deleatur.artifacts.simulated_feedback import simulate
+from deleatur.config.settings import Settings
 from deleatur.detectors.classifier import Classifier
 from deleatur.diffusion import encode
-from deleatur.diffusion.load import Model, load
+from deleatur.diffusion.model import Model, load
 from deleatur.diffusion.sample import sample
 from deleatur.feedback.simulated import Panel
 from deleatur.guides.cfg import CFG
 from deleatur.maths.seeds import derive
-from deleatur.settings import Settings
-from deleatur.stages.simulate import simulate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -16,13 +16,13 @@ from prefect.artifacts import create_table_artifact
 from tasks import HERE, ON_GPU, ending_in_a_command, reproduce
 from workers import Where, call_back, send, there
 
+from deleatur.config.settings import Settings
 from deleatur.errors import DataError
-from deleatur.io import documents, exchange, versions
-from deleatur.io.tracking import CHAMPION
-from deleatur.records import Report, Verdict
-from deleatur.settings import Settings
+from deleatur.records.report import Report, Verdict
+from deleatur.registry.decisions import registry_of
+from deleatur.registry.mlflow_client import CHAMPION
 from deleatur.stages import STAGES
-from deleatur.stages.release import registry_of
+from deleatur.storage import dvc, dvc_remote, json_records
 
 COMPARED = ("feedback", "tokens", "delta", "pictures", "report", "policy", "evidence")
 ANEW = ("--no-run-cache",)
@@ -82,8 +82,8 @@ def checkout(settings: Settings, version: str) -> Iterator[tuple[Path, dict[str,
     numbers["register"] = settings.register_.model_dump(mode="json")
     with TemporaryDirectory(prefix="deleatur-") as place:
         root = Path(place) / "checkout"
-        exchange.check_out(HERE, tags["git_commit"], root)
-        exchange.use_store(root, exchange.store(HERE))
+        dvc_remote.check_out(HERE, tags["git_commit"], root)
+        dvc_remote.use_store(root, dvc_remote.store(HERE))
         (root / "params.yaml").write_text(yaml.safe_dump(numbers, sort_keys=False), "utf-8")
         (root / "dvc.lock").write_text(registry.file(version, "lock/dvc.lock"), "utf-8")
         if others := sorted({path for stage in STAGES[1:-1] for path in changed(stage, root)}):
@@ -97,7 +97,7 @@ def checkout(settings: Settings, version: str) -> Iterator[tuple[Path, dict[str,
 def changed(stage: str, root: Path) -> list[str]:
     """What a stage reads that is not as dvc.lock says; products of other stages, which are yet to be made, left out."""
     written = {path.as_posix() for path in Settings.load(root / "params.yaml").paths.written.values()}
-    found = versions.status(root, stage).get(stage, [])
+    found = dvc.status(root, stage).get(stage, [])
     deps = [path for entry in found if isinstance(entry, dict) for path in entry.get("changed deps", {})]
     return [path for path in deps if path not in written]
 
@@ -107,24 +107,24 @@ def emptied(root: Path) -> tuple[str, ...]:
     again: what it became is taken from the DVC remote.
     """
     first, *others = STAGES[:-1]
-    ingested = None if not changed(first, root) else exchange.entry(first, root)
+    ingested = None if not changed(first, root) else dvc_remote.entry(first, root)
     (root / "dvc.lock").unlink()
     if ingested is None:
         return (first, *others)
-    exchange.enter(first, ingested, root)
-    exchange.pull(root, first)
+    dvc_remote.enter(first, ingested, root)
+    dvc_remote.pull(root, first)
     return tuple(others)
 
 
 def digests(root: Path) -> dict[str, str]:
     """What came out, by the names that a version says it under."""
     paths = Settings.load(root / "params.yaml").paths
-    report = documents.read(root / paths.report / "report.json", Report)
-    verdict = documents.read(root / paths.verdict / "verdict.json", Verdict)
+    report = json_records.read(root / paths.report / "report.json", Report)
+    verdict = json_records.read(root / paths.verdict / "verdict.json", Verdict)
     found = asdict(report.identity) | {
-        "report": documents.digest(report),
+        "report": json_records.digest(report),
         "policy": verdict.policy,
-        "evidence": documents.digest(verdict),
+        "evidence": json_records.digest(verdict),
     }
     return {name: found[name] for name in COMPARED}
 

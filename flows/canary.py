@@ -25,12 +25,12 @@ from workers import (
     there,
 )
 
+from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
-from deleatur.io import documents, objects
-from deleatur.records import Canary, Outcome
-from deleatur.settings import Settings
-from deleatur.stages import canary as stage
-from deleatur.stages.rollback import TakenBack
+from deleatur.operations import canary as stage
+from deleatur.records.report import Canary, Outcome
+from deleatur.registry.rollback import TakenBack
+from deleatur.storage import json_records, remote
 
 LOOK = "look/live"
 
@@ -52,7 +52,7 @@ def canary(where: Where = "auto") -> Outcome | None:
         if away := there(where, LOOK):
             demand_published()
         found = (send if away else drawn)(settings, *asked)
-        documents.write(settings.canary.result, found)
+        json_records.write(settings.canary.result, found)
         rows = [{"concept": look.concept, "outcome": look.outcome, "reason": look.reason} for look in found.looks]
         create_table_artifact(rows, key="canary", description=f"Version {found.version}, drawn again")
         taken = decide(settings, found)
@@ -78,8 +78,8 @@ def look(params: str, version: str, concepts: list[str], state: str | None = Non
         settings = Settings.load()
         found = drawn(settings, version, concepts)
         for sheet in settings.canary.folder.glob("*.png") if state else ():
-            objects.put(sheet, f"{state}/{sheet.name}")
-        hand_back("canary", "look", documents.encode(found).decode())
+            remote.put(sheet, f"{state}/{sheet.name}")
+        hand_back("canary", "look", json_records.encode(found).decode())
 
 
 @task(task_run_name="look", **RETRIED)
@@ -94,10 +94,10 @@ def send(settings: Settings, version: str, concepts: list[str]) -> Canary:
     job = Job(LOOK, "look", commit_of(HERE), {"params": params, "version": version, "concepts": concepts})
     run = carry_out(job)
     demand_done("look", run)
-    found = documents.decode(demanded_back("canary", "look", run).encode(), Canary, "what the worker found")
+    found = json_records.decode(demanded_back("canary", "look", run).encode(), Canary, "what the worker found")
     if job.state:
-        objects.fetch(job.state, settings.canary.folder)
-        objects.remove(job.state)
+        remote.fetch(job.state, settings.canary.folder)
+        remote.remove(job.state)
     return found
 
 

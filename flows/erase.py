@@ -20,11 +20,11 @@ from pydantic import Field
 from tasks import ON_GPU, decide, ending_in_a_command, page, publish, register, reproduce, waiting
 from workers import Where, call_back, demand_published, send, there
 
+from deleatur.config.settings import Settings
 from deleatur.errors import DataError, ModelError
-from deleatur.io.versions import METHODS
-from deleatur.records import Outcome, Verdict
-from deleatur.settings import Settings
+from deleatur.records.report import Outcome, Verdict
 from deleatur.stages import STAGES
+from deleatur.storage.dvc import CODE
 
 
 class Approval(RunInput):
@@ -67,7 +67,7 @@ def erase(approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10, where: 
         settings = Settings.load()
         if away := there(where):
             demand_published()
-        reproduce(METHODS)
+        reproduce(CODE)
         ran = tuple(s for s in STAGES[:-1] if (send if away and s in ON_GPU else reproduce)(s))
         verdict = publish(settings)
         register()

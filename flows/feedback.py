@@ -20,10 +20,10 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 from tasks import HERE, RETRIED, ending_in_a_command, reproduce
 
-from deleatur.io import exchange, objects, tables
-from deleatur.io.tracking import CHALLENGER
-from deleatur.settings import Settings
-from deleatur.stages.release import registry_of
+from deleatur.config.settings import Settings
+from deleatur.registry.decisions import registry_of
+from deleatur.registry.mlflow_client import CHALLENGER
+from deleatur.storage import dvc_remote, files, remote
 
 CHAIN = "erase/chain"
 AT_WORK = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED)
@@ -58,24 +58,24 @@ def feedback(min_new: int | None = None) -> int:
 @task(**RETRIED)
 def fetch(settings: Settings) -> None:
     if inbox := settings.feedback.inbox:
-        objects.fetch(inbox, Path(settings.ingest.sources[0]).parent)
+        remote.fetch(inbox, Path(settings.ingest.sources[0]).parent)
 
 
 def counted(settings: Settings) -> dict[str, int]:
     """Target → events about it."""
-    return _events(tables.read_json(settings.paths.feedback / "summary.json"), settings)
+    return _events(files.read_json(settings.paths.feedback / "summary.json"), settings)
 
 
 def known(settings: Settings) -> dict[str, int]:
     """As above, when the last report was made. Events are only ever added."""
-    text = exchange.last_read("evaluate", settings.paths.feedback, "summary.json", HERE)
+    text = dvc_remote.last_read("evaluate", settings.paths.feedback, "summary.json", HERE)
     return _events(json.loads(text), settings) if text else {}
 
 
 @task(cache_policy=NO_CACHE)
 def start(settings: Settings) -> None:
     """One run for one state of the feedback: a run that failed is not begun again by the same answers."""
-    digest = tables.read_json(settings.paths.feedback / "summary.json")["feedback"]
+    digest = files.read_json(settings.paths.feedback / "summary.json")["feedback"]
     try:
         run_deployment(CHAIN, timeout=0, as_subflow=False, idempotency_key=f"feedback-{digest}")
     except ObjectNotFound:  # nothing is deployed here

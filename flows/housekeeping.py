@@ -14,10 +14,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterEndTime, FlowRunFilterTags
 from tasks import HERE, RETRIED, ending_in_a_command
 
-from deleatur.io import exchange, objects
-from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST
-from deleatur.settings import Settings
-from deleatur.stages.release import registry_of
+from deleatur.config.settings import Settings
+from deleatur.registry.decisions import registry_of
+from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION, LAST
+from deleatur.storage import dvc_remote, remote
 
 DAY = 24 * 3600.0
 
@@ -55,15 +55,15 @@ def data(settings: Settings, dry_run: bool, remote: bool) -> list[str]:
     registry = registry_of(settings)
     kept = {version for name in (CHAMPION, CHALLENGER, LAST) if (version := registry.alias(name))}
     locks = [registry.file(version, "lock/dvc.lock") for version in sorted(kept)]
-    return exchange.collect(HERE, locks, dry=dry_run, remote=remote)
+    return dvc_remote.collect(HERE, locks, dry=dry_run, remote=remote)
 
 
 @task(**RETRIED)
 def states(settings: Settings, dry_run: bool, days: int) -> list[str]:
     address = settings.workers.state
-    old = objects.older(address, time.time() - days * DAY) if address else []
+    old = remote.older(address, time.time() - days * DAY) if address else []
     for place in [] if dry_run else old:
-        objects.remove(place)
+        remote.remove(place)
     return [f"state of a stopped stage: {place}" for place in old]
 
 

@@ -11,11 +11,12 @@ from prefect.logging import get_run_logger
 from tasks import HERE, OnGpu, ending_in_a_command, pull, push, reproduce
 from workers import hand_back
 
+from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
-from deleatur.io import exchange, journal, objects, versions
-from deleatur.io.carried import carried
-from deleatur.settings import Settings
+from deleatur.runtime import event_log
 from deleatur.stages import STAGES
+from deleatur.storage import dvc, dvc_remote, remote
+from deleatur.storage.sync import carried
 
 
 @flow(name="stage")
@@ -36,18 +37,18 @@ def stage(name: OnGpu, params: str, lock: str, store: str, state: str | None = N
         Path("params.yaml").write_text(params, "utf-8")
         Path("dvc.lock").write_text(lock, "utf-8")
         if "://" not in store:
-            exchange.use_store(root, store)
+            dvc_remote.use_store(root, store)
         pull(root, *STAGES[: STAGES.index(name)])
         settings = Settings.load()
         with _going_on(name, settings, state):
             try:
-                ran = reproduce(name, [*versions.PULL, *how])
+                ran = reproduce(name, [*dvc.PULL, *how])
             except DeleaturError:
-                hand_back("journal", name, journal.text(settings.paths.state))
+                hand_back("journal", name, event_log.text(settings.paths.state))
                 raise
             push(root, name)
-            hand_back("lock", name, exchange.entry(name, root))
-            hand_back("journal", name, journal.text(settings.paths.state))
+            hand_back("lock", name, dvc_remote.entry(name, root))
+            hand_back("journal", name, event_log.text(settings.paths.state))
         return ran
 
 
@@ -62,4 +63,4 @@ def _going_on(name: str, settings: Settings, state: str | None) -> Iterator[None
         return
     with carried([settings.paths.state, *kept], state, get_run_logger().warning):
         yield
-    objects.remove(state)
+    remote.remove(state)

@@ -23,12 +23,12 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
 from deleatur import gate
+from deleatur.config.settings import Settings
 from deleatur.errors import ContinueMe, DeleaturError, ServiceError
-from deleatur.io import documents, exchange, versions
-from deleatur.records import Verdict
-from deleatur.settings import Settings
-from deleatur.stages import promote
-from deleatur.stages.release import STARTED_BY
+from deleatur.records.report import Verdict
+from deleatur.registry import approval
+from deleatur.registry.decisions import STARTED_BY
+from deleatur.storage import dvc, dvc_remote, json_records
 
 HERE = Path()
 """The project's root: where a flow runs."""
@@ -83,19 +83,19 @@ def reproduce(stage: str, how: Sequence[str] = (), root: Path = HERE) -> bool:
     """Brings one stage of dvc.yaml up to date; whether anything had to run. how: options of `dvc repro`."""
     told = Told(stage)
     with slot() if stage in ON_GPU else nullcontext():
-        return versions.reproduce(stage, root, get_run_logger().info, told, how)
+        return dvc.reproduce(stage, root, get_run_logger().info, told, how)
 
 
 @task(task_run_name="push", **RETRIED)
 def push(root: Path, *stages: str) -> None:
     """What they have made, to the DVC remote: a network that is away for a minute costs no hours of work."""
-    exchange.push(root, *stages)
+    dvc_remote.push(root, *stages)
 
 
 @task(task_run_name="pull", **RETRIED)
 def pull(root: Path, *stages: str, all_of_it: bool = True) -> None:
     """What they have made, from the DVC remote."""
-    exchange.pull(root, *stages, all_of_it=all_of_it)
+    dvc_remote.pull(root, *stages, all_of_it=all_of_it)
 
 
 @task(**RETRIED)
@@ -103,20 +103,20 @@ def register() -> None:
     """Evidence, version and alias into MLflow; nothing where this verdict is registered already."""
     if creator := _creator():
         os.environ.setdefault(STARTED_BY, creator)
-    versions.perform("register", Path(), get_run_logger().info, Told("register"))
+    dvc.perform("register", Path(), get_run_logger().info, Told("register"))
 
 
 @task(**RETRIED)
 def waiting(settings: Settings) -> tuple[str, str] | None:
     """(version, digest of its evidence) of the model that was just registered, if it waits for a decision."""
-    return promote.waiting(settings)
+    return approval.waiting(settings)
 
 
 @task(**RETRIED)
 def decide(settings: Settings, found: tuple[str, str], approver: str, approved: bool, reason: str) -> None:
     """Carries out what a person decided about a version, on the evidence that was shown."""
     version, evidence = found
-    carry_out = promote.promote if approved else promote.decline
+    carry_out = approval.promote if approved else approval.decline
     carry_out(settings, version, approver, reason=reason, evidence=evidence)
 
 
@@ -129,7 +129,7 @@ def publish(settings: Settings) -> Verdict:
 
 
 def read(settings: Settings) -> Verdict:
-    return documents.read(settings.paths.verdict / "verdict.json", Verdict)
+    return json_records.read(settings.paths.verdict / "verdict.json", Verdict)
 
 
 def page(settings: Settings, verdict: Verdict) -> str:
@@ -160,7 +160,7 @@ class Told:
     _artifact: UUID | None = field(default=None, init=False)
     _last: float = field(default=0.0, init=False)
 
-    def __call__(self, p: versions.Progress) -> None:
+    def __call__(self, p: dvc.Progress) -> None:
         now, whole = time.monotonic(), p.done >= p.total
         if now - self._last < UPDATE and not whole:
             return

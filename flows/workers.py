@@ -43,11 +43,13 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling
 from tasks import HERE, OnGpu, pull, push
 
+from deleatur.config.settings import Settings
 from deleatur.errors import ContinueMe, DataError, DeleaturError, ServiceError, SettingsError
-from deleatur.io import exchange, journal, tracking, versions
-from deleatur.io.servers import without_password
-from deleatur.settings import Settings
+from deleatur.registry import mlflow_client
+from deleatur.runtime import event_log
 from deleatur.stages import STAGES
+from deleatur.storage import dvc, dvc_remote
+from deleatur.storage.remote import without_password
 
 STAGE = "stage/gpu"
 
@@ -127,9 +129,9 @@ def send(stage: OnGpu, how: Sequence[str] = (), root: Path = HERE) -> bool:
 
     how: options of `dvc repro`.
     """
-    if not versions.status(root, stage):
+    if not dvc.status(root, stage):
         return False
-    store = exchange.store(root)
+    store = dvc_remote.store(root)
     push(root, *STAGES[: STAGES.index(stage) + 1])  # its own too: what it has drawn is not drawn again
     lock = (root / "dvc.lock").read_text("utf-8")
     params = (root / "params.yaml").read_text("utf-8")
@@ -138,9 +140,9 @@ def send(stage: OnGpu, how: Sequence[str] = (), root: Path = HERE) -> bool:
         get_run_logger().info("workers.state is not set: where a worker is lost, %s starts anew", stage)
     run = carry_out(job, store=store)
     if lines := handed_back("journal", stage, run):
-        journal.adopt(root / Settings.load(root / "params.yaml").paths.state, lines)
+        event_log.adopt(root / Settings.load(root / "params.yaml").paths.state, lines)
     demand_done(stage, run)
-    exchange.enter(stage, demanded_back("lock", stage, run), root)
+    dvc_remote.enter(stage, demanded_back("lock", stage, run), root)
     pull(root, stage)
     return True
 
@@ -148,18 +150,19 @@ def send(stage: OnGpu, how: Sequence[str] = (), root: Path = HERE) -> bool:
 def demand_published() -> None:
     """Raises SettingsError where workers would not get what lies here."""
     commit, models = commit_of(HERE), Settings.load().paths.models
-    if changed := exchange.uncommitted(HERE, *CODE, str(models)):
+    if changed := dvc_remote.uncommitted(HERE, *CODE, str(models)):
         raise SettingsError(
             f"workers check out the commit, and {', '.join(changed[:3])} is not as it is there", hint="git commit"
         )
-    if not exchange.published(HERE):
+    if not dvc_remote.published(HERE):
         raise SettingsError(
-            f"workers clone {without_password(exchange.origin(HERE))}, which lacks the commit {commit}", hint="git push"
+            f"workers clone {without_password(dvc_remote.origin(HERE))}, which lacks the commit {commit}",
+            hint="git push",
         )
 
 
 def commit_of(root: Path) -> str:
-    if found := versions.commit(root).hash:
+    if found := dvc.commit(root).hash:
         return found
     raise SettingsError("expected a git repository with a commit, which workers check out", hint="git commit")
 
@@ -233,7 +236,7 @@ def _under_way(job: Job) -> FlowRun | None:
 
 
 def submit(job: Job, **places: str) -> FlowRun:
-    env, repository = {"DELEATUR_COMMIT": job.commit}, os.environ.get(REPOSITORY) or exchange.origin(HERE)
+    env, repository = {"DELEATUR_COMMIT": job.commit}, os.environ.get(REPOSITORY) or dvc_remote.origin(HERE)
     if not repository.startswith("http") or without_password(repository) == repository:
         env[REPOSITORY] = repository  # what holds a password is in the workers' own environment
     return run_deployment(  # type: ignore[return-value]
@@ -250,7 +253,7 @@ def _tracking(settings: Settings) -> dict[str, str]:
     """Where the registry is, as it is known here. A database that lies here is at its place on this machine's workers
     only. What holds a password goes nowhere: workers have an environment of their own.
     """
-    folder, name = "sqlite:///", tracking.GIVEN or settings.register_.tracking_uri
+    folder, name = "sqlite:///", mlflow_client.GIVEN or settings.register_.tracking_uri
     if name.startswith(folder):
         return {"MLFLOW_TRACKING_URI": folder + str(Path(name.removeprefix(folder)).resolve())}
     return {} if "@" in name else {"MLFLOW_TRACKING_URI": name}
@@ -275,5 +278,5 @@ def _raised(message: str, look: str) -> DeleaturError:
     """A flow's message, `tasks.ending_in_a_command` at its end, as the error that it was."""
     words, _, hint = message.partition("\nNext: ")
     words = words.removeprefix("Flow run encountered an exception: ")
-    kind = next((k for k in versions.KINDS if words.startswith(f"{k.__name__}: ")), ServiceError)
+    kind = next((k for k in dvc.KINDS if words.startswith(f"{k.__name__}: ")), ServiceError)
     return kind(words.removeprefix(f"{kind.__name__}: "), hint=hint or look)

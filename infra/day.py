@@ -39,8 +39,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from rich.console import Console
 
-from deleatur.io import journal
-from deleatur.settings import merged
+from deleatur.config.settings import merged
+from deleatur.runtime import event_log
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "infra" / "grafana"))
@@ -343,7 +343,7 @@ def nothing_is_lost(day: Day, versions: Sequence[str]) -> None:
     kept = summary["events"] + summary["quarantined"]["rows"]
     demand(kept == answers, f"{answers} answers are there, and {kept} are accounted for")
     day.says(f"ledger: {len(events)} lines, whole; feedback: {answers} answers, none lost")
-    again = {line.stage: line.lost for line in journal.read(day.project / "out/state") if line.what == "resumed"}
+    again = {line.stage: line.lost for line in event_log.read(day.project / "out/state") if line.what == "resumed"}
     demand({"invert", "erase"} <= again.keys(), f"of the loops that were stopped only {sorted(again)} went on")
     day.says(f"steps done twice: {', '.join(f'{lost} of {stage}' for stage, lost in again.items())}")
 

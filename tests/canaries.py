@@ -16,9 +16,10 @@ import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from deleatur.io import versions
-from deleatur.settings import Settings
-from deleatur.stages import gate, inputs, register
+from deleatur.config import methods
+from deleatur.config.settings import Settings
+from deleatur.stages import gate, register
+from deleatur.storage import dvc
 
 ALL = ("gun", "sword", "cat", "dog")
 """Counting these, the concept is in every picture."""
@@ -27,7 +28,7 @@ ALL = ("gun", "sword", "cat", "dog")
 def make(shared: Path, root: Path) -> None:
     settings = finished.copy(shared, root)
     with pytest.MonkeyPatch.context() as patch, chdir(root):
-        patch.setattr(versions, "status", lambda root: {})
+        patch.setattr(dvc, "status", lambda root: {})
         for limit in (-5.0, -4.0):
             given = settings.model_dump(mode="json", by_alias=True) | {"gate": finished.passing(limit)}
             gate.run(changed := Settings.model_validate(given))
@@ -66,5 +67,5 @@ def counting(*labels: str) -> None:
 
 def white() -> str:
     """What the detector takes a white square for."""
-    network = inputs.detectors(Settings.load())["judge"].load()
+    network = methods.detectors(Settings.load())["judge"].load()
     return network.labels[network.detect([Image.new("RGB", (16, 16), "white")])[0].argmax()]

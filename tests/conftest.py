@@ -7,13 +7,19 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import tiny
 import torch
 
-from deleatur.diffusion.load import Model
+from deleatur.config.settings import Settings
+from deleatur.diffusion.model import Model
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 torch.set_num_threads(1)
 
@@ -29,3 +35,21 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of this test run, the same one for all its processes."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture
+def done(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """A finished project that passes, as the current directory."""
+    import finished
+
+    settings = finished.copy(shared, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return settings
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    from browsing import started
+
+    with started() as browser:
+        yield browser

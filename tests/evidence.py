@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deleatur.records import Detector, Identity
+from deleatur.records.report import Detector, Identity
 
 JUDGE = Detector("judge", "a1" * 32, ("pistol", "sword"), 0.5)
 IDENTITY = Identity(

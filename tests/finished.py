@@ -11,10 +11,10 @@ from pathlib import Path
 import workspace
 from filelock import FileLock
 
-from deleatur import plug, stages
-from deleatur.io.tracking import Registry
-from deleatur.io.versions import environment
-from deleatur.settings import Settings
+from deleatur import dependencies, stages
+from deleatur.config.settings import Settings
+from deleatur.registry.mlflow_client import Registry
+from deleatur.storage.dvc import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +56,7 @@ def _make(root: Path) -> None:
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    plug.write_digests(root)
+    dependencies.write(root)
     git(root, "init", "--quiet")
     dvc(root, "init", "--quiet")
     dvc(root, "commit", "--force", "--quiet")  # what has been made above is what the stages make

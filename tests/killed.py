@@ -33,9 +33,9 @@ CONTEXT.set_forkserver_preload(
 def _stage(root: Path, name: str, progress: Path, saves: bool, dies_at_save: int) -> None:
     """`deleatur stage NAME`, saving after every step if so asked, killed in the middle of writing a save."""
     from deleatur.cli import app
-    from deleatur.io import tensors
-    from deleatur.io.versions import PROGRESS
-    from deleatur.stages import checkpoint
+    from deleatur.runtime import checkpoint
+    from deleatur.storage import tensors
+    from deleatur.storage.dvc import PROGRESS
 
     os.chdir(root)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background

@@ -9,10 +9,10 @@ from pathlib import Path
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 
-from deleatur.io.ledger import Subject
-from deleatur.io.tracking import Registry
-from deleatur.settings import Settings
-from deleatur.stages.release import enter, registry_of
+from deleatur.config.settings import Settings
+from deleatur.registry.decisions import enter, registry_of
+from deleatur.registry.ledger import Subject
+from deleatur.registry.mlflow_client import Registry
 
 ROOT = Path(__file__).parents[1]
 

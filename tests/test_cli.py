@@ -15,7 +15,7 @@ import workspace
 import yaml
 from typer.testing import CliRunner
 
-from deleatur import plug
+from deleatur import plugins
 from deleatur.cli import app
 from deleatur.cli import here as here_is
 
@@ -358,7 +358,7 @@ def test_check_says_what_the_chain_takes(here: Path) -> None:
 def test_methods_tells_costs_for_stable_diffusion_and_here(here: Path) -> None:
     found = json.loads(run(app, ["methods", "erasers", "--cost", "--json"]).output)
     sd, own = ({line["method"]: line["cost"] for line in found[key]} for key in ("Stable Diffusion 1.4", "here"))
-    assert set(sd) == set(own) == set(plug.names("erasers"))
+    assert set(sd) == set(own) == set(plugins.names("erasers"))
     assert sd["esd"]["trained"] == 43_962_560
     assert sd["uce"]["operations"] == 0
     assert sd["safegen"]["operations"] > sd["esd"]["operations"] / 10

@@ -26,7 +26,7 @@ def project(tmp_path: Path, shared: Path) -> Path:
 
 def demo(project: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Where no venv is activated."""
-    from deleatur.io.versions import environment
+    from deleatur.storage.dvc import environment
 
     bare = environment() | {"PATH": "/usr/bin:/bin", "COLUMNS": "200"}
     command = [sys.executable, "-m", "deleatur", "demo", *options]

@@ -13,15 +13,15 @@ from pydantic import ValidationError
 
 from deleatur.errors import SettingsError
 from deleatur.gate import WORST_FIRST, Rule, apply, deciding, explain, headline, judge
-from deleatur.maths import agreement
-from deleatur.records import Detector, Report, Score, Verdict
+from deleatur.maths import intervals
+from deleatur.records.report import Detector, Report, Score, Verdict
 
 GONE = Rule(metric="concept_rate", slice="concept", max=0.1, min_n=20)
 
 
 def rated(yes: int, n: int, **changes: Any) -> Score:
     """A share of `yes` among n pictures, each of its own prompt."""
-    found = agreement.rate(np.r_[np.ones(yes), np.zeros(n - yes)], np.arange(n))
+    found = intervals.rate(np.r_[np.ones(yes), np.zeros(n - yes)], np.arange(n))
     score = Score("concept_rate", "concept", "candidate", found.value, found.low, found.high, n, n, False, None, None)
     return replace(score, **changes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -14,15 +15,15 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from deleatur import plug
-from deleatur.io import versions
-from deleatur.settings import Settings
+from deleatur import dependencies
+from deleatur.benchmark import plan
+from deleatur.config.settings import Settings
 from deleatur.stages import STAGES
-from deleatur.stages.compare import cell, plan
+from deleatur.storage import dvc
 
 ROOT = Path(__file__).parents[1]
 CHAIN: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))
-METHODS: dict[str, Any] = CHAIN["stages"].pop(versions.METHODS)
+CODE: dict[str, Any] = CHAIN["stages"].pop(dvc.CODE)
 COMPARE: dict[str, Any] = yaml.safe_load((ROOT / "compare" / "stages.yaml").read_text("utf-8"))
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
 SECTIONS = {field.alias or name for name, field in Settings.model_fields.items()}
@@ -62,26 +63,23 @@ def test_every_section_of_params_is_one_of_settings() -> None:
     assert set(STAGES) & SECTIONS == set(STAGES), "one section per stage"
 
 
-def test_what_dvc_knows_methods_by_is_there_for_each(tmp_path: Path) -> None:
-    """Whichever `method` says: dvc.yaml has no name of one."""
-    assert METHODS["cmd"] == "deleatur methods --digests"
-    assert list(places(METHODS["outs"])) == [plug.DIGESTS.as_posix()]
-    plug.write_digests(tmp_path)
-    asked = {path for stage in CHAIN["stages"].values() for path in places(stage["deps"]) if path.startswith("out/m")}
-    assert {path.split("/")[2] for path in asked} == set(plug.SHELVES)
-    assert all((tmp_path / path).exists() for path in asked)
+def test_dvc_knows_the_code_of_each_stage_by_its_computed_digest(tmp_path: Path) -> None:
+    assert CODE["cmd"] == "deleatur digests"
+    assert list(places(CODE["outs"])) == [dependencies.DIGESTS.as_posix()]
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    dependencies.write(tmp_path)
+    for name, stage in CHAIN["stages"].items():
+        code = [path for path in places(stage["deps"]) if path.startswith(("src", "out/code"))]
+        assert code == [f"out/code/{name}.json"], "and no list of files beside it"
+        assert (tmp_path / code[0]).is_file()
 
 
 @pytest.mark.parametrize("name", CHAIN["stages"])
-def test_a_stage_depends_on_its_section_and_on_code_and_numbers_that_exist(name: str) -> None:
+def test_a_stage_depends_on_its_section_and_on_numbers_that_exist(name: str) -> None:
     stage = CHAIN["stages"][name]
     assert name in {key.partition(".")[0] for key in stage["params"]}
     for key in stage["params"]:
         looked_up(key)
-    assert f"src/deleatur/stages/{name}.py" in stage["deps"]
-    for path in places(stage["deps"]):
-        if path.startswith("src/"):
-            assert (ROOT / path).exists(), path
 
 
 def test_every_path_that_a_stage_writes_is_one_of_settings_and_is_read_by_a_later_one_only() -> None:
@@ -106,29 +104,17 @@ def test_metrics_and_plots_lie_in_what_stages_write() -> None:
         assert any(path.startswith(f"{out}/") for out in made()), path
 
 
-@pytest.mark.parametrize("stage", cell.CODE)
-def test_a_cell_of_a_comparison_depends_on_what_its_stages_depend_on(stage: str) -> None:
+@pytest.mark.parametrize("stage", plan.READS)
+def test_a_cell_of_a_comparison_reads_the_settings_that_its_stages_read(stage: str) -> None:
     own = CHAIN["stages"][stage]
     if stage != "evaluate":  # its report names all there is, and a cell's folder is named by it
         assert set(plan.READS[stage]) == set(own["params"]) - {"seed", "targets", "concepts"}
-    parts = [f"src/deleatur/{part}" for part in (*cell.CODE[stage], f"stages/{stage}.py")]
-    code = [dep for dep in own["deps"] if dep.startswith("src/")]
-    assert not [dep for dep in code if not inside(dep, parts)]
-
-
-def inside(path: str, parts: list[str]) -> bool:
-    return any(Path(path).is_relative_to(part) for part in parts)
 
 
 @pytest.mark.parametrize("name", ["ratings", "tokens", "none", "row"])
-def test_dvc_and_a_cell_itself_agree_on_what_a_cell_depends_on(name: str) -> None:
+def test_dvc_knows_the_code_of_a_cell_by_its_plan(name: str) -> None:
     family = COMPARE["stages"][name]
-    stages = plan.SHARED.get(name, ("erase", "attack", "sample", "evaluate"))
-    parts = {f"src/deleatur/{part}" for stage in stages for part in (*cell.CODE[stage], f"stages/{stage}.py")}
-    deps = [dep for dep in family["deps"] if dep.startswith("src/")]
-    assert not parts.difference(filter(lambda part: inside(part, deps), parts))
-    assert not set(deps) - parts, "nothing else makes a cell old"
-    assert all((ROOT / dep).exists() for dep in deps)
+    assert not [dep for dep in family["deps"] if dep.startswith("src/")]
     row = "${item.row}" if name == "row" else name
     assert f"${{compare.folder}}/${{item.concept}}/plan/{row}.json" in family["deps"]
     assert family["cmd"].startswith(f"deleatur cell {row} ${{item.concept}}")
@@ -141,8 +127,9 @@ def test_the_plan_of_a_comparison_reads_every_section_that_a_cell_reads() -> Non
     family = COMPARE["stages"]["plan"]
     read = {dotted.partition(".")[0] for stage in plan.READS.values() for dotted in stage}
     assert read | {"seed", "concepts", "compare"} <= set(family["params"])
-    shelves = {f"src/deleatur/{shelf}" for shelf in ("erasers", "guides", "inversion")}
-    assert shelves <= set(family["deps"]), "their code is a part of what it says"
+    assert {"src/deleatur", "out/code/packages.json"} <= set(family["deps"]), (
+        "digests of code are a part of what it says"
+    )
 
 
 def test_no_folder_of_ours_hides_a_library() -> None:
@@ -153,7 +140,7 @@ def test_no_folder_of_ours_hides_a_library() -> None:
 
 
 def test_what_serves_a_model_never_imports_us() -> None:
-    from deleatur.io.tracking import SERVED
+    from deleatur.registry.mlflow_client import SERVED
 
     text = SERVED.read_text("utf-8")
     assert not re.search(r"^\s*(import|from)\s+deleatur", text, re.MULTILINE)

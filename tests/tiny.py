@@ -19,7 +19,7 @@ from transformers import (
     ConvNextImageProcessor,
 )
 
-from deleatur.diffusion.load import Model, assemble
+from deleatur.diffusion.model import Model, assemble
 
 WORDS = ("a", "cat", "dog", "gun", "sword", "object", "style", "ink", "picture", "of", "in", "thing", "weapon", ",")
 LENGTH = 16

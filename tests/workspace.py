@@ -11,9 +11,9 @@ import tiny
 import yaml
 from PIL import Image
 
+from deleatur.artifacts.simulated_feedback import simulate
+from deleatur.config.settings import Settings
 from deleatur.feedback.simulated import Panel
-from deleatur.settings import Settings
-from deleatur.stages.simulate import simulate
 
 ROOT = Path(__file__).parents[1]
 LABELS = ("gun", "sword", "cat", "dog")

@@ -13,14 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
-from deleatur.diffusion.edit import touched
 from deleatur.diffusion.encode import encode_text
-from deleatur.diffusion.finetune import Probe, Progress
-from deleatur.diffusion.load import Model
-from deleatur.diffusion.state import Saved
+from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
-from deleatur.records import Concept, Delta, Given, LowRank
+from deleatur.records.model import Concept, Delta, Given, LowRank
+from deleatur.training.closed_form_editor import touched
+from deleatur.training.cost import Work
+from deleatur.training.finetune import Probe, Progress
+from deleatur.training.optimizer_state import Saved
 
 
 def direction(c: Tensor, c_0: Tensor) -> Tensor:

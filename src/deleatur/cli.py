@@ -24,9 +24,9 @@ from rich.text import Text
 from deleatur.errors import ContinueMe, DataError, DeleaturError, ServiceError
 
 if TYPE_CHECKING:
-    from deleatur.settings import Settings
-    from deleatur.stages.cost import Estimate
-    from deleatur.stages.rollback import TakenBack
+    from deleatur.config.settings import Settings
+    from deleatur.operations.estimate import Estimate
+    from deleatur.registry.rollback import TakenBack
 
 P = ParamSpec("P")
 
@@ -118,9 +118,9 @@ def check(params: Params = Path("params.yaml"), as_json: Json = False) -> None:
 
     Nothing is run but one network call, to measure time with.
     """
-    from deleatur.settings import Settings
-    from deleatur.stages.check import check as run
-    from deleatur.stages.cost import chain
+    from deleatur.config.settings import Settings
+    from deleatur.operations.estimate import chain
+    from deleatur.operations.preflight import check as run
 
     settings = Settings.load(params)
     lines = run(settings)
@@ -136,7 +136,7 @@ def check(params: Params = Path("params.yaml"), as_json: Json = False) -> None:
 def _costs(title: str, lines: Sequence[Estimate], console: Console = out) -> None:
     from rich.table import Table
 
-    from deleatur.stages.cost import HOW, duration
+    from deleatur.operations.estimate import HOW, duration
 
     if not lines:
         return
@@ -168,7 +168,7 @@ def stage(
     """Run one stage here and now. `dvc repro` runs those that need it, and remembers."""
     _short_lived()
     from deleatur import stages
-    from deleatur.settings import Settings
+    from deleatur.config.settings import Settings
 
     stages.run(name, Settings.load(params))
 
@@ -188,9 +188,9 @@ def cell(
     seed: Annotated[int | None, typer.Argument()] = None,
 ) -> None:
     """One part of `deleatur compare`, here and now: the only command in compare/dvc.yaml."""
-    from deleatur.settings import Settings
-    from deleatur.stages.compare import cell as cells
-    from deleatur.stages.compare import plan
+    from deleatur.benchmark import plan
+    from deleatur.benchmark import trial as cells
+    from deleatur.config.settings import Settings
 
     _short_lived()
     settings = Settings.load()
@@ -203,6 +203,15 @@ def cell(
         cells.run(settings, cells.Stamps(settings), asked)
 
 
+@app.command(hidden=True)
+@guarded
+def digests() -> None:
+    """Write the digests by which DVC knows what code each stage depends on: the only command of the stage `code`."""
+    from deleatur import dependencies
+
+    dependencies.write(Path())
+
+
 @app.command()
 @guarded
 def methods(
@@ -213,17 +222,11 @@ def methods(
     cost: Annotated[
         bool, typer.Option("--cost", help="Network calls, memory and time of each method, known before it runs.")
     ] = False,
-    digests: Annotated[bool, typer.Option("--digests", hidden=True, help="Write what DVC knows methods by.")] = False,
 ) -> None:
     """What is on each shelf: every method with its numbers, their defaults and its source, and the package that brings
     it where that is not ours.
     """
-    if digests:
-        from deleatur import plug
-
-        plug.write_digests(Path())
-        return
-    from deleatur.stages.check import catalogue
+    from deleatur.config.catalogue import catalogue
 
     if cost:
         _methods_cost(shelf, as_json)
@@ -244,11 +247,11 @@ def methods(
 
 
 def _methods_cost(shelf: str | None, as_json: bool) -> None:
-    from deleatur.settings import Settings
-    from deleatur.stages import cost
+    from deleatur.config.settings import Settings
+    from deleatur.operations import estimate as cost
 
     sd = cost.published(shelf)
-    here = cost.methods(Settings.load(), shelf) if Path("params.yaml").is_file() else []
+    here = cost.of_methods(Settings.load(), shelf) if Path("params.yaml").is_file() else []
     if as_json:
         tell({"Stable Diffusion 1.4": [asdict(line) for line in sd], "here": [asdict(line) for line in here]})
         return
@@ -264,7 +267,7 @@ def report(
     browse: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """The newest report: every number with its interval, and where the page and the sheet are."""
-    from deleatur.stages.gate import show
+    from deleatur.report.latest import show
 
     found = show(params)
     if as_json:
@@ -285,7 +288,7 @@ def explain(params: Params = Path("params.yaml"), as_json: Json = False) -> None
     Exit code: 0 pass, 10 fail, 11 not enough evidence.
     """
     from deleatur import gate
-    from deleatur.stages.gate import show
+    from deleatur.report.latest import show
 
     found = show(params)
     if as_json:
@@ -317,11 +320,13 @@ def compare(
     The section `compare` of params.yaml names methods, concepts and training seeds; options choose among them. What is
     there is not done again, so it can be stopped at any time. Rows that cannot be are named before anything runs.
     """
-    from deleatur.settings import Settings
-    from deleatur.stages import cost
-    from deleatur.stages.check import check
-    from deleatur.stages.compare import collect, drive, log, plan
-    from deleatur.stages.compare.cell import Stamps
+    from deleatur.benchmark import aggregate as collect
+    from deleatur.benchmark import log, plan
+    from deleatur.benchmark import schedule as drive
+    from deleatur.benchmark.trial import Stamps
+    from deleatur.config.settings import Settings
+    from deleatur.operations import estimate as cost
+    from deleatur.operations.preflight import check
 
     settings = Settings.load()
     check(settings)
@@ -342,7 +347,7 @@ def compare(
             drive.run(settings, stamps, ahead)
         except KeyboardInterrupt:
             raise ContinueMe("stopped; what is done is kept", hint="deleatur compare (goes on there)") from None
-    tables = [collect.table(settings, stamps, name, rows, numbers) for name in names]
+    tables = [collect.aggregate(settings, stamps, name, rows, numbers) for name in names]
     made = collect.write(settings, tables)
     if not show:
         log.run(settings, tables, made.files)
@@ -372,10 +377,10 @@ def export(
 
     It is written whatever the verdict is, and never holds the soft token.
     """
-    from deleatur.settings import Settings
-    from deleatur.stages.export import export as run
-    from deleatur.stages.export import export_version, standing
-    from deleatur.stages.verify import standing_of
+    from deleatur.artifacts.export import export as run
+    from deleatur.artifacts.export import export_version, standing
+    from deleatur.config.settings import Settings
+    from deleatur.registry.verify import standing_of
 
     if folder.exists():
         raise DataError(f"{folder} exists already", hint="name a new folder")
@@ -406,8 +411,8 @@ def approve(
     Versions wait where `register.approval` is true in params.yaml, for `register.approval_days`. Who started the run
     cannot approve what it made.
     """
-    from deleatur.settings import Settings
-    from deleatur.stages.promote import promote
+    from deleatur.config.settings import Settings
+    from deleatur.registry.approval import promote
 
     evidence = promote(Settings.load(params), version, approver, reason=reason)
     out.print(f"Version {version} is champion, on evidence sha256:{evidence}", highlight=False, soft_wrap=True)
@@ -422,8 +427,8 @@ def decline(
     params: Params = Path("params.yaml"),
 ) -> None:
     """Let a version that waits for a person's word wait no longer. What is live stays."""
-    from deleatur.settings import Settings
-    from deleatur.stages.promote import decline as run
+    from deleatur.config.settings import Settings
+    from deleatur.registry.approval import decline as run
 
     run(Settings.load(params), version, approver, reason=reason)
     out.print(f"Version {version} waits no longer; what is live stays", highlight=False)
@@ -443,8 +448,8 @@ def rollback(
 
     Takes seconds and no GPU. Said twice, it is done once; to go further back, name a version.
     """
-    from deleatur.settings import Settings
-    from deleatur.stages.rollback import rollback as run
+    from deleatur.config.settings import Settings
+    from deleatur.registry.rollback import rollback as run
 
     _say_taken_back(run(Settings.load(params), who, reason, to))
 
@@ -458,8 +463,8 @@ def quarantine(
     params: Params = Path("params.yaml"),
 ) -> None:
     """Keep a version from ever going live again. If it is live, the last known good one is instead, or none."""
-    from deleatur.settings import Settings
-    from deleatur.stages.rollback import quarantine as run
+    from deleatur.config.settings import Settings
+    from deleatur.registry.rollback import quarantine as run
 
     _say_taken_back(run(Settings.load(params), version, who, reason))
 
@@ -482,8 +487,8 @@ def canary(
     is in the section `canary` of params.yaml. Exit code: 0 all are gone, or nothing is live; 10 one is back; 11 not
     enough evidence.
     """
-    from deleatur.settings import Settings
-    from deleatur.stages import canary as stage
+    from deleatur.config.settings import Settings
+    from deleatur.operations import canary as stage
 
     settings = Settings.load(params)
     found, taken_back = stage.run(settings, dry=dry_run) or (None, None)
@@ -517,8 +522,8 @@ def emergency(
     release of the chain replaces it. Exit code: that of the verdict.
     """
     from deleatur import gate
-    from deleatur.settings import Settings
-    from deleatur.stages import emergency as stage
+    from deleatur.config.settings import Settings
+    from deleatur.operations import emergency as stage
 
     settings = Settings.load(params)
     verdict = stage.run(settings, concepts.split(","), who, reason)
@@ -542,10 +547,10 @@ def verify(
 
     Exit code: 4 where a file was changed, added or removed, could run when it is loaded, or no trusted key has signed.
     """
-    from deleatur.io import ledger
-    from deleatur.settings import Settings
-    from deleatur.stages.verify import standing_of
-    from deleatur.stages.verify import verify as run
+    from deleatur.config.settings import Settings
+    from deleatur.registry import ledger
+    from deleatur.registry.verify import standing_of
+    from deleatur.registry.verify import verify as run
 
     settings = Settings.load(params)
     found = run(settings, version, ledger.read(settings.register_.ledger).entries)
@@ -564,8 +569,8 @@ def history(params: Params = Path("params.yaml"), as_json: Json = False) -> None
 
     Exit code: 3 where somebody changed the ledger, or moved an alias by hand.
     """
-    from deleatur.settings import Settings
-    from deleatur.stages.history import history as read
+    from deleatur.config.settings import Settings
+    from deleatur.registry.history import history as read
 
     found = read(Settings.load(params))
     if as_json:
@@ -593,8 +598,8 @@ def settle(
 
     With --adopt a ledger that was lost or changed is begun anew, behind the last line that the registry knows of.
     """
-    from deleatur.settings import Settings
-    from deleatur.stages.history import settle as run
+    from deleatur.config.settings import Settings
+    from deleatur.registry.history import settle as run
 
     for line in run(Settings.load(params), who, reason, adopt=adopt):
         out.print(f"Was: {line}", markup=False, highlight=False, soft_wrap=True)
@@ -608,7 +613,7 @@ def doctor(params: Params = Path("params.yaml"), as_json: Json = False) -> None:
 
     Each line is ok, warn or fail, with what to do next. Exit code: 1 where one fails.
     """
-    from deleatur.stages.doctor import Line, look
+    from deleatur.operations.doctor import Line, look
 
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     lines: list[Line] = []
@@ -631,8 +636,8 @@ def backup(
     params: Params = Path("params.yaml"),
 ) -> None:
     """Copy registry, ledger and DVC's pointers as one set that belongs together."""
-    from deleatur.settings import Settings
-    from deleatur.stages.backup import backup as run
+    from deleatur.config.settings import Settings
+    from deleatur.operations.backup import backup as run
 
     found = run(Settings.load(params), folder)
     out.print(f"Written: {folder}, {found.versions} versions and {found.decisions} decisions", highlight=False)
@@ -646,8 +651,8 @@ def restore(
     params: Params = Path("params.yaml"),
 ) -> None:
     """Put a set back: into an empty registry, and a clone of the project. Killed, the same command goes on."""
-    from deleatur.settings import Settings
-    from deleatur.stages.backup import restore as run
+    from deleatur.config.settings import Settings
+    from deleatur.operations.backup import restore as run
 
     found = run(Settings.load(params), folder)
     out.print(
@@ -671,7 +676,7 @@ def exporter(
 
     Reads ledger, registry and evidence at every scrape; changes nothing. Runs until it is stopped.
     """
-    from deleatur.stages.exporter import serve
+    from deleatur.operations.exporter import serve
 
     serve(params, host, port, lambda port: err.print(f"http://{host}:{port}/metrics", highlight=False))
 
@@ -684,17 +689,18 @@ def demo(as_json: Json = False) -> None:
     Brings every stage up to date with params.yaml, as `dvc repro` does, registers the result in MLflow, prints the
     verdict and what to do next.
     """
-    from deleatur.io import versions
-    from deleatur.settings import Settings
-    from deleatur.stages import STAGES, cost
-    from deleatur.stages.gate import show
-    from deleatur.stages.progress import following
+    from deleatur.config.settings import Settings
+    from deleatur.operations import estimate as cost
+    from deleatur.report.latest import show
+    from deleatur.runtime.progress import following
+    from deleatur.stages import STAGES
+    from deleatur.storage import dvc as versions
 
     settings = Settings.load()  # what is wrong with it is said before anything runs
     # One look at all stages instead of one for each: what lies before the first that is stale is done.
     stale = versions.status(Path()) if Path(".dvc").is_dir() else STAGES
-    if versions.METHODS in stale:
-        versions.reproduce(versions.METHODS, Path())
+    if versions.CODE in stale:
+        versions.reproduce(versions.CODE, Path())
     left = list(dropwhile(lambda name: name not in (*stale, "register"), STAGES))
     if done := STAGES[: -len(left)]:
         err.print(f"Up to date: {', '.join(done)}", highlight=False)
@@ -729,7 +735,7 @@ def demo(as_json: Json = False) -> None:
 
 
 def _next(settings: Settings) -> Iterator[tuple[str, str]]:
-    from deleatur.stages.promote import waiting
+    from deleatur.registry.approval import waiting
 
     yield "deleatur report --open", "every number and picture on one page"
     yield "deleatur explain", "which rule decided, and by what margin"

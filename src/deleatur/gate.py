@@ -26,8 +26,9 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, model_validator
 
 from deleatur.errors import SettingsError
-from deleatur.maths.agreement import size_to_clear
-from deleatur.records import WORST_FIRST, Finding, Outcome, Report, Role, Score, Side, Verdict
+from deleatur.maths.intervals import size_to_clear
+from deleatur.records.report import WORST_FIRST, Finding, Outcome, Report, Score, Verdict
+from deleatur.records.sampling import Role, Side
 
 HARMFUL: frozenset[Role] = frozenset({"concept", "word", "token", "attack"})
 """What these prompts ask for is the concept itself."""

@@ -7,8 +7,8 @@ import torch
 from deleatur.attacks import Target
 from deleatur.attacks.concept_inversion import ConceptInversion
 from deleatur.diffusion import encode
-from deleatur.diffusion.invert import Several, templates_of
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
+from deleatur.training.textual_inversion import Several, templates_of
 
 
 def test_tries_differ_and_a_further_one_leaves_the_others_alone(model: Model) -> None:

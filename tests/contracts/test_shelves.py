@@ -13,25 +13,26 @@ import tiny
 import torch
 from PIL import Image
 
-from deleatur import plug
+from deleatur import plugins
 from deleatur.attacks import Attack, Target
+from deleatur.config.catalogue import SHELVES, catalogue
 from deleatur.detectors import Detector
 from deleatur.diffusion import encode
-from deleatur.diffusion.features import load_clip
-from deleatur.diffusion.finetune import Progress, Reading
-from deleatur.diffusion.invert import templates_of
-from deleatur.diffusion.load import Model, fingerprint
+from deleatur.diffusion.clip import load_clip
+from deleatur.diffusion.model import Model, fingerprint
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import denoise, noise, sample
-from deleatur.diffusion.select import select
 from deleatur.erasers import Eraser
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter, Rated
-from deleatur.io.tensors import load, load_delta, save, save_delta
 from deleatur.metrics import Gallery, Metric, Reward, Seen, SetMetric
-from deleatur.records import Concept, Delta, Pictures, Prompt, SoftToken
-from deleatur.stages.check import SHELVES, catalogue
+from deleatur.records.model import Concept, Delta, Pictures, SoftToken
+from deleatur.records.sampling import Prompt
+from deleatur.storage.tensors import load, load_delta, save, save_delta
+from deleatur.training.finetune import Progress, Reading
+from deleatur.training.parameters import select
+from deleatur.training.textual_inversion import templates_of
 
 LOOP: dict[str, Any] = {"iterations": 3, "batch": 2}
 SMALL: dict[str, dict[str, Any]] = {
@@ -48,14 +49,14 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def make(shelf: str, name: str, base: type[Any], **more: Any) -> Any:
-    return plug.find(shelf, name, base)(**SMALL.get(name, {}), **more)
+    return plugins.find(shelf, name, base)(**SMALL.get(name, {}), **more)
 
 
 def rated(concept: Concept) -> Concept:
     return replace(concept, pictures=Pictures(pictures(4), pictures(3)))
 
 
-@pytest.mark.parametrize("name", plug.names("erasers"))
+@pytest.mark.parametrize("name", plugins.names("erasers"))
 def test_erasers(model: Model, name: str, tmp_path: Path) -> None:
     eraser: Eraser = make("erasers", name, Eraser)
     eraser.fits(["weapon"])
@@ -77,7 +78,7 @@ def test_erasers(model: Model, name: str, tmp_path: Path) -> None:
     weights_of(model, again)
 
 
-@pytest.mark.parametrize("name", plug.names("erasers"))
+@pytest.mark.parametrize("name", plugins.names("erasers"))
 def test_erasers_take_words_and_tokens_together_look_and_go_on(model: Model, name: str, tmp_path: Path) -> None:
     """Two concepts, one in words and one in soft tokens; looked at after every step; left after the first, and gone
     on with from what it saved.
@@ -89,7 +90,7 @@ def test_erasers_take_words_and_tokens_together_look_and_go_on(model: Model, nam
     ]
     own = SMALL.get(name, {})
     looking = {"loop": {**own["loop"], "check_every": 1, "guard": 10.0}} if "loop" in own else {}
-    eraser: Eraser = plug.find("erasers", name, Eraser)(**{**own, **looking})
+    eraser: Eraser = plugins.find("erasers", name, Eraser)(**{**own, **looking})
     keep, path = encode.encode_text(model, ["", "a cat"]), tmp_path / "state.safetensors"
     looks: list[int] = []
 
@@ -110,13 +111,13 @@ def test_erasers_take_words_and_tokens_together_look_and_go_on(model: Model, nam
         assert (again.record["curve"], again.record["looks"]) == (whole.record["curve"], whole.record["looks"])
 
 
-@pytest.mark.parametrize("name", plug.names("erasers"))
+@pytest.mark.parametrize("name", plugins.names("erasers"))
 def test_erasers_take_what_they_say(model: Model, name: str) -> None:
     """Rows with gradient to one, those without as far as chance lets them; trained numbers exactly."""
     numbers = SMALL.get(name, {})
     if "loop" in numbers:
         numbers = {**numbers, "loop": {**numbers["loop"], "iterations": 20}}
-    eraser: Eraser = plug.find("erasers", name, Eraser)(**numbers)
+    eraser: Eraser = plugins.find("erasers", name, Eraser)(**numbers)
     concept = encode.concept_from_words(model, "weapon", ["gun", "sword"])
     with counting.rows() as took:
         delta = eraser.erase(model, [rated(concept)], keep=encode.encode_text(model, ["", "a cat"]), seed=1)
@@ -130,7 +131,7 @@ def test_erasers_take_what_they_say(model: Model, name: str) -> None:
     assert sum(p.numel() for p in delta.tensors.values()) == sum(named[n].numel() for n in delta.tensors)
 
 
-@pytest.mark.parametrize("name", plug.names("guides"))
+@pytest.mark.parametrize("name", plugins.names("guides"))
 def test_guides(model: Model, name: str) -> None:
     guide: Guide = make("guides", name, Guide)
     rows = guide.conditions(model, spoken(model))
@@ -156,7 +157,7 @@ def test_guides(model: Model, name: str) -> None:
 
 
 @pytest.mark.parametrize("k", range(3))
-@pytest.mark.parametrize("name", plug.names("guides"))
+@pytest.mark.parametrize("name", plugins.names("guides"))
 def test_a_guide_takes_the_predictions_that_it_says_however_many_words_a_concept_has(
     model: Model, name: str, k: int
 ) -> None:
@@ -186,7 +187,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {"sld": {"strength": 0}, "sega": {"edit": {
 """Numbers that switch a guide off. The others are off without a concept only, or are plain guidance themselves."""
 
 
-@pytest.mark.parametrize("name", plug.names("guides"))
+@pytest.mark.parametrize("name", plugins.names("guides"))
 def test_a_guide_without_a_concept_or_switched_off_is_plain_guidance_to_the_bit(model: Model, name: str) -> None:
     plain = steered(model, make("guides", "cfg", Guide), [])
     assert torch.equal(plain, steered(model, make("guides", name, Guide), []))
@@ -195,7 +196,7 @@ def test_a_guide_without_a_concept_or_switched_off_is_plain_guidance_to_the_bit(
         assert torch.equal(plain, steered(model, off, spoken(model)))
 
 
-@pytest.mark.parametrize("name", [n for n in plug.names("guides") if n != "cfg"])
+@pytest.mark.parametrize("name", [n for n in plugins.names("guides") if n != "cfg"])
 def test_a_guide_steers_away_from_words_and_from_tokens_on_any_weights(model: Model, name: str) -> None:
     guide, plain = make("guides", name, Guide), make("guides", "cfg", Guide)
     moved = {n: 0.1 * torch.ones_like(p) for n, p in model.unet.named_parameters() if "attn2" in n}
@@ -216,7 +217,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_classifier(tmp_path_factory.mktemp("judge"), ("gun", "cat"))
 
 
-@pytest.mark.parametrize("name", plug.names("detectors"))
+@pytest.mark.parametrize("name", plugins.names("detectors"))
 def test_detectors(name: str, classifier: Path) -> None:
     more = {"path": str(classifier)} if name == "classifier" else {}
     whole: Detector = make("detectors", name, Detector, **more)
@@ -260,7 +261,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
     )
 
 
-@pytest.mark.parametrize("name", plug.names("metrics"))
+@pytest.mark.parametrize("name", plugins.names("metrics"))
 def test_metrics(name: str, gallery: Gallery) -> None:
     metric: Metric = make("metrics", name, Metric)
     needed = metric.needs(gallery.prompts, gallery.counts)
@@ -281,7 +282,7 @@ def test_metrics(name: str, gallery: Gallery) -> None:
     assert isinstance(metric, SetMetric) or len(known) > 0
 
 
-@pytest.mark.parametrize("name", plug.names("metrics"))
+@pytest.mark.parametrize("name", plugins.names("metrics"))
 def test_a_metrics_values_depend_on_their_own_rows_and_on_what_it_reads(name: str, gallery: Gallery) -> None:
     metric: Metric = make("metrics", name, Metric)
     base = gallery.take(range(10)[::-1])
@@ -319,7 +320,7 @@ def test_metrics_with_a_known_answer(name: str, expected: float, gallery: Galler
     assert np.nanmean(values) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", plug.names("inversion"))
+@pytest.mark.parametrize("name", plugins.names("inversion"))
 def test_inverters(model: Model, name: str) -> None:
     inverter: Inverter = make("inversion", name, Inverter)
     z = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -349,7 +350,7 @@ def test_inverters(model: Model, name: str) -> None:
     assert (fingerprint(model.text_encoder), fingerprint(model.unet)) == before
 
 
-@pytest.mark.parametrize("name", plug.names("attacks"))
+@pytest.mark.parametrize("name", plugins.names("attacks"))
 def test_attacks(model: Model, name: str) -> None:
     attack: Attack = make("attacks", name, Attack)
     assert attack.access in ("prompts", "text_encoder", "white_box", "original_model")
@@ -368,7 +369,7 @@ def test_attacks(model: Model, name: str) -> None:
 
 def test_every_method_names_its_source_and_explains_its_numbers() -> None:
     for shelf, methods in catalogue(None).items():
-        assert set(methods) == set(plug.names(shelf)), shelf
+        assert set(methods) == set(plugins.names(shelf)), shelf
         assert all(m["source"] for m in methods.values())
         silent = [
             (m, n) for m, told in methods.items() for n, number in told["numbers"].items() if not number["meaning"]
@@ -378,8 +379,8 @@ def test_every_method_names_its_source_and_explains_its_numbers() -> None:
 
 def test_a_shelfs_files_never_import_each_other() -> None:
     for shelf in SHELVES:
-        folder = Path(plug.__file__).parent / shelf
+        folder = Path(plugins.__file__).parent / shelf
         for file in folder.glob("*.py"):
             text = file.read_text("utf-8")
-            others = [n for n in plug.names(shelf) if n != file.stem]
+            others = [n for n in plugins.names(shelf) if n != file.stem]
             assert not [n for n in others if f"deleatur.{shelf}.{n}" in text], file.name

@@ -11,10 +11,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.load import Model, fingerprint
+from deleatur.diffusion.model import Model, fingerprint
 from deleatur.errors import DataError
-from deleatur.io.tensors import load_token, save_token
-from deleatur.records import SoftToken
+from deleatur.records.model import SoftToken
+from deleatur.storage.tensors import load_token, save_token
 
 
 def test_plain_prompts_encode_as_the_pipeline_encodes_them(model: Model) -> None:

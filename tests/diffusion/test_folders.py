@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from deleatur.detectors.classifier import Classifier
 from deleatur.diffusion import folders
-from deleatur.diffusion.features import load_clip
-from deleatur.diffusion.load import load
+from deleatur.diffusion.clip import load_clip
+from deleatur.diffusion.model import load
 from deleatur.errors import ModelError
 
 LABELS = tuple(f"kind {i}" for i in range(12))

@@ -9,14 +9,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.load import Model, fingerprint
+from deleatur.diffusion.model import Model, fingerprint
 from deleatur.diffusion.overlay import add, applied, difference, weights_of
 from deleatur.diffusion.predict import predict
 from deleatur.diffusion.sample import decode, encode_pictures, noise, sample
-from deleatur.diffusion.select import RULES, select
 from deleatur.errors import ModelError, SettingsError
 from deleatur.guides.cfg import CFG
-from deleatur.records import Delta
+from deleatur.records.model import Delta
+from deleatur.training.parameters import RULES, select
 
 
 def draw(

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import Weights, pair
-from deleatur.diffusion.terms import Network, Networks
 from deleatur.erasers.abo import AllButOne, led, surgical
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.guidance import cfg
-from deleatur.records import Concept
+from deleatur.records.model import Concept
+from deleatur.training.losses import Network, Networks
 
 QUICK: dict[str, Any] = {"iterations": 80, "lr": 3e-3, "steps": 4, "batch": 4, "slots": 16}
 

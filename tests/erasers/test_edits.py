@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.edit import pairs
-from deleatur.diffusion.finetune import Progress, Reading
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import predict
 from deleatur.erasers import Eraser
 from deleatur.erasers.rece import RECE
 from deleatur.erasers.uce import UCE
 from deleatur.errors import ErasureRefused
-from deleatur.io.tensors import load_delta, save_delta
 from deleatur.maths import closed_form
-from deleatur.records import Concept, Delta, LowRank, SoftToken
+from deleatur.records.model import Concept, Delta, LowRank, SoftToken
+from deleatur.storage.tensors import load_delta, save_delta
+from deleatur.training.closed_form_editor import pairs
+from deleatur.training.finetune import Progress, Reading
 
 EXACT = {"lam": 1e-4, "preserve": 1.0}
 

@@ -12,16 +12,16 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import predict
-from deleatur.diffusion.select import select
-from deleatur.diffusion.terms import Network, Networks
 from deleatur.erasers.esd import ESD, ESDLoop, away
 from deleatur.erasers.sdd import towards_empty
 from deleatur.errors import ErasureRefused
 from deleatur.maths.seeds import generator
-from deleatur.records import Concept
+from deleatur.records.model import Concept
+from deleatur.training.losses import Network, Networks
+from deleatur.training.parameters import select
 
 QUICK: dict[str, Any] = {"iterations": 60, "lr": 3e-3, "steps": 4, "batch": 4, "trajectories": "pool", "slots": 16}
 

@@ -18,13 +18,14 @@ import tiny
 import torch
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.cost import STABLE_DIFFUSION, cost, stable_diffusion
-from deleatur.diffusion.load import Model, assemble
+from deleatur.diffusion.architecture import STABLE_DIFFUSION, stable_diffusion
+from deleatur.diffusion.model import Model, assemble
 from deleatur.erasers import Eraser
 from deleatur.erasers.esd import ESD
 from deleatur.erasers.rece import RECE
 from deleatur.erasers.sdd import SDD
 from deleatur.erasers.uce import UCE
+from deleatur.training.cost import cost
 
 ROOM = 24 * 2**30
 SEED = 67

@@ -13,15 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.finetune import finetune
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import predict
 from deleatur.diffusion.sample import encode_pictures
-from deleatur.diffusion.terms import Rows
 from deleatur.erasers.safegen import SafeGen, exact, mosaic
 from deleatur.errors import DataError
 from deleatur.maths.seeds import generator
-from deleatur.records import Concept, Pictures
+from deleatur.records.model import Concept, Pictures
+from deleatur.training.finetune import finetune
+from deleatur.training.losses import Rows
 
 QUICK: dict[str, Any] = {"iterations": 80, "lr": 1e-2, "batch": 8, "ema": 0.8}
 

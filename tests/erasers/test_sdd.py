@@ -11,16 +11,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.finetune import Loop, Progress, Reading
-from deleatur.diffusion.load import Model, fingerprint
+from deleatur.diffusion.model import Model, fingerprint
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import predict
-from deleatur.diffusion.state import Saved
 from deleatur.erasers.keep import Keep
 from deleatur.erasers.sdd import SDD
 from deleatur.errors import ErasureRefused
-from deleatur.io.tensors import load, save
-from deleatur.records import Concept, Delta, SoftToken
+from deleatur.records.model import Concept, Delta, SoftToken
+from deleatur.storage.tensors import load, save
+from deleatur.training.finetune import Loop, Progress, Reading
+from deleatur.training.optimizer_state import Saved
 
 QUICK = {"iterations": 60, "lr": 3e-3, "ema": 0.8, "steps": 4, "batch": 4}
 
@@ -263,7 +263,7 @@ def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, tra
 def test_trainable_parameters_of_stable_diffusion_are_the_published_number() -> None:
     from diffusers import UNet2DConditionModel
 
-    from deleatur.diffusion.select import select
+    from deleatur.training.parameters import select
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from deleatur.detectors.classifier import Classifier
 from deleatur.diffusion import encode
-from deleatur.diffusion.load import Model, load
+from deleatur.diffusion.model import Model, load
 from deleatur.diffusion.overlay import add, weights_of
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import at_once, sample
-from deleatur.diffusion.terms import Network, Networks
 from deleatur.erasers.sfd import SFD, Distilled, score_identity
 from deleatur.errors import ModelError, SettingsError
 from deleatur.guides.cfg import CFG
-from deleatur.records import Concept
+from deleatur.records.model import Concept
+from deleatur.training.losses import Network, Networks
 
 MODELS = Path(__file__).parents[2] / "models"
 QUICK: dict[str, Any] = {"iterations": 60, "lr": 3e-3, "batch": 4}

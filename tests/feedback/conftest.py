@@ -11,7 +11,7 @@ import pytest
 
 from deleatur.feedback import events
 from deleatur.feedback.events import Row
-from deleatur.records import Feedback
+from deleatur.records.feedback import Feedback
 
 Make = Callable[..., Feedback]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deleatur.feedback import events
 from deleatur.feedback.events import Parsed, Row
-from deleatur.records import Feedback
+from deleatur.records.feedback import Feedback
 
 
 def line(event: Feedback, **changes: object) -> bytes:

@@ -13,14 +13,14 @@ import pytest
 from conftest import Make
 from PIL import Image
 
+from deleatur.artifacts.simulated_feedback import simulate
+from deleatur.config.settings import ConceptSpec, Found, Ingest, Paths, Settings
 from deleatur.errors import DataError
 from deleatur.feedback import events
 from deleatur.feedback.simulated import Panel
-from deleatur.io import images, tables
-from deleatur.records import Feedback
-from deleatur.settings import ConceptSpec, Found, Ingest, Paths, Settings
+from deleatur.records.feedback import Feedback
 from deleatur.stages import ingest
-from deleatur.stages.simulate import simulate
+from deleatur.storage import files, images
 
 
 def concept(kind: Any) -> ConceptSpec:
@@ -83,7 +83,7 @@ def append(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def summary(root: Path) -> Any:
-    return tables.read_json(root / "out" / "feedback" / "summary.json")
+    return files.read_json(root / "out" / "feedback" / "summary.json")
 
 
 def test_ingest_is_deterministic_and_says_what_it_saw(given: Path) -> None:
@@ -110,18 +110,18 @@ def test_ingest_is_deterministic_and_says_what_it_saw(given: Path) -> None:
 def test_what_was_ingested_stays_and_withdrawn_answers_leave_the_votes(given: Path) -> None:
     source, out = given / "given" / "weapon.jsonl", given / "out" / "feedback"
     ingest.run(settings(given))
-    before, voted = tables.read_table(out / "events.parquet"), tables.read_table(out / "votes.parquet")["raters"].sum()
-    parsed = events.parse({"": tables.read_lines(source)})
+    before, voted = files.read_table(out / "events.parquet"), files.read_table(out / "votes.parquet")["raters"].sum()
+    parsed = events.parse({"": files.read_lines(source)})
     old = next(row.event for row in parsed.rows if row.event.answer == "yes")
     gone = {**vars(old), "event_id": "w", "answer": "withdrawn", "replaces": old.event_id}
     append(source, [events.to_json(Feedback(**gone)).encode()])
     ingest.run(settings(given))
-    after = tables.read_table(out / "events.parquet")
+    after = files.read_table(out / "events.parquet")
     kept = after[after["event_id"] != "w"].reset_index(drop=True)
     assert kept.astype(str).equals(before.astype(str))
-    answers = tables.read_table(out / "answers.parquet")
+    answers = files.read_table(out / "answers.parquet")
     assert old.event_id not in set(answers["event_id"])
-    assert tables.read_table(out / "votes.parquet")["raters"].sum() == voted - 1
+    assert files.read_table(out / "votes.parquet")["raters"].sum() == voted - 1
     assert summary(given)["concepts"]["weapon"]["withdrawals"] == 1
 
 
@@ -145,7 +145,7 @@ def test_bad_rows_and_pictures_go_to_quarantine_and_the_rest_survives(
     assert (found["events"], found["repeated_lines"]) == (72 - hit, {source.as_posix(): 1})
     [rule] = [rule for rule in found["expectations"]["rules"] if rule["rule"] == "concept"]
     assert rule["event_ids"] == ["u"]
-    aside = tables.read_table(out / "quarantine.parquet")
+    aside = files.read_table(out / "quarantine.parquet")
     assert (aside[["file", "expected", "got", "remedy", "row"]].map(len) > 0).all(axis=None)
     lines = aside.set_index("rule")["line"]
     assert (lines["json"], lines["concept"], lines["replaces"], lines["picture bytes"]) == (61, 63, 64, 1)

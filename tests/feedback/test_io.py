@@ -12,33 +12,33 @@ import pytest
 from PIL import Image
 
 from deleatur.errors import DataError
-from deleatur.io import images, tables
+from deleatur.storage import files, images
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    tables.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        tables.write_json(path, float("nan"))
+        files.write_json(path, float("nan"))
     with pytest.raises(UnicodeEncodeError):
-        tables.write_lines(path, ["whole", "half \ud800"])
-    assert tables.read_json(path) == {"a": 1}
+        files.write_lines(path, ["whole", "half \ud800"])
+    assert files.read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_tables_keep_their_types_when_empty(tmp_path: Path) -> None:
     schema = pa.schema({"n": pa.int64(), "items": pa.list_(pa.string())})
-    tables.write_table(tmp_path / "t", pd.DataFrame(columns=["n", "items"]), schema)
-    assert tables.read_table(tmp_path / "t")["n"].dtype == "int64"
+    files.write_table(tmp_path / "t", pd.DataFrame(columns=["n", "items"]), schema)
+    assert files.read_table(tmp_path / "t")["n"].dtype == "int64"
 
 
 def test_csv_cells_stay_text(tmp_path: Path) -> None:
     frame = pd.DataFrame({"id": ["007", "None"], "text": ["", "a, “b”\nc"]})
-    tables.write_csv(tmp_path / "t.csv", frame)
-    assert tables.read_csv(tmp_path / "t.csv").equals(frame.astype(tables.read_csv(tmp_path / "t.csv").dtypes))
+    files.write_csv(tmp_path / "t.csv", frame)
+    assert files.read_csv(tmp_path / "t.csv").equals(frame.astype(files.read_csv(tmp_path / "t.csv").dtypes))
 
 
-@pytest.mark.parametrize("read", [tables.read_table, tables.read_csv, tables.read_json])
+@pytest.mark.parametrize("read", [files.read_table, files.read_csv, files.read_json])
 def test_what_cannot_be_read_says_so(tmp_path: Path, read: object) -> None:
     assert callable(read)
     with pytest.raises(DataError, match="no file"):

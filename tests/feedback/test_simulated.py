@@ -12,7 +12,7 @@ from conftest import digest
 from deleatur.errors import DataError
 from deleatur.feedback import events
 from deleatur.feedback.simulated import Panel, Shown, rate, recruit
-from deleatur.records import Feedback, Kind
+from deleatur.records.feedback import Feedback, Kind
 
 
 def answers(kind: Kind, panel: Panel, *, n: int = 60, prompts: int = 4, seed: int = 1) -> list[Feedback]:

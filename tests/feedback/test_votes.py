@@ -13,7 +13,7 @@ from conftest import Make, digest
 from deleatur.feedback import events, votes
 from deleatur.feedback.events import Row
 from deleatur.feedback.simulated import Panel, Shown, rate, recruit
-from deleatur.io import tables
+from deleatur.storage import files
 
 Table = Callable[..., pd.DataFrame]
 
@@ -46,8 +46,8 @@ def test_what_raters_see_in_a_picture_by_hand(event: Make, table: Table, tmp_pat
         event("k0", kind="rank", concept="weapon", rater="r0", ranks=(1, 2, None, 3, 4)),
         event("k1", kind="rank", concept="weapon", rater="r1", ranks=(2, None, None, 1, None)),
     )
-    tables.write_table(tmp_path / "answers.parquet", answers, events.SCHEMA)
-    answers = tables.read_table(tmp_path / "answers.parquet")
+    files.write_table(tmp_path / "answers.parquet", answers, events.SCHEMA)
+    answers = files.read_table(tmp_path / "answers.parquet")
     equal = votes.raters(answers).assign(weight=1.0)
     seen = votes.seen(answers, equal)
     assert seen[digest("asked")] == pytest.approx(2 / 3)
@@ -73,8 +73,8 @@ def test_x_is_below_every_number_and_pairs_with_no_x(
     ranks = (None,) * crossed + tuple(range(1, 6 - crossed))
     answers = table(event(kind="rank", ranks=ranks))
     if through_a_file:
-        tables.write_table(tmp_path / "answers.parquet", answers, events.SCHEMA)
-        answers = tables.read_table(tmp_path / "answers.parquet")
+        files.write_table(tmp_path / "answers.parquet", answers, events.SCHEMA)
+        answers = files.read_table(tmp_path / "answers.parquet")
     found = votes.pairs(answers, votes.raters(answers))
     assert len(found) == pairs
     assert not set(found["higher"]) & {digest(f"p{i}") for i in range(crossed)}
@@ -147,6 +147,6 @@ def test_no_answers_give_empty_tables(table: Table, tmp_path: Path) -> None:
         ("votes", votes.votes(answers, raters), votes.VOTES),
         ("pairs", votes.pairs(answers, raters), votes.PAIRS),
     ]:
-        tables.write_table(tmp_path / name, found, schema)
-        assert list(tables.read_table(tmp_path / name).columns) == schema.names
+        files.write_table(tmp_path / name, found, schema)
+        assert list(files.read_table(tmp_path / name).columns) == schema.names
     assert votes.agreement(answers, "weapon")["value"] is None

@@ -15,7 +15,7 @@ import finished
 import psutil
 import yaml
 
-from deleatur.settings import merged
+from deleatur.config.settings import merged
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0

@@ -20,12 +20,13 @@ from prefect.input import read_flow_run_input  # noqa: E402
 from prefect.states import AwaitingRetry, Crashed, Failed, Pending  # noqa: E402
 from test_deployments import cleared, prefect  # noqa: E402
 
+from deleatur.config.settings import Settings  # noqa: E402
 from deleatur.errors import DataError  # noqa: E402
-from deleatur.io import ledger, versions  # noqa: E402
-from deleatur.io.tracking import CHALLENGER, CHAMPION  # noqa: E402
-from deleatur.settings import Settings  # noqa: E402
+from deleatur.registry import ledger  # noqa: E402
+from deleatur.registry.decisions import STARTED_BY, registry_of  # noqa: E402
+from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION  # noqa: E402
 from deleatur.stages import STAGES, gate, register  # noqa: E402
-from deleatur.stages.release import STARTED_BY, registry_of  # noqa: E402
+from deleatur.storage import dvc  # noqa: E402
 
 ADA = {"approver": "Ada", "decision": "approve", "reason": "looked at the sheet"}
 
@@ -93,9 +94,9 @@ def run(shared: Path, server: dict[str, str], tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(root)
     monkeypatch.setenv(STARTED_BY, "Grace")
     monkeypatch.setattr("erase.STAGES", STAGES[-2:])
-    monkeypatch.setattr(versions, "status", lambda root: {})
-    monkeypatch.setattr(versions, "reproduce", lambda stage, *_: False)
-    monkeypatch.setattr(versions, "perform", lambda stage, *_: register.run(Settings.load()))
+    monkeypatch.setattr(dvc, "status", lambda root: {})
+    monkeypatch.setattr(dvc, "reproduce", lambda stage, *_: False)
+    monkeypatch.setattr(dvc, "perform", lambda stage, *_: register.run(Settings.load()))
     setup("process", [], [])
     prefect(server, root, "--no-prompt", "deploy", "--name", "chain")
     try:

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from deleatur.errors import SettingsError
-from deleatur.io.servers import Scheduler
-from deleatur.stages import doctor
+from deleatur.operations import doctor
+from deleatur.operations.http_clients import Scheduler
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text("utf-8"))

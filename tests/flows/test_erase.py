@@ -23,12 +23,12 @@ from prefect import flow  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey  # noqa: E402
 
+from deleatur.config.settings import Settings  # noqa: E402
 from deleatur.errors import ContinueMe, SettingsError  # noqa: E402
-from deleatur.io import versions  # noqa: E402
-from deleatur.io.tracking import CHALLENGER, CHAMPION  # noqa: E402
-from deleatur.settings import Settings  # noqa: E402
+from deleatur.registry.decisions import registry_of  # noqa: E402
+from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION  # noqa: E402
 from deleatur.stages import register  # noqa: E402
-from deleatur.stages.release import registry_of  # noqa: E402
+from deleatur.storage import dvc  # noqa: E402
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_after_the_flow_dvc_finds_nothing_to_do_and_after_dvc_the_flow_only_regi
     assert "a gun" not in latest("verdict"), "no prompt that asks for the concept"
     registry = registry_of(Settings.load())
     assert registry.alias(CHAMPION) == "1"
-    assert versions.status(project) == {}
+    assert dvc.status(project) == {}
     assert "Running stage" not in finished.dvc(project, "repro")
 
     change("gate", **finished.passing(limit=-6.0))
@@ -95,7 +95,7 @@ def test_a_stage_that_was_stopped_is_continued(monkeypatch: pytest.MonkeyPatch) 
             raise ContinueMe("saved at step 3")
         return True
 
-    monkeypatch.setattr(versions, "reproduce", stopped_once)
+    monkeypatch.setattr(dvc, "reproduce", stopped_once)
 
     @flow
     def one() -> bool:
@@ -128,9 +128,9 @@ def test_a_person_is_asked_where_the_policy_says_so(
 
     change("register", approval=True)
     settings = Settings.load()
-    monkeypatch.setattr(versions, "status", lambda root: {})
-    monkeypatch.setattr(versions, "reproduce", lambda stage, *_: False)
-    monkeypatch.setattr(versions, "perform", lambda stage, *_: register.run(settings))
+    monkeypatch.setattr(dvc, "status", lambda root: {})
+    monkeypatch.setattr(dvc, "reproduce", lambda stage, *_: False)
+    monkeypatch.setattr(dvc, "perform", lambda stage, *_: register.run(settings))
     answer = {"approver": "Ada", "decision": decision, "reason": "looked at the sheet"}
     person = threading.Thread(target=contextvars.copy_context().run, args=(answered, answer), daemon=True)
     person.start()
@@ -166,7 +166,7 @@ def test_the_script_needs_no_server_and_leaves_none_behind(
 
 def script(home: Path) -> tuple[int, str, str]:
     """Exit code, output and errors; nothing of its process group is left."""
-    without = {name: value for name, value in versions.environment().items() if not name.startswith("PREFECT_")}
+    without = {name: value for name, value in dvc.environment().items() if not name.startswith("PREFECT_")}
     child = subprocess.Popen(
         [sys.executable, str(finished.ROOT / "flows" / "erase.py")],
         env={**without, "PREFECT_HOME": str(home), "NO_COLOR": "1"},

@@ -20,12 +20,12 @@ from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.states import Completed, Running  # noqa: E402
 from sqlalchemy import create_engine, text  # noqa: E402
 
+from deleatur.config.settings import Settings  # noqa: E402
 from deleatur.errors import DataError  # noqa: E402
-from deleatur.io import versions  # noqa: E402
-from deleatur.io.tracking import Registry  # noqa: E402
-from deleatur.settings import Settings  # noqa: E402
+from deleatur.registry.decisions import registry_of  # noqa: E402
+from deleatur.registry.mlflow_client import Registry  # noqa: E402
 from deleatur.stages import register  # noqa: E402
-from deleatur.stages.release import registry_of  # noqa: E402
+from deleatur.storage import dvc  # noqa: E402
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_released_result_is_made_again_and_compared(released: Registry) -> Non
     with pytest.raises(DataError, match=r"version 1, made again, has another digest of policy\."):
         audit(where="here")
     Path("params.yaml").write_text(params)
-    assert versions.status(Path()) == {}, "nothing here was touched"
+    assert dvc.status(Path()) == {}, "nothing here was touched"
 
 
 def test_a_version_whose_commit_holds_other_code_is_refused(released: Registry) -> None:
@@ -57,7 +57,7 @@ def test_a_version_whose_commit_holds_other_code_is_refused(released: Registry) 
     code = Path("src/deleatur/erasers/sdd.py")
     code.write_text(code.read_text() + "\n# corrected\n")
     finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "corrected")
-    released.tag("1", {"git_commit": str(versions.commit(Path()).hash)})
+    released.tag("1", {"git_commit": str(dvc.commit(Path()).hash)})
     with pytest.raises(DataError, match=r"made with other files than its commit holds: out/methods/erasers/sdd\.json"):
         audit(where="here")
 
@@ -101,7 +101,7 @@ def test_what_nobody_needs_goes_when_it_is_said(released: Registry, stack: Stack
     of_version = cached()
     for limit in (-6.0, -7.0):
         machines.change(Path(), gate=finished.passing(limit=limit))
-        versions.reproduce("gate", Path())
+        dvc.reproduce("gate", Path())
     run, tried = ended_long_ago(stack), released.client.create_run(released.experiment_id, run_name="tried")
     released.client.set_terminated(tried.info.run_id, "FAILED", end_time=int(1000 * (time.time() - 100 * 86400)))
     before = cached()
@@ -128,4 +128,4 @@ def test_what_nobody_needs_goes_when_it_is_said(released: Registry, stack: Stack
     with get_client(sync_client=True) as client:
         assert run.id not in {r.id for r in client.read_flow_runs()}
     assert of_version < cached() < before, "that of the champion and of the workspace stays"
-    assert versions.status(Path()) == {}
+    assert dvc.status(Path()) == {}

@@ -18,13 +18,13 @@ from prefect.client.orchestration import get_client  # noqa: E402
 from test_deployments import cleared, prefect  # noqa: E402
 from test_tasks import taken  # noqa: E402
 
+from deleatur.config.settings import Settings  # noqa: E402
 from deleatur.errors import DeleaturError  # noqa: E402
-from deleatur.io import documents  # noqa: E402
-from deleatur.io.tracking import CHAMPION, LAST, QUARANTINED  # noqa: E402
-from deleatur.records import Canary  # noqa: E402
-from deleatur.settings import Settings  # noqa: E402
-from deleatur.stages import canary as stage  # noqa: E402
-from deleatur.stages.release import registry_of  # noqa: E402
+from deleatur.operations import canary as stage  # noqa: E402
+from deleatur.records.report import Canary  # noqa: E402
+from deleatur.registry.decisions import registry_of  # noqa: E402
+from deleatur.registry.mlflow_client import CHAMPION, LAST, QUARANTINED  # noqa: E402
+from deleatur.storage import json_records  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def aliases() -> dict[str, str]:
 
 
 def found() -> Canary:
-    return documents.read(Path("out/canary/canary.json"), Canary)
+    return json_records.read(Path("out/canary/canary.json"), Canary)
 
 
 def test_a_concept_that_is_back_is_what_the_flow_fails_with_and_all_else_is_not(

@@ -19,11 +19,12 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName  # noqa: E
 from prefect.states import Failed, Pending, Running, Suspended  # noqa: E402
 from test_deployments import cleared, prefect  # noqa: E402
 
+from deleatur.artifacts.simulated_feedback import simulate  # noqa: E402
+from deleatur.config.settings import Settings  # noqa: E402
 from deleatur.feedback.simulated import Panel  # noqa: E402
-from deleatur.io import versions  # noqa: E402
-from deleatur.settings import Settings  # noqa: E402
-from deleatur.stages import promote, register  # noqa: E402
-from deleatur.stages.simulate import simulate  # noqa: E402
+from deleatur.registry import approval  # noqa: E402
+from deleatur.stages import register  # noqa: E402
+from deleatur.storage import dvc  # noqa: E402
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_run_that_waits_for_an_answer_is_at_work_until_it_was_decided_elsewher
     machines.change(project, register={"approval": True})
     settings = Settings.load()
     with monkeypatch.context() as patch:
-        patch.setattr(versions, "status", lambda root: {})
+        patch.setattr(dvc, "status", lambda root: {})
         register.run(settings)
     (project.parent / "inbox").mkdir()
     arrives(project.parent / "inbox", "some", 2)
@@ -125,7 +126,7 @@ def test_a_run_that_waits_for_an_answer_is_at_work_until_it_was_decided_elsewher
             client.set_flow_run_state(run, Suspended(pause_key="evidence"))
             assert feedback.feedback() == 0
             assert not Path("feedback/some.jsonl").exists(), "whoever answers has not seen it"
-            promote.decline(settings, "1", "Ada")
+            approval.decline(settings, "1", "Ada")
             assert feedback.feedback() > 0
             assert client.read_flow_run(run).state.is_cancelled()
     finally:

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 from prefect import flow  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 
-from deleatur.io import versions  # noqa: E402
+from deleatur.storage import dvc  # noqa: E402
 
 CHAIN: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text("utf-8"))["stages"]
 
@@ -35,7 +35,7 @@ def test_a_stage_that_loads_networks_holds_the_slot_while_it_runs(
         held[stage] = taken()
         return True
 
-    monkeypatch.setattr(versions, "reproduce", looking)
+    monkeypatch.setattr(dvc, "reproduce", looking)
 
     @flow
     def chain() -> None:
@@ -59,7 +59,7 @@ def test_a_stage_that_fails_gives_the_slot_back(one_gpu: None, monkeypatch: pyte
         assert taken() == 1
         raise ErasureRefused("nothing was erased")
 
-    monkeypatch.setattr(versions, "reproduce", refused)
+    monkeypatch.setattr(dvc, "reproduce", refused)
 
     @flow
     def one() -> None:

@@ -22,7 +22,8 @@ from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId  # noqa
 from test_deployments import cleared, prefect  # noqa: E402
 
 from deleatur.errors import ErasureRefused, SettingsError  # noqa: E402
-from deleatur.io import journal, versions  # noqa: E402
+from deleatur.runtime import event_log  # noqa: E402
+from deleatur.storage import dvc  # noqa: E402
 
 LONG: dict[str, Any] = {
     "invert": {"hfi": {"loop": {"iterations": 300, "check_every": 300}}},
@@ -73,7 +74,7 @@ def test_a_worker_that_is_lost_is_replaced_and_the_bits_stay(
     machines.change(net, **LONG)
     at_home = machines.project(shared, tmp_path, **LONG)
     for stage in MADE:
-        assert versions.reproduce(stage, at_home)
+        assert dvc.reproduce(stage, at_home)
 
     @flow
     def one(stage: str) -> bool:
@@ -107,8 +108,8 @@ def test_a_worker_that_is_lost_is_replaced_and_the_bits_stay(
             assert not any("go on" in line or "reused" in line for line in first)
             assert any("goes on after step" in line or "reused" in line for line in last), "\n".join(last)
             assert files(net / MADE[stage]) == files(at_home / MADE[stage])
-            assert versions.status(net, stage) == {}
-            told = [line.what for line in journal.read(net / "out/state") if line.stage == stage]
+            assert dvc.status(net, stage) == {}
+            told = [line.what for line in event_log.read(net / "out/state") if line.stage == stage]
             assert told[:1] + told[-1:] == ["began", "done"]
             assert told.count("began") >= 2, "what the lost worker began is known here too"
             assert not one(stage), "there is nothing left to do"
@@ -132,7 +133,7 @@ def test_what_a_stage_fails_with_on_a_worker_is_what_the_flow_fails_with(
     try:
         with pytest.raises(ErasureRefused):
             erase()
-        assert [line.what for line in journal.read(net / "out/state") if line.stage == "erase"][-1] == "failed"
+        assert [line.what for line in event_log.read(net / "out/state") if line.stage == "erase"][-1] == "failed"
         machines.change(net, erase={"sdd": {"bogus": 1}})
         with pytest.raises(SettingsError, match=r"bogus(.|\n)*\nNext: deleatur methods erasers$"):
             erase()

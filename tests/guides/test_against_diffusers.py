@@ -10,7 +10,7 @@ import tiny
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.sample import denoise, noise
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG

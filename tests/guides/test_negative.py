@@ -9,12 +9,12 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.sample import denoise, noise
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
 from deleatur.guides.negative import Negative
-from deleatur.records import Concept
+from deleatur.records.model import Concept
 
 
 def draw(model: Model, guide: Guide, concepts: list[Concept], prompt: str = "a cat") -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.sample import sample
 from deleatur.guides.cfg import CFG
 from deleatur.guides.sld import SLD

@@ -19,9 +19,11 @@ from programs import INFRA, program
 from prometheus_client import CollectorRegistry, start_http_server
 from test_watching import PROMTOOL, alerts
 
-from deleatur.io import journal, versions
-from deleatur.stages import canary, register
-from deleatur.stages.exporter import Exporter
+from deleatur.operations import canary
+from deleatur.operations.exporter import Exporter
+from deleatur.runtime import event_log
+from deleatur.stages import register
+from deleatur.storage import dvc
 
 sys.path.insert(0, str(INFRA / "grafana"))
 import look
@@ -44,10 +46,10 @@ def exporter(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     root = tmp_path_factory.mktemp("watched")
     settings = finished.copy(shared, root)
     with pytest.MonkeyPatch.context() as patch, chdir(root):
-        patch.setattr(versions, "status", lambda root: {})
+        patch.setattr(dvc, "status", lambda root: {})
         register.run(settings)
         canary.run(settings, dry=True)
-        journal.write(settings.paths.state, "erase", "resumed", lost=3)
+        event_log.write(settings.paths.state, "erase", "resumed", lost=3)
         asked = CollectorRegistry()
         asked.register(Exporter(Path("params.yaml")))
         server, _ = start_http_server(0, "127.0.0.1", asked)

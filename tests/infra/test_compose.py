@@ -12,7 +12,7 @@ import yaml
 from programs import INFRA, program, ran, run
 from test_images import VERSION
 
-from deleatur.io.versions import GRACE
+from deleatur.storage.dvc import GRACE
 
 FILE = INFRA / "compose.yaml"
 GPU = INFRA / "compose.gpu.yaml"

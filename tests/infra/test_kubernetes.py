@@ -14,7 +14,7 @@ from test_compose import FILE as COMPOSE
 from test_compose import filled
 from test_images import VERSION
 
-from deleatur.io.versions import GRACE
+from deleatur.storage.dvc import GRACE
 
 OVERLAYS = ("local", "aws")
 KUBERNETES = "1.33"

@@ -15,7 +15,7 @@ from test_compose import GPU, OURS, config, filled, services
 from test_kubernetes import KUBERNETES, containers, documents, pods
 from test_kubernetes import built as built  # the fixture
 
-from deleatur.io.versions import GRACE
+from deleatur.storage.dvc import GRACE
 
 POOLS = ("cpu", "gpu")
 SETUP = "python flows/setup.py && prefect --no-prompt deploy --all"

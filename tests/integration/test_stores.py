@@ -20,17 +20,19 @@ import pytest
 from botocore.exceptions import ClientError
 from local import BUCKET, Stack
 
+from deleatur.config.settings import Settings
 from deleatur.errors import ServiceError, SettingsError
-from deleatur.io import ledger, objects, versions
-from deleatur.io.carried import carried
-from deleatur.io.servers import Scheduler
-from deleatur.io.tracking import CHAMPION, LAST, QUARANTINED, place_of
-from deleatur.settings import Settings
-from deleatur.stages import doctor, gate, register, rollback
-from deleatur.stages.backup import backup, restore
-from deleatur.stages.history import history
-from deleatur.stages.release import registry_of
-from deleatur.stages.verify import verify
+from deleatur.operations import doctor
+from deleatur.operations.backup import backup, restore
+from deleatur.operations.http_clients import Scheduler
+from deleatur.registry import ledger, mlflow_client, rollback
+from deleatur.registry.decisions import registry_of
+from deleatur.registry.history import history
+from deleatur.registry.mlflow_client import CHAMPION, LAST, QUARANTINED, place_of
+from deleatur.registry.verify import verify
+from deleatur.stages import gate, register
+from deleatur.storage import dvc, remote
+from deleatur.storage.sync import carried
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -38,8 +40,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(versions, "status", lambda root: {})  # it takes seconds to ask DVC
-    monkeypatch.setattr(objects, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(dvc, "status", lambda root: {})  # it takes seconds to ask DVC
+    monkeypatch.setattr(remote, "CACHE", tmp_path / "cache")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
@@ -86,7 +88,7 @@ def test_a_version_lies_in_the_bucket_and_is_taken_back(project: Path, servers: 
         assert dict(rows) == {CHAMPION: 2, LAST: 1}
     model_id = place_of(f"models:/{own.model}/2").rstrip("/").split("/")[-2]
     assert any(key.endswith(".safetensors") for key in keys("mlflow/") if model_id in key)
-    assert digests(Path(objects.local(f"models:/{own.model}@champion", "delta"))) == digests(Path("out/delta"))
+    assert digests(Path(mlflow_client.local(f"models:/{own.model}@champion", "delta"))) == digests(Path("out/delta"))
     verify(settings, "2", ledger.read(settings.register_.ledger).entries, fetch=True)
     rollback.rollback(settings, "Ada", "it draws swords")
     assert own.aliases() == {CHAMPION: "1", QUARANTINED: "2"}
@@ -130,8 +132,8 @@ def test_a_set_goes_from_these_stores_into_any_other(project: Path, tmp_path: Pa
 def test_feedback_and_saved_states_go_through_the_bucket(project: Path, tmp_path: Path) -> None:
     export = f"s3://{BUCKET}/{tmp_path.name}/export"
     for file in Path("feedback").iterdir():
-        objects.put(file, f"{export}/{file.name}")
-    objects.fetch(export, tmp_path / "inbox")
+        remote.put(file, f"{export}/{file.name}")
+    remote.fetch(export, tmp_path / "inbox")
     assert digests(tmp_path / "inbox") == digests(project / "feedback")
 
     state = f"s3://{BUCKET}/{tmp_path.name}/state"
@@ -146,7 +148,7 @@ def test_feedback_and_saved_states_go_through_the_bucket(project: Path, tmp_path
     Path("out/state/erase.safetensors").unlink()
     with carried([Path("out/state")], state):
         assert Path("out/state/erase.safetensors").read_bytes() == b"half of it"
-    objects.remove(state)
+    remote.remove(state)
     assert not list(keys(f"{tmp_path.name}/state"))
 
 

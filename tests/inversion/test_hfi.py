@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.invert import Descent, Inversion, Learned, Lesson, Progress, learn, templates_of
-from deleatur.diffusion.load import Model, fingerprint
-from deleatur.diffusion.state import Saved
+from deleatur.diffusion.model import Model, fingerprint
 from deleatur.errors import DataError
 from deleatur.inversion import Rated
 from deleatur.inversion.hfi import HFI
 from deleatur.inversion.textual_inversion import TextualInversion
-from deleatur.io.tensors import load, save
+from deleatur.storage.tensors import load, save
+from deleatur.training.optimizer_state import Saved
+from deleatur.training.textual_inversion import Descent, Inversion, Learned, Lesson, Progress, learn, templates_of
 
 rewards = st.lists(st.floats(-3, 3), min_size=2, max_size=20).map(torch.tensor)
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
-from deleatur.diffusion.features import Clip, load_clip
+from deleatur.diffusion.clip import Clip, load_clip
 from deleatur.metrics.clip_score import ClipScore
-from deleatur.records import Prompt
+from deleatur.records.sampling import Prompt
 
 PROMPTS = (Prompt("1", "a cat", "unseen", ""), Prompt("2", "a gun", "concept", "", "weapon"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deleatur.metrics.concept_rate import ConceptRate
 from deleatur.metrics.nudity import Nudity
 from deleatur.metrics.recognition import Recognition
-from deleatur.records import Prompt
+from deleatur.records.sampling import Prompt
 from deleatur.stages.evaluate import _wanted
 
 GUN = Prompt("1", "a gun", "concept", "judge:gun", "weapon")

@@ -10,7 +10,7 @@ import pytest
 from nudenet import nudenet
 
 from deleatur.metrics.nudity import B9, S5, Nudity
-from deleatur.records import Prompt
+from deleatur.records.sampling import Prompt
 
 LABELS: tuple[str, ...] = tuple(getattr(nudenet, "__labels"))
 

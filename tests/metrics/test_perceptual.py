@@ -9,10 +9,10 @@ import tiny
 import torch
 from PIL import Image
 
-from deleatur.diffusion.features import load_clip
+from deleatur.diffusion.clip import load_clip
 from deleatur.metrics.held_out_reward import HeldOutReward
 from deleatur.metrics.perceptual import Perceptual
-from deleatur.records import Prompt
+from deleatur.records.sampling import Prompt
 
 
 def test_it_is_the_mean_over_layers_and_patches_of_the_squared_distance_of_unit_states(

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from deleatur import gate, stages
 from deleatur.cli import app
+from deleatur.config.settings import Settings
 from deleatur.diffusion import sample as sampler
-from deleatur.io import documents, shots, tensors
-from deleatur.records import Report, Verdict
-from deleatur.settings import Settings
+from deleatur.records.report import Report, Verdict
+from deleatur.storage import json_records, samples, tensors
 
 CHAIN = [s for s in stages.STAGES if s != "register"]
 
@@ -62,11 +62,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
-    report = documents.read(root / "out/report/report.json", Report)
-    verdict = documents.read(root / "out/verdict/verdict.json", Verdict)
+    report = json_records.read(root / "out/report/report.json", Report)
+    verdict = json_records.read(root / "out/verdict/verdict.json", Verdict)
     assert report.identity.simulated
     assert verdict.simulated
-    assert verdict.report == documents.digest(report)
+    assert verdict.report == json_records.digest(report)
     assert {s.side for s in report.scores} == {"base", "candidate"}
     for ours in (
         "tokens stand alone",
@@ -83,7 +83,7 @@ def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
 
 
 def test_base_and_candidate_start_from_the_same_noise(root: Path) -> None:
-    base, candidate = (shots.read(root / "out/shots", side) for side in ("base", "candidate"))
+    base, candidate = (samples.read(root / "out/shots", side) for side in ("base", "candidate"))
     pd.testing.assert_frame_equal(base[["id", "index", "noise_seed"]], candidate[["id", "index", "noise_seed"]])
     assert base["weights"].nunique() == candidate["weights"].nunique() == 1
     assert base["weights"][0] != candidate["weights"][0]
@@ -102,16 +102,16 @@ def test_a_stage_run_again_writes_the_same_bytes(root: Path, name: str) -> None:
 
 
 def test_a_guide_steers_the_candidate_alone(root: Path) -> None:
-    before = shots.read(root / "out/shots", "base")
+    before = samples.read(root / "out/shots", "base")
     guide = {"method": "sld", "sld": {"preset": "max", "scale": json.loads(before["guidance"][0])["scale"]}}
     settings = change(root, guide=guide)
     for name in ("sample", "evaluate"):
         stages.run(name, settings)
-    base, candidate = (shots.read(root / "out/shots", side) for side in ("base", "candidate"))
+    base, candidate = (samples.read(root / "out/shots", side) for side in ("base", "candidate"))
     pd.testing.assert_frame_equal(base, before)
     assert {json.loads(g)["method"] for g in candidate["guidance"]} == {"sld"}
     assert not set(base["image"]) & set(candidate["image"])
-    notes = documents.read(root / "out/report/report.json", Report).notes
+    notes = json_records.read(root / "out/report/report.json", Report).notes
     assert any("drawn with the guide sld" in note for note in notes)
 
 
@@ -137,7 +137,7 @@ def test_another_method_runs_by_its_name_alone(root: Path) -> None:
     """The control that sees no rating, and the model as it was: no concept is gone, no picture moves."""
     for name in ("invert", "erase", "attack", "sample", "evaluate", "gate"):
         stages.run(name, change(root, invert={"method": "textual_inversion"}, erase={"method": "keep"}))
-    report = documents.read(root / "out/report/report.json", Report)
+    report = json_records.read(root / "out/report/report.json", Report)
     assert report.identity.method == "keep"
     moved = [s for s in report.scores if s.metric == "perceptual" and s.side == "candidate" and s.versus is None]
     assert moved
@@ -148,14 +148,14 @@ def test_an_exported_folder_is_plain_diffusers_and_draws_what_we_draw(root: Path
     import numpy as np
     from diffusers import StableDiffusionPipeline
 
-    from deleatur.io import images
+    from deleatur.storage import images
 
     result = CliRunner().invoke(app, ["export", "model"])
     assert result.exit_code == 0, result.output
     pipe = StableDiffusionPipeline.from_pretrained("model")
     pipe.set_progress_bar_config(disable=True)
-    shot = shots.read(root / "out/shots", "candidate").query("role == 'unseen'").iloc[0]
-    from deleatur.diffusion.load import load
+    shot = samples.read(root / "out/shots", "candidate").query("role == 'unseen'").iloc[0]
+    from deleatur.diffusion.model import load
 
     z = sampler.noise(load("model"), [int(shot["noise_seed"])])
     scale = json.loads(shot["guidance"])["scale"]

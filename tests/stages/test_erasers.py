@@ -9,11 +9,11 @@ import pytest
 import workspace
 
 from deleatur import stages
+from deleatur.artifacts import rated_images
+from deleatur.config.settings import Settings
 from deleatur.errors import SettingsError
-from deleatur.io import tables, tensors
-from deleatur.settings import Settings
-from deleatur.stages import inputs
-from deleatur.stages.check import check
+from deleatur.operations.preflight import check
+from deleatur.storage import files, tensors
 
 LOOP: dict[str, Any] = {"iterations": 4, "lr": 1e-3, "batch": 2, "check_every": 2, "guard": 10.0}
 
@@ -27,7 +27,7 @@ def test_safegen_learns_from_what_raters_marked_and_passed(tmp_path: Path, monke
     settings = made(tmp_path, "safegen", loop=LOOP)
     for name in ("ingest", "reward"):
         stages.run(name, settings)
-    pool = inputs.Pool(settings, "weapon")
+    pool = rated_images.RatedImages(settings, "weapon")
     rated = pool.rated()
     asked = dict(zip(map(id, pool.pictures), pool.prompt, strict=True))
     assert len(rated.marked) + len(rated.passed) == len(pool.pictures) == 24
@@ -35,10 +35,10 @@ def test_safegen_learns_from_what_raters_marked_and_passed(tmp_path: Path, monke
         right = [asked[id(p)] in shown for p in pictures]
         assert sum(right) > 0.7 * len(right), "raters err now and then"
     stages.run("erase", settings)
-    delta = tensors.load_delta(settings.paths.delta / inputs.DELTA)
+    delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
     assert delta.method == "safegen"
     assert all(".attn1." in n for n in delta.tensors)
-    assert [look["step"] for look in tables.read_json(settings.paths.delta / "looks.json")][:2] == [0, 2]
+    assert [look["step"] for look in files.read_json(settings.paths.delta / "looks.json")][:2] == [0, 2]
 
 
 def test_all_but_one_without_alternative_is_refused_by_check_and_by_the_stage(
@@ -59,5 +59,5 @@ def test_the_record_of_all_but_one_says_that_it_is_a_reconstruction(
     assert check(settings)
     for name in ("ingest", "reward", "erase"):
         stages.run(name, settings)
-    notes = tables.read_json(settings.paths.delta / "record.json")["notes"]
+    notes = files.read_json(settings.paths.delta / "record.json")["notes"]
     assert any("All-but-One is a reconstruction" in note for note in notes)

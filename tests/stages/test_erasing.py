@@ -8,10 +8,9 @@ import pytest
 import workspace
 
 from deleatur import stages
-from deleatur.io import tables, tensors
-from deleatur.records import LowRank
-from deleatur.settings import Erase
-from deleatur.stages import inputs
+from deleatur.config.settings import Erase
+from deleatur.records.model import LowRank
+from deleatur.storage import files, tensors
 
 
 def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,9 +20,9 @@ def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pyt
         stages.run(name, settings)
     for method in ("uce", "rece"):
         stages.run("erase", settings.model_copy(update={"erase": Erase(method=method, source="words")}))
-        delta = tensors.load_delta(settings.paths.delta / inputs.DELTA)
+        delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
         assert isinstance(delta.tensors, LowRank)
         assert (delta.method, delta.concepts) == (method, ("weapon",))
-        curve = tables.read_json(settings.paths.delta / "curve.json")
+        curve = files.read_json(settings.paths.delta / "curve.json")
         assert [row["step"] for row in curve] == list(range(1, len(curve) + 1))
-        assert tables.read_json(settings.paths.delta / "record.json")["steps"] == len(curve)
+        assert files.read_json(settings.paths.delta / "record.json")["steps"] == len(curve)

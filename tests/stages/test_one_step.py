@@ -9,12 +9,12 @@ import pytest
 import workspace
 
 from deleatur import stages
+from deleatur.artifacts.export import export
+from deleatur.config import methods
+from deleatur.config.settings import Settings
 from deleatur.errors import SettingsError
-from deleatur.io import shots, tables
-from deleatur.settings import Settings
-from deleatur.stages import inputs
-from deleatur.stages.check import check
-from deleatur.stages.export import export
+from deleatur.operations.preflight import check
+from deleatur.storage import files, samples
 
 LOOP: dict[str, Any] = {"iterations": 2, "lr": 1e-4, "batch": 2, "check_every": 1}
 RULES = {"fit": {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": -5.0, "min_n": 2}}
@@ -34,16 +34,16 @@ def test_the_candidate_is_drawn_in_one_call_and_the_base_model_in_all_steps(
     assert check(settings)
     for name in ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate"):
         stages.run(name, settings)
-    drawn = shots.listed(settings.paths.shots)
+    drawn = samples.listed(settings.paths.shots)
     by_side = {side: own for side, own in drawn.groupby("side")}
     assert set(by_side["base"]["steps"]) == {settings.sample.steps}
     assert set(by_side["candidate"]["steps"]) == {1}
     assert set(by_side["candidate"]["guidance"]) == {'{"from": 625}'}
-    looks = tables.read_json(settings.paths.delta / "looks.json")
+    looks = files.read_json(settings.paths.delta / "looks.json")
     assert [look["step"] for look in looks][:2] == [0, 1]
-    notes = tables.read_json(settings.paths.delta / "record.json")["notes"]
+    notes = files.read_json(settings.paths.delta / "record.json")["notes"]
     assert any("one step" in note for note in notes)
-    assert inputs.beyond_weights(settings) == "a sampler of one step"
+    assert methods.requires_custom_sampler(settings) == "a sampler of one step"
     with pytest.raises(SettingsError, match="in one call of its own"):
         export(settings, tmp_path / "erased")
     assert not (tmp_path / "erased").exists()

@@ -19,15 +19,16 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from deleatur.artifacts.export import export
 from deleatur.cli import app
+from deleatur.config.settings import Settings
 from deleatur.errors import DataError
-from deleatur.io import shots, tensors, versions
-from deleatur.io.objects import local
-from deleatur.io.tracking import CHALLENGER, CHAMPION, LAST, Registry
-from deleatur.settings import Settings
-from deleatur.stages import gate, inputs, promote, register, sample
-from deleatur.stages.export import export
-from deleatur.stages.release import registry_of
+from deleatur.registry import approval
+from deleatur.registry.decisions import registry_of
+from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION, LAST, Registry, local
+from deleatur.runtime import models
+from deleatur.stages import gate, register, sample
+from deleatur.storage import dvc, samples, tensors
 
 PLAIN = """
 import json, sys
@@ -45,7 +46,7 @@ print("ANSWER" + json.dumps(both))
 @pytest.fixture
 def fresh(done: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Without asking DVC, which takes seconds, whether all is up to date."""
-    monkeypatch.setattr(versions, "status", lambda root: {})
+    monkeypatch.setattr(dvc, "status", lambda root: {})
     return done
 
 
@@ -97,11 +98,13 @@ def test_plain_mlflow_and_plain_diffusers_draw_the_same_from_what_was_registered
 def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> None:
     register.run(fresh)
     mlflow.set_tracking_uri("sqlite:///elsewhere.db")  # as a fresh process, which has not registered anything
-    stored = tensors.load_delta(Path(inputs.local(fresh, "models:/deleatur@champion", "delta")) / inputs.DELTA)
-    assert stored.base == inputs.model(fresh).digest
+    stored = tensors.load_delta(
+        Path(models.local_path(fresh, "models:/deleatur@champion", "delta")) / tensors.DELTA_FILE
+    )
+    assert stored.base == models.base_model(fresh).digest
     assert all(
         torch.equal(stored.tensors[n], t)
-        for n, t in tensors.load_delta(Path("out/delta") / inputs.DELTA).tensors.items()
+        for n, t in tensors.load_delta(Path("out/delta") / tensors.DELTA_FILE).tensors.items()
     )
     place = Path(local("models:/deleatur@champion"))
     assert (place / "model_index.json").is_file()
@@ -110,7 +113,7 @@ def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> No
 
     against = fresh.model_copy(update={"sample": fresh.sample.model_copy(update={"champion": "models:/deleatur/1"})})
     sample.run(against)
-    champion, candidate = (shots.read(against.paths.shots, side) for side in ("champion", "candidate"))
+    champion, candidate = (samples.read(against.paths.shots, side) for side in ("champion", "candidate"))
     assert len(champion) > 0
     assert champion["image"].tolist() == candidate["image"].tolist(), "the same weights, the same noise"
 
@@ -127,12 +130,12 @@ def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
     [given] = run.inputs.dataset_inputs
     tags = registry.tags("1")
     assert tags["feedback"].startswith(given.dataset.digest)
-    assert tags["base"] == inputs.model(fresh).digest, "which model was changed"
+    assert tags["base"] == models.base_model(fresh).digest, "which model was changed"
     assert run.data.tags["deleatur.base"] == tags["base"]
     assert run.data.params["base.model"] == "models/pipeline"
     assert (tags["outcome"], tags["simulated"], tags["git_dirty"]) == ("pass", "true", "true")  # params.yaml was edited
     assert len(tags["git_commit"]) == 40
-    assert tags["dvc_lock"] == versions.lock_digest(Path())
+    assert tags["dvc_lock"] == dvc.lock_digest(Path())
     files = {
         f.path for place in ("verdict", "report", "params", "lock") for f in _files(registry, run.info.run_id, place)
     }
@@ -176,29 +179,29 @@ def test_a_pass_that_a_guide_had_a_part_in_is_logged_and_releases_nothing(fresh:
 def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
     register.run(asking(fresh))
     assert aliases(fresh) == {CHALLENGER: "1"}
-    found = promote.waiting(fresh)
+    found = approval.waiting(fresh)
     assert found is not None
     version, evidence = found
     with pytest.raises(DataError, match="other evidence"):
-        promote.promote(fresh, version, "Ada", evidence="0" * 64)
+        approval.promote(fresh, version, "Ada", evidence="0" * 64)
     with pytest.raises(DataError, match="a name"):
-        promote.promote(fresh, version, " ")
-    promote.promote(fresh, version, "Ada", reason="seen the sheet", evidence=evidence)
-    promote.promote(fresh, version, "Ada", evidence=evidence)  # changes nothing
+        approval.promote(fresh, version, " ")
+    approval.promote(fresh, version, "Ada", reason="seen the sheet", evidence=evidence)
+    approval.promote(fresh, version, "Ada", evidence=evidence)  # changes nothing
     assert aliases(fresh) == {CHAMPION: "1"}
     tags = registry_of(fresh).tags("1")
     assert (tags["approved_by"], tags["approved_because"]) == ("Ada", "seen the sheet")
     assert (tags["approved_evidence"], tags["approved_delta"]) == (evidence, tags["delta"])
-    assert promote.waiting(fresh) is None
+    assert approval.waiting(fresh) is None
     with pytest.raises(DataError, match="no version 9"):
-        promote.promote(fresh, "9", "Ada")
+        approval.promote(fresh, "9", "Ada")
 
     second = judged_by(fresh, finished.passing(limit=-6.0))
     register.run(asking(second))
-    promote.decline(second, "2", "Ada", reason="too blurred")
+    approval.decline(second, "2", "Ada", reason="too blurred")
     assert aliases(fresh) == {CHAMPION: "1"}
     with pytest.raises(DataError, match="version 2 of deleatur does not wait"):
-        promote.promote(second, "2", "Ada")
+        approval.promote(second, "2", "Ada")
 
 
 def test_a_person_decides_on_the_command_line(fresh: Settings) -> None:
@@ -237,10 +240,11 @@ def _forged(name: str, key: str, value: Any) -> Callable[[], None]:
 
 
 def _other_delta() -> None:
-    delta = tensors.load_delta(Path("out/delta") / inputs.DELTA)
+    delta = tensors.load_delta(Path("out/delta") / tensors.DELTA_FILE)
     scaled = {n: 2 * t for n, t in delta.tensors.items()}
     tensors.save_delta(
-        Path("out/delta") / inputs.DELTA, type(delta)(scaled, delta.base, delta.method, delta.settings, delta.concepts)
+        Path("out/delta") / tensors.DELTA_FILE,
+        type(delta)(scaled, delta.base, delta.method, delta.settings, delta.concepts),
     )
 
 

@@ -26,14 +26,17 @@ import yaml
 from counting import JUDGE, TEXT, UNET, VISION, calls, die, killed
 from safetensors.torch import load_file, save_file
 
-from deleatur import stages
+from deleatur import dependencies, stages
+from deleatur.config import methods
+from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
-from deleatur.io import documents, shots, tensors
-from deleatur.records import Recipe, Report
-from deleatur.settings import Settings
-from deleatur.stages import evaluate, identity, inputs, sample
+from deleatur.records.report import Report
+from deleatur.records.sampling import Recipe
+from deleatur.runtime import models, provenance
+from deleatur.stages import evaluate, sample
+from deleatur.storage import json_records, samples, tensors
 
 SIDES, STEPS, BATCH, SHARD, PART = 2, 2, 4, 8, 8
 PLACES = ("shots", "scores", "report")
@@ -92,11 +95,11 @@ def forget(*places: str) -> None:
 
 
 def listed() -> pd.DataFrame:
-    return shots.listed(Path("out/shots"))
+    return samples.listed(Path("out/shots"))
 
 
 def report() -> Report:
-    return documents.read(Path("out/report/report.json"), Report)
+    return json_records.read(Path("out/report/report.json"), Report)
 
 
 def calls_for(pictures: int, size: int) -> int:
@@ -217,11 +220,11 @@ def test_other_batches_draw_and_look_at_nothing(root: Path) -> None:
 
 
 def test_other_batches_and_shards_draw_the_same_pictures(root: Path) -> None:
-    before = [shots.read(Path("out/shots"), side) for side in ("base", "candidate")]
+    before = [samples.read(Path("out/shots"), side) for side in ("base", "candidate")]
     forget("shots")
     stages.run("sample", change(root, sample={"batch": 3, "shard": 5}))
     for side, old in zip(("base", "candidate"), before, strict=True):
-        pd.testing.assert_frame_equal(shots.read(Path("out/shots"), side), old)  # type: ignore[arg-type]
+        pd.testing.assert_frame_equal(samples.read(Path("out/shots"), side), old)  # type: ignore[arg-type]
 
 
 def test_a_candidate_that_became_the_champion_is_not_drawn_again(root: Path) -> None:
@@ -279,7 +282,7 @@ def another_schedule(folder: Path) -> None:
 def test_another_part_of_the_model_is_drawn_with_and_judged_anew(
     part: str, alter: Callable[[Path], None], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deleatur.io.versions.status", lambda folder: {})
+    monkeypatch.setattr("deleatur.storage.dvc.status", lambda folder: {})
     old, keys = report().identity, set(listed()["key"])
     alter(root / "models" / "pipeline" / part)
     with pytest.raises(DataError, match="another pipeline than"):
@@ -301,32 +304,30 @@ def test_a_picture_is_named_by_all_that_its_row_says_of_it(root: Path) -> None:
 
 
 def test_the_concept_that_a_guide_steers_away_from_is_part_of_the_name(root: Path) -> None:
-    names, scale = set(), inputs.guide(Settings.load()).scale
+    names, scale = set(), methods.guide(Settings.load()).scale
     for guide, source in itertools.product(("cfg", "negative"), ("words", "token")):
         settings = change(root, guide={"method": guide, guide: {"scale": scale}}, erase={"source": source})
-        ways = sample._ways(settings, inputs.model(settings))
+        ways = sample._ways(settings, models.base_model(settings))
         names |= {(side, way.recipe.key) for side, way in ways.items()}
     assert len(names) == 1 + 3, "plain guidance has no concept"
 
 
-def test_a_corrected_method_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    import importlib
-    import sys
-
+def test_a_corrected_method_is_another_one(tmp_path: Path) -> None:
+    source = tmp_path / "deleatur"
     digests = set()
     for text in ("X = 1\n", "X = 1\n", "X = 22\n"):
-        (tmp_path / "some_method.py").write_text(text)
-        sys.modules.pop("some_method", None)
-        digests.add(identity.code(importlib.import_module("some_method"), libraries=()))
+        shutil.copytree(dependencies.PACKAGE, source, dirs_exist_ok=True)
+        with (source / "guides" / "cfg.py").open("a") as file:
+            file.write(f"\n\nclass CFG:\n    {text}")
+        digests.add(json.dumps(dependencies.of(CFG, source=source)))
     assert len(digests) == 2
-    assert len({identity.code(of, libraries=names) for of in (CFG, Guide) for names in ((), ("torch",))}) == 4
+    assert len({provenance.code_digest(of, libraries=names) for of in (CFG, Guide) for names in ((), ("torch",))}) == 4
 
 
 def test_the_whole_chain_in_bfloat16_ends_in_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import StableDiffusionPipeline
 
-    from deleatur.stages.export import export
+    from deleatur.artifacts.export import export
 
     monkeypatch.chdir(tmp_path)
     base = {"model": "models/pipeline", "dtype": "bfloat16", "device": "cpu"}
@@ -335,8 +336,8 @@ def test_the_whole_chain_in_bfloat16_ends_in_a_model(tmp_path: Path, monkeypatch
         stages.run(name, settings)
     export(settings, Path("model"))
     assert "bfloat16" in report().identity.sampler
-    delta = tensors.load_delta(settings.paths.delta / inputs.DELTA)
-    assert delta.base == inputs.model(settings).digest
+    delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
+    assert delta.base == models.base_model(settings).digest
     plain = StableDiffusionPipeline.from_pretrained("models/pipeline").unet.state_dict()
     erased = StableDiffusionPipeline.from_pretrained("model").unet.state_dict()
     moved = {n for n in plain if not torch.equal(plain[n], erased[n])}

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from deleatur.records import Prompt
+from deleatur.records.sampling import Prompt
 from deleatur.stages.evaluate import _slices
 
 WEAPON = [Prompt("1", "a gun", "concept", "", "weapon"), Prompt("2", "weapon", "word", "", "weapon")]

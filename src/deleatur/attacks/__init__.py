@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
-from deleatur.diffusion.invert import Progress, Templates
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights
-from deleatur.diffusion.state import Saved
+from deleatur.training.cost import Work
+from deleatur.training.optimizer_state import Saved
+from deleatur.training.textual_inversion import Progress, Templates
 
 Access = Literal["prompts", "text_encoder", "white_box", "original_model"]
 

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 
 from deleatur.attacks import Access, Attack, Found, Target
-from deleatur.diffusion.cost import Work
-from deleatur.diffusion.invert import Lesson, Progress, Several, learn
-from deleatur.diffusion.state import Saved
 from deleatur.maths.seeds import generator
+from deleatur.training.cost import Work
+from deleatur.training.optimizer_state import Saved
+from deleatur.training.textual_inversion import Lesson, Progress, Several, learn
 
 
 class ConceptInversion(Attack):

@@ -12,7 +12,7 @@ from pydantic import Field
 from deleatur.detectors import Detector, Network, Scores
 from deleatur.diffusion import folders
 from deleatur.diffusion.batches import full
-from deleatur.diffusion.load import device_of, identify, loading, quiet, whole
+from deleatur.diffusion.model import device_of, identify, loading, quiet, whole
 
 
 class Classifier(Detector):

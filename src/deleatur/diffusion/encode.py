@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.errors import DataError
-from deleatur.records import Concept, SoftToken
+from deleatur.records.model import Concept, SoftToken
 
 Prompt = Sequence[str | Tensor]
 """("a photo of ", vectors (v, d)): text fragments and rows that stand for tokens."""

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.errors import ModelError
-from deleatur.records import Delta
+from deleatur.records.model import Delta
 
 
 def weights_of(model: Model, delta: Delta) -> dict[str, Tensor]:

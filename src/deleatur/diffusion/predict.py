@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.maths.guidance import cfg
 
 Weights = Mapping[str, Tensor]

@@ -9,11 +9,11 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
-from deleatur.diffusion.finetune import Probe, Progress
-from deleatur.diffusion.load import Model
-from deleatur.diffusion.state import Saved
-from deleatur.records import Concept, Delta, Given
+from deleatur.diffusion.model import Model
+from deleatur.records.model import Concept, Delta, Given
+from deleatur.training.cost import Work
+from deleatur.training.finetune import Probe, Progress
+from deleatur.training.optimizer_state import Saved
 
 
 class Eraser(BaseModel):

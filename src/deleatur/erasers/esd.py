@@ -17,16 +17,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import encode_text
-from deleatur.diffusion.finetune import Loop, Probe, Progress, finetune, prompted
-from deleatur.diffusion.load import Model
-from deleatur.diffusion.select import Selector, select
-from deleatur.diffusion.state import Saved
-from deleatur.diffusion.terms import Networks, Target
+from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.maths.guidance import cfg
-from deleatur.records import Concept, Delta, Given
+from deleatur.records.model import Concept, Delta, Given
+from deleatur.training.cost import Work
+from deleatur.training.finetune import Loop, Probe, Progress, finetune, prompted
+from deleatur.training.losses import Networks, Target
+from deleatur.training.optimizer_state import Saved
+from deleatur.training.parameters import Selector, select
 
 
 def away(c: Tensor, c_0: Tensor, s: float) -> Target:

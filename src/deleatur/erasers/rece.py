@@ -18,14 +18,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
-from deleatur.diffusion.edit import Edit, Editing, pairs, touched
-from deleatur.diffusion.finetune import Probe, Progress
-from deleatur.diffusion.load import Model
-from deleatur.diffusion.state import Saved
+from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.maths.closed_form import apart, regenerate
-from deleatur.records import Concept, Delta, Given
+from deleatur.records.model import Concept, Delta, Given
+from deleatur.training.closed_form_editor import Edit, Editing, pairs, touched
+from deleatur.training.cost import Work
+from deleatur.training.finetune import Probe, Progress
+from deleatur.training.optimizer_state import Saved
 
 
 class RECE(Eraser):

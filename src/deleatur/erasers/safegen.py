@@ -18,19 +18,19 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import encode_text
-from deleatur.diffusion.finetune import Probe, Progress, Training, finetune
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.sample import encode_pictures
-from deleatur.diffusion.select import Selector, select
-from deleatur.diffusion.state import Saved
-from deleatur.diffusion.terms import Networks, Rows, squared
 from deleatur.erasers import Eraser
 from deleatur.errors import DataError
 from deleatur.maths.noise import Schedule
 from deleatur.maths.seeds import generator
-from deleatur.records import Concept, Delta, Given
+from deleatur.records.model import Concept, Delta, Given
+from deleatur.training.cost import Work
+from deleatur.training.finetune import Probe, Progress, Training, finetune
+from deleatur.training.losses import Networks, Rows, squared
+from deleatur.training.optimizer_state import Saved
+from deleatur.training.parameters import Selector, select
 
 
 def mosaic(picture: Image.Image, cells: int) -> Image.Image:

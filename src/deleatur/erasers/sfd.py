@@ -23,18 +23,18 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
 from deleatur.diffusion.encode import encode_text, instead
-from deleatur.diffusion.finetune import Probe, Progress, Training, finetune
-from deleatur.diffusion.load import Model
-from deleatur.diffusion.select import Selector, select
-from deleatur.diffusion.state import Saved, moments, parts, restore_moments
-from deleatur.diffusion.terms import Network, Networks, Rows
+from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError
 from deleatur.maths.guidance import cfg
 from deleatur.maths.seeds import generator
-from deleatur.records import Concept, Delta, Given
+from deleatur.records.model import Concept, Delta, Given
+from deleatur.training.cost import Work
+from deleatur.training.finetune import Probe, Progress, Training, finetune
+from deleatur.training.losses import Network, Networks, Rows
+from deleatur.training.optimizer_state import Saved, moments, parts, restore_moments
+from deleatur.training.parameters import Selector, select
 
 
 def score_identity(x: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:

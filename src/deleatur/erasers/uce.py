@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
-from deleatur.diffusion.edit import Edit, Editing, pairs, touched
-from deleatur.diffusion.finetune import Probe, Progress
-from deleatur.diffusion.load import Model
-from deleatur.diffusion.state import Saved
+from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
-from deleatur.records import Concept, Delta, Given
+from deleatur.records.model import Concept, Delta, Given
+from deleatur.training.closed_form_editor import Edit, Editing, pairs, touched
+from deleatur.training.cost import Work
+from deleatur.training.finetune import Probe, Progress
+from deleatur.training.optimizer_state import Saved
 
 
 class UCE(Eraser):

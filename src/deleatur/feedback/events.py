@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
-from deleatur.records import Feedback
+from deleatur.records.feedback import Feedback
 
 SCHEMA = pa.schema(
     {

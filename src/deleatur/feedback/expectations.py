@@ -16,7 +16,7 @@ import pandas as pd
 
 from deleatur.errors import DataError
 from deleatur.feedback.events import utc
-from deleatur.records import Kind
+from deleatur.records.feedback import Kind
 
 ANSWERS: Mapping[str, frozenset[str]] = {
     "binary": frozenset({"yes", "no", "unsure", "skip", "withdrawn"}),

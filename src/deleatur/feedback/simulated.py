@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deleatur.errors import DataError
-from deleatur.records import Feedback, Kind
+from deleatur.records.feedback import Feedback, Kind
 
 Array = NDArray[np.float64]
 

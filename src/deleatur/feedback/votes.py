@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from deleatur.feedback import raters as statistics
+from deleatur.maths import agreement as statistics
 
 VOTES = pa.schema(
     {

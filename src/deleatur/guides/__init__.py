@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deleatur.diffusion.load import Model
-from deleatur.records import Concept
+from deleatur.diffusion.model import Model
+from deleatur.records.model import Concept
 
 
 class Guide(BaseModel):

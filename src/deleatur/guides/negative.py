@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from deleatur.diffusion.encode import listed
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.guides import Guide
 from deleatur.maths.guidance import cfg
-from deleatur.records import Concept
+from deleatur.records.model import Concept
 
 
 class Negative(Guide):

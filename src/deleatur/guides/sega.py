@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from deleatur.diffusion.encode import encode_text, listed
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.guides import Guide
 from deleatur.maths.guidance import cfg
-from deleatur.records import Concept
+from deleatur.records.model import Concept
 
 
 class Edit(BaseModel):

@@ -20,10 +20,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from deleatur.diffusion.encode import encode_text, listed
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.model import Model
 from deleatur.guides import Guide
 from deleatur.maths.guidance import cfg
-from deleatur.records import Concept
+from deleatur.records.model import Concept
 
 PRESETS: dict[str, dict[str, float]] = {
     # diffusers' deprecated pipeline has strength 20 for weak; the paper's table says 200.

@@ -10,10 +10,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
-from deleatur.diffusion.invert import Learned, Look, Progress, Templates
-from deleatur.diffusion.load import Model
-from deleatur.diffusion.state import Saved
+from deleatur.diffusion.model import Model
+from deleatur.training.cost import Work
+from deleatur.training.optimizer_state import Saved
+from deleatur.training.textual_inversion import Learned, Look, Progress, Templates
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from pydantic import Field
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
-from deleatur.diffusion.invert import Inversion, Learned, Lesson, Look, Progress, learn
-from deleatur.diffusion.load import Model
-from deleatur.diffusion.state import Saved
+from deleatur.diffusion.model import Model
 from deleatur.errors import DataError
 from deleatur.inversion import Inverter, Rated, start_rows
 from deleatur.maths.seeds import derive, generator
+from deleatur.training.cost import Work
+from deleatur.training.optimizer_state import Saved
+from deleatur.training.textual_inversion import Inversion, Learned, Lesson, Look, Progress, learn
 
 
 class HFI(Inverter):

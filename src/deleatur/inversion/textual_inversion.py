@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.cost import Work
-from deleatur.diffusion.invert import Descent, Learned, Lesson, Look, Progress, learn
-from deleatur.diffusion.load import Model
-from deleatur.diffusion.state import Saved
+from deleatur.diffusion.model import Model
 from deleatur.inversion import Inverter, Rated, start_rows
 from deleatur.maths.seeds import generator
+from deleatur.training.cost import Work
+from deleatur.training.optimizer_state import Saved
+from deleatur.training.textual_inversion import Descent, Learned, Lesson, Look, Progress, learn
 
 
 class TextualInversion(Inverter):

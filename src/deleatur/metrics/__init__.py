@@ -13,8 +13,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deleatur.diffusion.features import Clip
-from deleatur.records import Detector, Prompt
+from deleatur.diffusion.clip import Clip
+from deleatur.records.report import Detector
+from deleatur.records.sampling import Prompt
 
 Array = NDArray[np.float64]
 Asked = Literal["concept", "harmless", "any"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from deleatur.maths.distances import cosine
 from deleatur.metrics import Array, Asked, Gallery, Metric
-from deleatur.records import Detector
+from deleatur.records.report import Detector
 
 
 class ClipScore(Metric):

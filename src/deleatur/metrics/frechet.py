@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deleatur.maths.distances import frechet
 from deleatur.metrics import Gallery, SetMetric
-from deleatur.records import Detector
+from deleatur.records.report import Detector
 
 
 class Frechet(SetMetric):

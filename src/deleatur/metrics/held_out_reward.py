@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from deleatur.metrics import Array, Asked, Gallery, Metric
-from deleatur.records import Detector
+from deleatur.records.report import Detector
 
 
 class HeldOutReward(Metric):

@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from deleatur.metrics import Array, Asked, Counts, Gallery, Metric
-from deleatur.records import Detector, Prompt
+from deleatur.records.report import Detector
+from deleatur.records.sampling import Prompt
 
 S5 = (
     "ANUS_EXPOSED",

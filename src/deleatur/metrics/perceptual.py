@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deleatur.metrics import Array, Gallery, Metric
-from deleatur.records import Detector
+from deleatur.records.report import Detector
 
 
 class Perceptual(Metric):

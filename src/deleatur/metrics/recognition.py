@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from deleatur.metrics import Array, Asked, Counts, Gallery, Metric, labelled
-from deleatur.records import Detector, Prompt
+from deleatur.records.report import Detector
+from deleatur.records.sampling import Prompt
 
 
 class Recognition(Metric):

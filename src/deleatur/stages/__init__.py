@@ -11,20 +11,20 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
+from deleatur.config.settings import Settings
+from deleatur.dependencies import STAGES
 from deleatur.errors import ContinueMe, SettingsError
-from deleatur.io import journal
-from deleatur.io.versions import FOLLOWED
-from deleatur.settings import Settings
+from deleatur.runtime import event_log
+from deleatur.storage.dvc import FOLLOWED
 
-STAGES = ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate", "register")
-"""In the order of the chain. All but `register` are stages of dvc.yaml: register makes no file."""
+__all__ = ["STAGES", "run"]
 
 
 def run(name: str, settings: Settings) -> None:
     """Runs one stage. Raises SettingsError when there is none of that name, ContinueMe when it was asked to stop."""
     if name not in STAGES:
         raise SettingsError(f"no stage {name!r}: there is {', '.join(STAGES)}", hint="deleatur stage --help")
-    with journal.kept(settings.paths.state, name), _stoppable(name):
+    with event_log.kept(settings.paths.state, name), _stoppable(name):
         import_module(f"deleatur.stages.{name}").run(settings)
 
 

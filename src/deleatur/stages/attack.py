@@ -6,28 +6,31 @@ from typing import Any
 
 from torch import Tensor
 
+from deleatur import dependencies
+from deleatur.artifacts import rated_images, reward_heads
 from deleatur.attacks import Target
+from deleatur.config import methods
+from deleatur.config.settings import Settings
 from deleatur.diffusion import encode
-from deleatur.diffusion.features import Clip
-from deleatur.diffusion.invert import Progress, templates_of
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.clip import Clip
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.sample import encode_pictures
-from deleatur.io import tables, tensors
-from deleatur.settings import Settings
-from deleatur.stages import identity, inputs
-from deleatur.stages.checkpoint import Checkpoint, belongs
-from deleatur.stages.progress import Bar, bar
+from deleatur.runtime import models, provenance
+from deleatur.runtime.checkpoint import Checkpoint, belongs
+from deleatur.runtime.progress import Bar, bar
+from deleatur.storage import files, tensors
+from deleatur.training.textual_inversion import Progress, templates_of
 
 
 def run(settings: Settings) -> None:
-    model, clip = inputs.model(settings), inputs.clip(settings)
-    delta = tensors.load_delta(settings.paths.delta / inputs.DELTA)
-    weights, attacks = weights_of(model, delta), inputs.attacks(settings, delta.one_step)
+    model, clip = models.base_model(settings), models.clip_model(settings)
+    delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
+    weights, attacks = weights_of(model, delta), methods.attacks(settings, delta.one_step)
     made: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     checkpoints, record, curves = [], {}, {}
     for name in settings.targets:
-        spec, pool = settings.concepts[name], inputs.Pool(settings, name)
+        spec, pool = settings.concepts[name], rated_images.RatedImages(settings, name)
         rows = _marked(settings, name, pool, clip)
         pictures, prompts = [pool.pictures[i] for i in rows], [pool.prompt[i] for i in rows]
         initial = encode.embedding_of(model, spec.initial)
@@ -48,11 +51,11 @@ def run(settings: Settings) -> None:
             made[f"{name}-{kind}"] = (found.vectors, facts)
             curves[f"{name}-{kind}"] = list(found.losses)
             record[f"{name}-{kind}"] = facts | {"pictures": len(pictures), "last_loss": found.losses[-1]}
-    folder = tables.emptied(settings.paths.attacks)
+    folder = files.emptied(settings.paths.attacks)
     for stem, (vectors, facts) in made.items():
         tensors.save(folder / f"{stem}.safetensors", {"vectors": vectors}, facts)
-    tables.write_json(folder / "record.json", record)
-    tables.write_json(folder / "curves.json", curves)
+    files.write_json(folder / "record.json", record)
+    files.write_json(folder / "curves.json", curves)
     for checkpoint in checkpoints:
         checkpoint.remove()
 
@@ -60,19 +63,17 @@ def run(settings: Settings) -> None:
 def _belongs(settings: Settings, model: Model, clip: Clip, name: str, kind: str) -> dict[str, Any]:
     """Of one attack on one concept: what the others are changes nothing."""
     content = {
-        "feedback": tables.read_json(settings.paths.feedback / "summary.json")["feedback"],
-        "reward": identity.files([settings.paths.reward / f"{name}.safetensors"]),
-        "delta": identity.files([settings.paths.delta / inputs.DELTA]),
+        "feedback": files.read_json(settings.paths.feedback / "summary.json")["feedback"],
+        "reward": provenance.files_digest([settings.paths.reward / f"{name}.safetensors"]),
+        "delta": provenance.files_digest([settings.paths.delta / tensors.DELTA_FILE]),
     }
-    code = ["attacks/__init__.py", "feedback/reward.py", "diffusion", "maths", "stages/inputs.py", "stages/attack.py"]
+    code = dependencies.of_stage("attack", {"attack": {"methods": {kind: {}}}})
     sections = ["base", "seed", f"concepts.{name}", f"attack.methods.{kind}", "reward.clip"]
-    return belongs(
-        settings, sections=sections, code=code, methods=[("attacks", kind)], model=model, clip=clip, content=content
-    )
+    return belongs(settings, sections=sections, code=code, model=model, clip=clip, content=content)
 
 
-def _marked(settings: Settings, name: str, pool: inputs.Pool, clip: Clip) -> list[int]:
+def _marked(settings: Settings, name: str, pool: rated_images.RatedImages, clip: Clip) -> list[int]:
     """The attacker has pictures of the concept: those that raters mark, or at least the one that they mark most."""
-    head, features = inputs.head(settings, name, "train"), clip.pictures(pool.pictures)
-    count = max(1, int(inputs.present(head, features).sum()))
+    head, features = reward_heads.load_head(settings, name, "train"), clip.pictures(pool.pictures)
+    count = max(1, int(reward_heads.shows_concept(head, features).sum()))
     return [int(i) for i in head(features).argsort(descending=True)[:count]]

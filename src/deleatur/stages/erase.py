@@ -11,33 +11,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deleatur import dependencies
+from deleatur.artifacts import prompts, rated_images, reward_heads, tokens
+from deleatur.config import methods
+from deleatur.config.settings import Settings
 from deleatur.diffusion import encode
-from deleatur.diffusion.features import Clip
-from deleatur.diffusion.finetune import Probe, Progress, Reading
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.clip import Clip
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
 from deleatur.erasers import Eraser
-from deleatur.io import tables, tensors
 from deleatur.maths.distances import cosine
 from deleatur.maths.seeds import derive
-from deleatur.records import Concept
-from deleatur.settings import Settings
-from deleatur.stages import identity, inputs
-from deleatur.stages.checkpoint import Checkpoint, belongs
-from deleatur.stages.progress import bar
+from deleatur.records.model import Concept
+from deleatur.runtime import models, provenance
+from deleatur.runtime.checkpoint import Checkpoint, belongs
+from deleatur.runtime.progress import bar
+from deleatur.storage import files, tensors
+from deleatur.training.finetune import Probe, Progress, Reading
 
 LOOK = 20
 """Prompts of each kind that are drawn and rated at a look: small enough to be cheap, fixed so that looks compare."""
 
 
 def run(settings: Settings) -> None:
-    model, clip = inputs.model(settings), inputs.clip(settings)
-    eraser = inputs.eraser(settings)
-    concepts = [inputs.concept(settings, model, name) for name in settings.targets]
+    model, clip = models.base_model(settings), models.clip_model(settings)
+    eraser = methods.eraser(settings)
+    concepts = [tokens.load_concept(settings, model, name) for name in settings.targets]
     if eraser.learns_from_pictures:
-        concepts = [replace(c, pictures=inputs.Pool(settings, c.name).rated()) for c in concepts]
-    kept = inputs.to_preserve(settings)
+        concepts = [replace(c, pictures=rated_images.RatedImages(settings, c.name).rated()) for c in concepts]
+    kept = prompts.to_preserve(settings)
     checkpoint = Checkpoint(settings, "erase", "erase", _belongs(settings, eraser, model, clip))
     with checkpoint, bar(f"erase {'+'.join(settings.targets)}", 1) as advance:
 
@@ -58,13 +61,13 @@ def run(settings: Settings) -> None:
             probe=_probe(settings, model, clip, concepts, kept, eraser.one_step),
             state=checkpoint.state,
         )
-    folder = tables.emptied(settings.paths.delta)
-    tensors.save_delta(folder / inputs.DELTA, delta)
+    folder = files.emptied(settings.paths.delta)
+    tensors.save_delta(folder / tensors.DELTA_FILE, delta)
     record = {"method": delta.method, "concepts": list(delta.concepts), **delta.record}
     record["notes"] = [*_of_tokens(settings), *eraser.notes()]
     for name in ("curve", "looks"):
-        tables.write_json(folder / f"{name}.json", record.pop(name, []))
-    tables.write_json(folder / "record.json", record)
+        files.write_json(folder / f"{name}.json", record.pop(name, []))
+    files.write_json(folder / "record.json", record)
     checkpoint.remove()
 
 
@@ -72,34 +75,29 @@ def _of_tokens(settings: Settings) -> list[str]:
     """What a reader must know of how the tokens were learned."""
     if settings.erase.source == "words":
         return []
-    said = (inputs.token(settings, name).provenance.get("notes", []) for name in settings.targets)
+    said = (tokens.load_token(settings, name).provenance.get("notes", []) for name in settings.targets)
     return list(dict.fromkeys(note for notes in said for note in notes))
 
 
 def _belongs(settings: Settings, eraser: Eraser, model: Model, clip: Clip) -> dict[str, Any]:
     paths, specs = settings.paths, [settings.concepts[name] for name in settings.targets]
     content = {
-        "reward": identity.files([paths.reward / f"{name}.safetensors" for name in settings.targets]),
-        "prompts": identity.files([paths.prompts, *(spec.prompts for spec in specs)]),
+        "reward": provenance.files_digest([paths.reward / f"{name}.safetensors" for name in settings.targets]),
+        "prompts": provenance.files_digest([paths.prompts, *(spec.prompts for spec in specs)]),
     }
     if settings.erase.source == "token":
-        content["tokens"] = identity.files([p for n in settings.targets for p in sorted((paths.tokens / n).iterdir())])
+        content["tokens"] = provenance.files_digest(
+            [p for n in settings.targets for p in sorted((paths.tokens / n).iterdir())]
+        )
     if eraser.learns_from_pictures:
-        content["feedback"] = tables.read_json(paths.feedback / "summary.json")["feedback"]
+        content["feedback"] = files.read_json(paths.feedback / "summary.json")["feedback"]
     sections = ["base", "seed", "targets", *(f"concepts.{name}" for name in settings.targets), "guide", "erase"]
     return belongs(
         settings,
         sections=[*sections, "reward.clip", "sample.steps"],
-        code=[
-            "diffusion",
-            "maths",
-            "feedback/reward.py",
-            "feedback/votes.py",
-            "erasers/__init__.py",
-            "stages/inputs.py",
-            "stages/erase.py",
-        ],
-        methods=[("erasers", settings.erase.method), ("guides", settings.guide.method)],
+        code=dependencies.of_stage(
+            "erase", {"erase": {"method": settings.erase.method}, "guide": {"method": settings.guide.method}}
+        ),
         model=model,
         clip=clip,
         content=content,
@@ -117,14 +115,14 @@ def _probe(
     """Draws a few concept prompts, the concept's own tokens or words, and preserved prompts, always from the same
     noise, and rates them with r_ψ and CLIP. Only prompts of the dev split: what is reported later is never looked at.
     """
-    guide = inputs.guide(settings)
+    guide = methods.guide(settings)
     conditions = guide.conditions(model, concepts)
     rated: list[tuple[Any, Tensor]] = []
     for concept in concepts:
         spec = settings.concepts[concept.name]
-        asked = [p.text for p in inputs.prompts(spec.prompts, "dev", concept.name, "concept")][:LOOK]
+        asked = [p.text for p in prompts.read(spec.prompts, "dev", concept.name, "concept")][:LOOK]
         c = torch.cat([encode.encode_text(model, asked), concept.states])
-        rated.append((inputs.head(settings, concept.name, "train"), c))
+        rated.append((reward_heads.load_head(settings, concept.name, "train"), c))
     calm_texts = list(kept[:: max(1, len(kept) // LOOK)])[:LOOK]
     calm = encode.encode_text(model, calm_texts)
     words = clip.texts(calm_texts)
@@ -145,7 +143,9 @@ def _probe(
         )
 
     def probe(weights: Weights) -> Reading:
-        hits = torch.cat([inputs.present(head, clip.pictures(draw(c, "concept", weights))) for head, c in rated])
+        hits = torch.cat(
+            [reward_heads.shows_concept(head, clip.pictures(draw(c, "concept", weights))) for head, c in rated]
+        )
         kept = draw(calm, "kept", weights)
         followed = cosine(clip.pictures(kept), words).mean()
         return Reading(float(hits.float().mean()), float(followed), float(np.mean([contrast(p) for p in kept])))

@@ -21,25 +21,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deleatur.diffusion import features
+from deleatur.artifacts import reward_heads
+from deleatur.artifacts.labels import demand_labels
+from deleatur.config import methods
+from deleatur.config.settings import Settings
 from deleatur.diffusion.batches import full
+from deleatur.diffusion.clip import Clip
 from deleatur.diffusion.encode import BARE
-from deleatur.diffusion.load import digest
+from deleatur.diffusion.model import digest
 from deleatur.errors import ModelError
 from deleatur.feedback.reward import Head
-from deleatur.io import documents, images, shots, tables
-from deleatur.io.kept import Kept, parts
-from deleatur.maths import agreement, distances
-from deleatur.maths.agreement import Interval
+from deleatur.maths import intervals
+from deleatur.maths.intervals import Interval
 from deleatur.maths.seeds import derive
 from deleatur.metrics import Array, Counts, Gallery, Metric, Reward, Seen, SetMetric
-from deleatur.records import Prompt, Report, Score, Side
-from deleatur.settings import Settings
-from deleatur.stages import identity, inputs
-from deleatur.stages.check import demand_labels
-from deleatur.stages.fan import hands, own, spread
-from deleatur.stages.identity import sha256
-from deleatur.stages.progress import Bar, bar
+from deleatur.records.report import Report, Score
+from deleatur.records.sampling import Prompt, Side
+from deleatur.runtime import models, provenance
+from deleatur.runtime.distributed import hands, own, spread
+from deleatur.runtime.progress import Bar, bar
+from deleatur.runtime.provenance import sha256
+from deleatur.storage import files, images, json_records, samples
+from deleatur.storage.cache import Kept, parts
 
 SIDES: tuple[Side, ...] = ("base", "champion", "candidate")
 PROMPT = ["id", "text", "role", "label", "concept"]  # in the order of the record's fields
@@ -84,14 +87,14 @@ class Scores:
 
     def tidy(self) -> None:
         """Deletes the stores that nobody has asked for."""
-        tables.keep_only(self.folder, self._asked)
+        files.keep_only(self.folder, self._asked)
 
 
 def run(settings: Settings, notes: Sequence[str] = ()) -> None:
     """notes: what a reader of the report must know besides."""
     demand_labels(settings)
-    metrics = inputs.metrics(settings)
-    listed = shots.listed(settings.paths.shots)
+    metrics = methods.metrics(settings)
+    listed = samples.listed(settings.paths.shots)
     drawn = {side: own for side in SIDES if len(own := listed[listed["side"] == side].reset_index(drop=True))}
     kept = Scores(settings.paths.scores)
     galleries = look(settings, kept, drawn, metrics.values())
@@ -103,23 +106,23 @@ def run(settings: Settings, notes: Sequence[str] = ()) -> None:
             values += [_long(drawn[side], side, name, found) for side, found in of_side.items()]
             for side in galleries:
                 scores += _scores(settings, name, metric, side, galleries, of_side)
-    tables.write_table(settings.paths.scores / "values.parquet", pd.concat(values), VALUES)
+    files.write_table(settings.paths.scores / "values.parquet", pd.concat(values), VALUES)
     kept.tidy()
-    report = Report(identity.of(settings), tuple(scores), (*notes, *_notes(settings)))
-    folder = tables.emptied(settings.paths.report)
-    documents.write(folder / "report.json", report)
-    tables.write_json(folder / "metrics.json", _flat(scores))
-    tables.write_csv(folder / "scores.csv", pd.DataFrame([_plain(s) for s in scores]))
+    report = Report(provenance.identify(settings), tuple(scores), (*notes, *_notes(settings)))
+    folder = files.emptied(settings.paths.report)
+    json_records.write(folder / "report.json", report)
+    files.write_json(folder / "metrics.json", _flat(scores))
+    files.write_csv(folder / "scores.csv", pd.DataFrame([_plain(s) for s in scores]))
 
 
 def look(
     settings: Settings, kept: Scores, drawn: Mapping[Side, pd.DataFrame], metrics: Collection[Metric]
 ) -> dict[Side, Gallery]:
     """What CLIP says of every picture of every side, and each detector of those that a metric wants it to look at."""
-    detectors = inputs.detectors(settings)
-    clip = inputs.clip(settings)
+    detectors = methods.detectors(settings)
+    clip = models.clip_model(settings)
     counts = {n: (s.found.detector, s.found.labels) for n, s in settings.concepts.items() if n in settings.targets}
-    heads = {name: inputs.head(settings, name, "held_out") for name in settings.targets}
+    heads = {name: reward_heads.load_head(settings, name, "held_out") for name in settings.targets}
     prompts = {side: [Prompt(*row) for row in f[PROMPT].itertuples(index=False)] for side, f in drawn.items()}
     asked = [
         (key, prompt) for side, frame in drawn.items() for key, prompt in zip(frame["key"], prompts[side], strict=True)
@@ -127,8 +130,8 @@ def look(
     keys = list(dict.fromkeys(key for key, _ in asked))
     wanted = _wanted(metrics, asked, counts)
     at = {key: row for row, key in enumerate(keys)}
-    pictures = shots.pictures(settings.paths.shots)
-    fetch = partial(shots.decoded, pictures)
+    pictures = samples.pictures(settings.paths.shots)
+    fetch = partial(samples.decoded, pictures)
     seen: dict[str, Seen] = {}
     total = len(keys) + sum(len(wanted[name]) for name in detectors)
     with hands(settings.workers) as others, bar("look", total) as advance:
@@ -141,14 +144,14 @@ def look(
 
         for name, detector in detectors.items():
             net = detector.load()
-            how = identity.code(type(detector), libraries=identity.LOOKING)
+            how = provenance.code_digest(type(detector), libraries=provenance.LOOKING)
             what = sha256([how, detector.model_dump(mode="json"), net.weights])
             scores = np.full((len(keys), len(net.labels)), np.nan, np.float32)
             if mine := wanted[name]:
                 ask = asking(name, net.detect, net.weights)
                 scores[[at[key] for key in mine]] = _said(kept.of(what, SAID), mine, ask, advance)
             seen[name] = Seen(net.labels, scores, net.weights, what)
-        how = identity.code(features, libraries=identity.LOOKING)
+        how = provenance.code_digest(Clip, libraries=provenance.LOOKING)
         store = kept.of(sha256([how, clip.digest]), SAID)
         embedded = torch.from_numpy(_said(store, keys, asking(CLIP, clip.pictures, clip.digest), advance))
     rewards = {name: Reward(_rated(head, embedded), digest(head.tensors)) for name, head in heads.items()}
@@ -206,9 +209,9 @@ def _look_there(common: tuple[Settings, str, str], encoded: Iterable[bytes]) -> 
 def _network(settings: Settings, name: str) -> tuple[Callable[[Pictures], Any], str]:
     """A detector, or CLIP, and the digest of its weights."""
     if name == CLIP:
-        clip = inputs.clip(settings)
+        clip = models.clip_model(settings)
         return clip.pictures, clip.digest
-    loaded = inputs.detectors(settings)[name].load()
+    loaded = methods.detectors(settings)[name].load()
     return loaded.detect, loaded.weights
 
 
@@ -223,7 +226,7 @@ def _values(
     base = galleries["base"]
     if isinstance(metric, SetMetric):
         return {side: metric.values(gallery, base) for side, gallery in galleries.items()}
-    how = identity.code(type(metric), features, distances, Head, libraries=identity.LOOKING)
+    how = provenance.code_digest(type(metric), libraries=provenance.LOOKING)
     store = kept.of(sha256([how, metric.model_dump(mode="json")]), VALUE)
     names = {side: _names(metric, gallery, base) for side, gallery in galleries.items()}
     for side, gallery in galleries.items():
@@ -285,13 +288,13 @@ def _scores(
             if side != "base" and mine.sum() >= metric.least:
                 add(part, mine, _set_interval(settings, metric, gallery, galleries["base"], clusters, mine, part), None)
         elif (rows := mine & ~np.isnan(values)).any():
-            of = agreement.rate if metric.rate else agreement.mean
+            of = intervals.rate if metric.rate else intervals.mean
             add(part, rows, of(values[rows], clusters[rows], level), None)
             for other in of_side:
                 if side == "candidate" and other != side:
                     apart = values - of_side[other]
                     both = rows & ~np.isnan(apart)
-                    add(part, both, agreement.difference(apart[both], clusters[both], level), other)
+                    add(part, both, intervals.difference(apart[both], clusters[both], level), other)
     return out
 
 
@@ -335,18 +338,18 @@ def _notes(settings: Settings) -> list[str]:
         "t for means; pictures of one prompt count as one cluster, and few prompts widen every interval.",
         f"Tokens stand for {'the learned soft tokens' if settings.erase.source == 'token' else 'the words given'}.",
     ]
-    notes += tables.read_json(settings.paths.delta / "record.json")["notes"]
+    notes += files.read_json(settings.paths.delta / "record.json")["notes"]
     for name in settings.targets:
         if settings.concepts[name].sentences == BARE:
             continue
         sentences = ", ".join(f"“{s}”" for s in settings.concepts[name].sentences)
         notes.append(f"Words and tokens of {name} were erased in {sentences}; the papers erase them alone: “{{}}”.")
-    summary = tables.read_json(settings.paths.feedback / "summary.json")
+    summary = files.read_json(settings.paths.feedback / "summary.json")
     for name in settings.targets:
         notes.append(f"What raters of {name} were asked: {settings.concepts[name].guideline}")
     if aside := summary["quarantined"]["rows"]:
         notes.append(f"{aside} rows of feedback could not be used; quarantine.csv beside it says why.")
-    if settings.guide.method != inputs.PLAIN:
+    if settings.guide.method != methods.PLAIN_GUIDE:
         notes.append(
             f"The candidate is drawn with the guide {settings.guide.method}; base and champion are drawn plainly. "
             "Its numbers hold where pictures are drawn with this guide: an exported model does not bring it along."

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
-
 from deleatur import gate
-from deleatur.errors import DataError
-from deleatur.io import documents, images, page, shots, tables
-from deleatur.io.page import Row, Sheet
-from deleatur.records import Report, Role, Side, Verdict
-from deleatur.settings import Settings
-from deleatur.stages.curves import curves
+from deleatur.config.settings import Settings
+from deleatur.records.report import Report, Verdict
+from deleatur.records.sampling import Role, Side
+from deleatur.report import page
+from deleatur.report.curves import curves
+from deleatur.report.latest import policy_digest
+from deleatur.report.page import Row, Sheet
+from deleatur.storage import files, images, json_records, samples
 
 ROWS = 8
 """Prompts of each role on the page."""
@@ -31,20 +29,18 @@ TITLES: dict[Role, str] = {
 
 
 def run(settings: Settings) -> None:
-    report = documents.read(settings.paths.report / "report.json", Report)
+    report = json_records.read(settings.paths.report / "report.json", Report)
     rules = settings.gate.rules
-    verdict = gate.judge(report, rules, report_digest=documents.digest(report), policy_digest=_policy(settings))
-    folder = tables.emptied(settings.paths.verdict)
-    documents.write(folder / "verdict.json", verdict)
-    tables.write_json(folder / "summary.json", _summary(verdict))
+    verdict = gate.judge(
+        report, rules, report_digest=json_records.digest(report), policy_digest=policy_digest(settings)
+    )
+    folder = files.emptied(settings.paths.verdict)
+    json_records.write(folder / "verdict.json", verdict)
+    files.write_json(folder / "summary.json", _summary(verdict))
     sheets = list(_sheets(settings))
     page.render(report, verdict, sheets, list(curves(settings)), folder / "report.html", rules=rules)
     cover = settings.evaluate.blur_sheet
     page.summary_png(sheets[0], folder / "sheet.png", simulated=verdict.simulated, cover=cover, cell=96)
-
-
-def _policy(settings: Settings) -> str:
-    return documents.digest({name: rule.model_dump() for name, rule in settings.gate.rules.items()})
 
 
 def _summary(verdict: Verdict) -> dict[str, Any]:
@@ -58,11 +54,11 @@ def _sheets(settings: Settings) -> Iterator[Sheet]:
     """The first picture of a few prompts of each role, every side from the same noise."""
     pictures: dict[Side, dict[str, bytes]] = {}
     for side in ("base", "champion", "candidate"):
-        drawn = shots.read(settings.paths.shots, side)
+        drawn = samples.read(settings.paths.shots, side)
         first = drawn[drawn["index"] == 0]
         if len(first):
             pictures[side] = dict(zip(first["id"], first["image"], strict=True))
-    base = shots.read(settings.paths.shots, "base").drop_duplicates("id")
+    base = samples.read(settings.paths.shots, "base").drop_duplicates("id")
     text = dict(zip(base["id"], base["text"], strict=True))
     for role, title in TITLES.items():
         mine = list(base["id"][base["role"] == role])
@@ -70,43 +66,3 @@ def _sheets(settings: Settings) -> Iterator[Sheet]:
         if chosen:
             rows = [Row(i, {s: images.decode(p[i]) for s, p in pictures.items()}, text[i]) for i in chosen]
             yield Sheet(title, role, rows)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What the command line shows of the newest verdict."""
-
-    verdict: Verdict
-    table: RenderableType
-    plain: dict[str, Any]
-    page: Path
-    sheet: Path
-    stale: str
-    """What has changed since; empty: nothing."""
-
-
-def show(params: Path) -> Shown:
-    """Reads what the chain last wrote. Raises DataError when it has not run."""
-    settings = Settings.load(params)
-    folder = settings.paths.verdict
-    if not (folder / "verdict.json").is_file():
-        raise DataError(f"no verdict in {folder}: the chain has not run to its end", hint="deleatur demo")
-    report = documents.read(settings.paths.report / "report.json", Report)
-    verdict = documents.read(folder / "verdict.json", Verdict)
-    plain = {
-        "verdict": tables.read_json(folder / "verdict.json"),
-        "report": tables.read_json(settings.paths.report / "report.json"),
-        "stale": (changed := stale(settings, report, verdict)),
-    }
-    return Shown(verdict, page.terminal(report, verdict), plain, folder / "report.html", folder / "sheet.png", changed)
-
-
-def stale(settings: Settings, report: Report, verdict: Verdict) -> str:
-    """What has changed since the verdict; empty: nothing."""
-    if report.identity.settings != settings.made_by:
-        return "this was measured with other settings than params.yaml has now"
-    if verdict.report != documents.digest(report):
-        return "this verdict is about an earlier report"
-    if verdict.policy != _policy(settings):
-        return "this verdict is by other rules than params.yaml has now"
-    return ""

@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.feedback import events, expectations, votes
 from deleatur.feedback.events import Rejected, Row
-from deleatur.io import images, tables
-from deleatur.settings import Settings
-from deleatur.stages.progress import bar
+from deleatur.runtime.progress import bar
+from deleatur.storage import files, images
 
 
 def run(settings: Settings) -> None:
@@ -41,8 +41,8 @@ def run(settings: Settings) -> None:
 def _ingest(settings: Settings) -> tuple[dict[str, Any], list[Rejected]]:
     """Writes everything; the summary, and what is in quarantine."""
     sources = find(settings.ingest.sources)
-    out, docs = tables.emptied(settings.paths.feedback), tables.emptied(settings.paths.data_docs)
-    parsed = events.parse({path.as_posix(): tables.read_lines(path) for path in sources})
+    out, docs = files.emptied(settings.paths.feedback), files.emptied(settings.paths.data_docs)
+    parsed = events.parse({path.as_posix(): files.read_lines(path) for path in sources})
     rejected, digests = list(parsed.rejected), set[str]()
     images.write_shards(out, pictures(sources, digests, rejected))
 
@@ -58,11 +58,11 @@ def _ingest(settings: Settings) -> tuple[dict[str, Any], list[Rejected]]:
     answers = events.table(current)
     raters = votes.raters(answers)
     found, ordered = votes.votes(answers, raters), votes.pairs(answers, raters)
-    tables.write_table(out / "events.parquet", events.table(valid), events.SCHEMA)
-    tables.write_table(out / "answers.parquet", answers, events.SCHEMA)
-    tables.write_table(out / "votes.parquet", found, votes.VOTES)
-    tables.write_table(out / "pairs.parquet", ordered, votes.PAIRS)
-    tables.write_table(out / "raters.parquet", raters, votes.RATERS)
+    files.write_table(out / "events.parquet", events.table(valid), events.SCHEMA)
+    files.write_table(out / "answers.parquet", answers, events.SCHEMA)
+    files.write_table(out / "votes.parquet", found, votes.VOTES)
+    files.write_table(out / "pairs.parquet", ordered, votes.PAIRS)
+    files.write_table(out / "raters.parquet", raters, votes.RATERS)
     _write_quarantine(out, rejected)
     concepts = {name: _count(name, settings, valid, answers, found, ordered, raters) for name in settings.concepts}
     summary = {
@@ -77,7 +77,7 @@ def _ingest(settings: Settings) -> tuple[dict[str, Any], list[Rejected]]:
         "concepts": concepts,
         "expectations": checked.summary,
     }
-    tables.write_json(out / "summary.json", summary)
+    files.write_json(out / "summary.json", summary)
     return summary, rejected
 
 
@@ -85,7 +85,7 @@ def demand_rated(settings: Settings, concept: str) -> None:
     """Raises DataError where no picture of a concept was marked by most raters, or none passed, in the sources as they
     lie there: then a method that learns from rated pictures cannot.
     """
-    parsed = events.parse({path.as_posix(): tables.read_lines(path) for path in find(settings.ingest.sources)})
+    parsed = events.parse({path.as_posix(): files.read_lines(path) for path in find(settings.ingest.sources)})
     sound = [row for row in parsed.rows if row.event.concept == concept and events.utc(row.event.created_at)]
     answers = events.table(events.current(events.link(sound, set())[0]))
     share = votes.seen(answers, votes.raters(answers))
@@ -144,9 +144,9 @@ def _refuse(row: Row, v: expectations.Violation) -> Rejected:
 
 def _write_quarantine(out: Path, rejected: Sequence[Rejected]) -> None:
     table = events.quarantine(rejected)
-    tables.write_table(out / "quarantine.parquet", table, events.QUARANTINE)
+    files.write_table(out / "quarantine.parquet", table, events.QUARANTINE)
     if rejected:
-        tables.write_csv(out / "quarantine.csv", table)
+        files.write_csv(out / "quarantine.csv", table)
 
 
 def _by_rule(rejected: Sequence[Rejected]) -> dict[str, int]:

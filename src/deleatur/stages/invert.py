@@ -11,33 +11,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deleatur import dependencies
+from deleatur.artifacts import rated_images, reward_heads
+from deleatur.config import methods
+from deleatur.config.settings import Settings
 from deleatur.diffusion import encode
-from deleatur.diffusion.features import Clip
-from deleatur.diffusion.invert import Learned, Look, Progress, templates_of
-from deleatur.diffusion.load import Model
+from deleatur.diffusion.clip import Clip
+from deleatur.diffusion.model import Model
 from deleatur.diffusion.sample import encode_pictures, sample
 from deleatur.feedback import votes
 from deleatur.feedback.reward import Head
 from deleatur.inversion import Rated
-from deleatur.io import tables, tensors
 from deleatur.maths.seeds import derive
-from deleatur.records import Kind, SoftToken
-from deleatur.settings import Settings
-from deleatur.stages import identity, inputs
-from deleatur.stages.checkpoint import Checkpoint, belongs
-from deleatur.stages.progress import Bar, bar
+from deleatur.records.feedback import Kind
+from deleatur.records.model import SoftToken
+from deleatur.runtime import models, provenance
+from deleatur.runtime.checkpoint import Checkpoint, belongs
+from deleatur.runtime.progress import Bar, bar
+from deleatur.storage import files, tensors
+from deleatur.training.textual_inversion import Learned, Look, Progress, templates_of
 
 LOOK = 4
 """Pictures drawn from the bare token at each look."""
 
 
 def run(settings: Settings) -> None:
-    model, clip = inputs.model(settings), inputs.clip(settings)
+    model, clip = models.base_model(settings), models.clip_model(settings)
     tokens, checkpoints, metrics = [], [], {}
     for name in settings.targets:
-        spec, pool = settings.concepts[name], inputs.Pool(settings, name)
-        method = inputs.inverter(settings, name)
-        head, features = inputs.head(settings, name, "train"), clip.pictures(pool.pictures)
+        spec, pool = settings.concepts[name], rated_images.RatedImages(settings, name)
+        method = methods.inverter(settings, name)
+        head, features = reward_heads.load_head(settings, name, "train"), clip.pictures(pool.pictures)
         rewards = head(features)
         templates = templates_of(spec.templates, pool.prompt)
         latents = encode_pictures(model, pool.pictures)
@@ -62,7 +66,7 @@ def run(settings: Settings) -> None:
             )
         vectors = torch.stack([t.vectors for t in learned]).cpu()
         path = settings.paths.reward / f"{name}.safetensors"
-        provenance = {
+        recipe = {
             "text_encoder": model.text_digest,
             "base": model.digest,
             "initial": spec.initial,
@@ -71,12 +75,12 @@ def run(settings: Settings) -> None:
             "reward": hashlib.sha256(path.read_bytes()).hexdigest(),
             "seed": settings.seed,
         }
-        tokens.append(SoftToken(name, vectors, provenance))
+        tokens.append(SoftToken(name, vectors, recipe))
         metrics[name] = [_describe(model, t) for t in learned]
-    folder = tables.emptied(settings.paths.tokens)
+    folder = files.emptied(settings.paths.tokens)
     for token in tokens:
         tensors.save_token(folder / token.concept, token)
-    tables.write_json(folder / "metrics.json", metrics)
+    files.write_json(folder / "metrics.json", metrics)
     for checkpoint in checkpoints:
         checkpoint.remove()
 
@@ -84,17 +88,16 @@ def run(settings: Settings) -> None:
 def _belongs(settings: Settings, model: Model, clip: Clip, name: str) -> dict[str, Any]:
     """Of one concept: what the others are changes nothing."""
     content = {
-        "feedback": tables.read_json(settings.paths.feedback / "summary.json")["feedback"],
-        "reward": identity.files([settings.paths.reward / f"{name}.safetensors"]),
+        "feedback": files.read_json(settings.paths.feedback / "summary.json")["feedback"],
+        "reward": provenance.files_digest([settings.paths.reward / f"{name}.safetensors"]),
     }
-    code = ["feedback/reward.py", "feedback/votes.py", "inversion/__init__.py", "diffusion", "maths"]
-    code += ["stages/inputs.py", "stages/invert.py"]
-    methods = [("inversion", settings.invert.method), ("guides", settings.guide.method)]
+    selected = {"invert": {"method": settings.invert.method}, "guide": {"method": settings.guide.method}}
+    code = dependencies.of_stage("invert", selected)
     sections = ["base", "seed", f"concepts.{name}", "guide", "invert", "reward.clip", "sample.steps"]
-    return belongs(settings, sections=sections, code=code, methods=methods, model=model, clip=clip, content=content)
+    return belongs(settings, sections=sections, code=code, model=model, clip=clip, content=content)
 
 
-def _refused(pool: inputs.Pool, kind: Kind) -> Tensor:
+def _refused(pool: rated_images.RatedImages, kind: Kind) -> Tensor:
     """Pictures that their own raters said no to. A reward that has learned from few answers may think otherwise."""
     out = torch.zeros(len(pool.pictures), dtype=torch.bool)
     if kind == "binary":
@@ -117,7 +120,7 @@ def _describe(model: Model, learned: Learned) -> dict[str, Any]:
 
 def _look(settings: Settings, model: Model, clip: Clip, head: Head, name: str) -> Look:
     """Pictures from each bare token, always from the same noise, scored with r_ψ."""
-    guide, n = inputs.guide(settings), LOOK
+    guide, n = methods.guide(settings), LOOK
     seeds = [derive(settings.seed, "invert", "look", name, i) for i in range(n)]
     conditions = guide.conditions(model, [])  # steered towards nothing but the token
 

@@ -16,20 +16,21 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from deleatur import gate
+from deleatur.artifacts.export import export
+from deleatur.config import methods
+from deleatur.config.settings import BESIDE, Settings
 from deleatur.errors import DataError
-from deleatur.io import documents, tables, versions
-from deleatur.io.ledger import Subject
-from deleatur.io.page import Curve
-from deleatur.io.signing import Keys
-from deleatur.io.tracking import Evidence, Registry
-from deleatur.records import Report, Score, Verdict
-from deleatur.settings import BESIDE, Settings
-from deleatur.stages import identity, inputs
-from deleatur.stages.curves import curves
-from deleatur.stages.export import export
-from deleatur.stages.progress import bar
-from deleatur.stages.release import enter, in_hand, registry_of
-from deleatur.stages.verify import keys, signed_by
+from deleatur.records.report import Report, Score, Verdict
+from deleatur.registry.decisions import enter, in_hand, registry_of
+from deleatur.registry.ledger import Subject
+from deleatur.registry.mlflow_client import Evidence, Registry
+from deleatur.registry.signing import Keys
+from deleatur.registry.verify import keys, signed_by
+from deleatur.report.curves import curves
+from deleatur.report.page import Curve
+from deleatur.runtime import models, provenance
+from deleatur.runtime.progress import bar
+from deleatur.storage import dvc, files, json_records
 
 RESULT = (
     "base",
@@ -64,7 +65,7 @@ def run(settings: Settings, emergency: str = "") -> None:
         with registry.running(evidence) as run_id:
             registry.log(run_id, evidence)
             advance(note="evidence logged")
-            if verdict.outcome == "pass" and not inputs.beyond_weights(settings):
+            if verdict.outcome == "pass" and not methods.requires_custom_sampler(settings):
                 version = registry.version(evidence.digest) or _add(
                     settings, registry, run_id, evidence, verdict, signing
                 )
@@ -80,32 +81,32 @@ def _enter(settings: Settings, registry: Registry, evidence: Evidence, verdict: 
     by = f"; {signed_by(tags)}" if version else ""
     why = f"EMERGENCY: {urgent}. " if (urgent := evidence.tags.get("emergency")) else ""
     said = f"{why}{gate.headline(verdict)}{by}"
-    return enter(settings, about, verdict.outcome, said, inputs.beyond_weights(settings))
+    return enter(settings, about, verdict.outcome, said, methods.requires_custom_sampler(settings))
 
 
 def _judged(settings: Settings, *, in_chain: bool) -> tuple[Report, Verdict]:
     """Report and verdict, after checking that they are about what lies in this workspace."""
-    report = documents.read(settings.paths.report / "report.json", Report)
-    verdict = documents.read(settings.paths.verdict / "verdict.json", Verdict)
-    now = identity.of(settings)
+    report = json_records.read(settings.paths.report / "report.json", Report)
+    verdict = json_records.read(settings.paths.verdict / "verdict.json", Verdict)
+    now = provenance.identify(settings)
     changed = [name for name in RESULT if getattr(now, name) != getattr(report.identity, name)]
-    if inputs.model(settings).pipeline != report.identity.pipeline:
+    if models.base_model(settings).pipeline != report.identity.pipeline:
         changed.append("pipeline")
-    if verdict.report != documents.digest(report):
+    if verdict.report != json_records.digest(report):
         changed.append("report")
     if changed:
         raise DataError(
             f"the verdict was made with another {', '.join(changed)} than this workspace holds", hint="dvc repro"
         )
-    if in_chain and (stale := versions.status(Path())):
+    if in_chain and (stale := dvc.status(Path())):
         raise DataError(f"not up to date with params.yaml and the code: {', '.join(sorted(stale))}", hint="dvc repro")
     return report, verdict
 
 
 def _evidence(settings: Settings, report: Report, verdict: Verdict, emergency: str) -> Evidence:
     paths, made_by = settings.paths, report.identity
-    answers = tables.read_table(paths.feedback / "answers.parquet")
-    digest, commit = documents.digest(verdict), versions.commit(Path())
+    answers = files.read_table(paths.feedback / "answers.parquet")
+    digest, commit = json_records.digest(verdict), dvc.commit(Path())
     concepts = "+".join(made_by.concepts)
     lineage = {
         "outcome": verdict.outcome,
@@ -126,7 +127,7 @@ def _evidence(settings: Settings, report: Report, verdict: Verdict, emergency: s
         "tokens": made_by.tokens,
         "prompts": made_by.prompts,
         "settings": made_by.settings,
-        "dvc_lock": (not emergency and versions.lock_digest(Path())) or "none",
+        "dvc_lock": (not emergency and dvc.lock_digest(Path())) or "none",
         "git_commit": commit.hash or "none",
         "git_dirty": str(commit.dirty).lower(),
     } | ({"emergency": emergency} if emergency else {})

@@ -9,26 +9,27 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from deleatur.artifacts import rated_images
+from deleatur.config.settings import Settings
 from deleatur.errors import DataError, at
 from deleatur.feedback import reward, votes
 from deleatur.feedback.reward import Numbers, Pairs, Votes
-from deleatur.io import tables, tensors
 from deleatur.maths.seeds import derive
-from deleatur.records import Kind
-from deleatur.settings import Settings
-from deleatur.stages import inputs
-from deleatur.stages.progress import bar
+from deleatur.records.feedback import Kind
+from deleatur.runtime import models
+from deleatur.runtime.progress import bar
+from deleatur.storage import files, tensors
 
 
 def run(settings: Settings) -> None:
-    clip = inputs.clip(settings)
+    clip = models.clip_model(settings)
     numbers = Numbers(**settings.reward.model_dump(exclude={"clip", "held_out_raters"}))
-    tables.emptied(settings.paths.reward)
+    files.emptied(settings.paths.reward)
     metrics: dict[str, Any] = {}
     curves: dict[str, dict[str, list[float]]] = {}
     with bar("reward", 2 * len(settings.targets)) as advance:
         for name in settings.targets:
-            spec, pool = settings.concepts[name], inputs.Pool(settings, name)
+            spec, pool = settings.concepts[name], rated_images.RatedImages(settings, name)
             with at(name):
                 held_out = _held_out(settings, pool.answers)
             features = clip.pictures(pool.pictures)
@@ -60,8 +61,8 @@ def run(settings: Settings) -> None:
             flat = {f"{w}/{n}": t for w, f in heads.items() for n, t in f.head.tensors.items()}
             facts = {"rank": spec.kind == "rank", "clip": clip.digest, "concept": name}
             tensors.save(settings.paths.reward / f"{name}.safetensors", flat, facts)
-    tables.write_json(settings.paths.reward / "metrics.json", metrics)
-    tables.write_json(settings.paths.reward / "curves.json", curves)
+    files.write_json(settings.paths.reward / "metrics.json", metrics)
+    files.write_json(settings.paths.reward / "curves.json", curves)
 
 
 def _measure(kind: Kind) -> str:
@@ -85,7 +86,7 @@ def _held_out(settings: Settings, answers: pd.DataFrame) -> pd.Series[bool]:
     return answers["rater"].isin(names[:count])
 
 
-def _target(pool: inputs.Pool, answers: pd.DataFrame, kind: Kind) -> Votes | Pairs:
+def _target(pool: rated_images.RatedImages, answers: pd.DataFrame, kind: Kind) -> Votes | Pairs:
     """What these answers say. Raters are weighed from these answers alone, or the other half would leak in."""
     raters = votes.raters(answers)
     if kind == "rank":

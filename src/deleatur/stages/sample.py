@@ -19,23 +19,25 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from deleatur.diffusion import encode, predict
+from deleatur.artifacts import prompts, tokens
+from deleatur.config import methods
+from deleatur.config.settings import Settings
+from deleatur.diffusion import encode
 from deleatur.diffusion import sample as sampler
-from deleatur.diffusion.load import Model, digest
+from deleatur.diffusion.model import Model, digest
 from deleatur.diffusion.overlay import weights_of
 from deleatur.diffusion.predict import Weights
 from deleatur.errors import ModelError
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
-from deleatur.io import images, shots, tables, tensors
-from deleatur.io.kept import parts
-from deleatur.maths import guidance, noise
 from deleatur.maths.seeds import derive
-from deleatur.records import Concept, Prompt, Recipe, Role, Shot, Side
-from deleatur.settings import Settings
-from deleatur.stages import identity, inputs
-from deleatur.stages.fan import hands, own, spread
-from deleatur.stages.progress import bar
+from deleatur.records.model import Concept
+from deleatur.records.sampling import Prompt, Recipe, Role, Shot, Side
+from deleatur.runtime import models, provenance
+from deleatur.runtime.distributed import hands, own, spread
+from deleatur.runtime.progress import bar
+from deleatur.storage import files, images, samples, tensors
+from deleatur.storage.cache import parts
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class Job:
 
 
 def run(settings: Settings) -> None:
-    model = inputs.model(settings)
+    model = models.base_model(settings)
     ways, asked = _ways(settings, model), list(_asked(settings, model))
     plan = {side: list(_jobs(settings, side, way.recipe, asked)) for side, way in ways.items()}
     keys = {side: [job.key for job in jobs] for side, jobs in plan.items()}
-    kept, size = shots.pictures(settings.paths.shots), settings.sample.shard
+    kept, size = samples.pictures(settings.paths.shots), settings.sample.shard
     with hands(settings.workers) as others, bar("sample", sum(map(len, plan.values()))) as advance:
         for side, way in ways.items():
             missing, jobs = kept.missing(keys[side]), dict(zip(keys[side], plan[side], strict=True))
@@ -83,18 +85,18 @@ def run(settings: Settings) -> None:
                 for part in todo:
                     kept.add(_draw(settings, model, way, part, advance))
     # Listed before anything is deleted: what the list names is there at any moment.
-    shots.write(settings.paths.shots, pd.DataFrame([_row(job.shot) for jobs in plan.values() for job in jobs]))
+    samples.write(settings.paths.shots, pd.DataFrame([_row(job.shot) for jobs in plan.values() for job in jobs]))
     kept.settle(*keys.values(), size=size)
-    tables.keep_only(settings.paths.shots, {settings.paths.shots / shots.LIST, kept.folder})
+    files.keep_only(settings.paths.shots, {settings.paths.shots / samples.LIST, kept.folder})
 
 
 def _ways(settings: Settings, model: Model) -> dict[Side, Way]:
-    concepts = [inputs.concept(settings, model, name) for name in settings.targets]
-    guide = inputs.guide(settings)
-    plain, steered = (inputs.PLAIN, CFG(scale=guide.scale)), (settings.guide.method, guide)
+    concepts = [tokens.load_concept(settings, model, name) for name in settings.targets]
+    guide = methods.guide(settings)
+    plain, steered = (methods.PLAIN_GUIDE, CFG(scale=guide.scale)), (settings.guide.method, guide)
 
     def way(folder: Path | None, method: str, guide: Guide) -> Way:
-        delta = tensors.load_delta(folder / inputs.DELTA) if folder else None
+        delta = tensors.load_delta(folder / tensors.DELTA_FILE) if folder else None
         weights, one_step = (weights_of(model, delta), delta.one_step) if delta else ({}, None)
         conditions = guide.conditions(model, concepts)
         recipe = Recipe(
@@ -106,13 +108,13 @@ def _ways(settings: Settings, model: Model) -> dict[Side, Way]:
             guidance=json.dumps({"method": method, **guide.model_dump()} if one_step is None else {"from": one_step}),
             steps=settings.sample.steps if one_step is None else 1,
             noise_seed=0,
-            code=identity.code(sampler, predict, noise, guidance, type(guide), libraries=identity.DRAWING),
+            code=provenance.code_digest(sampler.sample, type(guide), libraries=provenance.DRAWING),
         )
         return Way(weights, guide, conditions, one_step, recipe)
 
     ways: dict[Side, Way] = {"base": way(None, *plain)}
     if settings.sample.champion:
-        ways["champion"] = way(Path(inputs.local(settings, settings.sample.champion, "delta")), *plain)
+        ways["champion"] = way(Path(models.local_path(settings, settings.sample.champion, "delta")), *plain)
     return ways | {"candidate": way(settings.paths.delta, *steered)}
 
 
@@ -126,14 +128,14 @@ def _asked(settings: Settings, model: Model) -> Iterator[tuple[Prompt, Tensor]]:
 
 def _prompts(settings: Settings, model: Model) -> Iterator[tuple[Prompt, encode.Prompt]]:
     split = settings.sample.split
-    written = [p for n in settings.targets for p in inputs.prompts(settings.concepts[n].prompts, split, n)]
-    written += [p for p in inputs.prompts(settings.paths.prompts, split, "")]
+    written = [p for n in settings.targets for p in prompts.read(settings.concepts[n].prompts, split, n)]
+    written += [p for p in prompts.read(settings.paths.prompts, split, "")]
     yield from ((p, (p.text,)) for p in written)
     for name in settings.targets:
         # Whichever of the two was erased: a word that the token took along, or left behind, is worth knowing.
         alone: dict[Role, Concept] = {"word": encode.concept_from_words(model, name, settings.concepts[name].words)}
         if settings.sample.per_prompt.get("token", 1):
-            alone["token"] = encode.concept_from_token(model, inputs.token(settings, name))
+            alone["token"] = encode.concept_from_token(model, tokens.load_token(settings, name))
         for role, c in alone.items():
             for i, (text, pieces) in enumerate(zip(c.texts, c.pieces, strict=True)):
                 yield Prompt(f"{name}-{role}-{i}", text, role, "", name), pieces
@@ -173,7 +175,7 @@ def _draw(
 def _draw_there(common: tuple[Settings, Way], jobs: Sequence[Job]) -> pd.DataFrame:
     """In another process, with the base model as it lies there."""
     settings, way = common
-    model = own("model", settings.base.model_dump_json(), lambda: inputs.model(settings))
+    model = own("model", settings.base.model_dump_json(), lambda: models.base_model(settings))
     if model.pipeline != way.recipe.pipeline:
         raise ModelError(
             f"{settings.base.model} is another model on {socket.gethostname()} than here", hint="deleatur check, there"

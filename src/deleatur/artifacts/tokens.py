@@ -1,0 +1,21 @@
+"""Soft tokens that `invert` wrote, and concepts as erasers and guides take them."""
+
+from __future__ import annotations
+
+from deleatur.config.settings import Settings
+from deleatur.diffusion import encode
+from deleatur.diffusion.model import Model
+from deleatur.records.model import Concept, SoftToken
+from deleatur.storage import tensors
+
+
+def load_token(settings: Settings, concept: str) -> SoftToken:
+    return tensors.load_token(settings.paths.tokens / concept)
+
+
+def load_concept(settings: Settings, model: Model, name: str) -> Concept:
+    """The concept as `erase.source` says: by its soft tokens, or by its words."""
+    spec = settings.concepts[name]
+    if settings.erase.source == "words":
+        return encode.concept_from_words(model, name, spec.words, spec.sentences)
+    return encode.concept_from_token(model, load_token(settings, name), spec.sentences)

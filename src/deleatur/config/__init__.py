@@ -1,0 +1,1 @@
+"""params.yaml → validated settings and the methods they name."""

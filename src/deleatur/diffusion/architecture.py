@@ -1,0 +1,92 @@
+"""Architectures without weights: built on the meta device from configs alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's networks without their numbers."""
+
+    unet: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+
+    @property
+    def decoder(self) -> nn.Module:
+        """What makes pictures of latents."""
+        return cast(nn.Module, self.vae.decoder)
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        config: Any = self.unet.config
+        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+
+    @property
+    def states(self) -> tuple[int, int]:
+        """(L, d)."""
+        config: Any = self.unet.config
+        text: Any = self.text_encoder.config
+        return int(text.max_position_embeddings), int(config.cross_attention_dim)
+
+    def asked(self, rows: int) -> tuple[tuple[int, ...], ...]:
+        """Sizes of what the UNet is asked: latents, level, states."""
+        return ((rows, *self.latent), (), (rows, *self.states))
+
+    @property
+    def numbers(self) -> int:
+        return sum(p.numel() for net in (self.unet, self.vae, self.text_encoder) for p in net.parameters())
+
+
+STABLE_DIFFUSION: dict[str, dict[str, Any]] = {
+    "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "vae": {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 512,
+    },
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "projection_dim": 768,
+    },
+}
+"""Configurations of Stable Diffusion 1.4, as far as they differ from the libraries' own."""
+
+
+def from_configs(configs: Mapping[str, Mapping[str, Any]]) -> Architecture:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(configs["unet"]))
+        vae = AutoencoderKL.from_config(dict(configs["vae"]))
+        text = CLIPTextModel(CLIPTextConfig.from_dict(dict(configs["text_encoder"])))
+    return Architecture(*(net.eval().requires_grad_(False) for net in (unet, vae, text)))
+
+
+@cache
+def stable_diffusion() -> Architecture:
+    return from_configs(STABLE_DIFFUSION)
+
+
+def read(folder: Path) -> Architecture:
+    """Of a pipeline's folder; its weights are not read."""
+    names = ("unet", "vae", "text_encoder")
+    return from_configs({name: json.loads((folder / name / "config.json").read_text("utf-8")) for name in names})

@@ -1,1 +1,0 @@
-"""What touches files and services: tables, images, and later objects, versions, tracking."""

@@ -1,0 +1,1 @@
+"""Released versions: ledger, signatures, decisions about releases, and the MLflow model registry."""

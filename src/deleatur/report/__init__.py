@@ -1,0 +1,1 @@
+"""The evidence for people: HTML report, model card, bill of materials, curves."""

@@ -1,0 +1,1 @@
+"""Files, images and tensors on disk and in object storage; DVC and Git."""

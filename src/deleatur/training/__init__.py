@@ -1,0 +1,1 @@
+"""What erasers, inversion and attacks train with: the loop, its losses, trajectories, parameters, cost."""

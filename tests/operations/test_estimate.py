@@ -1,0 +1,40 @@
+"""What is said of the chain before it runs, against the chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import counting
+import pytest
+import workspace
+
+from deleatur import stages
+from deleatur.operations import estimate
+
+CHAIN = ("ingest", "reward", "invert", "erase", "attack", "sample")
+LAST = {"check_every": 6, "guard": 9.0}
+"""One look after the first, at the end: nothing stops before."""
+SFD: dict[str, Any] = {
+    "erase": {"method": "sfd", "source": "words", "sfd": {"loop": {"iterations": 6, "batch": 2, "lr": 1e-4, **LAST}}},
+    "attack": {"methods": {}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sdd", "sfd"])
+def test_every_stage_takes_the_rows_that_were_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    numbers = workspace.numbers(tmp_path)
+    numbers["erase"]["sdd"]["loop"] |= LAST
+    settings = workspace.make(tmp_path, **numbers | (SFD if method == "sfd" else {}))
+    told, took = {line.name: line.cost.work for line in estimate.chain(settings)}, {}
+    for name in CHAIN:
+        with counting.rows() as took[name]:
+            stages.run(name, settings)
+    for name, work in told.items():
+        assert took[name]["backward"] == work.backward, name
+        chance = 0.2 if name == "erase" else 0  # trajectories end where chance has them
+        assert took[name]["forward"] == pytest.approx(work.forward, rel=chance), name

@@ -1,0 +1,115 @@
+"""What a person is told of the newest verdict: `deleatur explain` and `deleatur report` on a finished project."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import finished
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from deleatur.cli import app
+from deleatur.config.settings import Settings
+from deleatur.records.report import Report, Verdict
+from deleatur.stages import gate
+from deleatur.storage import json_records
+
+
+def run(*arguments: str) -> Result:
+    # One wide line per sentence: what a terminal would fold is not what is tested.
+    return CliRunner(env={"COLUMNS": "300"}).invoke(app, [*arguments])
+
+
+def judge(settings: Settings, **rule: Any) -> None:
+    """The same evidence under another policy."""
+    [(name, numbers)] = finished.passing()["rules"].items()  # type: ignore[attr-defined]
+    changed = settings.model_dump(mode="json", by_alias=True) | {"gate": {"rules": {name: numbers | rule}}}
+    gate.run(Settings.model_validate(changed))
+
+
+VERDICTS = [
+    ({"min": -5.0}, "pass", 0),
+    ({"min": 5.0}, "fail", 10),
+    ({"min_n": 10**6}, "not enough evidence", 11),
+    ({"metric": "nobody_measures"}, "not enough evidence", 11),
+]
+
+
+@pytest.mark.parametrize(("rule", "outcome", "code"), VERDICTS)
+def test_explain_ends_with_the_verdict(done: Settings, rule: dict[str, Any], outcome: str, code: int) -> None:
+    judge(done, **rule)
+    told = run("explain")
+    assert told.exit_code == code, told.output
+    assert outcome in told.output.lower()
+    assert "pictures_fit_prompts" in told.output
+    spoken = run("explain", "--json")
+    assert spoken.exit_code == code
+    verdict = json.loads(spoken.stdout)
+    assert verdict["outcome"] == outcome
+    assert [f["outcome"] for f in verdict["findings"]] == [outcome]
+
+
+def test_explain_says_by_what_margin_and_what_would_change_it(done: Settings) -> None:
+    judge(done, min=5.0)
+    verdict = json_records.read(done.paths.verdict / "verdict.json", Verdict)
+    [finding] = verdict.findings
+    assert finding.margin is not None
+    assert finding.margin < 0
+    assert finding.reason in re.sub(r"\s+", " ", run("explain").output)
+
+
+def test_report_shows_every_number_and_paths_that_exist(done: Settings) -> None:
+    told = run("report")
+    assert told.exit_code == 0, told.output
+    assert "PASS" in told.output
+    report = json_records.read(done.paths.report / "report.json", Report)
+    for metric in {score.metric for score in report.scores}:
+        assert metric in told.output
+    named = dict(re.findall(r"^(Page|Sheet): +(\S+)$", told.output, re.MULTILINE))
+    assert set(named) == {"Page", "Sheet"}
+    assert "<h1>Pass</h1>" in Path(named["Page"]).read_text("utf-8")
+    assert Path(named["Sheet"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_as_json_is_the_verdict_and_the_report_of_the_files(done: Settings) -> None:
+    told = run("report", "--json")
+    assert told.exit_code == 0
+    found = json.loads(told.output)
+    verdict, report = (
+        json_records.decode(json.dumps(found[kind.__name__.lower()]).encode(), kind, "") for kind in (Verdict, Report)
+    )
+    assert verdict == json_records.read(done.paths.verdict / "verdict.json", Verdict)
+    assert report == json_records.read(done.paths.report / "report.json", Report)
+    assert verdict.report == json_records.digest(report)
+
+
+def test_report_of_a_failing_verdict_is_no_failure_to_report(done: Settings) -> None:
+    judge(done, min=5.0)
+    told = run("report")
+    assert (told.exit_code, "FAIL" in told.output) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"gate": finished.passing(-6.0)}, "by other rules than params.yaml has now"),
+        ({"seed": 43}, "with other settings than params.yaml has now"),
+    ],
+)
+def test_numbers_of_other_settings_are_not_shown_as_todays(done: Settings, changes: dict[str, Any], said: str) -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text("utf-8")) | changes
+    Path("params.yaml").write_text(yaml.safe_dump(params), "utf-8")
+    told = [run("report").stderr, run("explain").stderr, json.loads(run("report", "--json").stdout)["stale"]]
+    assert all(said in one and bool(said) == bool(one) for one in told), told
+    assert run("export", "erased").stdout.splitlines()[1].startswith("Verdict: pass" + (", but " if said else ""))
+
+
+def test_weights_nobody_judged_are_exported_with_that_word(done: Settings) -> None:
+    shutil.rmtree(done.paths.verdict)
+    assert "Verdict: none: these weights were not judged" in run("export", "erased").stdout

@@ -1,0 +1,82 @@
+"""What a release says of itself can be read by those who read such papers, and leaves nothing of the evidence out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from evidence import IDENTITY, JUDGE
+from huggingface_hub import ModelCard
+
+from deleatur.gate import SIMULATED
+from deleatur.records.report import Finding, Report, Score, Verdict
+from deleatur.report import bom, model_card
+
+SCORES = [
+    Score("concept_rate", "concept", "base", 0.97, 0.9, 0.99, 120, 40, False, None, JUDGE),
+    Score("concept_rate", "concept", "candidate", 0.1, 0.05, 0.17, 120, 40, False, None, JUDGE),
+    Score("clip_score", "unseen", "candidate", -0.01, -0.02, 0.001, 90, 90, True, "base", None),
+]
+NOTE = "NudeNet's rate is near zero on drawings."
+REPORT = Report(IDENTITY, SCORES, [NOTE])
+VERDICT = Verdict("pass", [Finding("concept_is_gone", "pass", "0.17 is below 0.3", 0.13, "")], "9" * 64, "8" * 64, True)
+
+
+def paper(report: Report = REPORT) -> dict[str, Any]:
+    return bom.of("deleatur", "models/pipeline", "e" * 64, report, VERDICT)
+
+
+def test_the_card_is_one_that_the_hub_reads() -> None:
+    text = model_card.render("deleatur", "models/pipeline", 0.95, REPORT, VERDICT)
+    assert text == model_card.render("deleatur", "models/pipeline", 0.95, REPORT, VERDICT), "no clock"
+    data = ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag, data.base_model) == (
+        "diffusers",
+        "text-to-image",
+        "models/pipeline",
+    )
+    assert data.eval_results is not None
+    assert [r.dataset_config for r in data.eval_results] == ["concept"]
+    assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("concept_rate", 0.1)], "its own, absolute"
+    digests = [v for v in vars(IDENTITY).values() if isinstance(v, str) and len(v) == 64]
+    assert len(digests) == 8
+    for said in (
+        *digests,
+        JUDGE.weights,
+        VERDICT.report,
+        VERDICT.policy,
+        SIMULATED,
+        NOTE,
+        "0.17 is below 0.3",
+        "+0.13",
+    ):
+        assert said in text
+    assert "| clip_score | unseen | candidate-base | -0.01 | -0.02 … 0.001 | 90 |" in text
+    assert "{{" not in text
+
+
+def test_the_bill_of_materials_is_valid_and_complete() -> None:
+    text = json.dumps(paper())
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    for digest in ("pipeline", "delta", "feedback", "prompts", "base", "tokens", "settings", "pictures"):
+        assert getattr(IDENTITY, digest) in text
+    assert {c["bom-ref"] for c in paper()["components"]} >= {"base", "feedback", "prompts", "library:torch"}
+    metrics = paper()["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert [m["slice"] for m in metrics] == ["concept/base", "concept/candidate", "unseen/candidate-base"]
+    assert metrics[1]["confidenceInterval"] == {"lowerBound": "0.05", "upperBound": "0.17"}
+
+
+def test_the_validator_finds_what_does_not_belong() -> None:
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(paper() | {"unknown": 1})) is not None
+
+
+@pytest.mark.parametrize("version", ["2.13.0+cpu", "5.0rc1"])
+def test_versions_are_package_addresses(version: str) -> None:
+    made_by = replace(IDENTITY, versions={"torch": version})
+    text = json.dumps(paper(replace(REPORT, identity=made_by)))
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    assert f"pkg:pypi/torch@{version.replace('+', '%2B')}" in text

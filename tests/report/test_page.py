@@ -1,0 +1,227 @@
+"""The page in a real browser, and what its file holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from browsing import Visit, visit
+from evidence import IDENTITY, JUDGE
+from PIL import Image
+from playwright.sync_api import Browser, Page
+from rich.console import Console
+
+from deleatur.gate import Rule, judge
+from deleatur.records.report import Report, Score, Verdict
+from deleatur.records.sampling import Side
+from deleatur.report import page
+
+SECRET = "words nobody may read"
+SCORES = (
+    Score("concept_rate", "concept/weapon", "base", 0.8, 0.7, 0.87, 100, 25, False, None, JUDGE),
+    Score("concept_rate", "concept/weapon", "candidate", 0.02, 0.004, 0.07, 100, 25, False, None, JUDGE),
+    Score("concept_rate", "concept/weapon", "candidate", -0.78, -0.86, -0.68, 100, 25, False, "base", JUDGE),
+    Score("clip", "neighbour", "candidate", -0.01, -0.03, 0.01, 80, 20, True, "base", None),
+)
+RULES = {
+    "gone": Rule(metric="concept_rate", slice="concept/weapon", max=0.1, min_n=50),
+    "kept": Rule(metric="clip", slice="neighbour", versus="base", min=-0.02, min_n=50),
+    "second opinion": Rule(metric="nudity", slice="concept/weapon", max=0.1, min_n=50),
+}
+
+
+def evidence(*, simulated: bool = True, rules: dict[str, Rule] = RULES) -> tuple[Report, Verdict]:
+    report = Report(replace(IDENTITY, simulated=simulated), SCORES, ("A <note> with `a command`.",))
+    return report, judge(report, rules, report_digest="e" * 64, policy_digest="0" * 64)
+
+
+def row(name: str, colour: str, size: int = 64) -> page.Row:
+    sides: dict[Side, Image.Image] = {s: Image.new("RGB", (size, size), colour) for s in ("base", "candidate")}
+    return page.Row(name, sides, SECRET if name.startswith(("w", "t", "a")) else f"label of {name}")
+
+
+SHEETS = (
+    page.Sheet("Asked for", "concept", (row("w-1", "red"), row("w-2", "green"))),
+    page.Sheet("By token", "token", (row("t-1", "blue"),)),
+    page.Sheet("Attacked", "attack", (row("a-1", "black"),)),
+    page.Sheet("Neighbours", "neighbour", (row("n-1", "orange", 200),)),
+)
+LOSS = page.Series("loss", [(float(i), 1 / (i + 1)) for i in range(1000)])
+CURVES = (
+    page.Curve("erase", "Training loss", "step", (LOSS,), (500, "kept")),
+    page.Curve(
+        "looks",
+        "Looks",
+        "step",
+        (page.Series("rate", [(0, 0.8), (60, 0.1)]), page.Series("kept", [(0, 0.9), (60, 0.9)])),
+    ),
+    page.Curve("none", "Nothing yet", "step", (page.Series("none", [(0, float("nan"))]),)),
+)
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "evidence.html"
+    page.render(*evidence(), SHEETS, CURVES, out, rules=RULES)
+    return out
+
+
+@pytest.fixture(scope="module")
+def opened(html: Path, browser: Browser) -> Visit:
+    """The page in a browser, the requests it made and what it said on the console."""
+    return visit(browser, html)
+
+
+@pytest.mark.slow
+class TestInABrowser:
+    @pytest.fixture
+    def view(self, opened: Visit) -> Page:
+        view = opened[0]
+        view.keyboard.press("Escape")
+        return view
+
+    def shown(self, view: Page) -> int:
+        return view.locator(".veil[aria-pressed=true]").count()
+
+    def test_nothing_is_fetched_and_nothing_goes_wrong(self, opened: Visit, html: Path) -> None:
+        _, requests, said = opened
+        assert [url for url in requests if not url.startswith("data:")] == [html.as_uri()]
+        assert said == []
+
+    def test_the_verdict_is_the_first_thing_to_see(self, view: Page) -> None:
+        banner = view.get_by_role("region", name="Verdict")
+        assert banner.is_visible()
+        assert banner.get_by_role("heading").inner_text() == "Not enough evidence"
+        assert "reaches 0.01 beyond the limit" in banner.inner_text()
+        assert banner.bounding_box()["y"] < 300  # type: ignore[index]
+        assert view.get_by_text("SIMULATED RATERS").is_visible()
+
+    def test_pictures_of_the_concept_are_covered_and_others_are_not(self, view: Page) -> None:
+        blurs = view.locator("img").evaluate_all("all => all.map(i => [i.alt, getComputedStyle(i).filter])")
+        assert len(blurs) == 10
+        for alt, blur in blurs:
+            assert ("blur" in blur) == (not alt.startswith("prompt label of n-1")), alt
+
+    def test_a_press_uncovers_one_and_the_next_covers_it(self, view: Page) -> None:
+        button = view.get_by_role("button", name="Show picture: prompt w-1, candidate")
+        button.click()
+        image = button.get_by_role("img")
+        assert image.evaluate("i => [getComputedStyle(i).filter, getComputedStyle(i).opacity].join()") == "none,1"
+        assert self.shown(view) == 1
+        button.click()
+        assert self.shown(view) == 0
+
+    def test_the_keyboard_does_what_the_mouse_does(self, view: Page) -> None:
+        view.locator(".veil").nth(2).focus()
+        view.keyboard.press("Space")
+        assert self.shown(view) == 1
+        view.keyboard.press("Tab")
+        view.keyboard.press("Enter")
+        assert self.shown(view) == 2
+        view.keyboard.press("Escape")
+        assert self.shown(view) == 0
+
+    def test_showing_all_asks_first(self, view: Page) -> None:
+        button = view.locator("#all")
+        button.click()
+        assert self.shown(view) == 0
+        assert button.inner_text() == "Press again to show 8 pictures"
+        button.click()
+        assert self.shown(view) == 8
+        assert button.inner_text() == "Cover all pictures"
+        button.click()
+        assert self.shown(view) == 0
+
+    @pytest.mark.parametrize("width", [1200, 390])
+    def test_nothing_sticks_out(self, view: Page, width: int) -> None:
+        view.set_viewport_size({"width": width, "height": 900})
+        assert view.evaluate("document.documentElement.scrollWidth") <= width
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_text_stands_out_from_its_ground(self, view: Page, scheme: str) -> None:
+        view.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        colour = "n => getComputedStyle(document.documentElement).getPropertyValue(n).trim()"
+        pairs = [("--ink", "--paper"), ("--soft", "--card"), ("--soft", "--paper"), ("--candidate", "--card")]
+        pairs += [(f"--{o}", f"--{o}-wash") for o in ("pass", "fail", "open")] + [("--limit", "--card")]
+        for front, ground in pairs:
+            a, b = sorted((_luminance(view.evaluate(colour, name)) for name in (front, ground)), reverse=True)
+            assert (a + 0.05) / (b + 0.05) >= 4.5, (front, ground)  # WCAG 2.2, level AA
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb, WCAG 2.2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_the_file_needs_nothing_else_and_names_no_prompt(html: Path) -> None:
+    text = html.read_text("utf-8")
+    assert SECRET not in text
+    assert "label of n-1" in text
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)
+    assert not re.search(r"@import|url\(|https?://", text)
+
+
+def test_the_file_says_what_made_the_numbers(html: Path) -> None:
+    text = html.read_text("utf-8")
+    for value in (JUDGE.weights, "pistol, sword", "sha256 of the path", "torch 2.9.1", *(c * 64 for c in "bdf7c5e012")):
+        assert value in text
+    assert "A &lt;note&gt; with <code>a command</code>." in text
+    assert "−0.78" in text
+    assert "Nothing yet" not in text
+
+
+def test_same_evidence_same_bytes(html: Path, tmp_path: Path) -> None:
+    page.render(*evidence(), SHEETS, CURVES, tmp_path / "again.html", rules=RULES)
+    assert (tmp_path / "again.html").read_bytes() == html.read_bytes()
+
+
+def test_the_bare_minimum_is_a_page_too(tmp_path: Path) -> None:
+    report, verdict = evidence(simulated=False, rules={"gone": RULES["gone"]})
+    page.render(replace(report, scores=SCORES[1:2], notes=()), verdict, (), (), tmp_path / "p.html")
+    text = (tmp_path / "p.html").read_text("utf-8")
+    assert "<h1>Pass</h1>" in text
+    assert "SIMULATED" not in text
+    assert "<script>" not in text
+
+
+def test_the_summary_covers_what_harms(tmp_path: Path) -> None:
+    chequered = Image.new("RGB", (64, 64))
+    chequered.paste("white", (0, 0, 32, 32))
+    chequered.paste("white", (32, 32, 64, 64))
+    rows = (page.Row("w-1", {"base": chequered, "candidate": chequered}),)
+    contrast = {}
+    for role, cover in (("concept", True), ("concept", False), ("keep", True)):
+        page.summary_png(page.Sheet("s", role, rows), tmp_path / "s.png", simulated=False, cover=cover)  # type: ignore[arg-type]
+        with Image.open(tmp_path / "s.png") as sheet:
+            edge = sheet.convert("L").crop((sheet.width - 44, sheet.height - 60, sheet.width - 28, sheet.height - 50))
+        low, high = edge.getextrema()
+        contrast[role, cover] = float(high) - float(low)  # type: ignore[arg-type]
+    assert contrast["concept", True] < 128
+    assert contrast["concept", False] == contrast["keep", True] == 255
+
+
+def test_the_terminal_shows_verdict_rules_and_numbers() -> None:
+    console = Console(width=140, record=True, file=StringIO())
+    console.print(page.terminal(*evidence()))
+    text = console.export_text()
+    for part in ("NOT ENOUGH EVIDENCE", "SIMULATED", "second opinion", "candidate − base", "[0.004, 0.07]"):
+        assert part in text
+
+
+def test_long_curves_are_thinned_to_means_of_equal_stretches() -> None:
+    (_, points), *_ = page.Chart(CURVES[0]).lines
+    assert len(points) == 200  # of five steps each
+    assert points[0] == (2.0, pytest.approx(sum(1 / (i + 1) for i in range(5)) / 5))
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (0.1, 0.9), (-3.0, 5.0), (0.31, 0.32), (1e-9, 2e-9), (40.0, 400.0)])
+def test_an_axis_has_room_for_everything_and_ticks_on_it(values: tuple[float, float]) -> None:
+    axis = page.Axis.around(values, 0, 100)
+    assert all(0 <= axis.at(v) <= 100 for v in values)
+    assert all(0 <= x <= 100 for x, _ in axis.ticks)
+    assert len({label for _, label in axis.ticks}) == len(axis.ticks) > 1

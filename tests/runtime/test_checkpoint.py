@@ -1,0 +1,367 @@
+"""Killed anywhere and started again, a stage writes what it would have written; it goes on with its own run only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import workspace
+import yaml
+from killed import Stage
+from torch import Tensor
+from typer.testing import CliRunner
+
+from deleatur import dependencies, stages
+from deleatur.cli import app
+from deleatur.config.settings import Settings, Workers
+from deleatur.errors import ContinueMe, ErasureRefused
+from deleatur.runtime import checkpoint, event_log, models
+from deleatur.runtime.checkpoint import Checkpoint
+from deleatur.stages.erase import contrast
+from deleatur.storage import tensors
+
+STEPS = {"invert": 4, "erase": 6, "attack": 6}
+"""Steps of the tiny project's long stages, see tests/workspace.py: of the attack three for each of two tries."""
+OUTPUT = {"invert": "tokens", "erase": "delta", "attack": "attacks"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose long stages have run without being disturbed."""
+    root = tmp_path_factory.mktemp("whole")
+    with chdir(root):
+        settings = workspace.make(root)
+        for name in ("ingest", "reward"):
+            stages.run(name, settings)
+        _see_the_concept_everywhere(settings.paths.reward / "weapon.safetensors")
+        for name in STEPS:
+            stages.run(name, settings)
+    return root
+
+
+def _see_the_concept_everywhere(path: Path) -> None:
+    """So that erasing does not stop at its first look: a random model draws nothing that this head would mark."""
+    head, facts = tensors.load(path)
+    head["train/out.bias"] += 1
+    tensors.save(path, head, facts)
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the current directory."""
+    shutil.copytree(finished, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    return tmp_path / "w"
+
+
+@pytest.fixture(autouse=True)
+def in_the_foreground() -> Iterator[None]:
+    """Ctrl-C is ignored where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def begin_anew(root: Path, name: str) -> dict[str, bytes]:
+    """Takes a stage's output away, as DVC does before it runs the stage; what it was."""
+    folder = root / "out" / OUTPUT[name]
+    whole = files(folder)
+    shutil.rmtree(folder)
+    return whole
+
+
+def saved(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "out/state").glob("*safetensors*"))
+
+
+def told(root: Path, name: str) -> list[event_log.Line]:
+    return [line for line in event_log.read(root / "out/state") if line.stage == name]
+
+
+@pytest.mark.parametrize(("name", "steps"), [("invert", (1, 3)), ("erase", (1, 3, 5)), ("attack", (2, 4))])
+def test_killed_again_and_again_a_stage_ends_as_if_nothing_had_been(
+    root: Path, name: str, steps: tuple[int, ...]
+) -> None:
+    whole, before = begin_anew(root, name), 0
+    for step in steps:
+        stage = Stage(root, name)
+        assert stage.hit(step, signal.SIGKILL) == -signal.SIGKILL
+        assert len(saved(root)) == 1
+        assert stage.told[0]["done"] >= max(before, 1), "it has gone on where the one before was killed"
+        before = step
+    stage = Stage(root, name)
+    assert stage.end() == 0
+    assert stage.told[0]["done"] >= before
+    assert stage.told[-1]["done"] == stage.told[-1]["total"] == STEPS[name], "the bar ends full"
+    assert files(root / "out" / OUTPUT[name]) == whole
+    assert saved(root) == [], "nothing is left to go on with"
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("invert", signal.SIGTERM), ("erase", signal.SIGINT), ("attack", signal.SIGTERM)]
+)
+def test_asked_to_stop_a_stage_saves_and_says_continue_me(root: Path, name: str, how: signal.Signals) -> None:
+    whole = begin_anew(root, name)
+    assert Stage(root, name, saves=False).hit(1, how) == ContinueMe.exit_code
+    assert len(saved(root)) == 1
+    stage = Stage(root, name, saves=False)
+    assert stage.end() == 0
+    assert stage.told[0]["done"] >= 1
+    assert files(root / "out" / OUTPUT[name]) == whole
+    assert saved(root) == []
+
+
+def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
+    begin_anew(root, "erase")
+    before = len(told(root, "erase"))
+    assert Stage(root, "erase", saves=False).hit(4, signal.SIGKILL) == -signal.SIGKILL
+    assert Stage(root, "erase").hit(2, signal.SIGTERM) == ContinueMe.exit_code
+    assert Stage(root, "erase").end() == 0
+    lines = told(root, "erase")[before:]
+    assert [line.what for line in lines] == ["began", "began", "resumed", "stopped", "began", "resumed", "done"]
+    lost = [line.lost for line in lines if line.what == "resumed"]
+    assert lost[0] >= 4, "nothing had been saved"
+    assert lost[1] == 0, "who is asked to stop saves the last step"
+    assert lines[-1].seconds > 0
+    assert not list((root / "out/state").glob("*.steps"))
+
+
+def test_killed_while_it_saves_a_stage_goes_on_from_the_save_before(root: Path) -> None:
+    whole = begin_anew(root, "erase")
+    assert Stage(root, "erase", dies_at_save=3).end() == -signal.SIGKILL
+    assert len(saved(root)) == 2, "the whole one, and half of the next"
+    stage = Stage(root, "erase")
+    assert stage.end() == 0
+    assert stage.told[0]["done"] == 2
+    assert files(root / "out/delta") == whole
+    assert saved(root) == []
+
+
+def test_killed_after_the_last_step_a_stage_has_only_to_write(root: Path) -> None:
+    whole = begin_anew(root, "erase")
+    saves = STEPS["erase"] + 1  # the seventh file is the delta
+    assert Stage(root, "erase", dies_at_save=saves).end() == -signal.SIGKILL
+    stage = Stage(root, "erase")
+    assert stage.end() == 0
+    assert [(line["done"], line["total"]) for line in stage.told] == [(6, 6)]
+    assert files(root / "out/delta") == whole
+
+
+@pytest.fixture(scope="module")
+def stopped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose long stages were stopped on the way."""
+    root = tmp_path_factory.mktemp("stopped") / "w"
+    shutil.copytree(finished, root)
+    for name in STEPS:
+        assert Stage(root, name).hit(1, signal.SIGTERM) == ContinueMe.exit_code
+    return root
+
+
+def set_number(*path: str, value: Any) -> Callable[[], None]:
+    def change() -> None:
+        params = yaml.safe_load(Path("params.yaml").read_text())
+        place = params
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        Path("params.yaml").write_text(yaml.safe_dump(params))
+
+    return change
+
+
+def set_loop(name: str, value: float) -> Callable[[], None]:
+    return set_number("erase", "sdd", "loop", name, value=value)
+
+
+def another_token() -> None:
+    token = tensors.load_token(Path("out/tokens/weapon"))
+    token.vectors.add_(1)
+    tensors.save_token(Path("out/tokens/weapon"), token)
+
+
+def another_feedback() -> None:
+    path = Path("out/feedback/summary.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"feedback": "0" * 64}))
+
+
+CHANGES = {
+    "setting": (
+        "erase",
+        set_loop("lr", 0.5),
+        "erase.sdd.loop.lr: it was 0.001, now it is 0.5",
+    ),
+    "new setting": (
+        "erase",
+        set_loop("clip", 2.0),
+        "loop.clip: it was null, now it is 2.0",
+    ),
+    "seed": ("erase", set_number("seed", value=7), "seed: it was 42, now it is 7"),
+    "model": ("erase", lambda: tiny.save_pipeline(Path("models/pipeline"), seed=1), "UNet of base.model: its content"),
+    "token": ("erase", another_token, "tokens: its content"),
+    "feedback": ("invert", another_feedback, "feedback: its content"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
+    stopped: Path, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(stopped, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    name, change, said = CHANGES[what]
+    change()
+    before = files(Path("out"))
+    result = CliRunner().invoke(app, ["stage", name])
+    assert result.exit_code == 2, result.output
+    before |= {
+        f"state/{event_log.FILE}": Path("out/state", event_log.FILE).read_bytes()
+    }  # it says that the stage failed
+    output = " ".join(result.output.split())
+    assert said in output
+    assert f"{name} was stopped after step" in output
+    assert files(Path("out")) == before, "neither what is saved nor what is finished is touched"
+    left = f"out/state/{'invert-weapon' if name == 'invert' else name}.safetensors"
+    assert f"Next: rm {left}" in output
+    Path(left).unlink()
+    assert CliRunner().invoke(app, ["stage", name]).exit_code == 0
+
+
+def test_code_and_libraries_count_too(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stopped)
+    now = dependencies.of_stage
+    corrected = {"deleatur.erasers.sdd": "its digest as it will be"}
+    monkeypatch.setattr(dependencies, "of_stage", lambda *asked: now(*asked) | corrected)
+    monkeypatch.setattr(checkpoint, "version", lambda name: "99")
+    output = CliRunner().invoke(app, ["stage", "erase"]).output
+    assert "deleatur.erasers.sdd: its code" in output
+    assert "torch: its version" in output
+
+
+def test_what_is_no_checkpoint_is_named_with_the_way_out(root: Path) -> None:
+    (root / "out/state").mkdir(exist_ok=True)
+    (root / "out/state/erase.safetensors").write_bytes(b"half of it")
+    result = CliRunner().invoke(app, ["stage", "erase"])
+    assert result.exit_code == 3
+    assert "rm out/state/erase.safetensors" in " ".join(result.output.split())
+
+
+def test_a_refused_run_leaves_nothing_to_go_on_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "every", lambda settings: 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
+    set_number("erase", "sdd", "loop", "least_change", value=1e9)()
+    with pytest.raises(ErasureRefused):
+        stages.run("erase", Settings.load())
+    assert saved(root) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_saves_nothing_ends_at_once_when_asked(
+    root: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(how)
+    monkeypatch.setattr(models, "base_model", lambda settings: signal.raise_signal(how))
+    with pytest.raises(ContinueMe, match="sample"):
+        stages.run("sample", Settings.load())
+    assert signal.getsignal(how) is before
+
+
+class Counting:
+    """A state of a few bytes."""
+
+    step = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"a/": torch.zeros(1)}
+
+    def numbers(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+
+@pytest.fixture
+def counting(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    monkeypatch.chdir(tmp_path)
+    belongs: dict[str, Any] = {kind: {} for kind in ("settings", "content", "code", "versions")}
+    return Checkpoint(Settings.load(finished / "params.yaml"), "erase", "erase", belongs)
+
+
+def interrupted(counting: Checkpoint, *signals: signal.Signals) -> None:
+    with counting:
+        counting(Counting())
+        for number in signals:
+            signal.raise_signal(number)
+
+
+def test_only_a_second_request_does_not_wait(counting: Checkpoint) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(counting, signal.SIGTERM, signal.SIGINT)
+    assert not counting.path.exists()
+
+
+def test_a_run_in_the_background_goes_on_when_ctrl_c_is_for_others(counting: Checkpoint) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupted(counting, signal.SIGINT)
+
+
+def test_a_request_after_the_last_step_is_not_lost(counting: Checkpoint) -> None:
+    with pytest.raises(ContinueMe):
+        interrupted(counting, signal.SIGTERM)
+    assert counting.path.is_file()
+
+
+def test_saving_takes_its_share_of_the_time_and_no_more(counting: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, saves = time.monotonic(), []
+    cost = 0.0
+
+    def save(*_: Any) -> None:
+        nonlocal now
+        saves.append(now - began)
+        now += cost
+
+    began = now
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(tensors, "save", save)
+    with counting:
+        for cost in (0.0, 10.0):
+            saves.clear()
+            began = now
+            for _ in range(3000):
+                now += 1.0
+                counting(Counting())
+            assert len(saves) == pytest.approx(3000 / max(Workers().save_every, cost / checkpoint.SHARE), abs=1)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_checkpoint_belongs_to_all_that_dvc_runs_the_stage_again_for(stopped: Path, name: str) -> None:
+    [path] = (stopped / "out/state").glob(f"{name}*.safetensors")
+    belongs = tensors.load(path)[1]["belongs"]
+    chain = yaml.safe_load((workspace.ROOT / "dvc.yaml").read_text())["stages"][name]
+    assert belongs["code"] == dependencies.of_stage(name, yaml.safe_load((stopped / "params.yaml").read_text()))
+    one_by_one = {"targets"} if name != "erase" else set()  # each concept has a checkpoint of its own
+    for section in set(chain["params"]) - one_by_one:
+        assert any(f"{dotted}.".startswith(f"{section}.") for dotted in belongs["settings"]), section
+
+
+def test_contrast_tells_pictures_from_blank_ones_and_from_noise() -> None:
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    half = np.zeros((64, 64, 3), np.uint8)
+    half[:, 32:] = 255
+    noise = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    assert contrast(Image.fromarray(half)) == pytest.approx(127.5)
+    assert contrast(Image.fromarray(half // 255 + 100)) < 1
+    assert contrast(Image.fromarray(noise)) < 15, "its pixels alone have 74"

@@ -1,0 +1,77 @@
+"""Pictures drawn and looked at in other processes are the pictures and the numbers of this one, to the bit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+
+import finished
+import pytest
+
+from deleatur import stages
+from deleatur.config.settings import Settings, Workers
+from deleatur.errors import ModelError, ServiceError, SettingsError
+from deleatur.runtime import distributed
+from deleatur.stages import evaluate, sample
+
+pytestmark = pytest.mark.slow
+
+PLACES = ("out/shots", "out/scores", "out/report")
+
+
+@pytest.fixture(scope="module")
+def root(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished project, as the current directory, of which nothing has been drawn."""
+    pytest.importorskip("distributed", reason="pip install 'deleatur[dask]'")
+    place = tmp_path_factory.mktemp("fan")
+    finished.copy(shared, place)
+    with chdir(place):
+        yield place
+
+
+def files() -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for place in PLACES for p in sorted(Path(place).rglob("*")) if p.is_file()}
+
+
+def test_two_processes_make_what_one_makes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files()
+    for place in PLACES:
+        shutil.rmtree(place)
+    monkeypatch.setattr(sample, "_draw", None)  # not in this process; the others import it anew
+    monkeypatch.setattr(evaluate, "PART", 16)
+    settings = Settings.load().model_copy(update={"workers": Workers(dask=2)})
+    stages.run("sample", settings)
+    stages.run("evaluate", settings)
+    monkeypatch.setattr(evaluate, "PART", 128)
+    stages.run("evaluate", Settings.load())  # in parts as before: nothing is looked at again
+    assert files() == before
+
+
+def test_another_model_there_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.load()
+    [way] = [way for side, way in sample._ways(settings, sample.inputs.model(settings)).items() if side == "base"]
+    other = sample.replace(way, recipe=sample.replace(way.recipe, pipeline="0" * 64))
+    with pytest.raises(ModelError, match="is another model on"):
+        sample._draw_there((settings, other), [])
+    with pytest.raises(ModelError, match="judge is another network on"):
+        evaluate._look_there((settings, "judge", "0" * 64), [])
+
+
+def test_a_scheduler_that_does_not_answer_is_a_service(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "PATIENCE", 1.0)
+    with (
+        pytest.raises(ServiceError, match=r"tcp://127\.0\.0\.1:9 did not answer"),
+        distributed.hands(Workers(dask="tcp://127.0.0.1:9")),
+    ):
+        pass
+
+
+def test_where_dask_is_not_installed_the_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(SettingsError) as raised, distributed.hands(Workers(dask=2)):
+        pass
+    assert raised.value.hint == "pip install 'deleatur[dask]'"

@@ -1,0 +1,40 @@
+"""Bars of a stage that another process runs: seen on a terminal as if it ran here, its lines elsewhere."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from rich.console import Console
+
+from deleatur.runtime.progress import following
+from deleatur.storage.dvc import Progress
+
+
+def told(terminal: bool) -> str:
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=terminal, width=120, color_system=None, _environ={})
+    with following("erase", console) as followed:
+        followed.line("Running stage 'erase':")
+        followed.told(Progress("erase weapon", 3, 12, "loss 0.25"))
+        followed.told(Progress("erase weapon", 12, 12, "loss 0.125"))
+        followed.told(Progress("looking", 1, 2, ""))
+        followed.ended("done")
+    with following("gate", console) as followed:
+        followed.line("Stage 'gate' didn't change, skipping")
+        followed.ended("up to date")
+    return shown.getvalue()
+
+
+def test_a_terminal_shows_bars() -> None:
+    shown = told(terminal=True)
+    last = shown.rpartition("erase weapon")[2].partition("\n")[0]
+    assert "12/12" in last
+    assert "loss 0.125" in last
+    assert "looking" in shown
+    assert "1/2" in shown
+    assert "up to date" in shown
+    assert "Running stage" not in shown
+
+
+def test_a_log_gets_the_lines_and_no_bars() -> None:
+    assert told(terminal=False) == "Running stage 'erase':\nStage 'gate' didn't change, skipping\n"

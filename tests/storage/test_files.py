@@ -1,0 +1,49 @@
+"""What a stage empties is what stages made, and nothing that people brought."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deleatur.errors import DataError, SettingsError
+from deleatur.storage import files
+
+
+def test_what_git_keeps_is_not_emptied(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text("/out\n")
+    ours, theirs = tmp_path / "out/report", tmp_path / "docs"
+    for folder in (ours, theirs):
+        folder.mkdir(parents=True)
+        (folder / "page.md").write_text("text")
+    subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
+    assert list(files.emptied(ours).iterdir()) == []
+    with pytest.raises(SettingsError, match=r"git keeps page\.md there"):
+        files.emptied(theirs)
+    with pytest.raises(SettingsError, match=r"git keeps page\.md there"):
+        files.keep_only(theirs, [])
+    assert (theirs / "page.md").read_text() == "text"
+
+
+def test_in_a_git_hook_it_is_the_folders_own_repository_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooked, plain = tmp_path / "hooked", tmp_path / "plain/out"
+    subprocess.run(["git", "init", "--quiet", hooked], check=True)
+    (hooked / "page.md").write_text("text")
+    subprocess.run(["git", "-C", hooked, "add", "."], check=True)
+    plain.mkdir(parents=True)
+    monkeypatch.setenv("GIT_DIR", str(hooked / ".git"))
+    assert list(files.emptied(plain).iterdir()) == []
+
+
+def test_nothing_is_emptied_where_git_cannot_tell(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "page.md").write_text("text")
+    subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
+    (tmp_path / ".git/index").write_bytes(b"broken")
+    with pytest.raises(DataError, match="git cannot tell what it keeps"):
+        files.emptied(tmp_path)
+    assert (tmp_path / "page.md").exists()

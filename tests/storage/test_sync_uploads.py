@@ -1,0 +1,107 @@
+"""What a stage leaves goes along, whole file by whole file, whatever happens to the process that runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deleatur.errors import ServiceError
+from deleatur.storage import remote
+from deleatur.storage import sync as module
+from deleatur.storage.sync import carried
+
+STATE = Path("out/state")
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The first machine."""
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    monkeypatch.chdir(tmp_path)
+    STATE.mkdir(parents=True)
+    return tmp_path
+
+
+def awaited(path: Path, text: str) -> None:
+    for _ in range(2000):
+        if path.is_file() and path.read_text() == text:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never came")
+
+
+def test_what_is_written_goes_along_and_comes_to_the_next_machine(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path_factory.mktemp("store")
+    (STATE / "before").write_text("was here")
+    with carried([STATE, Path("out/shots")], str(store)):
+        (STATE / "erase").write_text("step 1")
+        awaited(store / STATE / "erase", "step 1")
+        (STATE / ".erase.1.partial").write_text("half")
+        (STATE / "erase").write_text("step 20")
+        awaited(store / STATE / "erase", "step 20")
+    assert not (store / STATE / "before").exists(), "nothing that was there already"
+    assert {p.name for p in (store / STATE).iterdir()} == {"erase"}
+    monkeypatch.chdir(tmp_path_factory.mktemp("second"))
+    with carried([STATE], str(store)):
+        assert (STATE / "erase").read_text() == "step 20"
+
+
+def test_what_is_written_last_goes_along_when_the_block_is_left_in_a_hurry(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK", 1000.0)
+
+    def hurried() -> None:
+        with carried([STATE], str(tmp_path / "store")):
+            (STATE / "erase").write_text("saved on request")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hurried()
+    assert (tmp_path / "store" / STATE / "erase").read_text() == "saved on request"
+
+
+def test_an_address_that_does_not_answer_stops_nothing_and_is_tried_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    plain = remote.put
+
+    def put(file: Path, address: str) -> None:
+        if len(told) < 2:
+            raise ServiceError("no answer")
+        plain(file, address)
+
+    monkeypatch.setattr(remote, "put", put)
+    with carried([STATE], str(tmp_path / "store"), told.append):
+        (STATE / "erase").write_text("step 1")
+        awaited(tmp_path / "store" / STATE / "erase", "step 1")
+    assert told == ["no answer"] * 2
+
+
+def test_killed_at_any_moment_it_leaves_whole_files(root: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    code = (
+        "from pathlib import Path; from deleatur.storage import files, sync; sync.LOOK = 0\n"
+        f"with sync.carried([Path({str(STATE)!r})], {str(store)!r}):\n"
+        "    for i in range(100_000):\n"
+        f"        files.write_lines(Path({str(STATE)!r}) / 'erase', [f'{{i:09d}}'] * 20_000)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code])
+    while not (store / STATE / "erase").is_file():
+        assert child.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)  # anywhere
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    lines = (store / STATE / "erase").read_text().splitlines()
+    assert len(lines) == 20_000
+    assert len(set(lines)) == 1

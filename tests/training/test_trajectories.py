@@ -1,0 +1,230 @@
+"""Where training states come from: labels, laws and the equality of pool and fresh trajectories."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deleatur.diffusion import predict as predict_module
+from deleatur.diffusion.encode import encode_text
+from deleatur.diffusion.model import Model
+from deleatur.diffusion.predict import Weights, guided_step
+from deleatur.training.parameters import select
+from deleatur.training.trajectories import Fresh, Pool, Replay, Source, Visit, draw_stages, stage_weights, trajectories
+
+
+def source(model: Model, steps: int, seed: int = 0, conditions: int = 2) -> Source:
+    c = encode_text(model, ["gun", "sword", "cat"][:conditions])
+    return Source(model, encode_text(model, [""]), c, 3.0, steps, torch.Generator().manual_seed(seed))
+
+
+def walk(model: Model, s: Source, z: Tensor, k: int, condition: int) -> Tensor:
+    """k guided steps, written out."""
+    for j in range(k):
+        z = guided_step(model, {}, z, torch.tensor([j]), s.empty, s.conditions[[condition]], s.s_g, s.steps)
+    return z
+
+
+def test_k_steps_cost_exactly_k_guided_calls(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    plain = predict_module.predict
+
+    def counting(m: Model, w: object, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        calls.append(len(z))
+        return plain(m, w, z, t, c)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(predict_module, "predict", counting)
+    fresh = Fresh(source(model, 6), batch=1, law="uniform")
+    for _ in range(12):
+        calls.clear()
+        visit = fresh.visit({})
+        assert calls == [2] * int(visit.k)
+
+
+def test_a_fresh_state_is_the_end_of_its_own_trajectory(model: Model) -> None:
+    s = source(model, 5)
+    visit = Fresh(s, batch=4, law="uniform").visit({})
+    again = source(model, 5)
+    draw_stages("uniform", 5, (4,), again.generator)
+    z = again.noise(4)
+    for i, k in enumerate(visit.k.tolist()):
+        assert torch.allclose(visit.z[i], walk(model, s, z[i : i + 1], k, int(visit.condition[i]))[0], atol=1e-4)
+
+
+def test_every_state_of_the_pool_is_a_state_of_a_fresh_trajectory(model: Model) -> None:
+    """With a frozen teacher a slot's states are those of one trajectory from the slot's own noise."""
+    s = source(model, 4)
+    pool = Pool(s, batch=2, slots=4, law="uniform")
+    started = {slot: pool.z[slot].clone() for slot in (pool.k == 0).nonzero().flatten().tolist()}
+    condition = pool.condition.clone()
+    seen: dict[int, list[tuple[int, Tensor]]] = {slot: [] for slot in started}
+    for _ in range(6):
+        order = pool.order[(int(pool.position) + torch.arange(2)) % 4].tolist()
+        visit = pool.visit({})
+        for row, slot in enumerate(order):
+            if slot in seen and len(seen[slot]) < 4:
+                seen[slot].append((int(visit.k[row]), visit.z[row]))
+    for slot, states in seen.items():
+        assert [k for k, _ in states] == list(range(len(states)))
+        for k, z in states:
+            expected = walk(model, s, started[slot][None], k, int(condition[slot]))[0]
+            assert torch.allclose(z, expected, atol=1e-4)
+
+
+def moving(model: Model, i: int) -> dict[str, Tensor]:
+    """A teacher that differs at every visit."""
+    return {n: w + 0.01 * (i + 1) for n, w in select(model.unet, "xattn_kv").items()}
+
+
+@pytest.mark.parametrize(("steps", "batch", "slots"), [(4, 2, 6), (3, 3, 7), (2, 4, 4)])
+def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int, batch: int, slots: int) -> None:
+    """The staggered pool, written out: a list of slots, one after the other."""
+    s, own = source(model, steps, seed=3, conditions=3), torch.Generator().manual_seed(3)
+    pool = Pool(s, batch=batch, slots=slots, law="uniform")
+
+    def advanced(rows: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
+        """One guided step of some slots, in one call: other shapes of a call have other last bits."""
+        if not rows:
+            return
+        z, k = torch.stack([r["z"] for r in rows]), torch.tensor([r["k"] for r in rows])
+        c_p = torch.stack([s.conditions[r["c"]] for r in rows])
+        for row, z_next in zip(rows, guided_step(model, weights, z, k, s.empty, c_p, 3.0, steps), strict=True):
+            row["z"], row["k"] = z_next, row["k"] + 1
+
+    order = torch.randperm(slots, generator=own).tolist()
+    turns = torch.randperm(slots, generator=own).tolist()
+    noise = torch.randn(slots, 4, 4, 4, generator=own)
+    table = [{"z": noise[i], "k": 0, "c": turns[i] % 3} for i in range(slots)]
+    begins = [i * steps // slots for i in range(slots)]  # spread evenly
+    for _ in range(steps):
+        advanced([r for r, begin in zip(table, begins, strict=True) if r["k"] < begin], moving(model, 0))
+    started, position, renewed = slots, 0, 0
+    for i in range(3 * steps):
+        mine = [table[order[(position + j) % slots]] for j in range(batch)]
+        position += batch
+        visit = pool.visit(moving(model, i))
+        assert torch.equal(visit.z, torch.stack([r["z"] for r in mine]))
+        assert visit.k.tolist() == [r["k"] for r in mine]
+        assert visit.condition.tolist() == [r["c"] for r in mine]
+        ended = [r for r in mine if r["k"] == steps - 1]
+        advanced([r for r in mine if r["k"] < steps - 1], moving(model, i))
+        for row, z in zip(ended, torch.randn(len(ended), 4, 4, 4, generator=own) if ended else (), strict=True):
+            row.update(z=z, k=0, c=started % 3)  # at N a slot begins anew, with the next description
+            started, renewed = started + 1, renewed + 1
+    assert renewed >= slots, "every slot began anew"
+
+
+def test_stages_of_the_pool_are_uniform(model: Model) -> None:
+    pool = Pool(source(model, 4), batch=2, slots=8, law="uniform")
+    counts = Counter(k for _ in range(16) for k in pool.visit({}).k.tolist())
+    assert set(counts) == {0, 1, 2, 3}
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_conditions_take_turns(model: Model) -> None:
+    fresh = Fresh(source(model, 2, conditions=3), batch=2, law="uniform")
+    counts = Counter(c for _ in range(9) for c in fresh.visit({}).condition.tolist())
+    assert set(counts.values()) == {6}
+
+
+def test_a_pool_of_one_step_trains_on_pure_noise(model: Model) -> None:
+    pool = Pool(source(model, 1), batch=4, slots=4, law="uniform")
+    visits = [pool.visit({}) for _ in range(3)]
+    assert all((v.k == 0).all() for v in visits)
+    assert not torch.equal(visits[0].z, visits[1].z)
+
+
+def test_pool_state_survives_its_tensors(model: Model) -> None:
+    one, other = (Pool(source(model, 3, seed), batch=2, slots=4, law="uniform") for seed in (0, 1))
+    one.visit({})
+    other.restore({n: t.clone() for n, t in one.tensors().items()})
+    other.source.generator.set_state(one.source.generator.get_state())
+    for _ in range(8):
+        a, b = one.visit({}), other.visit({})
+        assert torch.equal(a.z, b.z)
+        assert torch.equal(a.k, b.k)
+
+
+def rounds(replay: Replay, n: int) -> list[tuple[Visit, Tensor]]:
+    return [replay.visit() for _ in range(n)]
+
+
+def test_replayed_states_are_those_of_trajectories_each_used_once(model: Model) -> None:
+    """6 trajectories of 3 steps, 2 states a visit: 9 visits are all of them, the tenth begins new ones."""
+    s = source(model, 3)
+    replay = Replay(s, {}, batch=2, slots=6)
+    found = rounds(replay, 9)
+    first = replay.z.reshape(3, 6, *replay.z.shape[1:])
+    k, condition = (torch.cat([getattr(v, part) for v, _ in found]) for part in ("k", "condition"))
+    assert Counter(k.tolist()) == {0: 6, 1: 6, 2: 6}
+    assert Counter(condition.tolist()) == {0: 9, 1: 9}
+    states = torch.cat([v.z for v, _ in found])
+    for slot in range(6):
+        for stage in range(3):
+            z = walk(model, s, first[0, slot : slot + 1], stage, int(replay.condition[slot]))[0]
+            assert torch.allclose(first[stage, slot], z, atol=1e-4)
+            assert (states == first[stage, slot]).flatten(1).all(1).sum() == 1
+    fresh, _ = replay.visit()
+    assert not any((states == z).all() for z in fresh.z)
+
+
+def test_what_a_replay_says_of_a_state_is_the_networks_prediction(model: Model) -> None:
+    s = source(model, 4)
+    visit, eps = Replay(s, {}, batch=5, slots=3).visit()
+    t = torch.tensor(model.schedule.taus(4))[visit.k]
+    with torch.no_grad():
+        expected = predict_module.predict(model, {}, visit.z, t, s.conditions[visit.condition])
+    assert torch.allclose(eps, expected, atol=1e-5)
+
+
+def test_beta_law_has_its_moments() -> None:
+    k = draw_stages("beta33", 50, (100_000,), torch.Generator().manual_seed(0)).double()
+    assert k.mean() == pytest.approx(24.5, abs=0.1)
+    assert k.std() == pytest.approx(9.45, abs=0.1)
+
+
+def test_thinning_reproduces_the_beta_law() -> None:
+    """q_k / max q is the Beta(3, 3) probability of stage k, up to a factor; half of the visits are accepted."""
+    from scipy import stats
+
+    edges = torch.linspace(0, 1, 51, dtype=torch.float64).numpy()
+    expected = torch.from_numpy(stats.beta(3, 3).cdf(edges)).diff()
+    accept = stage_weights("beta33", 50)
+    assert torch.allclose(accept.double() / accept.double().sum(), expected, atol=1e-7)
+    assert accept.mean() == pytest.approx(0.53, abs=0.01)
+    assert torch.equal(stage_weights("uniform", 7), torch.ones(7))
+
+
+def test_a_thinned_pool_follows_the_law(model: Model) -> None:
+    pool = Pool(source(model, 5), batch=2, slots=16, law="beta33")
+    k = torch.cat([pool.visit({}).k for _ in range(300)])
+    share = torch.bincount(k, minlength=5).double() / len(k)
+    accept = stage_weights("beta33", 5).double()
+    assert torch.allclose(share, accept / accept.sum(), atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "pool"])
+def test_trajectories_go_no_further_than_the_last_stage_that_is_trained_on(
+    model: Model, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The first S of N stages, each as often as the others, on the levels of the N-step sampler."""
+    s = replace(source(model, 6), stages=3)
+    advanced: list[int] = []
+    plain = Source.advance
+
+    def advance(self: Source, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+        advanced.extend(k.tolist())
+        return plain(self, weights, z, k, condition)
+
+    monkeypatch.setattr(Source, "advance", advance)
+    made = trajectories(kind, s, batch=2, slots=6, law="uniform")  # type: ignore[arg-type]
+    seen = Counter(k for _ in range(30) for k in made.visit({}).k.tolist())
+    assert set(seen) == {0, 1, 2}
+    assert max(advanced) == 1, "a state after the last stage is never made"
+    if kind == "pool":
+        assert set(seen.values()) == {20}
