@@ -19,10 +19,10 @@ from selectivity import compared, learned, looked, untouched
 
 from deleatur.artifacts import tokens
 from deleatur.config import methods
-from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.overlay import edited_weights
 from deleatur.erasers import Eraser
 from deleatur.runtime import models
-from deleatur.training.finetune import PRESETS
+from deleatur.training.finetune import PRESETS, ErasureContext
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,13 @@ class Run:
     @property
     def loop(self) -> dict[str, Any]:
         rate = self.lr / PRESETS[self.preset].get("batch", 1) ** 0.5
-        return {"preset": self.preset, "train": "xattn_kv", "iterations": self.iterations, "lr": rate, "ema": 0.97}
+        return {
+            "preset": self.preset,
+            "trainable": "xattn_kv",
+            "iterations": self.iterations,
+            "lr": rate,
+            "ema_decay": 0.97,
+        }
 
 
 def erased(run: Run) -> dict[str, Any]:
@@ -45,13 +51,13 @@ def erased(run: Run) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
         return found
     model = models.base_model(settings)
-    eraser = methods.instantiate("erasers", Eraser, "sdd", {"order": "single", "loop": run.loop}, "erase")
+    eraser = methods.instantiate("erasers", Eraser, "sdd", {"order": "single", "training": run.loop}, "erase")
     concept = tokens.load_concept(settings, model, "weapon")
     began = time.perf_counter()
     with bench.watching(f"{run.preset} {run.seed}") as on_step:
-        delta = eraser.erase(model, [concept], keep=None, seed=run.seed, on_step=on_step)
+        delta = eraser.erase(model, [concept], ErasureContext(run.seed, on_step=on_step))
     seconds = time.perf_counter() - began
-    found = compared(untouched("weapon"), looked("weapon", weights_of(model, delta))) | {"seconds": seconds}
+    found = compared(untouched("weapon"), looked("weapon", edited_weights(model, delta))) | {"seconds": seconds}
     path.write_text(json.dumps(found, indent=1))
     return found
 

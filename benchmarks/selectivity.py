@@ -24,15 +24,16 @@ import numpy as np
 from deleatur.artifacts import prompts, tokens
 from deleatur.config import methods
 from deleatur.config.settings import Settings
-from deleatur.detectors import Detector, Network
+from deleatur.detectors import Detector, LoadedDetector
 from deleatur.diffusion import encode
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
 from deleatur.maths import intervals
-from deleatur.maths.distances import cosine
+from deleatur.maths.distances import cosine_similarity
 from deleatur.maths.seeds import derive
 from deleatur.records.sampling import Prompt
 from deleatur.runtime import models
+from deleatur.training.finetune import ErasureContext
 
 PICTURE = bench.OUT / "curves.png"
 SEED = 1000
@@ -59,10 +60,10 @@ class Run:
     @property
     def settings(self) -> Settings:
         shared = {"tokens": str(learned(self.concept, self.seed).paths.tokens)} if self.source == "token" else {}
-        loop = {"iterations": self.iterations, "check_every": 0, "stop_at": 0.0, "guard": 1.0} | (
-            {} if self.preserve else {"preserve": 0.0}
+        loop = {"iterations": self.iterations, "eval_every": 0, "target_rate": 0.0, "max_preserved_drop": 1.0} | (
+            {} if self.preserve else {"preservation_weight": 0.0}
         )
-        erase = {"source": self.source, "sdd": {"loop": loop}}
+        erase = {"source": self.source, "sdd": {"training": loop}}
         changes = {"targets": [self.concept], "seed": self.seed, "erase": erase}
         return bench.variant(self.name, changes, shared)
 
@@ -96,9 +97,11 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
         eraser.erase(
             model,
             [tokens.load_concept(settings, model, run.concept)],
-            keep=encode.encode_text(model, ["", *prompts.to_preserve(settings)]),
-            seed=settings.seed,
-            on_step=on_step,
+            ErasureContext(
+                seed=settings.seed,
+                preserve=encode.encode_text(model, ["", *prompts.preserved_prompts(settings)]),
+                on_step=on_step,
+            ),
         )
     before = untouched(run.concept)
     after = {0: before, **{step: looked(run.concept, w) for step, w in saved.items()}}
@@ -117,7 +120,7 @@ def proof_prompts(concept: str) -> list[Prompt]:
 
 
 @cache
-def eyes(name: str) -> Network:
+def eyes(name: str) -> LoadedDetector:
     spec = dict(Settings.load(bench.ROOT / "params.yaml").evaluate.detectors[name])
     return methods.instantiate("detectors", Detector, spec.pop("method"), spec, name).load()
 
@@ -131,7 +134,7 @@ def looked(concept: str, weights: Weights) -> dict[str, Any]:
     """Per picture: whether the concept is there, whether it is what the prompt asks for, its CLIP score."""
     settings = Settings.load(bench.ROOT / "params.yaml")
     model, guide, clip = models.base_model(settings), methods.guide(settings), models.clip_model(settings)
-    asked, found = proof_prompts(concept), settings.concepts[concept].found
+    asked, found = proof_prompts(concept), settings.concepts[concept].detection
     seeds = [derive(SEED, p.id, i) for i, p in enumerate(asked)]
     texts = [p.text for p in asked]
     pictures = sample(
@@ -141,7 +144,7 @@ def looked(concept: str, weights: Weights) -> dict[str, Any]:
         guide=guide,
         conditions=guide.conditions(model, []),
         steps=settings.sample.steps,
-        batch=settings.sample.batch,
+        batch=settings.sample.batch_size,
         weights=weights,
     )
     tops = {}
@@ -151,7 +154,7 @@ def looked(concept: str, weights: Weights) -> dict[str, Any]:
     return {
         "there": np.array([float(top in found.labels) for top in tops[found.detector]]),
         "right": np.array(right),
-        "clip": cosine(clip.pictures(pictures), clip.texts(texts)).double().numpy(),
+        "max_grad_norm": cosine_similarity(clip.embed_images(pictures), clip.embed_texts(texts)).double().numpy(),
         "role": np.array([p.role for p in asked]),
         "prompt": np.unique([p.id for p in asked], return_inverse=True)[1],
     }
@@ -167,7 +170,9 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         mine, clusters = rows(role)
         apart = intervals.difference(after["right"][mine] - before["right"][mine], clusters)
         out[role] = vars(apart) | {"base": float(before["right"][mine].mean())}
-    out["clip"] = {"relative": float(after["clip"][mine].mean() / before["clip"][mine].mean() - 1)}
+    out["max_grad_norm"] = {
+        "relative": float(after["max_grad_norm"][mine].mean() / before["max_grad_norm"][mine].mean() - 1)
+    }
     return out
 
 
@@ -176,7 +181,7 @@ def row(run: Run, found: list[dict[str, Any]]) -> dict[str, str]:
     return {
         "concept": run.concept,
         "source": "HFI tokens" if run.source == "token" else "words",
-        "preserve": "on" if run.preserve else "off",
+        "preservation_weight": "on" if run.preserve else "off",
         "seed": str(run.seed),
         "before": bench.interval(first["concept"]),
         "after": bench.interval(last["concept"]),

@@ -7,7 +7,7 @@ d: what the concept's states have that the empty prompt's have not, on average; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
@@ -16,11 +16,10 @@ from torch import Tensor
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
-from deleatur.records.model import Concept, Delta, Given, LowRank
+from deleatur.records.model import Concept, ConceptSource, Delta, LowRank
 from deleatur.training.closed_form_editor import touched
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Probe, Progress
-from deleatur.training.optimizer_state import Saved
+from deleatur.training.finetune import ErasureContext
 
 
 def direction(c: Tensor, c_0: Tensor) -> Tensor:
@@ -33,24 +32,16 @@ class Shave(Eraser):
     strength: float = Field(1.0, ge=0, le=1)
     """s. 1 takes the direction away, 0 leaves everything as it was."""
 
-    def work(self, source: Given) -> Work:
+    def work(self, source: ConceptSource) -> Work:
         """No network is asked; each number that changes is there once more."""
         return Work(train="xattn_kv", held=4)
 
     def touches(self, model: Model) -> set[str]:
         return set(touched(model))
 
-    def erase(
-        self,
-        model: Model,
-        concepts: Sequence[Concept],
-        *,
-        keep: Tensor | None,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        probe: Probe | None = None,
-        state: Saved | None = None,
-    ) -> Delta:
+    def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         d = direction(torch.cat([c.states for c in concepts]), encode_text(model, [""]))
         up = {n: -self.strength * (w.detach().float().cpu() @ d)[:, None] for n, w in touched(model).items()}
-        return Delta(LowRank(up, d[None]), model.digest, "shave", self.model_dump(), tuple(c.name for c in concepts))
+        return Delta(
+            LowRank(up, d[None]), model.unet_digest, "shave", self.model_dump(), tuple(c.name for c in concepts)
+        )

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.overlay import weights_of
-from deleatur.diffusion.predict import Weights, pair
+from deleatur.diffusion.overlay import edited_weights
+from deleatur.diffusion.predict import Weights, predict_pair
 from deleatur.erasers.abo import AllButOne, led, surgical
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.guidance import cfg
 from deleatur.records.model import Concept
+from deleatur.training.finetune import ErasureContext
 from deleatur.training.losses import Network, Networks
 
-QUICK: dict[str, Any] = {"iterations": 80, "lr": 3e-3, "steps": 4, "batch": 4, "slots": 16}
+QUICK: dict[str, Any] = {"iterations": 80, "lr": 3e-3, "sampler_steps": 4, "batch_size": 4, "pool_size": 16}
 
 
 def words(model: Model, *names: str) -> Concept:
@@ -26,14 +27,16 @@ def words(model: Model, *names: str) -> Concept:
 
 
 def erase(model: Model, instead: str, anchor: float = 1.0, **numbers: Any) -> Weights:
-    abo = AllButOne(alternatives={"weapon": instead}, anchor=anchor, loop={**QUICK, **numbers})  # type: ignore[arg-type]
-    return weights_of(model, abo.erase(model, [words(model, "gun", "sword")], keep=None, seed=1))
+    abo = AllButOne(alternatives={"weapon": instead}, anchor_weight=anchor, training={**QUICK, **numbers})  # type: ignore[arg-type]
+    return edited_weights(model, abo.erase(model, [words(model, "gun", "sword")], ErasureContext(1)))
 
 
 def guided(model: Model, weights: Weights, prompt: str, s_g: float) -> Tensor:
     g = torch.Generator().manual_seed(5)
     z, t = torch.randn(16, 4, 4, 4, generator=g), torch.linspace(50, 950, 16).long()
-    eps_0, eps_p = pair(model, weights, z, t, encode.encode_text(model, [""]), encode.encode_text(model, [prompt]))
+    eps_0, eps_p = predict_pair(
+        model, weights, z, t, encode.encode_text(model, [""]), encode.encode_text(model, [prompt])
+    )
     return cfg(eps_0, eps_p, s_g)
 
 
@@ -84,25 +87,25 @@ def test_the_edit_does_not_feel_a_shift_of_both_predictions() -> None:
 def test_with_the_concept_for_its_own_alternative_nothing_happens(model: Model) -> None:
     """Both terms are exactly 0 from the first step, so the anchor alone moves no weight."""
     losses: list[float] = []
-    abo = AllButOne(alternatives={"weapon": "gun"}, loop={**QUICK, "iterations": 3})
+    abo = AllButOne(alternatives={"weapon": "gun"}, training={**QUICK, "iterations": 3})
     with pytest.raises(ErasureRefused, match="nothing was erased"):
-        abo.erase(model, [words(model, "gun")], keep=None, seed=0, on_step=lambda p: losses.append(p.loss))
+        abo.erase(model, [words(model, "gun")], ErasureContext(0, on_step=lambda p: losses.append(p.loss)))
     assert losses == [0.0, 0.0, 0.0]
 
 
 def test_the_alternative_stands_where_the_concept_stood(model: Model) -> None:
     rows = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     soft = Concept("weapon", "token", (), (("a picture of a ", rows, ""),), torch.zeros(1, 16, 16), ((),), (7,))
-    assert torch.equal(encode.instead(model, soft, "cat"), encode.encode_text(model, ["a picture of a cat"]))
-    both = encode.instead(model, words(model, "gun", "sword"), "")
+    assert torch.equal(encode.encode_replacement(model, soft, "cat"), encode.encode_text(model, ["a picture of a cat"]))
+    both = encode.encode_replacement(model, words(model, "gun", "sword"), "")
     assert torch.equal(both, encode.encode_text(model, ["", ""]))
 
 
 def test_each_concept_has_its_own_alternative(model: Model) -> None:
     """Erasing {gun → cat} and {ink → dog} at once: each comes nearer to its own than to the other's."""
     concepts = [encode.concept_from_words(model, name, [name]) for name in ("gun", "ink")]
-    abo = AllButOne(alternatives={"gun": "cat", "ink": "dog", "style": "object"}, loop=QUICK)  # type: ignore[arg-type]
-    after = weights_of(model, abo.erase(model, concepts, keep=None, seed=1))
+    abo = AllButOne(alternatives={"gun": "cat", "ink": "dog", "style": "object"}, training=QUICK)  # type: ignore[arg-type]
+    after = edited_weights(model, abo.erase(model, concepts, ErasureContext(1)))
     aims = {alt: guided(model, {}, alt, 1.0) for alt in ("cat", "dog")}
     for name, mine, other in (("gun", "cat", "dog"), ("ink", "dog", "cat")):
         got = guided(model, after, name, 1.0)
@@ -116,7 +119,7 @@ def test_a_concept_without_alternative_is_refused_before_any_work(
     monkeypatch.setattr(model.text_encoder, "forward", lambda *a, **k: pytest.fail("the text encoder was asked"))
     gun = Concept("gun", "words", ("gun",), (("", "gun", ""),), torch.zeros(1, 16, 16), ((1,),), (2,))
     with pytest.raises(SettingsError, match="instead of gun") as e:
-        AllButOne(alternatives={"ink": "dog"}).erase(model, [gun], keep=None, seed=0)
+        AllButOne(alternatives={"ink": "dog"}).erase(model, [gun], ErasureContext(0))
     assert "gun: toy" in e.value.hint
 
 

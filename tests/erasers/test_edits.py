@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.overlay import edited_weights
 from deleatur.diffusion.predict import predict
 from deleatur.erasers import Eraser
 from deleatur.erasers.rece import RECE
@@ -22,7 +22,7 @@ from deleatur.maths import closed_form
 from deleatur.records.model import Concept, Delta, LowRank, SoftToken
 from deleatur.storage.tensors import load_delta, save_delta
 from deleatur.training.closed_form_editor import pairs
-from deleatur.training.finetune import Progress, Reading
+from deleatur.training.finetune import ErasureContext, Progress, Reading
 
 EXACT = {"lam": 1e-4, "preserve": 1.0}
 
@@ -43,7 +43,7 @@ def words(model: Model, *names: str, concept: str = "weapon", sentences: tuple[s
 def erase(
     model: Model, eraser: Eraser, *concepts: Concept, keep: tuple[str, ...] = ("", "a cat"), **more: Any
 ) -> Delta:
-    return eraser.erase(model, concepts, keep=encode.encode_text(model, list(keep)), seed=1, **more)
+    return eraser.erase(model, concepts, ErasureContext(1, encode.encode_text(model, list(keep)), **more))
 
 
 def values(weights: dict[str, Tensor], states: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def values(weights: dict[str, Tensor], states: Tensor) -> Tensor:
 
 
 def own_and_edited(model: Model, delta: Delta) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    edited = weights_of(model, delta)
+    edited = edited_weights(model, delta)
     return {n: model.unet.get_parameter(n) for n in edited}, edited
 
 
@@ -72,7 +72,7 @@ def test_the_concept_becomes_the_empty_prompt_and_preserved_prompts_stay(model: 
 
 
 def test_what_the_network_predicts_follows(model: Model) -> None:
-    weights = weights_of(model, erase(model, UCE(edit=EXACT), words(model, "gun")))
+    weights = edited_weights(model, erase(model, UCE(edit=EXACT), words(model, "gun")))
     g = torch.Generator().manual_seed(5)
     z, t = torch.randn(16, 4, 4, 4, generator=g), torch.linspace(50, 950, 16).long()
 
@@ -111,7 +111,7 @@ def test_preserved_prompts_stay_the_more_they_weigh(model: Model) -> None:
 
 def test_the_empty_prompt_is_preserved_when_nothing_else_is(model: Model) -> None:
     gun, c_0 = words(model, "gun"), encode.encode_text(model, [""])
-    without, with_empty = (UCE().erase(model, [gun], keep=k, seed=0) for k in (None, c_0))
+    without, with_empty = (UCE().erase(model, [gun], ErasureContext(0, k)) for k in (None, c_0))
     assert all(torch.equal(without.tensors[n], with_empty.tensors[n]) for n in without.tensors)
 
 
@@ -127,9 +127,9 @@ def test_preserved_prompts_weigh_by_their_number_as_released(model: Model) -> No
 def test_which_states_of_a_sentence_are_erased(model: Model) -> None:
     """`own`: the last piece of a word, all rows of a token; `onward`: from there to the end."""
     red_cat = words(model, "red cat", sentences=("a {} of",))
-    rows = torch.stack([torch.stack([encode.embedding_of(model, w) for w in ("gun", "cat")])])
+    rows = torch.stack([torch.stack([encode.word_embedding(model, w) for w in ("gun", "cat")])])
     token = encode.concept_from_token(model, SoftToken("weapon", rows, {}), ("a {} of",))
-    last = red_cat.content[0][-1]
+    last = red_cat.content_positions[0][-1]
     c_0 = encode.encode_text(model, [""])[0].double()
     for concept, start, end in ((red_cat, last, last + 1), (token, 2, 4)):
         for which, at in (("own", slice(start, end)), ("onward", slice(start, None)), ("all", slice(None))):
@@ -139,7 +139,7 @@ def test_which_states_of_a_sentence_are_erased(model: Model) -> None:
 
 
 def test_a_token_with_a_words_row_is_erased_as_the_word(model: Model) -> None:
-    rows = encode.embedding_of(model, "gun")[None, None]
+    rows = encode.word_embedding(model, "gun")[None, None]
     token = encode.concept_from_token(model, SoftToken("weapon", rows, {}), ("a {}",))
     one, other = (erase(model, RECE(), c) for c in (token, words(model, "gun", sentences=("a {}",))))
     assert all(torch.allclose(one.tensors[n], other.tensors[n], atol=1e-4) for n in one.tensors)
@@ -170,7 +170,7 @@ def test_what_brings_the_concept_back_are_states_of_whole_sentences(model: Model
     """(L, d) for each; and what an epoch reports of them is their length over that of the concept's own."""
     gun = words(model, "gun")
     c, g = pairs(model, [gun], {}, "all")
-    assert c.shape == g.shape == (model.length, 64)
+    assert c.shape == g.shape == (model.max_tokens, 64)
     lengths = [row["length"] for row in erase(model, RECE(epochs=2), gun).record["curve"][1:]]
     assert len(lengths) == 2
     assert all(0 < length < 100 for length in lengths)
@@ -192,7 +192,7 @@ def test_each_epoch_leaves_less_to_be_brought_back(model: Model) -> None:
         goal = torch.cat([*(w @ c.T for w in own), torch.zeros(64, len(c), dtype=torch.float64)])
         found = torch.linalg.lstsq(rows, goal).solution.T
         missed = sum(float((found @ e.T - c @ w.T).square().sum()) for e, w in zip(edited, own, strict=True))
-        return 1 - missed / closed_form.apart(closed_form.gram(own), c, g)
+        return 1 - missed / closed_form.projected_distance(closed_form.gram(own), c, g)
 
     edit = {"preserve": 0.01, "columns": "own"}
     after = [back(erase(model, RECE(edit=edit, epochs=n), gun)) for n in range(4)]
@@ -200,7 +200,7 @@ def test_each_epoch_leaves_less_to_be_brought_back(model: Model) -> None:
     assert sorted(after, reverse=True) == after
     curve = erase(model, RECE(edit=edit), gun).record["curve"]
     assert [row["back"] for row in curve[1:]] == pytest.approx(after[:3], abs=1e-4), "and that is what it reports"
-    enough = erase(model, RECE(edit=edit, stop_at=(after[1] + after[2]) / 2), gun)
+    enough = erase(model, RECE(edit=edit, target_rate=(after[1] + after[2]) / 2), gun)
     assert (enough.record["stop"], enough.record["steps"]) == ("target", 3)
 
 
@@ -246,7 +246,7 @@ def test_an_edit_that_destroys_the_model_is_refused(model: Model) -> None:
     with pytest.raises(ErasureRefused, match="preserved prompts fell"):
         erase(model, UCE(edit={"guard": 0.1}), words(model, "gun"), probe=lambda w: next(readings))
     with pytest.raises(ErasureRefused, match="times their norm"):
-        erase(model, UCE(edit={"most_change": 0.01}), words(model, "gun"))
+        erase(model, UCE(edit={"max_relative_change": 0.01}), words(model, "gun"))
 
 
 @pytest.mark.parametrize("eraser", [UCE(), RECE()])

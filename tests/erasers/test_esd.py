@@ -13,17 +13,25 @@ from torch import Tensor
 
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.overlay import edited_weights
 from deleatur.diffusion.predict import predict
 from deleatur.erasers.esd import ESD, ESDLoop, away
 from deleatur.erasers.sdd import towards_empty
 from deleatur.errors import ErasureRefused
 from deleatur.maths.seeds import generator
 from deleatur.records.model import Concept
+from deleatur.training.finetune import ErasureContext
 from deleatur.training.losses import Network, Networks
 from deleatur.training.parameters import select
 
-QUICK: dict[str, Any] = {"iterations": 60, "lr": 3e-3, "steps": 4, "batch": 4, "trajectories": "pool", "slots": 16}
+QUICK: dict[str, Any] = {
+    "iterations": 60,
+    "lr": 3e-3,
+    "sampler_steps": 4,
+    "batch_size": 4,
+    "trajectories": "pool",
+    "pool_size": 16,
+}
 
 
 def words(model: Model, *names: str) -> Concept:
@@ -73,7 +81,7 @@ def test_without_negative_guidance_it_is_sdds_frozen_target(
 
 def test_x_and_u_are_the_sets_that_the_paper_names(model: Model) -> None:
     everything = {n for n, _ in model.unet.named_parameters()}
-    x, strict, u = (ESD(loop={"train": t}).touches(model) for t in ("xattn", "xattn_kv", "noxattn"))  # type: ignore[arg-type]
+    x, strict, u = (ESD(training={"trainable": t}).touches(model) for t in ("xattn", "xattn_kv", "noxattn"))  # type: ignore[arg-type]
     assert x == {n for n in everything if ".attn2." in n}
     assert strict == {n for n in x if n.split(".attn2.")[1] in ("to_k.weight", "to_v.weight")}
     assert x & u == set()
@@ -84,9 +92,9 @@ def test_x_and_u_are_the_sets_that_the_paper_names(model: Model) -> None:
 
 
 def test_other_tensors_than_the_papers_are_named() -> None:
-    assert not ESD(loop=ESDLoop(train="xattn")).notes()
-    assert not ESD(loop=ESDLoop(train="noxattn")).notes(), "ESD-u is published too"
-    assert any("xattn_kv" in note for note in ESD(loop=ESDLoop(train="xattn_kv")).notes())
+    assert not ESD(training=ESDLoop(trainable="xattn")).notes()
+    assert not ESD(training=ESDLoop(trainable="noxattn")).notes(), "ESD-u is published too"
+    assert any("xattn_kv" in note for note in ESD(training=ESDLoop(trainable="xattn_kv")).notes())
 
 
 def test_u_trains_the_published_number_of_parameters() -> None:
@@ -99,15 +107,15 @@ def test_u_trains_the_published_number_of_parameters() -> None:
 @pytest.mark.parametrize(("start", "eta"), [("empty", 1.0), ("concept", 2.0)])
 def test_the_concept_is_led_away(model: Model, start: str, eta: float) -> None:
     """On fixed noise, what the student says of the concept comes near 2 c₀ − c, and nothing else was touched."""
-    esd = ESD(eta=eta, start=start, loop=QUICK)  # type: ignore[arg-type]
+    esd = ESD(eta=eta, start=start, training=QUICK)  # type: ignore[arg-type]
     concept, c_0 = words(model, "gun"), encode.encode_text(model, [""])
-    delta = esd.erase(model, [concept], keep=None, seed=1)
+    delta = esd.erase(model, [concept], ErasureContext(1))
     g = torch.Generator().manual_seed(5)
     z, t = torch.randn(16, 4, 4, 4, generator=g), torch.linspace(50, 950, 16).long()
     with torch.no_grad():
         before, after, empty = (
             predict(model, w, z, t, c)
-            for w, c in (({}, concept.states), (weights_of(model, delta), concept.states), ({}, c_0))
+            for w, c in (({}, concept.states), (edited_weights(model, delta), concept.states), ({}, c_0))
         )
     aim = 2 * empty - before
     assert (before - aim).square().mean() > 1e-5, "the effect exists before"
@@ -120,8 +128,8 @@ def test_it_is_the_algorithm_written_out(model: Model, train: str, made_by: str)
     """Three iterations against a second network, plain Adam and diffusers' own DDIM: the student, or the base model,
     makes a fresh trajectory to a random stage, and what comes back is the student itself.
     """
-    numbers = {"iterations": 3, "lr": 1e-3, "steps": 5, "made_by": made_by, "train": train}
-    delta = ESD(eta=3.0, loop=numbers).erase(model, [words(model, "gun", "sword")], keep=None, seed=7)  # type: ignore[arg-type]
+    numbers = {"iterations": 3, "lr": 1e-3, "sampler_steps": 5, "trajectory_model": made_by, "trainable": train}
+    delta = ESD(eta=3.0, training=numbers).erase(model, [words(model, "gun", "sword")], ErasureContext(7))  # type: ignore[arg-type]
 
     c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
     student = copy.deepcopy(model.unet)
@@ -154,14 +162,20 @@ def test_nothing_to_erase_is_no_loss_and_is_refused(model: Model) -> None:
     """c = c₀: the target is the empty prompt's own prediction, so the gradient is 0."""
     nothing = Concept("nothing", "words", ("",), (("", "", ""),), encode.encode_text(model, [""]), ((),), (1,))
     norms: list[float] = []
-    esd = ESD(loop={**QUICK, "iterations": 3})
+    esd = ESD(training={**QUICK, "iterations": 3})
     with pytest.raises(ErasureRefused, match="nothing was erased"):
-        esd.erase(model, [nothing], keep=None, seed=0, on_step=lambda p: norms.append(p.state.curve[-1]["grad_norm"]))
+        esd.erase(model, [nothing], ErasureContext(0, on_step=lambda p: norms.append(p.state.curve[-1]["grad_norm"])))
     assert max(norms) < 1e-6
 
 
 def test_the_numbers_are_the_first_releases() -> None:
-    loop = ESD().loop
-    assert (loop.train, loop.iterations, loop.lr, loop.weight_decay, loop.ema) == ("xattn", 1000, 1e-5, 0.0, 0.0)
-    assert (loop.guidance, loop.steps, loop.batch, loop.trajectories, loop.made_by) == (3.0, 50, 1, "fresh", "teacher")
-    assert ESD(loop={"preset": "fast"}).loop.iterations == 1000, "a preset changes only what it names"  # type: ignore[arg-type]
+    loop = ESD().training
+    assert (loop.trainable, loop.iterations, loop.lr, loop.weight_decay, loop.ema) == ("xattn", 1000, 1e-5, 0.0, 0.0)
+    assert (loop.guidance_scale, loop.sampler_steps, loop.batch_size, loop.trajectories, loop.trajectory_model) == (
+        3.0,
+        50,
+        1,
+        "fresh",
+        "teacher",
+    )
+    assert ESD(training={"preset": "fast"}).training.iterations == 1000, "a preset changes only what it names"  # type: ignore[arg-type]

@@ -26,14 +26,15 @@ from deleatur.erasers.rece import RECE
 from deleatur.erasers.sdd import SDD
 from deleatur.erasers.uce import UCE
 from deleatur.training.cost import cost
+from deleatur.training.finetune import ErasureContext
 
 ROOM = 24 * 2**30
 SEED = 67
 """Its first trajectory ends early: of the published 50 steps, one is made."""
-ONE_STEP = {"preset": "parity", "iterations": 1, "least_change": 0}
+ONE_STEP = {"preset": "parity", "iterations": 1, "min_relative_change": 0}
 METHODS: dict[str, Eraser] = {
-    "sdd": SDD(loop=ONE_STEP),  # type: ignore[arg-type]
-    "esd": ESD(loop=ONE_STEP),  # type: ignore[arg-type]
+    "sdd": SDD(training=ONE_STEP),  # type: ignore[arg-type]
+    "esd": ESD(training=ONE_STEP),  # type: ignore[arg-type]
     "uce": UCE(),
     "rece": RECE(epochs=1),
 }
@@ -64,7 +65,7 @@ def random_model(device: str) -> Model:
 
 def one_step(model: Model, eraser: Eraser) -> dict[str, Any]:
     concept = encode.concept_from_words(model, "weapon", ["gun"])
-    delta = eraser.erase(model, [concept], keep=encode.encode_text(model, ["", "a cat"]), seed=SEED)
+    delta = eraser.erase(model, [concept], ErasureContext(SEED, encode.encode_text(model, ["", "a cat"])))
     moved = sum(float(d.abs().sum()) for d in delta.tensors.values())
     return {"moved": moved, "touched": len(delta.tensors), "loss": delta.record["curve"][-1]["loss"]}
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import predict
-from deleatur.diffusion.sample import encode_pictures
+from deleatur.diffusion.sample import encode_images
 from deleatur.erasers.safegen import SafeGen, exact, mosaic
 from deleatur.errors import DataError
 from deleatur.maths.seeds import generator
-from deleatur.records.model import Concept, Pictures
-from deleatur.training.finetune import finetune
+from deleatur.records.model import Concept, RatedImages
+from deleatur.training.finetune import ErasureContext, finetune
 from deleatur.training.losses import Rows
 
-QUICK: dict[str, Any] = {"iterations": 80, "lr": 1e-2, "batch": 8, "ema": 0.8}
+QUICK: dict[str, Any] = {"iterations": 80, "lr": 1e-2, "batch_size": 8, "ema_decay": 0.8}
 
 
 def drawn(n: int, seed: int, size: int = 16) -> list[Image.Image]:
@@ -33,7 +33,7 @@ def drawn(n: int, seed: int, size: int = 16) -> list[Image.Image]:
 
 @pytest.fixture
 def concept(model: Model) -> Concept:
-    return replace(encode.concept_from_words(model, "weapon", ["gun"]), pictures=Pictures(drawn(4, 0), drawn(5, 1)))
+    return replace(encode.concept_from_words(model, "weapon", ["gun"]), images=RatedImages(drawn(4, 0), drawn(5, 1)))
 
 
 def test_a_mosaic_by_hand() -> None:
@@ -48,7 +48,7 @@ def test_the_noise_that_is_taught_leads_to_the_mosaic(model: Model, target: str)
     """ẑ₀ = (z_t − √(1−ᾱ) goal) / √ᾱ is the mosaic at every level up to the limit, and the passed picture always."""
     g = torch.Generator().manual_seed(3)
     z_0, z_mosaic, z_passed = torch.randn(3, 1, 4, 4, 4, generator=g)
-    safegen = SafeGen(target=target, limit=3.0, loop={"batch": 64})  # type: ignore[arg-type]
+    safegen = SafeGen(target=target, limit=3.0, training={"batch_size": 64})  # type: ignore[arg-type]
     terms = safegen.terms(model, z_0, z_mosaic, z_passed, seed=0)
     marked, passed = (term.rows(None, 0) for term in terms.values())  # type: ignore[arg-type]
 
@@ -79,8 +79,8 @@ def test_the_limit_is_the_largest_factor(model: Model) -> None:
 
 
 def test_only_self_attention_learns(model: Model, concept: Concept) -> None:
-    safegen = SafeGen(loop={**QUICK, "iterations": 2})  # type: ignore[arg-type]
-    delta = safegen.erase(model, [concept], keep=None, seed=1)
+    safegen = SafeGen(training={**QUICK, "iterations": 2})  # type: ignore[arg-type]
+    delta = safegen.erase(model, [concept], ErasureContext(1))
     assert set(delta.tensors) == safegen.touches(model)
     assert set(delta.tensors) == {n for n, _ in model.unet.named_parameters() if ".attn1." in n}
     assert all(d.abs().sum() > 0 for n, d in delta.tensors.items() if n.endswith(("to_v.weight", "to_out.0.weight")))
@@ -94,9 +94,9 @@ def test_marked_latents_are_seen_as_their_mosaics_and_passed_ones_as_they_are(mo
     numbers = {**QUICK, "iterations": 60, "lr": 3e-2}
 
     def said(censor: float) -> list[tuple[Rows, Tensor]]:
-        safegen = SafeGen(censor=censor, spare=0.5, limit=3.0, loop=numbers)  # type: ignore[arg-type]
+        safegen = SafeGen(censor_weight=censor, preservation_weight=0.5, limit=3.0, training=numbers)  # type: ignore[arg-type]
         terms = safegen.terms(model, z_0, 0 * z_0, -z_0, seed=0)
-        delta, _ = finetune(model, safegen.loop, terms, c_0=c_0, on_step=lambda p: None)
+        delta, _ = finetune(model, safegen.training, terms, c_0=c_0, context=ErasureContext(0))
         weights = {n: model.unet.get_parameter(n) + d for n, d in delta.items()}
         shown = safegen.terms(model, z_0, 0 * z_0, -z_0, seed=1).values()
         looks = [replace(term, batch=64).rows(None, 0) for term in shown]  # type: ignore[arg-type]
@@ -116,15 +116,17 @@ def test_marked_latents_are_seen_as_their_mosaics_and_passed_ones_as_they_are(mo
 
 def test_without_censoring_it_is_denoising_of_passed_pictures(model: Model, concept: Concept) -> None:
     """Three iterations of w_p ‖ε_θ(z_t, t, c₀) − ε‖² with AdamW on a second network, averaged."""
-    numbers = {"iterations": 3, "lr": 1e-3, "batch": 4, "ema": 0.5, "weight_decay": 0.01}
-    delta = SafeGen(censor=0.0, spare=0.9, loop=numbers).erase(model, [concept], keep=None, seed=7)  # type: ignore[arg-type]
+    numbers = {"iterations": 3, "lr": 1e-3, "batch_size": 4, "ema_decay": 0.5, "weight_decay": 0.01}
+    delta = SafeGen(censor_weight=0.0, preservation_weight=0.9, training=numbers).erase(
+        model, [concept], ErasureContext(7)
+    )  # type: ignore[arg-type]
 
     network = copy.deepcopy(model.unet)
     own = {n: p.requires_grad_() for n, p in network.named_parameters() if ".attn1." in n}
     base = {n: p.detach().clone() for n, p in own.items()}
     average = {n: p.clone() for n, p in base.items()}
     adam = torch.optim.AdamW(own.values(), lr=1e-3, weight_decay=0.01)
-    z_0, c_0 = encode_pictures(model, concept.pictures.passed), encode.encode_text(model, [""])  # type: ignore[union-attr]
+    z_0, c_0 = encode_images(model, concept.images.negative), encode.encode_text(model, [""])  # type: ignore[union-attr]
     draws = generator(7, "erase", "passed")
     for _ in range(3):
         i = torch.randint(len(z_0), (4,), generator=draws)
@@ -141,12 +143,12 @@ def test_without_censoring_it_is_denoising_of_passed_pictures(model: Model, conc
         assert torch.allclose(difference, average[name] - base[name], atol=2e-5), name
 
 
-@pytest.mark.parametrize("pictures", [None, Pictures([], drawn(2, 0)), Pictures(drawn(2, 0), [])])
+@pytest.mark.parametrize("pictures", [None, RatedImages([], drawn(2, 0)), RatedImages(drawn(2, 0), [])])
 def test_a_missing_member_of_the_triplet_is_refused_before_any_work(
-    model: Model, concept: Concept, pictures: Pictures | None, monkeypatch: pytest.MonkeyPatch
+    model: Model, concept: Concept, pictures: RatedImages | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.unet, "forward", lambda *a, **k: pytest.fail("the network was asked"))
     monkeypatch.setattr(model.vae, "encode", lambda *a, **k: pytest.fail("a picture was encoded"))
-    lacking = replace(concept, name="vice", pictures=pictures)
+    lacking = replace(concept, name="vice", images=pictures)
     with pytest.raises(DataError, match="vice has"):
-        SafeGen().erase(model, [concept, lacking], keep=None, seed=0)
+        SafeGen().erase(model, [concept, lacking], ErasureContext(0))

@@ -11,18 +11,18 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from deleatur.diffusion import encode
-from deleatur.diffusion.model import Model, fingerprint
-from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.model import Model, digest_module
+from deleatur.diffusion.overlay import edited_weights
 from deleatur.diffusion.predict import predict
 from deleatur.erasers.keep import Keep
 from deleatur.erasers.sdd import SDD
 from deleatur.errors import ErasureRefused
 from deleatur.records.model import Concept, Delta, SoftToken
 from deleatur.storage.tensors import load, save
-from deleatur.training.finetune import Loop, Progress, Reading
+from deleatur.training.finetune import ErasureContext, Loop, Progress, Reading
 from deleatur.training.optimizer_state import Saved
 
-QUICK = {"iterations": 60, "lr": 3e-3, "ema": 0.8, "steps": 4, "batch": 4}
+QUICK = {"iterations": 60, "lr": 3e-3, "ema_decay": 0.8, "sampler_steps": 4, "batch_size": 4}
 
 
 def words(model: Model, *names: str) -> Concept:
@@ -31,7 +31,7 @@ def words(model: Model, *names: str) -> Concept:
 
 def erase(model: Model, concept: Concept, order: str = "single", seed: int = 1, **numbers: Any) -> Delta:
     kept = encode.encode_text(model, ["", "a cat", "a dog"])
-    return SDD(order=order, loop={**QUICK, **numbers}).erase(model, [concept], keep=kept, seed=seed)  # type: ignore[arg-type]
+    return SDD(order=order, training={**QUICK, **numbers}).erase(model, [concept], ErasureContext(seed, kept))  # type: ignore[arg-type]
 
 
 def gap(model: Model, weights: dict[str, Tensor], prompt: str, versus: str = "", base: bool = False) -> float:
@@ -48,14 +48,22 @@ def gap(model: Model, weights: dict[str, Tensor], prompt: str, versus: str = "",
 def test_the_concept_is_predicted_as_the_empty_prompt(model: Model, trajectories: str) -> None:
     before = gap(model, {}, "gun")
     delta = erase(model, words(model, "gun"), trajectories=trajectories, slots=16)
-    after = gap(model, weights_of(model, delta), "gun")
+    after = gap(model, edited_weights(model, delta), "gun")
     assert before > 1e-5, "the effect exists before"
     assert after < 0.5 * before, "and mostly gone after"
 
 
 def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
     loop = Loop(preset="parity")
-    assert (loop.trajectories, loop.batch, loop.steps, loop.iterations, loop.lr, loop.ema, loop.guidance) == (
+    assert (
+        loop.trajectories,
+        loop.batch_size,
+        loop.sampler_steps,
+        loop.iterations,
+        loop.lr,
+        loop.ema_decay,
+        loop.guidance_scale,
+    ) == (
         "fresh",
         1,
         50,
@@ -65,15 +73,15 @@ def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
         3.0,
     )
     assert not loop.notes(), "nothing is ours, nothing is to be said"
-    assert Loop(preset="parity", lr=1e-4, steps=8).steps == 8, "lengths and rates fit the model"
+    assert Loop(preset="parity", lr=1e-4, sampler_steps=8).sampler_steps == 8, "lengths and rates fit the model"
     refused: list[dict[str, Any]] = [
-        {"preserve": 0.1},
+        {"preservation_weight": 0.1},
         {"trajectories": "pool"},
-        {"batch": 4},
-        {"stages": 2},
-        {"made_by": "base"},
-        {"law": "uniform"},
-        {"check_every": 100},
+        {"batch_size": 4},
+        {"train_timesteps": 2},
+        {"trajectory_model": "base"},
+        {"timestep_distribution": "uniform"},
+        {"eval_every": 100},
     ]
     for ours in refused:
         with pytest.raises(ValidationError, match=f"parity is the method as published, without {next(iter(ours))};"):
@@ -82,25 +90,25 @@ def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
 
 @pytest.mark.parametrize(("source", "law"), [("words", "uniform"), ("token", "beta33")])
 def test_stages_are_drawn_by_the_law_of_the_paper_the_concept_comes_from(model: Model, source: str, law: str) -> None:
-    vectors = encode.embedding_of(model, "gun")[None, None]
+    vectors = encode.word_embedding(model, "gun")[None, None]
     concept = words(model, "gun") if source == "words" else encode.concept_from_token(model, SoftToken("gun", vectors))
-    left, named = (erase(model, concept, iterations=4, **numbers) for numbers in ({}, {"law": law}))
+    left, named = (erase(model, concept, iterations=4, **numbers) for numbers in ({}, {"timestep_distribution": law}))
     other = erase(model, concept, iterations=4, law="beta33" if law == "uniform" else "uniform")
     same = [all(torch.equal(left.tensors[n], d.tensors[n]) for n in left.tensors) for d in (named, other)]
     assert same == [True, False]
 
 
 def test_preserving_keeps_other_prompts_where_they_were(model: Model) -> None:
-    off = weights_of(model, erase(model, words(model, "gun")))
-    on = weights_of(model, erase(model, words(model, "gun"), preserve=4.0))
+    off = edited_weights(model, erase(model, words(model, "gun")))
+    on = edited_weights(model, erase(model, words(model, "gun"), preserve=4.0))
     moved_off, moved_on = (gap(model, w, "a cat", "a cat", base=True) for w in (off, on))
     assert moved_on < 0.5 * moved_off
 
 
 def test_the_given_model_is_untouched_and_only_attn2_is_in_the_delta(model: Model) -> None:
-    before = fingerprint(model.unet)
+    before = digest_module(model.unet)
     delta = erase(model, words(model, "gun"), iterations=3)
-    assert fingerprint(model.unet) == before
+    assert digest_module(model.unet) == before
     assert all(p.grad is None and not p.requires_grad for p in model.unet.parameters())
     assert set(delta.tensors) == SDD().touches(model)
     assert all(".attn2." in n for n in delta.tensors)
@@ -118,9 +126,9 @@ def test_nothing_to_erase_is_no_loss_and_is_refused(model: Model) -> None:
     empty = encode.encode_text(model, [""])
     nothing = Concept("nothing", "words", ("",), (("",),), empty, ((),), (1,))
     losses: list[float] = []
-    sdd = SDD(order="single", loop={**QUICK, "iterations": 3, "weight_decay": 0.0})
+    sdd = SDD(order="single", training={**QUICK, "iterations": 3, "weight_decay": 0.0})
     with pytest.raises(ErasureRefused, match="nothing was erased"):
-        sdd.erase(model, [nothing], keep=None, seed=0, on_step=lambda p: losses.append(p.loss))
+        sdd.erase(model, [nothing], ErasureContext(0, on_step=lambda p: losses.append(p.loss)))
     assert losses == [0.0, 0.0, 0.0]
 
 
@@ -131,9 +139,9 @@ def test_the_teacher_is_the_average_of_the_student(model: Model) -> None:
     def on_step(p: Progress) -> None:
         students.append({n: w.detach().clone() for n, w in p.state.student.items()})
 
-    numbers = {**QUICK, "iterations": 5, "ema": 0.7}
-    sdd = SDD(order="single", loop=numbers)  # type: ignore[arg-type]
-    delta = sdd.erase(model, [words(model, "gun")], keep=None, seed=0, on_step=on_step)
+    numbers = {**QUICK, "iterations": 5, "ema_decay": 0.7}
+    sdd = SDD(order="single", training=numbers)  # type: ignore[arg-type]
+    delta = sdd.erase(model, [words(model, "gun")], ErasureContext(0, on_step=on_step))
     for name, difference in delta.tensors.items():
         own = model.unet.get_parameter(name)
         average = own.clone()
@@ -144,7 +152,7 @@ def test_the_teacher_is_the_average_of_the_student(model: Model) -> None:
 
 def test_roles_of_several_descriptions(model: Model) -> None:
     both = words(model, "gun", "sword")
-    each, joined = both.states, encode.joined(model, [both])
+    each, joined = both.states, encode.encode_joint_prompt(model, [both])
     for order, c_p, c_s in (("paper", each, joined), ("code", joined, each), ("single", each, each)):
         got = SDD(order=order).roles(model, [both])  # type: ignore[arg-type]
         assert torch.equal(got[0], c_p)
@@ -159,14 +167,11 @@ def test_every_order_of_roles_runs(model: Model, order: str) -> None:
 def looked(model: Model, *readings: Reading, told: list[Progress] | None = None, **numbers: Any) -> Delta:
     """A run whose looks, the one before its first step included, say what is given."""
     says = iter(readings)
-    loop = {**QUICK, "iterations": 40, "check_every": 2, "guard": 0.1, **numbers}
-    return SDD(order="single", loop=loop).erase(  # type: ignore[arg-type]
+    loop = {**QUICK, "iterations": 40, "eval_every": 2, "max_preserved_drop": 0.1, **numbers}
+    return SDD(order="single", training=loop).erase(  # type: ignore[arg-type]
         model,
         [words(model, "gun")],
-        keep=None,
-        seed=0,
-        probe=lambda w: next(says),
-        on_step=lambda p: told.append(p) if told is not None else None,
+        ErasureContext(0, probe=lambda w: next(says), on_step=lambda p: told.append(p) if told is not None else None),
     )
 
 
@@ -233,9 +238,16 @@ def test_without_a_look_too_a_run_that_destroys_the_model_is_refused(
 def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, trajectories: str, tmp_path: Path) -> None:
     """Convolutions included, whose tensors are laid out in memory as no file lays them out; and the best look."""
     concept, kept = words(model, "gun", "sword"), encode.encode_text(model, ["", "a cat"])
-    numbers = {**QUICK, "iterations": 6, "preserve": 1.0, "trajectories": trajectories, "slots": 6, "law": "beta33"}
-    numbers |= {"train": "full", "check_every": 2, "guard": 0.1}
-    sdd = SDD(order="single", loop=numbers)  # type: ignore[arg-type]
+    numbers = {
+        **QUICK,
+        "iterations": 6,
+        "preservation_weight": 1.0,
+        "trajectories": trajectories,
+        "pool_size": 6,
+        "timestep_distribution": "beta33",
+    }
+    numbers |= {"trainable": "full", "eval_every": 2, "max_preserved_drop": 0.1}
+    sdd = SDD(order="single", training=numbers)  # type: ignore[arg-type]
     readings = {0: Reading(1.0, 1.0), 2: Reading(0.2, 0.95), 4: Reading(0.3, 0.95), 6: Reading(0.1, 0.5)}
 
     def run(state: Saved | None = None) -> tuple[Delta, list[int]]:
@@ -247,7 +259,9 @@ def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, tra
                 save(tmp_path / str(p.step), p.state.tensors(), p.state.numbers())
 
         delta = sdd.erase(
-            model, [concept], keep=kept, seed=3, on_step=on_step, state=state, probe=lambda w: readings[told[-1] + 1]
+            model,
+            [concept],
+            ErasureContext(3, kept, on_step=on_step, state=state, probe=lambda w: readings[told[-1] + 1]),
         )
         return delta, told
 
@@ -272,6 +286,6 @@ def test_trainable_parameters_of_stable_diffusion_are_the_published_number() -> 
 
 
 def test_keep_is_the_untouched_model(model: Model) -> None:
-    delta = Keep().erase(model, [words(model, "gun")], keep=None, seed=0)
+    delta = Keep().erase(model, [words(model, "gun")], ErasureContext(0))
     assert delta.tensors == {}
-    assert weights_of(model, delta) == {}
+    assert edited_weights(model, delta) == {}

@@ -15,17 +15,18 @@ from torch import Tensor
 from deleatur.detectors.classifier import Classifier
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model, load
-from deleatur.diffusion.overlay import add, weights_of
+from deleatur.diffusion.overlay import add_deltas, edited_weights
 from deleatur.diffusion.predict import Weights
-from deleatur.diffusion.sample import at_once, sample
+from deleatur.diffusion.sample import denoise_one_step, sample
 from deleatur.erasers.sfd import SFD, Distilled, score_identity
 from deleatur.errors import ModelError, SettingsError
 from deleatur.guides.cfg import CFG
 from deleatur.records.model import Concept
+from deleatur.training.finetune import ErasureContext
 from deleatur.training.losses import Network, Networks
 
 MODELS = Path(__file__).parents[2] / "models"
-QUICK: dict[str, Any] = {"iterations": 60, "lr": 3e-3, "batch": 4}
+QUICK: dict[str, Any] = {"iterations": 60, "lr": 3e-3, "batch_size": 4}
 
 
 def words(model: Model, *names: str) -> Concept:
@@ -35,7 +36,7 @@ def words(model: Model, *names: str) -> Concept:
 def terms(model: Model, instead: str) -> dict[str, Distilled]:
     """The concept is "gun"; preserved is "gun" as well, so that the two terms can be compared."""
     gun, other = encode.encode_text(model, ["gun"]), encode.encode_text(model, [instead])
-    return SFD(loop={"batch": 3}).terms(model, gun, other, gun, seed=0)  # type: ignore[arg-type]
+    return SFD(training={"batch_size": 3}).terms(model, gun, other, gun, seed=0)  # type: ignore[arg-type]
 
 
 def loss(model: Model, term: Distilled, student: dict[str, Tensor]) -> Tensor:
@@ -96,7 +97,7 @@ def test_only_the_generator_gets_a_gradient_and_it_comes_through_both_scores(mod
 
 def test_the_fake_score_learns_to_denoise_what_the_generator_makes(model: Model) -> None:
     fake = (
-        SFD(fake_lr=3e-3, kappa=1.0, loop={"batch": 8})
+        SFD(fake_lr=3e-3, kappa=1.0, training={"batch_size": 8})
         .terms(  # type: ignore[arg-type]
             model,
             encode.encode_text(model, ["gun"]),
@@ -112,7 +113,7 @@ def test_the_fake_score_learns_to_denoise_what_the_generator_makes(model: Model)
         z, t_0, t, eps = fake.draw(64, torch.Generator().manual_seed(9))
         c = fake.asked[torch.arange(64) % 2]
         with torch.no_grad():
-            x = model.schedule.clean(z, student(z, t_0, c), t_0)
+            x = model.schedule.predict_z0(z, student(z, t_0, c), t_0)
             said = fake.network()(model.schedule.add_noise(x, eps, t), t, c)
         return float((said - eps).square().mean())
 
@@ -140,7 +141,7 @@ def test_what_is_drawn_is_the_clean_latent_seen_in_pure_noise(model: Model) -> N
     z = (1 - a) ** 0.5 * n
     with torch.no_grad():
         by_hand = (z - (1 - a) ** 0.5 * model.unet(z, t, c).sample) / a**0.5
-    assert torch.allclose(at_once(model, n, c, 625, {}), by_hand, atol=1e-4)
+    assert torch.allclose(denoise_one_step(model, n, c, 625, {}), by_hand, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -149,10 +150,10 @@ def test_on_the_built_in_model_the_concept_goes_while_the_others_come() -> None:
     model, judge = load(str(MODELS / "pipeline"), device="cpu"), Classifier(path=str(MODELS / "judge")).load()
     gun, others = ["gun"], ["cat", "frog", "fish", "rose"]
     keep = encode.encode_text(model, ["", *(f"a {name}" for name in others)])
-    numbers = {"iterations": 30, "lr": 1e-4, "batch": 8}
-    sfd = SFD(kappa=2.0, fake_lr=3e-4, loop=numbers)  # type: ignore[arg-type]
-    after = weights_of(
-        model, sfd.erase(model, [encode.concept_from_words(model, "gun", gun, ["a {}"])], keep=keep, seed=1)
+    numbers = {"iterations": 30, "lr": 1e-4, "batch_size": 8}
+    sfd = SFD(kappa=2.0, fake_lr=3e-4, training=numbers)  # type: ignore[arg-type]
+    after = edited_weights(
+        model, sfd.erase(model, [encode.concept_from_words(model, "gun", gun, ["a {}"])], ErasureContext(1, keep))
     )
 
     def right(weights: Weights, names: list[str]) -> float:
@@ -169,17 +170,17 @@ def test_on_the_built_in_model_the_concept_goes_while_the_others_come() -> None:
 
 
 def test_what_comes_back_says_that_it_draws_in_one_step_and_adds_to_nothing(model: Model) -> None:
-    delta = SFD(loop={**QUICK, "iterations": 1}).erase(  # type: ignore[arg-type]
-        model, [words(model, "gun")], keep=encode.encode_text(model, [""]), seed=1
+    delta = SFD(training={**QUICK, "iterations": 1}).erase(  # type: ignore[arg-type]
+        model, [words(model, "gun")], ErasureContext(1, encode.encode_text(model, [""]))
     )
     assert delta.one_step == 625
     with pytest.raises(ModelError, match="one step"):
-        add(delta, delta)
+        add_deltas(delta, delta)
 
 
 def test_without_a_prompt_to_preserve_it_is_refused(model: Model) -> None:
     with pytest.raises(SettingsError, match="prompts to preserve"):
-        SFD().erase(model, [words(model, "gun")], keep=None, seed=0)
+        SFD().erase(model, [words(model, "gun")], ErasureContext(0))
 
 
 def test_levels_are_two_in_order() -> None:
@@ -190,5 +191,5 @@ def test_levels_are_two_in_order() -> None:
 def test_the_numbers_are_those_of_the_released_script() -> None:
     sfd = SFD()
     assert (sfd.start, sfd.kappa, sfd.alpha, sfd.levels, sfd.fake_lr) == (625, 4.5, 1.0, (20, 980), 3e-6)
-    loop = sfd.loop
+    loop = sfd.training
     assert (loop.train, loop.iterations, loop.lr, loop.batch, loop.momentum) == ("full", 12500, 1e-6, 8, 0.0)

@@ -20,6 +20,7 @@ from deleatur.erasers.sdd import SDD
 from deleatur.erasers.uce import UCE
 from deleatur.guides.cfg import CFG
 from deleatur.training.cost import Work, cost, drawn, speed
+from deleatur.training.finetune import ErasureContext
 
 ROOT = Path(__file__).parents[2]
 BUILT_IN = ROOT / "models" / "pipeline"
@@ -27,47 +28,56 @@ BUILT_IN = ROOT / "models" / "pipeline"
 
 @pytest.fixture(scope="module")
 def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
-    return architecture.read(tiny.save_pipeline(tmp_path_factory.mktemp("tiny")))
+    return architecture.from_folder(tiny.save_pipeline(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.mark.parametrize(
     "numbers",
     [
         {},
-        {"trajectories": "pool", "slots": 8, "law": "beta33", "steps": 6, "stages": 4},
-        {"preserve": 1.0, "train": "full"},
+        {
+            "trajectories": "pool",
+            "pool_size": 8,
+            "timestep_distribution": "beta33",
+            "sampler_steps": 6,
+            "train_timesteps": 4,
+        },
+        {"preservation_weight": 1.0, "trainable": "full"},
     ],
 )
 def test_operations_are_those_that_torch_counts_in_the_run(
     model: Model, tiny_shape: Architecture, numbers: dict[str, object]
 ) -> None:
-    sdd = SDD(order="single", loop={"iterations": 20, "batch": 2, "steps": 3, "lr": 1e-3, **numbers})  # type: ignore[arg-type]
+    sdd = SDD(order="single", training={"iterations": 20, "batch_size": 2, "sampler_steps": 3, "lr": 1e-3, **numbers})  # type: ignore[arg-type]
     concept = encode.concept_from_words(model, "weapon", ["gun"])
     keep = encode.encode_text(model, ["a cat"])
     with FlopCounterMode(display=False) as counted:
-        sdd.erase(model, [concept], keep=keep, seed=1)
+        sdd.erase(model, [concept], ErasureContext(1, keep))
     said = cost(sdd.work("words"), tiny_shape)
     assert counted.get_total_flops() == pytest.approx(said.operations, rel=0.1)
 
 
 def test_a_shape_has_what_the_model_has(model: Model, tiny_shape: Architecture) -> None:
     nets = (model.unet, model.vae, model.text_encoder)
-    assert tiny_shape.numbers == sum(p.numel() for net in nets for p in net.parameters())
-    assert (tiny_shape.latent, tiny_shape.states) == (model.latent_shape, (model.length, tiny.WIDTH))
+    assert tiny_shape.num_parameters == sum(p.numel() for net in nets for p in net.parameters())
+    assert (tiny_shape.latent_shape, tiny_shape.text_states_shape) == (
+        model.latent_shape,
+        (model.max_tokens, tiny.WIDTH),
+    )
     assert all(p.is_meta for p in tiny_shape.unet.parameters()), "and takes no memory"
 
 
 def test_stable_diffusion_has_the_published_numbers() -> None:
     """859,520,964 of the UNet, 83,653,863 of the VAE, 123,060,480 of the text encoder."""
     sd = stable_diffusion()
-    assert sd.numbers == 859_520_964 + 83_653_863 + 123_060_480
-    assert (sd.latent, sd.states) == ((4, 64, 64), (77, 768))
+    assert sd.num_parameters == 859_520_964 + 83_653_863 + 123_060_480
+    assert (sd.latent_shape, sd.text_states_shape) == ((4, 64, 64), (77, 768))
     sdd, uce = cost(SDD().work("words"), sd), cost(UCE().work("words"), sd)
     assert (sdd.trained, uce.trained) == (43_962_560, 19_169_280)
     assert sdd.work.backward == 1500
     assert sdd.work.forward == 1500 * (49 + 1) + 2 * 60, "trajectories of 24.5 guided steps, a target, drift"
     assert uce.operations == 0
-    assert 4 * sd.numbers < uce.memory < sdd.memory < 24e9
+    assert 4 * sd.num_parameters < uce.memory < sdd.memory < 24e9
 
 
 def test_pictures_are_drawn_in_whole_batches(model: Model) -> None:
@@ -102,6 +112,7 @@ from deleatur.diffusion.model import load
 from deleatur.diffusion.sample import sample
 from deleatur.erasers.sdd import SDD
 from deleatur.guides.cfg import CFG
+from deleatur.training.finetune import ErasureContext
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -116,9 +127,9 @@ def run(rows):
         c = encode.encode_text(model, ["a gun"] * rows)
         sample(model, c, range(rows), guide=guide, conditions=guide.conditions(model, []), steps=1, batch=rows)
         return drawn(rows, 1, 2, rows)
-    loop = {"iterations": 2, "steps": 2, "batch": rows, "lr": 1e-4, "train": "full", "least_change": 0}
-    sdd = SDD(order="single", loop=loop)
-    sdd.erase(model, [concept], keep=None, seed=0)
+    loop = {"iterations": 2, "sampler_steps": 2, "batch_size": rows, "lr": 1e-4, "trainable": "full", "min_relative_change": 0}
+    sdd = SDD(order="single", training=loop)
+    sdd.erase(model, [concept], ErasureContext(0))
     return sdd.work("words")
 
 run(2)
@@ -145,12 +156,19 @@ def test_memory_is_what_a_process_takes_on_the_built_in_model(what: str) -> None
 def test_memory_is_what_a_gpu_gives() -> None:
     from deleatur.diffusion.model import load
 
-    model, of = load(str(BUILT_IN), device="cuda"), architecture.read(BUILT_IN)
-    loop = {"iterations": 2, "steps": 2, "batch": 96, "lr": 1e-4, "train": "full", "least_change": 0}
-    sdd = SDD(order="single", loop=loop)  # type: ignore[arg-type]
+    model, of = load(str(BUILT_IN), device="cuda"), architecture.from_folder(BUILT_IN)
+    loop = {
+        "iterations": 2,
+        "sampler_steps": 2,
+        "batch_size": 96,
+        "lr": 1e-4,
+        "trainable": "full",
+        "min_relative_change": 0,
+    }
+    sdd = SDD(order="single", training=loop)  # type: ignore[arg-type]
     concept = encode.concept_from_words(model, "weapon", ["gun"])
-    before = torch.cuda.memory_allocated() - 4 * of.numbers
+    before = torch.cuda.memory_allocated() - 4 * of.num_parameters
     torch.cuda.reset_peak_memory_stats()
-    sdd.erase(model, [concept], keep=None, seed=0)
+    sdd.erase(model, [concept], ErasureContext(0))
     was = torch.cuda.max_memory_allocated() - before
     assert cost(sdd.work("words"), of).memory == pytest.approx(was, rel=1 / 3)

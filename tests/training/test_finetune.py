@@ -20,7 +20,7 @@ from deleatur.diffusion.predict import predict
 from deleatur.erasers.sdd import SDD
 from deleatur.records.model import Delta
 from deleatur.storage.tensors import load, save
-from deleatur.training.finetune import Progress, Reading
+from deleatur.training.finetune import ErasureContext, Progress, Reading
 from deleatur.training.parameters import select
 
 NAMES = ("gun", "sword", "cat")
@@ -66,9 +66,19 @@ def iterations(calls: list[Call]) -> Iterator[tuple[list[Call], Call]]:
 
 
 def erase(model: Model, order: str = "single", names: tuple[str, ...] = NAMES, **numbers: Any) -> Delta:
-    loop = {"iterations": 8, "batch": 2, "steps": STEPS, "lr": 1e-3, "ema": 0.9, "slots": 8, **numbers}
+    loop = {
+        "iterations": 8,
+        "batch_size": 2,
+        "sampler_steps": STEPS,
+        "lr": 1e-3,
+        "ema_decay": 0.9,
+        "pool_size": 8,
+        **numbers,
+    }
     concept = encode.concept_from_words(model, "weapon", names)
-    return SDD(order=order, loop=loop).erase(model, [concept], keep=encode.encode_text(model, ["a dog"]), seed=1)  # type: ignore[arg-type]
+    return SDD(order=order, training=loop).erase(
+        model, [concept], ErasureContext(1, encode.encode_text(model, ["a dog"]))
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("trajectories", ["fresh", "pool"])
@@ -112,10 +122,16 @@ def test_the_target_carries_no_gradient(model: Model) -> None:
     def on_step(p: Progress) -> None:
         moments.update({n: p.state.optimiser.state[w]["exp_avg"].clone() for n, w in p.state.student.items()})
 
-    numbers: dict[str, Any] = {"iterations": 1, "batch": 2, "steps": STEPS, "clip": 1e6, "least_change": 0.0}
+    numbers: dict[str, Any] = {
+        "iterations": 1,
+        "batch_size": 2,
+        "sampler_steps": STEPS,
+        "max_grad_norm": 1e6,
+        "min_relative_change": 0.0,
+    }
     with listening(model) as calls:
-        sdd = SDD(order="single", loop=numbers)  # type: ignore[arg-type]
-        sdd.erase(model, [encode.concept_from_words(model, "weapon", ["gun"])], keep=None, seed=1, on_step=on_step)
+        sdd = SDD(order="single", training=numbers)  # type: ignore[arg-type]
+        sdd.erase(model, [encode.concept_from_words(model, "weapon", ["gun"])], ErasureContext(1, on_step=on_step))
     [(_, training)] = iterations(calls)
     own = {n: p.detach().clone().requires_grad_() for n, p in select(model.unet, "xattn").items()}
     ours = predict(model, own, training.z, training.t, training.c)
@@ -164,7 +180,7 @@ def test_who_plays_which_role_in_turn(
 
     with listening(model) as calls:
         erase(model, order, iterations=6)
-    levels = model.schedule.taus(STEPS)
+    levels = model.schedule.timesteps(STEPS)
     prompted: set[str] = set()
     for (before, training), p, s in zip(iterations(calls), c_p, c_s, strict=True):
         assert tuple(named(training.c)) == s
@@ -198,10 +214,18 @@ def test_a_run_taken_up_again_remembers_its_looks_and_its_best(
     model: Model, killed: int, stop_at: float, stop: str, tmp_path: Path
 ) -> None:
     concept = encode.concept_from_words(model, "weapon", ["gun"])
-    numbers = {"iterations": 9, "batch": 2, "steps": STEPS, "lr": 1e-3, "ema": 0.5, "check_every": 2, "guard": 0.1}
-    sdd = SDD(order="single", loop={**numbers, "stop_at": stop_at})  # type: ignore[arg-type]
+    numbers = {
+        "iterations": 9,
+        "batch_size": 2,
+        "sampler_steps": STEPS,
+        "lr": 1e-3,
+        "ema_decay": 0.5,
+        "eval_every": 2,
+        "max_preserved_drop": 0.1,
+    }
+    sdd = SDD(order="single", training={**numbers, "target_rate": stop_at})  # type: ignore[arg-type]
     left = iter(READINGS)
-    whole = sdd.erase(model, [concept], keep=None, seed=1, probe=lambda w: next(left))
+    whole = sdd.erase(model, [concept], ErasureContext(1, probe=lambda w: next(left)))
     assert (whole.record["stop"], whole.record["steps"]) == (stop, {"guard": 6, "target": 4}[stop])
 
     def on_step(p: Progress) -> None:
@@ -211,9 +235,9 @@ def test_a_run_taken_up_again_remembers_its_looks_and_its_best(
 
     readings = iter(READINGS)
     with pytest.raises(Killed):
-        sdd.erase(model, [concept], keep=None, seed=1, probe=lambda w: next(readings), on_step=on_step)
+        sdd.erase(model, [concept], ErasureContext(1, probe=lambda w: next(readings), on_step=on_step))
     state = load(tmp_path / "state.safetensors")
-    again = sdd.erase(model, [concept], keep=None, seed=1, probe=lambda w: next(readings), state=state)
+    again = sdd.erase(model, [concept], ErasureContext(1, probe=lambda w: next(readings), state=state))
     assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors)
     assert again.record == whole.record
     assert list(readings) == list(left), "nothing was looked at twice"

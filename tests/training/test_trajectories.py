@@ -176,7 +176,7 @@ def test_replayed_states_are_those_of_trajectories_each_used_once(model: Model) 
 def test_what_a_replay_says_of_a_state_is_the_networks_prediction(model: Model) -> None:
     s = source(model, 4)
     visit, eps = Replay(s, {}, batch=5, slots=3).visit()
-    t = torch.tensor(model.schedule.taus(4))[visit.k]
+    t = torch.tensor(model.schedule.timesteps(4))[visit.k]
     with torch.no_grad():
         expected = predict_module.predict(model, {}, visit.z, t, s.conditions[visit.condition])
     assert torch.allclose(eps, expected, atol=1e-5)

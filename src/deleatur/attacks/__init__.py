@@ -20,7 +20,7 @@ Access = Literal["prompts", "text_encoder", "white_box", "original_model"]
 
 
 @dataclass(frozen=True)
-class Target:
+class AttackTarget:
     """What is attacked: a model with the erased weights laid over it, and what the attacker has of the concept."""
 
     model: Model
@@ -35,12 +35,23 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Found:
+class AttackResult:
     """Soft prompts (m, v, d), each a way back that was found; `budget` is what it cost."""
 
     vectors: Tensor
     budget: dict[str, int]
     losses: Sequence[float]
+
+
+@dataclass(frozen=True)
+class AttackContext:
+    """Arguments of one attack beside its target."""
+
+    seed: int
+    on_step: Callable[[Progress], None] = lambda progress: None
+    """Called after every step."""
+    state: Saved | None = None
+    """Checkpoint of a run with the same arguments, to resume from."""
 
 
 class Attack(BaseModel):
@@ -52,15 +63,5 @@ class Attack(BaseModel):
         """What an attack on one concept asks of the networks."""
 
     @abstractmethod
-    def attack(
-        self,
-        target: Target,
-        *,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        state: Saved | None = None,
-    ) -> Found:
-        """Soft prompts for the erased model. Whether they succeed is judged on sampled pictures, not here.
-
-        state: what a run of the same arguments saved, to go on with.
-        """
+    def attack(self, target: AttackTarget, context: AttackContext) -> AttackResult:
+        """Soft prompts for the erased model. Whether they succeed is judged on sampled pictures, not here."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from deleatur.diffusion.model import Model
-from deleatur.records.model import Concept, Delta, Given
+from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Probe, Progress
-from deleatur.training.optimizer_state import Saved
+from deleatur.training.finetune import ErasureContext
 
 
 class Eraser(BaseModel):
@@ -37,7 +35,7 @@ class Eraser(BaseModel):
         """Raises SettingsError when the numbers lack what the method must know of one of the concepts."""
 
     @abstractmethod
-    def work(self, source: Given) -> Work:
+    def work(self, source: ConceptSource) -> Work:
         """What erasing asks of the networks, of concepts in words or soft tokens, without the looks of a probe."""
 
     @abstractmethod
@@ -45,20 +43,9 @@ class Eraser(BaseModel):
         """Names of the UNet tensors that the delta may hold."""
 
     @abstractmethod
-    def erase(
-        self,
-        model: Model,
-        concepts: Sequence[Concept],
-        *,
-        keep: Tensor | None,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        probe: Probe | None = None,
-        state: Saved | None = None,
-    ) -> Delta:
+    def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         """The difference that removes the concepts.
 
-        keep (q, L, d): states of prompts to preserve, for methods that use them. probe looks at sampled pictures.
-        state: what a run of the same arguments saved, to go on with. Same model, settings and seed: same delta.
+        Same model, hyperparameters, preserved prompts and seed: same delta.
         Raises ErasureRefused when the run did nothing or destroyed the model.
         """

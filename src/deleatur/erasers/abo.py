@@ -10,22 +10,21 @@ full text was to be had: the loss fits what is published, the numbers are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.encode import encode_text, instead
+from deleatur.diffusion.encode import encode_replacement, encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError
-from deleatur.records.model import Concept, Delta, Given
+from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Loop, Probe, Progress, finetune, prompted
+from deleatur.training.finetune import ErasureContext, Loop, finetune, prompted
 from deleatur.training.losses import Error, Networks, Target, squared
-from deleatur.training.optimizer_state import Saved
 from deleatur.training.parameters import select
 
 
@@ -56,32 +55,32 @@ class ABOLoop(Loop):
     iterations: int = Field(500, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """0 is plain Adam."""
-    ema: float = Field(0.0, ge=0, le=1)
+    ema_decay: float = Field(0.0, ge=0, le=1)
     """0: the student itself comes back."""
-    batch: int = Field(4, gt=0)
+    batch_size: int = Field(4, gt=0)
     trajectories: Literal["fresh", "pool"] = "pool"
-    made_by: Literal["teacher", "base"] = "base"
+    trajectory_model: Literal["teacher", "base"] = "base"
 
 
 class AllButOne(Eraser):
     alternatives: dict[str, str] = Field(default_factory=dict)
     """What is drawn instead, for each concept: {weapon: toy}; "" for nothing, as if there had been no prompt."""
-    anchor: float = Field(1.0, ge=0)
+    anchor_weight: float = Field(1.0, ge=0)
     """Weight of the unconditional prediction's staying where it is."""
-    loop: ABOLoop = Field(default_factory=ABOLoop)
+    training: ABOLoop = Field(default_factory=ABOLoop)
 
     def notes(self) -> list[str]:
         return [
             "All-but-One is a reconstruction: its authors released no code, and only the abstract and captions were "
             "read.",
-            *self.loop.notes(),
+            *self.training.notes(),
         ]
 
-    def work(self, source: Given) -> Work:
-        return self.loop.prompted(2, beside=1)
+    def work(self, source: ConceptSource) -> Work:
+        return self.training.prompted(2, beside=1)
 
     def touches(self, model: Model) -> set[str]:
-        return set(select(model.unet, self.loop.train))
+        return set(select(model.unet, self.training.trainable))
 
     def fits(self, concepts: Sequence[str]) -> None:
         if missing := [name for name in concepts if name not in self.alternatives]:
@@ -90,32 +89,21 @@ class AllButOne(Eraser):
                 hint=f'say {missing[0]}: toy there, for example, or {missing[0]}: "" for nothing; then: deleatur check',
             )
 
-    def erase(
-        self,
-        model: Model,
-        concepts: Sequence[Concept],
-        *,
-        keep: Tensor | None,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        probe: Probe | None = None,
-        state: Saved | None = None,
-    ) -> Delta:
+    def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         self.fits([c.name for c in concepts])
         c, c_0 = torch.cat([c.states for c in concepts]), encode_text(model, [""])
-        c_alt = torch.cat([instead(model, c, self.alternatives[c.name]) for c in concepts])
+        c_alt = torch.cat([encode_replacement(model, c, self.alternatives[c.name]) for c in concepts])
         terms = prompted(
             model,
-            self.loop,
+            self.training,
             led(c_alt, c_0),
             c_p=c,
             c_s=c,
             c_0=c_0,
             paired=True,
-            keep=keep,
-            seed=seed,
+            context=context,
             beside=c_0,
-            error=surgical(self.anchor),
+            error=surgical(self.anchor_weight),
         )
-        tensors, record = finetune(model, self.loop, terms, c_0=c_0, on_step=on_step, probe=probe, state=state)
-        return Delta(tensors, model.digest, "abo", self.model_dump(), tuple(c.name for c in concepts), record)
+        tensors, record = finetune(model, self.training, terms, c_0=c_0, context=context)
+        return Delta(tensors, model.unet_digest, "abo", self.model_dump(), tuple(c.name for c in concepts), record)

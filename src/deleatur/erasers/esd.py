@@ -10,7 +10,7 @@ itself and not one up to 20 beside it; the gradient is clipped, as where the tab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -21,11 +21,10 @@ from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.maths.guidance import cfg
-from deleatur.records.model import Concept, Delta, Given
+from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Loop, Probe, Progress, finetune, prompted
+from deleatur.training.finetune import ErasureContext, Loop, finetune, prompted
 from deleatur.training.losses import Networks, Target
-from deleatur.training.optimizer_state import Saved
 from deleatur.training.parameters import Selector, select
 
 
@@ -47,7 +46,7 @@ class ESDLoop(Loop):
     iterations: int = Field(1000, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """0 is plain Adam."""
-    ema: float = Field(0.0, ge=0, le=1)
+    ema_decay: float = Field(0.0, ge=0, le=1)
     """0: there is no teacher; the student makes its own trajectories and is what comes back."""
 
 
@@ -56,35 +55,25 @@ class ESD(Eraser):
     """η. 1 and 3 in the paper's tables; from c, 2 does what 1 does from the empty prompt."""
     start: Literal["empty", "concept"] = "empty"
     """c_from, from where η leads away: the empty prompt (first release) or c itself (current one)."""
-    loop: ESDLoop = Field(default_factory=ESDLoop)
+    training: ESDLoop = Field(default_factory=ESDLoop)
 
-    def work(self, source: Given) -> Work:
-        return self.loop.prompted(2)
+    def work(self, source: ConceptSource) -> Work:
+        return self.training.prompted(2)
 
     def touches(self, model: Model) -> set[str]:
-        return set(select(model.unet, self.loop.train))
+        return set(select(model.unet, self.training.trainable))
 
     def notes(self) -> list[str]:
-        return self.loop.notes()
+        return self.training.notes()
 
     @property
     def guidance(self) -> float:
         """s of the target: c₀ − η (c − c₀), or c − η (c − c₀) = c₀ + (1 − η) (c − c₀)."""
         return -self.eta if self.start == "empty" else 1 - self.eta
 
-    def erase(
-        self,
-        model: Model,
-        concepts: Sequence[Concept],
-        *,
-        keep: Tensor | None,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        probe: Probe | None = None,
-        state: Saved | None = None,
-    ) -> Delta:
+    def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         c, c_0 = torch.cat([c.states for c in concepts]), encode_text(model, [""])
         target = away(c, c_0, self.guidance)
-        terms = prompted(model, self.loop, target, c_p=c, c_s=c, c_0=c_0, paired=True, keep=keep, seed=seed)
-        tensors, record = finetune(model, self.loop, terms, c_0=c_0, on_step=on_step, probe=probe, state=state)
-        return Delta(tensors, model.digest, "esd", self.model_dump(), tuple(c.name for c in concepts), record)
+        terms = prompted(model, self.training, target, c_p=c, c_s=c, c_0=c_0, paired=True, context=context)
+        tensors, record = finetune(model, self.training, terms, c_0=c_0, context=context)
+        return Delta(tensors, model.unet_digest, "esd", self.model_dump(), tuple(c.name for c in concepts), record)

@@ -12,20 +12,18 @@ brings back (`stop_at`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
-from deleatur.maths.closed_form import apart, regenerate
-from deleatur.records.model import Concept, Delta, Given
+from deleatur.maths.closed_form import projected_distance, regenerate
+from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.closed_form_editor import Edit, Editing, pairs, touched
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Probe, Progress
-from deleatur.training.optimizer_state import Saved
+from deleatur.training.finetune import ErasureContext
 
 
 class RECE(Eraser):
@@ -33,7 +31,7 @@ class RECE(Eraser):
     """Published: 3 for nudity, 2 for a list of harms, 1 for a style or an object. 0 is UCE."""
     lam_r: float = Field(0.1, gt=0)
     """λ_r, what keeps c' short, and so the edit small. Published: 0.1; 1e-3 for a style or an object hard to erase."""
-    stop_at: float = Field(0.0, ge=0, le=1)
+    target_rate: float = Field(0.0, ge=0, le=1)
     """Stop (ours) once c' brings back no more than this share of what tells the concept from its alternative."""
     hold: bool = False
     """Erase anew (ours), with c', all that was erased before. An epoch as published lets go of that, and where prompts
@@ -46,33 +44,23 @@ class RECE(Eraser):
         again = "What an epoch finds is erased together with all that was erased before; as published, by itself."
         return [again] if self.hold and self.epochs else []
 
-    def work(self, source: Given) -> Work:
+    def work(self, source: ConceptSource) -> Work:
         return self.edit.work(1 + self.epochs)
 
     def touches(self, model: Model) -> set[str]:
         return set(touched(model))
 
-    def erase(
-        self,
-        model: Model,
-        concepts: Sequence[Concept],
-        *,
-        keep: Tensor | None,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        probe: Probe | None = None,
-        state: Saved | None = None,
-    ) -> Delta:
-        editing = Editing(model, self.edit, keep, steps=1 + self.epochs, on_step=on_step, probe=probe)
+    def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
+        editing = Editing(model, self.edit, context, steps=1 + self.epochs)
         erased = [pairs(model, concepts, self.alternatives, self.edit.columns)]
         editing.step(*erased[0])
         c, g = pairs(model, concepts, self.alternatives, "all")
-        different = apart(editing.gram, c, g)
+        different = projected_distance(editing.gram, c, g)
         for _ in range(self.epochs):
             found = regenerate(editing.gram, editing.m, c, self.lam_r)
-            missed = apart(editing.gram, found @ editing.m.T, c)
+            missed = projected_distance(editing.gram, found @ editing.m.T, c)
             back = 1 - missed / different if different else 0.0
-            if back <= self.stop_at:
+            if back <= self.target_rate:
                 editing.stop = "target"
             if editing.stop:
                 break

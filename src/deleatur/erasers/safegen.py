@@ -20,16 +20,15 @@ from torch import Tensor
 
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.sample import encode_pictures
+from deleatur.diffusion.sample import encode_images
 from deleatur.erasers import Eraser
 from deleatur.errors import DataError
-from deleatur.maths.noise import Schedule
+from deleatur.maths.noise import NoiseSchedule
 from deleatur.maths.seeds import generator
-from deleatur.records.model import Concept, Delta, Given
+from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Probe, Progress, Training, finetune
+from deleatur.training.finetune import ErasureContext, Training, finetune
 from deleatur.training.losses import Networks, Rows, squared
-from deleatur.training.optimizer_state import Saved
 from deleatur.training.parameters import Selector, select
 
 
@@ -39,7 +38,7 @@ def mosaic(picture: Image.Image, cells: int) -> Image.Image:
     return small.resize(picture.size, Image.Resampling.NEAREST)
 
 
-def exact(schedule: Schedule, t: Tensor, limit: float) -> Tensor:
+def exact(schedule: NoiseSchedule, t: Tensor, limit: float) -> Tensor:
     """f_t (b,) = √ᾱ_t / √(1−ᾱ_t), at most `limit`: the clean latent in z_t is the mosaic's if ε + f_t (z₀ − z̃₀) is the
     noise, since z_t = √ᾱ z₀ + √(1−ᾱ) ε.
     """
@@ -51,7 +50,7 @@ def exact(schedule: Schedule, t: Tensor, limit: float) -> Tensor:
 class Noised:
     """Pictures at random levels under the empty prompt, and the noise that leads to other pictures from there."""
 
-    schedule: Schedule
+    schedule: NoiseSchedule
     z_0: Tensor
     """(n, C, H, W) clean latents."""
     seen: Tensor
@@ -85,11 +84,11 @@ class Noised:
 class SafeGenTraining(Training):
     """Numbers of the release."""
 
-    train: Selector = "selfattn"
+    trainable: Selector = "selfattn"
     iterations: int = Field(1000, gt=0)
-    ema: float = Field(0.99, ge=0, le=1)
+    ema_decay: float = Field(0.99, ge=0, le=1)
     """m. The release averages too; this value is ours."""
-    batch: int = Field(5, gt=0)
+    batch_size: int = Field(5, gt=0)
     """b, marked pictures per iteration, and as many passed ones; 5 as released, where they come one by one."""
 
 
@@ -100,25 +99,25 @@ class SafeGen(Eraser):
     """f_t: exact, so that the mosaic is what the target leads to; or 1, as released."""
     limit: float = Field(10.0, gt=0)
     """Largest f_t of the exact target: it grows without bound as the noise goes."""
-    cells: int = Field(16, gt=0)
+    mosaic_cells: int = Field(16, gt=0)
     """Squares of a mosaic, per side."""
-    censor: float = Field(0.1, ge=0)
+    censor_weight: float = Field(0.1, ge=0)
     """w_m."""
-    spare: float = Field(0.9, ge=0)
+    preservation_weight: float = Field(0.9, ge=0)
     """w_p."""
-    loop: SafeGenTraining = Field(default_factory=SafeGenTraining)
+    training: SafeGenTraining = Field(default_factory=SafeGenTraining)
 
     def notes(self) -> list[str]:
         return [
             "SafeGen's mosaics cover whole pictures here; the published ones cover the region in question.",
-            *self.loop.notes(),
+            *self.training.notes(),
         ]
 
-    def work(self, source: Given) -> Work:
-        return self.loop.work(self.loop.batch, self.loop.batch)
+    def work(self, source: ConceptSource) -> Work:
+        return self.training.work(self.training.batch_size, self.training.batch_size)
 
     def touches(self, model: Model) -> set[str]:
-        return set(select(model.unet, self.loop.train))
+        return set(select(model.unet, self.training.trainable))
 
     def terms(self, model: Model, z_0: Tensor, z_mosaic: Tensor, z_passed: Tensor, seed: int) -> dict[str, Noised]:
         """Of clean latents: marked (n, C, H, W), their mosaics (n, C, H, W), passed (m, C, H, W)."""
@@ -128,44 +127,34 @@ class SafeGen(Eraser):
             return exact(model.schedule, t, self.limit) if self.target == "exact" else torch.ones(len(t))
 
         def term(name: str, z: Tensor, seen: Tensor, weight: float) -> Noised:
-            return Noised(model.schedule, z, seen, factor, c_0, self.loop.batch, weight, generator(seed, "erase", name))
+            return Noised(
+                model.schedule, z, seen, factor, c_0, self.training.batch_size, weight, generator(seed, "erase", name)
+            )
 
         return {
-            "erase": term("marked", z_0, z_mosaic, self.censor),
-            "keep": term("passed", z_passed, z_passed, self.spare),
+            "erase": term("marked", z_0, z_mosaic, self.censor_weight),
+            "keep": term("passed", z_passed, z_passed, self.preservation_weight),
         }
 
-    def erase(
-        self,
-        model: Model,
-        concepts: Sequence[Concept],
-        *,
-        keep: Tensor | None,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        probe: Probe | None = None,
-        state: Saved | None = None,
-    ) -> Delta:
+    def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         marked, passed = triplets(concepts)
         self.touches(model)
-        mosaics = [mosaic(p, self.cells) for p in marked]
-        z_0, z_mosaic, z_passed = (encode_pictures(model, pictures) for pictures in (marked, mosaics, passed))
-        terms = self.terms(model, z_0, z_mosaic, z_passed, seed)
-        tensors, record = finetune(
-            model, self.loop, terms, c_0=encode_text(model, [""]), on_step=on_step, probe=probe, state=state
-        )
-        return Delta(tensors, model.digest, "safegen", self.model_dump(), tuple(c.name for c in concepts), record)
+        mosaics = [mosaic(p, self.mosaic_cells) for p in marked]
+        z_0, z_mosaic, z_passed = (encode_images(model, pictures) for pictures in (marked, mosaics, passed))
+        terms = self.terms(model, z_0, z_mosaic, z_passed, context.seed)
+        tensors, record = finetune(model, self.training, terms, c_0=encode_text(model, [""]), context=context)
+        return Delta(tensors, model.unet_digest, "safegen", self.model_dump(), tuple(c.name for c in concepts), record)
 
 
 def triplets(concepts: Sequence[Concept]) -> tuple[list[Image.Image], list[Image.Image]]:
     """Marked and passed pictures of all concepts. Raises DataError where a concept has none of either."""
     for c in concepts:
-        if c.pictures is None or not c.pictures.marked or not c.pictures.passed:
-            n, m = (len(c.pictures.marked), len(c.pictures.passed)) if c.pictures else (0, 0)
+        if c.images is None or not c.images.positive or not c.images.negative:
+            n, m = (len(c.images.positive), len(c.images.negative)) if c.images else (0, 0)
             raise DataError(
                 f"SafeGen learns from rated pictures: {c.name} has {n} that raters marked and {m} that they passed, "
                 "and at least one of each is needed",
                 hint="bring feedback (docs/feedback.md), or choose an erase.method that works from words or tokens",
             )
-    known = [c.pictures for c in concepts if c.pictures]
-    return [p for k in known for p in k.marked], [p for k in known for p in k.passed]
+    known = [c.images for c in concepts if c.images]
+    return [p for k in known for p in k.positive], [p for k in known for p in k.negative]

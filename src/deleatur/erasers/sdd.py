@@ -9,21 +9,20 @@ for k = 0, a timestep label off by up to 18, roles swapped, gradients kept on fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from deleatur.diffusion.encode import encode_text, joined
+from deleatur.diffusion.encode import encode_joint_prompt, encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
-from deleatur.records.model import Concept, Delta, Given
+from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Loop, Probe, Progress, finetune, prompted
+from deleatur.training.finetune import ErasureContext, Loop, finetune, prompted
 from deleatur.training.losses import Networks, Target
-from deleatur.training.optimizer_state import Saved
 from deleatur.training.parameters import select
 from deleatur.training.trajectories import Law
 
@@ -38,7 +37,7 @@ def towards_empty(c_0: Tensor, *, frozen: bool) -> Target:
     return target
 
 
-LAWS: dict[Given, Law] = {"words": "uniform", "token": "beta33"}
+LAWS: dict[ConceptSource, Law] = {"words": "uniform", "token": "beta33"}
 """Which stages are trained on, where nothing is said: tokens are erased as in HFI."""
 
 
@@ -50,49 +49,39 @@ class SDD(Eraser):
     paper   c_p one of them in turn, c_s all joined in one sentence (Algorithm 1)
     code    c_p all joined, c_s one of them in turn (the released code)
     single  c_p = c_s = one of them in turn (ours; the only one whose effect reaches single words)"""
-    loop: Loop = Field(default_factory=Loop)
+    training: Loop = Field(default_factory=Loop)
     """With `loop.preserve` above 0 the unconditional target is the base model's, which cannot drift (ours)."""
 
     def notes(self) -> list[str]:
-        found = self.loop.notes()
+        found = self.training.notes()
         if self.order == "single":
             found.append("Each word or token was erased by itself; in the papers, several play their parts together.")
-        if self.loop.preserve:
+        if self.training.preservation_weight:
             found.append("The target is what the base model says without a prompt; in the papers, the student itself.")
         return found
 
-    def work(self, source: Given) -> Work:
-        return self.loop.prompted(1, law=LAWS[source])
+    def work(self, source: ConceptSource) -> Work:
+        return self.training.prompted(1, law=LAWS[source])
 
     def touches(self, model: Model) -> set[str]:
-        return set(select(model.unet, self.loop.train))
+        return set(select(model.unet, self.training.trainable))
 
     def roles(self, model: Model, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
         """(c_p, c_s), each (n, L, d)."""
         each = torch.cat([c.states for c in concepts])
         if self.order == "single":
             return each, each
-        together = joined(model, concepts)
+        together = encode_joint_prompt(model, concepts)
         return (each, together) if self.order == "paper" else (together, each)
 
-    def erase(
-        self,
-        model: Model,
-        concepts: Sequence[Concept],
-        *,
-        keep: Tensor | None,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        probe: Probe | None = None,
-        state: Saved | None = None,
-    ) -> Delta:
+    def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         c_0 = encode_text(model, [""])
         c_p, c_s = self.roles(model, concepts)
-        target = towards_empty(c_0, frozen=self.loop.preserve > 0)
+        target = towards_empty(c_0, frozen=self.training.preservation_weight > 0)
         paired = self.order == "single"
         law = LAWS["token" if all(c.source == "token" for c in concepts) else "words"]
         terms = prompted(
-            model, self.loop, target, c_p=c_p, c_s=c_s, c_0=c_0, paired=paired, keep=keep, law=law, seed=seed
+            model, self.training, target, c_p=c_p, c_s=c_s, c_0=c_0, paired=paired, law=law, context=context
         )
-        tensors, record = finetune(model, self.loop, terms, c_0=c_0, on_step=on_step, probe=probe, state=state)
-        return Delta(tensors, model.digest, "sdd", self.model_dump(), tuple(c.name for c in concepts), record)
+        tensors, record = finetune(model, self.training, terms, c_0=c_0, context=context)
+        return Delta(tensors, model.unet_digest, "sdd", self.model_dump(), tuple(c.name for c in concepts), record)

@@ -16,24 +16,24 @@ that was distilled before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from deleatur.diffusion.encode import encode_text, instead
+from deleatur.diffusion.encode import encode_replacement, encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError
 from deleatur.maths.guidance import cfg
 from deleatur.maths.seeds import generator
-from deleatur.records.model import Concept, Delta, Given
+from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Probe, Progress, Training, finetune
+from deleatur.training.finetune import ErasureContext, Training, finetune
 from deleatur.training.losses import Network, Networks, Rows
-from deleatur.training.optimizer_state import Saved, moments, parts, restore_moments
+from deleatur.training.optimizer_state import moments, parts, restore_moments
 from deleatur.training.parameters import Selector, select
 
 
@@ -55,14 +55,14 @@ def guided(network: Network, z: Tensor, t: Tensor, c: Tensor, c_0: Tensor, kappa
 class SFDTraining(Training):
     """Numbers of the released script for Stable Diffusion."""
 
-    train: Selector = "full"
+    trainable: Selector = "full"
     iterations: int = Field(12500, gt=0)
     lr: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    momentum: float = Field(0.0, ge=0, lt=1)
-    ema: float = Field(0.0, ge=0, le=1)
+    adam_beta1: float = Field(0.0, ge=0, lt=1)
+    ema_decay: float = Field(0.0, ge=0, le=1)
     """0: the generator itself comes back."""
-    batch: int = Field(8, gt=0)
+    batch_size: int = Field(8, gt=0)
     """b, pictures of the concept per iteration, and as many of preserved prompts."""
 
 
@@ -79,11 +79,11 @@ class SFD(Eraser):
     """t is at least the first and below the second."""
     fake_lr: float = Field(3e-6, gt=0)
     """Learning rate of ψ."""
-    forget: float = Field(1.0, ge=0)
+    forget_weight: float = Field(1.0, ge=0)
     """Weight of the concept's pictures."""
-    remain: float = Field(1.0, ge=0)
+    remain_weight: float = Field(1.0, ge=0)
     """Weight of preserved prompts' pictures, which the generator learns to draw from."""
-    loop: SFDTraining = Field(default_factory=SFDTraining)
+    training: SFDTraining = Field(default_factory=SFDTraining)
 
     @field_validator("levels")
     @classmethod
@@ -96,52 +96,40 @@ class SFD(Eraser):
         return [
             "SFD's candidate draws each picture in one step, the base model in many: part of every difference between "
             "them is that.",
-            *self.loop.notes(),
+            *self.training.notes(),
         ]
 
     @property
     def one_step(self) -> int:
         return self.start
 
-    def work(self, source: Given) -> Work:
+    def work(self, source: ConceptSource) -> Work:
         """For each of b: ψ learns from four rows, guided and of both kinds; G draws two, and learns through eight."""
-        b, n = self.loop.batch, self.loop.iterations
+        b, n = self.training.batch_size, self.training.iterations
         scores = Work(forward=2 * b * n, backward=(4 + 8) * b * n, wide=2 * b, deep=(2 + 8) * b, held=4 + 8)
-        student = self.loop.work(b, b)
+        student = self.training.work(b, b)
         return replace(student + scores, held=student.held + scores.held)
 
     def touches(self, model: Model) -> set[str]:
-        return set(select(model.unet, self.loop.train))
+        return set(select(model.unet, self.training.trainable))
 
     def terms(self, model: Model, c: Tensor, c_alt: Tensor, keep: Tensor, seed: int) -> dict[str, Distilled]:
         """c, c_alt (n, L, d): the concepts, and what φ is asked in their place; keep (q, L, d)."""
         fake = Fake(model, self, encode_text(model, [""]), torch.cat([c, keep]))
         return {
-            "erase": Distilled(fake, c, c_alt, self.forget, generator(seed, "erase", "forget"), learns=True),
-            "keep": Distilled(fake, keep, keep, self.remain, generator(seed, "erase", "remain")),
+            "erase": Distilled(fake, c, c_alt, self.forget_weight, generator(seed, "erase", "forget"), learns=True),
+            "keep": Distilled(fake, keep, keep, self.remain_weight, generator(seed, "erase", "remain")),
         }
 
-    def erase(
-        self,
-        model: Model,
-        concepts: Sequence[Concept],
-        *,
-        keep: Tensor | None,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        probe: Probe | None = None,
-        state: Saved | None = None,
-    ) -> Delta:
-        if keep is None:
+    def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
+        if (keep := context.preserve) is None:
             raise SettingsError("sfd learns to draw from prompts to preserve, and there are none")
         c = torch.cat([c.states for c in concepts])
-        c_alt = torch.cat([instead(model, c, self.alternatives.get(c.name, "")) for c in concepts])
-        terms = self.terms(model, c, c_alt, keep, seed)
-        tensors, record = finetune(
-            model, self.loop, terms, c_0=encode_text(model, [""]), on_step=on_step, probe=probe, state=state
-        )
+        c_alt = torch.cat([encode_replacement(model, c, self.alternatives.get(c.name, "")) for c in concepts])
+        terms = self.terms(model, c, c_alt, keep, context.seed)
+        tensors, record = finetune(model, self.training, terms, c_0=encode_text(model, [""]), context=context)
         names = tuple(c.name for c in concepts)
-        return Delta(tensors, model.digest, "sfd", self.model_dump(), names, record, one_step=self.start)
+        return Delta(tensors, model.unet_digest, "sfd", self.model_dump(), names, record, one_step=self.start)
 
 
 class Fake:
@@ -150,7 +138,7 @@ class Fake:
     def __init__(self, model: Model, numbers: SFD, c_0: Tensor, asked: Tensor) -> None:
         self.model, self.numbers, self.c_0, self.asked = model, numbers, c_0, asked
         self.own = {n: p.detach().clone().float().requires_grad_() for n, p in select(model.unet, "full").items()}
-        betas = (numbers.loop.momentum, 0.999)
+        betas = (numbers.training.adam_beta1, 0.999)
         self.optimiser = torch.optim.AdamW(self.own.values(), lr=numbers.fake_lr, betas=betas, weight_decay=0.0)
 
     def network(self, *, learning: bool = False) -> Network:
@@ -159,15 +147,15 @@ class Fake:
 
     def learn(self, student: Network, draws: torch.Generator) -> None:
         """One step of the optimiser, on new pictures of everything that G is asked for."""
-        schedule, b = self.model.schedule, 2 * self.numbers.loop.batch
+        schedule, b = self.model.schedule, 2 * self.numbers.training.batch_size
         c = self.asked[torch.randint(len(self.asked), (b,), generator=draws).to(self.asked.device)]
         z, t_0, t, eps = self.draw(b, draws)
-        x_t = schedule.add_noise(schedule.clean(z, student(z, t_0, c), t_0), eps, t)
+        x_t = schedule.add_noise(schedule.predict_z0(z, student(z, t_0, c), t_0), eps, t)
         with torch.enable_grad():
             said = guided(self.network(learning=True), x_t.detach(), t, c, self.c_0, self.numbers.kappa)
             self.optimiser.zero_grad(set_to_none=True)
             (said.float() - eps.float()).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.own.values(), self.numbers.loop.clip)
+        torch.nn.utils.clip_grad_norm_(self.own.values(), self.numbers.training.max_grad_norm)
         self.optimiser.step()
 
     def draw(self, b: int, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -208,7 +196,7 @@ class Distilled:
     def rows(self, networks: Networks, step: int) -> Rows:
         if self.learns:
             self.fake.learn(networks.student, self.generator)
-        b = self.fake.numbers.loop.batch
+        b = self.fake.numbers.training.batch_size
         which = torch.randint(len(self.c), (b,), generator=self.generator).to(self.c.device)
         z, t_0, t, eps = self.fake.draw(b, self.generator)
         self.drawn = (networks.base, which, t_0, t, eps)
@@ -218,12 +206,14 @@ class Distilled:
         """goal: what G started from."""
         assert self.drawn
         (base, which, t_0, t, eps), numbers, schedule = self.drawn, self.fake.numbers, self.fake.model.schedule
-        x = schedule.clean(goal, said, t_0)
+        x = schedule.predict_z0(goal, said, t_0)
         x_t = schedule.add_noise(x, eps.float(), t)
 
         def seen(network: Network, c: Tensor) -> Tensor:
             given = x_t.to(self.fake.model.dtype)
-            return schedule.clean(x_t, guided(network, given, t, c[which], self.fake.c_0, numbers.kappa).float(), t)
+            return schedule.predict_z0(
+                x_t, guided(network, given, t, c[which], self.fake.c_0, numbers.kappa).float(), t
+            )
 
         return score_identity(x, seen(base, self.c_t), seen(self.fake.network(), self.c), numbers.alpha)
 

@@ -11,18 +11,16 @@ solution in float32 is one in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pydantic import Field
-from torch import Tensor
 
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
-from deleatur.records.model import Concept, Delta, Given
+from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.closed_form_editor import Edit, Editing, pairs, touched
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Probe, Progress
-from deleatur.training.optimizer_state import Saved
+from deleatur.training.finetune import ErasureContext
 
 
 class UCE(Eraser):
@@ -30,23 +28,13 @@ class UCE(Eraser):
     """What a concept is drawn as from now on, {weapon: toy}; nothing for those that are not named."""
     edit: Edit = Field(default_factory=Edit)
 
-    def work(self, source: Given) -> Work:
+    def work(self, source: ConceptSource) -> Work:
         return self.edit.work(1)
 
     def touches(self, model: Model) -> set[str]:
         return set(touched(model))
 
-    def erase(
-        self,
-        model: Model,
-        concepts: Sequence[Concept],
-        *,
-        keep: Tensor | None,
-        seed: int,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        probe: Probe | None = None,
-        state: Saved | None = None,
-    ) -> Delta:
-        editing = Editing(model, self.edit, keep, steps=1, on_step=on_step, probe=probe)
+    def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
+        editing = Editing(model, self.edit, context, steps=1)
         editing.step(*pairs(model, concepts, self.alternatives, self.edit.columns))
         return editing.delta("uce", self.model_dump(), concepts)

@@ -17,7 +17,7 @@ from deleatur.training.textual_inversion import Learned, Look, Progress, Templat
 
 
 @dataclass(frozen=True)
-class Rated:
+class InversionData:
     """The pool of rated pictures of one concept."""
 
     latents: Tensor
@@ -28,10 +28,23 @@ class Rated:
     """(n, d) CLIP features."""
     rank: bool
     """Rewards are standardised ranking scores, not vote shares."""
-    refused: Tensor
+    rejected: Tensor
     """(n,) bool: most raters of the picture itself said no, whatever r_ψ thinks of it."""
     templates: Sequence[Templates]
     """(n) sentences that a token may stand in for each."""
+
+
+@dataclass(frozen=True)
+class InversionContext:
+    """Arguments of one inversion beside the model and its data."""
+
+    seed: int
+    evaluate: Look
+    """Scores images sampled from the learned vectors at every evaluation interval."""
+    on_step: Callable[[Progress], None] = lambda progress: None
+    """Called after every step."""
+    state: Saved | None = None
+    """Checkpoint of a run with the same arguments, to resume from."""
 
 
 class Inverter(BaseModel):
@@ -49,21 +62,14 @@ class Inverter(BaseModel):
     def invert(
         self,
         model: Model,
-        rated: Rated,
+        rated: InversionData,
         initial: Tensor,
-        *,
-        seed: int,
-        look: Look,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        state: Saved | None = None,
+        context: InversionContext,
     ) -> list[Learned]:
-        """The m tokens of a concept, each (v, d), from the start row `initial` (d,).
-
-        state: what a run of the same arguments saved, to go on with.
-        """
+        """The m tokens of a concept, each (v, d), from the start row `initial` (d,)."""
 
 
-def start_rows(initial: Tensor, vectors: int, generator: torch.Generator) -> Tensor:
+def initial_vectors(initial: Tensor, vectors: int, generator: torch.Generator) -> Tensor:
     """(v, d): the start row repeated, later rows jittered by 1 % of its norm so that they can part."""
     rows = initial.repeat(vectors, 1)
     jitter = torch.randn(vectors, len(initial), generator=generator).to(initial)

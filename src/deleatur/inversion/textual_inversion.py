@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from deleatur.diffusion.model import Model
-from deleatur.inversion import Inverter, Rated, start_rows
+from deleatur.inversion import InversionContext, InversionData, Inverter, initial_vectors
 from deleatur.maths.seeds import generator
 from deleatur.training.cost import Work
-from deleatur.training.optimizer_state import Saved
-from deleatur.training.textual_inversion import Descent, Learned, Lesson, Look, Progress, learn
+from deleatur.training.textual_inversion import Descent, Learned, Lesson, learn
 
 
 class TextualInversion(Inverter):
-    loop: Descent = Field(default_factory=Descent)
+    training: Descent = Field(default_factory=Descent)
 
     def work(self) -> Work:
-        return self.loop.work()
+        return self.training.work()
 
-    def invert(
-        self,
-        model: Model,
-        rated: Rated,
-        initial: Tensor,
-        *,
-        seed: int,
-        look: Look,
-        on_step: Callable[[Progress], None] = lambda p: None,
-        state: Saved | None = None,
-    ) -> list[Learned]:
-        n, g = len(rated.latents), generator(seed, "invert", 0)
+    def invert(self, model: Model, rated: InversionData, initial: Tensor, context: InversionContext) -> list[Learned]:
+        n, g = len(rated.latents), generator(context.seed, "invert", 0)
         lesson = Lesson(rated.latents, torch.full((n,), 1 / n), rated.templates, g)
-        start = start_rows(initial, self.loop.vectors, g)[None]
+        start = initial_vectors(initial, self.training.num_vectors, g)[None]
         # The last vectors are kept, not the best-rated ones: the control must not see a single rating.
-        return learn(model, self.loop, [lesson], start, on_step=on_step, state=state)
+        return learn(model, self.training, [lesson], start, on_step=context.on_step, state=context.state)

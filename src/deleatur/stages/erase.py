@@ -21,16 +21,16 @@ from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
 from deleatur.erasers import Eraser
-from deleatur.maths.distances import cosine
+from deleatur.maths.distances import cosine_similarity
 from deleatur.maths.seeds import derive
 from deleatur.records.model import Concept
 from deleatur.runtime import models, provenance
 from deleatur.runtime.checkpoint import Checkpoint, belongs
 from deleatur.runtime.progress import bar
 from deleatur.storage import files, tensors
-from deleatur.training.finetune import Probe, Progress, Reading
+from deleatur.training.finetune import ErasureContext, Probe, Progress, Reading
 
-LOOK = 20
+EVAL_PROMPTS = 20
 """Prompts of each kind that are drawn and rated at a look: small enough to be cheap, fixed so that looks compare."""
 
 
@@ -39,8 +39,8 @@ def run(settings: Settings) -> None:
     eraser = methods.eraser(settings)
     concepts = [tokens.load_concept(settings, model, name) for name in settings.targets]
     if eraser.learns_from_pictures:
-        concepts = [replace(c, pictures=rated_images.RatedImages(settings, c.name).rated()) for c in concepts]
-    kept = prompts.to_preserve(settings)
+        concepts = [replace(c, images=rated_images.RatedPool(settings, c.name).labelled()) for c in concepts]
+    kept = prompts.preserved_prompts(settings)
     checkpoint = Checkpoint(settings, "erase", "erase", _belongs(settings, eraser, model, clip))
     with checkpoint, bar(f"erase {'+'.join(settings.targets)}", 1) as advance:
 
@@ -55,13 +55,15 @@ def run(settings: Settings) -> None:
         delta = eraser.erase(
             model,
             concepts,
-            keep=encode.encode_text(model, ["", *kept]),
-            seed=settings.seed,
-            on_step=on_step,
-            probe=_probe(settings, model, clip, concepts, kept, eraser.one_step),
-            state=checkpoint.state,
+            ErasureContext(
+                seed=settings.seed,
+                preserve=encode.encode_text(model, ["", *kept]),
+                on_step=on_step,
+                probe=_probe(settings, model, clip, concepts, kept, eraser.one_step),
+                state=checkpoint.state,
+            ),
         )
-    folder = files.emptied(settings.paths.delta)
+    folder = files.empty_folder(settings.paths.delta)
     tensors.save_delta(folder / tensors.DELTA_FILE, delta)
     record = {"method": delta.method, "concepts": list(delta.concepts), **delta.record}
     record["notes"] = [*_of_tokens(settings), *eraser.notes()]
@@ -95,7 +97,7 @@ def _belongs(settings: Settings, eraser: Eraser, model: Model, clip: Clip) -> di
     return belongs(
         settings,
         sections=[*sections, "reward.clip", "sample.steps"],
-        code=dependencies.of_stage(
+        code=dependencies.stage_digests(
             "erase", {"erase": {"method": settings.erase.method}, "guide": {"method": settings.guide.method}}
         ),
         model=model,
@@ -120,16 +122,16 @@ def _probe(
     rated: list[tuple[Any, Tensor]] = []
     for concept in concepts:
         spec = settings.concepts[concept.name]
-        asked = [p.text for p in prompts.read(spec.prompts, "dev", concept.name, "concept")][:LOOK]
+        asked = [p.text for p in prompts.read(spec.prompts, "dev", concept.name, "concept")][:EVAL_PROMPTS]
         c = torch.cat([encode.encode_text(model, asked), concept.states])
         rated.append((reward_heads.load_head(settings, concept.name, "train"), c))
-    calm_texts = list(kept[:: max(1, len(kept) // LOOK)])[:LOOK]
+    calm_texts = list(kept[:: max(1, len(kept) // EVAL_PROMPTS)])[:EVAL_PROMPTS]
     calm = encode.encode_text(model, calm_texts)
-    words = clip.texts(calm_texts)
+    words = clip.embed_texts(calm_texts)
 
     def draw(c: Tensor, purpose: str, weights: Weights) -> list[Image.Image]:
         seeds = [derive(settings.seed, "erase", "look", purpose, i) for i in range(len(c))]
-        steps, batch = settings.sample.steps, settings.sample.batch
+        steps, batch = settings.sample.steps, settings.sample.batch_size
         return sample(
             model,
             c,
@@ -144,10 +146,10 @@ def _probe(
 
     def probe(weights: Weights) -> Reading:
         hits = torch.cat(
-            [reward_heads.shows_concept(head, clip.pictures(draw(c, "concept", weights))) for head, c in rated]
+            [reward_heads.shows_concept(head, clip.embed_images(draw(c, "concept", weights))) for head, c in rated]
         )
         kept = draw(calm, "kept", weights)
-        followed = cosine(clip.pictures(kept), words).mean()
+        followed = cosine_similarity(clip.embed_images(kept), words).mean()
         return Reading(float(hits.float().mean()), float(followed), float(np.mean([contrast(p) for p in kept])))
 
     return probe

@@ -18,12 +18,12 @@ from deleatur.config.settings import Settings
 from deleatur.diffusion import encode
 from deleatur.diffusion.clip import Clip
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.sample import encode_pictures, sample
+from deleatur.diffusion.sample import encode_images, sample
 from deleatur.feedback import votes
-from deleatur.feedback.reward import Head
-from deleatur.inversion import Rated
+from deleatur.feedback.reward import RewardHead
+from deleatur.inversion import InversionContext, InversionData
 from deleatur.maths.seeds import derive
-from deleatur.records.feedback import Kind
+from deleatur.records.feedback import FeedbackKind
 from deleatur.records.model import SoftToken
 from deleatur.runtime import models, provenance
 from deleatur.runtime.checkpoint import Checkpoint, belongs
@@ -31,7 +31,7 @@ from deleatur.runtime.progress import Bar, bar
 from deleatur.storage import files, tensors
 from deleatur.training.textual_inversion import Learned, Look, Progress, templates_of
 
-LOOK = 4
+IMAGES_PER_TOKEN = 4
 """Pictures drawn from the bare token at each look."""
 
 
@@ -39,13 +39,13 @@ def run(settings: Settings) -> None:
     model, clip = models.base_model(settings), models.clip_model(settings)
     tokens, checkpoints, metrics = [], [], {}
     for name in settings.targets:
-        spec, pool = settings.concepts[name], rated_images.RatedImages(settings, name)
+        spec, pool = settings.concepts[name], rated_images.RatedPool(settings, name)
         method = methods.inverter(settings, name)
-        head, features = reward_heads.load_head(settings, name, "train"), clip.pictures(pool.pictures)
+        head, features = reward_heads.load_head(settings, name, "train"), clip.embed_images(pool.images)
         rewards = head(features)
-        templates = templates_of(spec.templates, pool.prompt)
-        latents = encode_pictures(model, pool.pictures)
-        rated = Rated(latents, rewards, features, head.rank, _refused(pool, spec.kind), templates)
+        templates = templates_of(spec.learnable_property, pool.prompts)
+        latents = encode_images(model, pool.images)
+        rated = InversionData(latents, rewards, features, head.rank, _refused(pool, spec.kind), templates)
         look = _look(settings, model, clip, head, name)
         checkpoint = Checkpoint(settings, "invert", f"invert-{name}", _belongs(settings, model, clip, name))
         checkpoints.append(checkpoint)
@@ -58,18 +58,15 @@ def run(settings: Settings) -> None:
             learned = method.invert(
                 model,
                 rated,
-                encode.embedding_of(model, spec.initial),
-                seed=settings.seed,
-                look=look,
-                on_step=on_step,
-                state=checkpoint.state,
+                encode.word_embedding(model, spec.initializer_token),
+                InversionContext(settings.seed, look, on_step, checkpoint.state),
             )
         vectors = torch.stack([t.vectors for t in learned]).cpu()
         path = settings.paths.reward / f"{name}.safetensors"
         recipe = {
-            "text_encoder": model.text_digest,
-            "base": model.digest,
-            "initial": spec.initial,
+            "text_encoder": model.text_encoder_digest,
+            "base": model.unet_digest,
+            "initial": spec.initializer_token,
             "method": method.model_dump(),
             "notes": method.notes(),
             "reward": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -77,7 +74,7 @@ def run(settings: Settings) -> None:
         }
         tokens.append(SoftToken(name, vectors, recipe))
         metrics[name] = [_describe(model, t) for t in learned]
-    folder = files.emptied(settings.paths.tokens)
+    folder = files.empty_folder(settings.paths.tokens)
     for token in tokens:
         tensors.save_token(folder / token.concept, token)
     files.write_json(folder / "metrics.json", metrics)
@@ -92,17 +89,17 @@ def _belongs(settings: Settings, model: Model, clip: Clip, name: str) -> dict[st
         "reward": provenance.files_digest([settings.paths.reward / f"{name}.safetensors"]),
     }
     selected = {"invert": {"method": settings.invert.method}, "guide": {"method": settings.guide.method}}
-    code = dependencies.of_stage("invert", selected)
+    code = dependencies.stage_digests("invert", selected)
     sections = ["base", "seed", f"concepts.{name}", "guide", "invert", "reward.clip", "sample.steps"]
     return belongs(settings, sections=sections, code=code, model=model, clip=clip, content=content)
 
 
-def _refused(pool: rated_images.RatedImages, kind: Kind) -> Tensor:
+def _refused(pool: rated_images.RatedPool, kind: FeedbackKind) -> Tensor:
     """Pictures that their own raters said no to. A reward that has learned from few answers may think otherwise."""
-    out = torch.zeros(len(pool.pictures), dtype=torch.bool)
+    out = torch.zeros(len(pool.images), dtype=torch.bool)
     if kind == "binary":
-        found = votes.votes(pool.answers, votes.raters(pool.answers)).dropna(subset=["vote"])
-        out[[pool.row[d] for d in found["item"][found["vote"] < 0.5]]] = True
+        found = votes.vote_table(pool.answers, votes.rater_table(pool.answers)).dropna(subset=["vote"])
+        out[[pool.row_of[d] for d in found["item"][found["vote"] < 0.5]]] = True
     return out
 
 
@@ -118,9 +115,9 @@ def _describe(model: Model, learned: Learned) -> dict[str, Any]:
     }
 
 
-def _look(settings: Settings, model: Model, clip: Clip, head: Head, name: str) -> Look:
+def _look(settings: Settings, model: Model, clip: Clip, head: RewardHead, name: str) -> Look:
     """Pictures from each bare token, always from the same noise, scored with r_ψ."""
-    guide, n = methods.guide(settings), LOOK
+    guide, n = methods.guide(settings), IMAGES_PER_TOKEN
     seeds = [derive(settings.seed, "invert", "look", name, i) for i in range(n)]
     conditions = guide.conditions(model, [])  # steered towards nothing but the token
 
@@ -134,9 +131,9 @@ def _look(settings: Settings, model: Model, clip: Clip, head: Head, name: str) -
             guide=guide,
             conditions=conditions,
             steps=settings.sample.steps,
-            batch=settings.sample.batch,
+            batch=settings.sample.batch_size,
         )
-        scores: list[float] = head(clip.pictures(pictures)).reshape(-1, n).mean(1).tolist()
+        scores: list[float] = head(clip.embed_images(pictures)).reshape(-1, n).mean(1).tolist()
         return scores
 
     return look

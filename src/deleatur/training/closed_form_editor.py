@@ -5,7 +5,7 @@ W: a key or value projection of cross-attention      M: what all of them have be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -13,14 +13,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from deleatur.diffusion.encode import encode_text, instead
+from deleatur.diffusion.encode import encode_replacement, encode_text
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.overlay import edited_weights
 from deleatur.errors import ErasureRefused
 from deleatur.maths import closed_form
 from deleatur.records.model import Concept, Delta, LowRank
 from deleatur.training.cost import Work
-from deleatur.training.finetune import Probe, Progress
+from deleatur.training.finetune import ErasureContext, Progress
 from deleatur.training.parameters import select
 
 Columns = Literal["onward", "own", "all"]
@@ -41,17 +41,17 @@ class Edit(BaseModel):
     lam: float = Field(0.1, gt=0)
     """λ, what holds W where it is in directions that no state above says anything about. 0.1 in the first release,
     0.5 in the current one; states have a squared norm near their width."""
-    guard: float | None = Field(None, ge=0)
+    max_preserved_drift: float | None = Field(None, ge=0)
     """Look at sampled pictures after every step; refuse it once preserved prompts score worse than the base by this
     share. Left out: never look, so that no picture is drawn."""
-    least_change: float = Field(1e-5, ge=0)
+    min_relative_change: float = Field(1e-5, ge=0)
     """An edit whose relative change of the projections is smaller is refused: it did nothing."""
-    most_change: float = Field(10.0, gt=0)
+    max_relative_change: float = Field(10.0, gt=0)
     """An edit whose relative change is larger, or is no number, is refused: it destroyed the model."""
 
     def work(self, steps: int) -> Work:
         """No network is asked. Projections are there once more, in fp64, and so is their difference."""
-        return Work(train="xattn_kv", held=8 + 8, looks=0 if self.guard is None else 1 + steps)
+        return Work(train="xattn_kv", held=8 + 8, looks=0 if self.max_preserved_drift is None else 1 + steps)
 
 
 def touched(model: Model) -> dict[str, Tensor]:
@@ -68,9 +68,9 @@ def pairs(
     """
     c, g = [], []
     for concept in concepts:
-        led = instead(model, concept, alternatives.get(concept.name, ""))
-        for i, own in enumerate(concept.content):
-            at = _places(concept.source, own or (concept.end[i],), which)
+        led = encode_replacement(model, concept, alternatives.get(concept.name, ""))
+        for i, own in enumerate(concept.content_positions):
+            at = _places(concept.source, own or (concept.end_positions[i],), which)
             c.append(concept.states[i, at])
             g.append(led[i, at])
     return _rows(c), _rows(g)
@@ -94,16 +94,14 @@ class Editing:
         self,
         model: Model,
         numbers: Edit,
-        keep: Tensor | None,
+        context: ErasureContext,
         *,
         steps: int,
-        on_step: Callable[[Progress], None],
-        probe: Probe | None,
     ) -> None:
-        self._model, self._numbers, self._steps, self._on_step = model, numbers, steps, on_step
-        self._probe = probe if numbers.guard is not None else None
+        self._model, self._numbers, self._steps, self._on_step = model, numbers, steps, context.on_step
+        self._probe = context.probe if numbers.max_preserved_drift is not None else None
         self._projections = {n: p.detach().double().cpu() for n, p in touched(model).items()}
-        kept = encode_text(model, [""]) if keep is None else keep
+        kept = encode_text(model, [""]) if context.preserve is None else context.preserve
         self._kept = _rows([kept])
         self._eta_p = max(0.1, 1 / len(kept)) if numbers.preserve is None else numbers.preserve
         self.gram = closed_form.gram(self._projections.values())
@@ -115,10 +113,10 @@ class Editing:
     def step(self, c: Tensor, g: Tensor, **seen: float) -> None:
         """Gives states c (n, d) the values that g has now. `seen`: what else the curve is to say of this step."""
         n = self._numbers
-        t = closed_form.shift(c, g, self._kept, erase=n.erase, preserve=self._eta_p, lam=n.lam)
+        t = closed_form.edit_matrix(c, g, self._kept, erase=n.erase, preserve=self._eta_p, lam=n.lam)
         m = self.m + self.m @ t
-        before = closed_form.apart(self.gram, c @ self.m.T, g @ self.m.T)
-        after = closed_form.apart(self.gram, c @ m.T, g @ self.m.T)
+        before = closed_form.projected_distance(self.gram, c @ self.m.T, g @ self.m.T)
+        after = closed_form.projected_distance(self.gram, c @ m.T, g @ self.m.T)
         self._curve.append({"step": len(self._curve) + 1, "loss": after / before if before else 0.0, **seen})
         if self._spoiled(m):
             self.stop = "guard"
@@ -134,11 +132,16 @@ class Editing:
         record = {"steps": steps, "kept": steps - back, "stop": self.stop or "end"}
         record |= {"looks": self._looks, "curve": self._curve}
         return Delta(
-            self._differences(self.m), self._model.digest, method, settings, tuple(c.name for c in concepts), record
+            self._differences(self.m),
+            self._model.unet_digest,
+            method,
+            settings,
+            tuple(c.name for c in concepts),
+            record,
         )
 
     def _differences(self, m: Tensor) -> LowRank:
-        left, right = closed_form.factors(m - torch.eye(len(m), dtype=m.dtype))
+        left, right = closed_form.low_rank_factors(m - torch.eye(len(m), dtype=m.dtype))
         return LowRank({n: (w @ left).float() for n, w in self._projections.items()}, right.float())
 
     def _spoiled(self, m: Tensor) -> bool:
@@ -147,10 +150,10 @@ class Editing:
             return False
         if not self._looks:
             self._looks.append({"step": 0, **asdict(self._probe({}))})
-        edited = Delta(self._differences(m), self._model.digest, "", {}, ())
-        self._looks.append({"step": len(self._curve), **asdict(self._probe(weights_of(self._model, edited)))})
+        edited = Delta(self._differences(m), self._model.unet_digest, "", {}, ())
+        self._looks.append({"step": len(self._curve), **asdict(self._probe(edited_weights(self._model, edited)))})
         first, last = self._looks[0]["kept"], self._looks[-1]["kept"]
-        spoiled = first - last > (self._numbers.guard or 0) * abs(first)
+        spoiled = first - last > (self._numbers.max_preserved_drift or 0) * abs(first)
         if spoiled and len(self._curve) == 1:
             raise ErasureRefused(
                 f"preserved prompts fell from {first:.3f} to {last:.3f} with the first edit",
@@ -161,12 +164,12 @@ class Editing:
     def _refuse_extremes(self) -> None:
         t = self.m - torch.eye(len(self.m), dtype=self.m.dtype)
         change = float(((t.T @ self.gram @ t).trace() / self.gram.trace()).sqrt())
-        if change < self._numbers.least_change:
+        if change < self._numbers.min_relative_change:
             raise ErasureRefused(
                 f"the projections moved by {change:.1e} of their norm: nothing was erased",
                 hint="name another alternative than the concept itself, raise edit.erase or lower edit.preserve",
             )
-        if not change <= self._numbers.most_change:  # also where it is not a number
+        if not change <= self._numbers.max_relative_change:  # also where it is not a number
             raise ErasureRefused(
                 f"the projections moved by {change:.1f} times their norm: little of the model is left",
                 hint="raise edit.lam",

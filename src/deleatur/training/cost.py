@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from deleatur.diffusion.architecture import Architecture
-from deleatur.diffusion.model import DTYPES, device_of, load_unet
+from deleatur.diffusion.model import DTYPES, load_unet, resolve_device
 from deleatur.training.parameters import Selector, select
 
 
@@ -90,17 +90,17 @@ class Cost:
 def cost(work: Work, of: Architecture, dtype: str = "float32") -> Cost:
     kind = DTYPES[dtype]
     chosen = select(of.unet, work.train) if work.train else {}
-    row, picture, back = _passed(of.unet, of.asked(1), kind), _Passed(0, 0), _Passed(0, 0)
+    row, picture, back = _passed(of.unet, of.unet_input_shapes(1), kind), _Passed(0, 0), _Passed(0, 0)
     if work.decoded:
-        picture = _passed(of.decoder, ((1, *of.latent),), kind)
+        picture = _passed(of.decoder, ((1, *of.latent_shape),), kind)
     if work.deep:
-        back = _passed(of.unet, of.asked(work.deep), kind, gradient=True, chosen=frozenset(chosen))
+        back = _passed(of.unet, of.unet_input_shapes(work.deep), kind, gradient=True, chosen=frozenset(chosen))
     trained = sum(p.numel() for p in chosen.values())
     # In another precision than fp32, which weights are trained in, the network reads copies of student and teacher.
     copies = 2 * kind.itemsize if work.deep and kind != torch.float32 else 0
     # Without gradient, memory grows with the rows; with it, gradients of the weights are the same for one as for many.
     at_once = max(work.wide * row.memory, work.decoded * picture.memory, back.memory)
-    kept = (of.numbers + work.latents * torch.Size(of.latent).numel()) * kind.itemsize
+    kept = (of.num_parameters + work.latents * torch.Size(of.latent_shape).numel()) * kind.itemsize
     operations = work.forward * row.operations + work.backward * back.operations / max(work.deep, 1)
     return Cost(work, trained, operations, kept + trained * (work.held + copies) + at_once)
 
@@ -109,9 +109,9 @@ def speed(folder: Path, of: Architecture, dtype: str, device: str) -> float:
     """Operations per second of one call of the UNet in a pipeline's folder, of two rows: a guided step of one picture.
     A call before it sets things up and does not count.
     """
-    place, kind = device_of(device), DTYPES[dtype]
+    place, kind = resolve_device(device), DTYPES[dtype]
     unet = load_unet(str(folder), kind, place)
-    z, c = (torch.zeros(2, *size, device=place, dtype=kind) for size in (of.latent, of.states))
+    z, c = (torch.zeros(2, *size, device=place, dtype=kind) for size in (of.latent_shape, of.text_states_shape))
 
     def seconds() -> float:
         began = time.perf_counter()
@@ -120,7 +120,7 @@ def speed(folder: Path, of: Architecture, dtype: str, device: str) -> float:
 
     with torch.no_grad():
         seconds()
-        return 2 * _passed(of.unet, of.asked(1), kind).operations / seconds()
+        return 2 * _passed(of.unet, of.unet_input_shapes(1), kind).operations / seconds()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.overlay import difference
+from deleatur.diffusion.overlay import weight_difference
 from deleatur.diffusion.predict import Weights
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.seeds import generator
@@ -40,9 +40,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "parity": {},
     # Staggered pools: every state of a trajectory is used, 2.7, 5.4 and 10.8 times fewer operations than `parity` at
     # equal iterations. Under Adam a batch of b moves the weights up to √b as far: the rate is divided by √b.
-    "fast-safe": {"trajectories": "pool", "steps": 25, "batch": 4, "slots": 32, "lr": 5e-6},
-    "fast": {"trajectories": "pool", "steps": 25, "batch": 2, "slots": 24, "lr": 7e-6},
-    "sweep": {"trajectories": "pool", "steps": 25, "batch": 1, "slots": 12},
+    "fast-safe": {"trajectories": "pool", "sampler_steps": 25, "batch_size": 4, "pool_size": 32, "lr": 5e-6},
+    "fast": {"trajectories": "pool", "sampler_steps": 25, "batch_size": 2, "pool_size": 24, "lr": 7e-6},
+    "sweep": {"trajectories": "pool", "sampler_steps": 25, "batch_size": 1, "pool_size": 12},
 }
 
 
@@ -54,7 +54,7 @@ class Training(BaseModel):
     also_published: ClassVar[tuple[Selector, ...]] = ()
     """What else than the default of `train` is the method as published."""
 
-    train: Selector = "xattn"
+    trainable: Selector = "xattn"
     """Which tensors of the UNet train."""
     iterations: int = Field(1500, gt=0)
     """Steps of the optimiser."""
@@ -62,32 +62,32 @@ class Training(BaseModel):
     """Learning rate of AdamW; no schedule, no warm-up."""
     weight_decay: float = Field(1e-4, ge=0)
     """Of AdamW; it pulls the weights to zero, not to the base model's."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
     """β₁ of AdamW."""
-    clip: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
     """Cap of the global gradient norm over the trained tensors."""
-    ema: float = Field(0.999, ge=0, le=1)
+    ema_decay: float = Field(0.999, ge=0, le=1)
     """m. 0.999 over 1500 steps keeps 22 % of θ₀: the returned teacher lags by design.
     0: teacher and student are one."""
-    batch: int = Field(1, gt=0)
+    batch_size: int = Field(1, gt=0)
     """b, states per iteration."""
-    check_every: int = Field(0, ge=0)
+    eval_every: int = Field(0, ge=0)
     """Iterations between two looks at sampled pictures, the last of them at the end; 0: never, train to the end."""
-    stop_at: float = Field(0.0, ge=0, le=1)
+    target_rate: float = Field(0.0, ge=0, le=1)
     """Stop once the concept's rate on the looked-at pictures is at or below this."""
-    guard: float = Field(1.0, ge=0)
+    max_preserved_drop: float = Field(1.0, ge=0)
     """Stop, and go back to the best earlier look, once preserved prompts score worse than the base by this share.
     The best is the one with the fewest of the concept's pictures."""
-    least_change: float = Field(1e-5, ge=0)
+    min_relative_change: float = Field(1e-5, ge=0)
     """A run whose relative change of the trained weights is smaller is refused: it did nothing."""
-    most_change: float = Field(2.0, gt=0)
+    max_relative_change: float = Field(2.0, gt=0)
     """A run whose relative change is larger, or is no number, is refused: it destroyed the model. Adam moves a weight
     by `lr` per iteration at most: 1500 of 1e-5 are half of the 0.03 that weights of Stable Diffusion have."""
 
     @model_validator(mode="after")
     def looks_are_needed(self) -> Self:
-        idle = {"stop_at": self.stop_at > 0, "guard": self.guard < 1}
-        if not self.check_every and any(idle.values()):
+        idle = {"target_rate": self.target_rate > 0, "max_preserved_drop": self.max_preserved_drop < 1}
+        if not self.eval_every and any(idle.values()):
             named = ", ".join(name for name, given in idle.items() if given)
             raise ValueError(f"{named} needs looks at sampled pictures: give check_every too, or leave {named} out")
         return self
@@ -95,30 +95,38 @@ class Training(BaseModel):
     def notes(self) -> list[str]:
         """What is not the method's own in these numbers, and changes what it does; lengths and rates do not."""
         found = []
-        own = type(self).model_fields["train"].default
-        if self.train not in (own, *self.also_published):
-            found.append(f"The tensors called {self.train} were trained; as first published, those called {own}.")
-        if self.check_every:
+        own = type(self).model_fields["trainable"].default
+        if self.trainable not in (own, *self.also_published):
+            found.append(f"The tensors called {self.trainable} were trained; as first published, those called {own}.")
+        if self.eval_every:
             found.append("Looks at sampled pictures could end the training early, or take back what followed the best.")
         return found
 
     def work(self, erase: int, keep: int = 0) -> Work:
         """Of iterations that ask the student so many rows, those of the term that erases and the others."""
         # Student, teacher and Adam's two moments, and the best look, in fp32; the gradient comes and goes with a pass.
-        held = 4 * (4 + bool(self.check_every))
+        held = 4 * (4 + bool(self.eval_every))
         drifts = -(-self.iterations // DRIFT)
         return Work(
             forward=2 * erase * drifts,
             backward=(erase + keep) * self.iterations,
             wide=erase,
             deep=erase + keep,
-            train=self.train,
+            train=self.trainable,
             held=held,
-            looks=1 + -(-self.iterations // self.check_every) if self.check_every else 0,
+            looks=1 + -(-self.iterations // self.eval_every) if self.eval_every else 0,
         )
 
 
-AS_PUBLISHED = ("trajectories", "made_by", "batch", "stages", "law", "preserve", "check_every")
+AS_PUBLISHED = (
+    "trajectories",
+    "trajectory_model",
+    "batch_size",
+    "train_timesteps",
+    "timestep_distribution",
+    "preservation_weight",
+    "eval_every",
+)
 """Numbers of a `Loop` that parity leaves at the method's own. Lengths, rates and tensors may fit the model at hand."""
 
 
@@ -133,23 +141,23 @@ class Loop(Training):
 
     preset: Literal["parity", "fast-safe", "fast", "sweep"] | None = None
     """Where the numbers come from that are not given; none: from the method's own. parity takes nothing of ours."""
-    guidance: float = 3.0
+    guidance_scale: float = 3.0
     """s_g, of the trajectories' sampler."""
-    steps: int = Field(50, gt=0)
+    sampler_steps: int = Field(50, gt=0)
     """N, steps of that sampler."""
-    stages: int | None = Field(None, gt=0)
+    train_timesteps: int | None = Field(None, gt=0)
     """S: only the first S of the N stages are trained on, where it is decided what a picture will show; none: all."""
     trajectories: Literal["fresh", "pool"] = "fresh"
     """Where training states come from: fresh, a new trajectory for each (SDD); pool, all states of M staggered ones."""
-    made_by: Literal["teacher", "base"] = "teacher"
+    trajectory_model: Literal["teacher", "base"] = "teacher"
     """Whose trajectories: the teacher's of the moment, or the base model's."""
-    slots: int = Field(32, gt=0)
+    pool_size: int = Field(32, gt=0)
     """M, trajectories of the pool; M/b of 8 or more keeps successive gradients apart.
     Preserved ones are made M at once."""
-    law: Law | None = None
+    timestep_distribution: Law | None = None
     """Which stages are trained on: uniform, or beta33, mid-trajectory. None: the method's own; SDD's for words is
     uniform, and for tokens beta33, as in HFI."""
-    preserve: float = Field(0.0, ge=0)
+    preservation_weight: float = Field(0.0, ge=0)
     """Weight of the keep-loss on prompts to preserve."""
 
     @model_validator(mode="before")
@@ -172,26 +180,40 @@ class Loop(Training):
     def notes(self) -> list[str]:
         """What is not the method's own in these numbers, and changes what it does; lengths and rates do not."""
         found = super().notes()
-        if self.preserve:
-            found.append(f"A loss on prompts to preserve was added to the paper's, with weight {self.preserve:g}.")
+        if self.preservation_weight:
+            found.append(
+                f"A loss on prompts to preserve was added to the paper's, with weight {self.preservation_weight:g}."
+            )
         if self.trajectories == "pool":
-            found.append(f"Training states came from a pool of {self.slots} staggered trajectories, and all were used.")
-        if self.stages and self.stages < self.steps:
-            found.append(f"Only the first {self.stages} of {self.steps} sampler steps were trained on, not all.")
-        if self.law:
-            found.append(LAWS[self.law])
+            found.append(
+                f"Training states came from a pool of {self.pool_size} staggered trajectories, and all were used."
+            )
+        if self.train_timesteps and self.train_timesteps < self.sampler_steps:
+            found.append(
+                f"Only the first {self.train_timesteps} of {self.sampler_steps} sampler steps were trained on, not all."
+            )
+        if self.timestep_distribution:
+            found.append(LAWS[self.timestep_distribution])
         return found
 
     def prompted(self, targets: int, *, beside: int = 0, law: Law = "uniform") -> Work:
         """Of the terms that `prompted` makes, where a target takes so many rows for a state, and the student is asked
         so much beside it.
         """
-        n, b, used = self.iterations, self.batch, min(self.stages or self.steps, self.steps)
+        n, b, used = (
+            self.iterations,
+            self.batch_size,
+            min(self.train_timesteps or self.sampler_steps, self.sampler_steps),
+        )
         fresh = self.trajectories == "fresh"
-        states = Fresh.work(n, used, b) if fresh else Pool.work(n, used, b, self.slots, self.law or law)
-        calm = Replay.work(n, self.steps, b, self.slots) if self.preserve else Work()
+        states = (
+            Fresh.work(n, used, b)
+            if fresh
+            else Pool.work(n, used, b, self.pool_size, self.timestep_distribution or law)
+        )
+        calm = Replay.work(n, self.sampler_steps, b, self.pool_size) if self.preservation_weight else Work()
         goals = Work(forward=n * b * targets, wide=b * targets)
-        student = self.work(b * (1 + beside), b if self.preserve else 0)
+        student = self.work(b * (1 + beside), b if self.preservation_weight else 0)
         held = Work(latents=states.latents + calm.latents)
         return student + states + calm + goals + held
 
@@ -273,6 +295,21 @@ class Progress:
     """None where a run is too short to be worth saving."""
 
 
+@dataclass(frozen=True)
+class ErasureContext:
+    """Arguments of one erasure beside the model and the concepts."""
+
+    seed: int
+    preserve: Tensor | None = None
+    """(q, L, d): states of prompts to preserve, for methods that use them."""
+    on_step: Callable[[Progress], None] = lambda progress: None
+    """Called after every step."""
+    probe: Probe | None = None
+    """Evaluates sampled images at every evaluation interval."""
+    state: Saved | None = None
+    """Checkpoint of a run with the same arguments, to resume from."""
+
+
 def prompted(
     model: Model,
     loop: Loop,
@@ -282,40 +319,41 @@ def prompted(
     c_s: Tensor,
     c_0: Tensor,
     paired: bool,
-    keep: Tensor | None,
-    seed: int,
+    context: ErasureContext,
     law: Law = "uniform",
     beside: Tensor | None = None,
     error: Error = squared,
 ) -> dict[str, Term]:
     """The terms of a method whose states are made by the sampler. c_p (n, L, d) prompts the trajectories that erase,
-    keep (q, L, d) those that preserve; the others as in `Prompted`.
+    `context.preserve` those that preserve; the others as in `Prompted`.
     """
-    shape = {"batch": loop.batch, "slots": loop.slots}
-    taus = torch.tensor(model.schedule.taus(loop.steps), device=model.device)
-    draws = generator(seed, "erase", "trajectories")
-    own = Source(model, c_0, c_p, loop.guidance, loop.steps, draws, loop.stages)
-    states = trajectories(loop.trajectories, own, law=loop.law or law, **shape)
-    base, besides = loop.made_by == "base", c_0[:0] if beside is None else beside
+    shape = {"batch": loop.batch_size, "slots": loop.pool_size}
+    taus = torch.tensor(model.schedule.timesteps(loop.sampler_steps), device=model.device)
+    draws = generator(context.seed, "erase", "trajectories")
+    own = Source(model, c_0, c_p, loop.guidance_scale, loop.sampler_steps, draws, loop.train_timesteps)
+    states = trajectories(loop.trajectories, own, law=loop.timestep_distribution or law, **shape)
+    base, besides = loop.trajectory_model == "base", c_0[:0] if beside is None else beside
     terms: dict[str, Term] = {
-        "erase": Prompted(states, loop.batch, draws, taus, base, c_s, paired, besides, target, error)
+        "erase": Prompted(states, loop.batch_size, draws, taus, base, c_s, paired, besides, target, error)
     }
-    if loop.preserve:
-        if keep is None:
+    if loop.preservation_weight:
+        if (keep := context.preserve) is None:
             raise SettingsError("loop.preserve is above 0 but there is no prompt to preserve")
-        calm = Source(model, c_0, keep, loop.guidance, loop.steps, generator(seed, "erase", "keep"))
-        terms["keep"] = Preserved(Replay(calm, {}, **shape), taus, keep, loop.preserve)
+        calm = Source(
+            model, c_0, keep, loop.guidance_scale, loop.sampler_steps, generator(context.seed, "erase", "keep")
+        )
+        terms["keep"] = Preserved(Replay(calm, {}, **shape), taus, keep, loop.preservation_weight)
     return terms
 
 
 def _start(model: Model, loop: Training, terms: Mapping[str, Term]) -> State:
     """A run before its first step."""
-    own = select(model.unet, loop.train)
+    own = select(model.unet, loop.trainable)
     student = {n: p.detach().clone().float().requires_grad_() for n, p in own.items()}
     teacher = {n: p.detach().clone().float() for n, p in own.items()}
     # The rate can differ per run only through settings: no schedule, no warm-up, as released.
     optimiser = torch.optim.AdamW(
-        student.values(), lr=loop.lr, betas=(loop.momentum, 0.999), weight_decay=loop.weight_decay
+        student.values(), lr=loop.lr, betas=(loop.adam_beta1, 0.999), weight_decay=loop.weight_decay
     )
     return State(student, teacher, optimiser, terms)
 
@@ -331,35 +369,34 @@ def finetune(
     terms: Mapping[str, Term],
     *,
     c_0: Tensor,
-    on_step: Callable[[Progress], None],
-    probe: Probe | None = None,
-    state: Saved | None = None,
+    context: ErasureContext,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trains and returns (θ* − θ₀ by name, record of the run). The model itself is not touched.
 
-    `terms`: "erase" and, where something is held on to, "keep". `state`: what the state of a run with the same
-    arguments gave after some iteration; the result is the same to the bit as if that run had never been left.
+    `terms`: "erase" and, where something is held on to, "keep". Resumed from `context.state`,
+    the result is the same to the bit as if that run had never been left.
     Raises ErasureRefused when the weights hardly moved or the run destroyed the model.
     """
     run = _start(model, loop, terms)
-    if state:
-        run.restore(*state)
+    probe, on_step = context.probe, context.on_step
+    if context.state:
+        run.restore(*context.state)
         on_step(_told(loop, run))
-    average = get_ema_multi_avg_fn(loop.ema)
+    average = get_ema_multi_avg_fn(loop.ema_decay)
     with torch.random.fork_rng(devices=[]):  # nothing below may lean on the global generator
-        if loop.check_every and probe and not run.looks:
+        if loop.eval_every and probe and not run.looks:
             _look(run, probe({}))
         while run.step < loop.iterations and not run.stop:
             numbers = _iterate(model, loop, run, c_0, average)
             run.step += 1
             run.curve.append({"step": run.step, **numbers})
-            if loop.check_every and probe and (run.step % loop.check_every == 0 or run.step == loop.iterations):
+            if loop.eval_every and probe and (run.step % loop.eval_every == 0 or run.step == loop.iterations):
                 _look(run, probe(_cast(model, run.teacher)))
                 _judge(loop, run)
             on_step(_told(loop, run))
     stopped = run.stop == "guard"
     weights, kept = (run.best, _best(_good(loop, run))["step"]) if stopped else (run.teacher, run.step)
-    delta = difference(model, weights)
+    delta = weight_difference(model, weights)
     _refuse_extremes(model, loop, delta)
     record = {"steps": run.step, "kept": kept, "stop": run.stop or "end", "looks": run.looks, "curve": run.curve}
     return delta, record
@@ -373,7 +410,7 @@ def _iterate(model: Model, loop: Training, run: State, c_0: Tensor, average: Cal
     errors = _errors(networks.student, run.terms, asked)
     loss = torch.stack([term.weight * errors[name] for name, term in run.terms.items()]).sum()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(run.student.values(), loop.clip)
+    norm = torch.nn.utils.clip_grad_norm_(run.student.values(), loop.max_grad_norm)
     numbers = {"loss" if name == "erase" else f"{name}_loss": float(e.detach()) for name, e in errors.items()}
     numbers["grad_norm"] = float(norm)
     if run.step % DRIFT == 0:
@@ -421,14 +458,14 @@ def _judge(loop: Training, run: State) -> None:
         return
     if last is _best(good):
         run.best = {n: w.clone() for n, w in run.teacher.items()}
-    if last["concept"] <= loop.stop_at:
+    if last["concept"] <= loop.target_rate:
         run.stop = "target"
 
 
 def _least(loop: Training, run: State) -> dict[str, float]:
     """A look is spoiled when preserved prompts are followed less, or when their pictures are blank or noise."""
     first = run.looks[0]
-    return {"kept": first["kept"] - loop.guard * abs(first["kept"]), "contrast": BLANK * first["contrast"]}
+    return {"kept": first["kept"] - loop.max_preserved_drop * abs(first["kept"]), "contrast": BLANK * first["contrast"]}
 
 
 def _good(loop: Training, run: State) -> list[dict[str, float]]:
@@ -442,15 +479,15 @@ def _best(looks: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _refuse_extremes(model: Model, loop: Training, delta: dict[str, Tensor]) -> None:
-    own = select(model.unet, loop.train)
+    own = select(model.unet, loop.trainable)
     moved = math.sqrt(sum(float(d.square().sum()) for d in delta.values()))
     change = moved / math.sqrt(sum(float(p.float().square().sum()) for p in own.values()))
-    if change < loop.least_change:
+    if change < loop.min_relative_change:
         raise ErasureRefused(
             f"the trained weights moved by {change:.1e} of their norm: nothing was erased",
             hint="raise the eraser's loop.iterations or loop.lr",
         )
-    if not change <= loop.most_change:  # also where it is not a number
+    if not change <= loop.max_relative_change:  # also where it is not a number
         raise ErasureRefused(
             f"the trained weights moved by {change:.1f} times their norm: little of the model is left",
             hint="lower the eraser's loop.lr or loop.iterations",

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from deleatur.diffusion.encode import Prompt, encode
+from deleatur.diffusion.encode import PromptParts, encode
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights, predict
 from deleatur.errors import DataError
@@ -43,34 +43,34 @@ class Descent(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    vectors: int = Field(1, gt=0)
+    num_vectors: int = Field(1, gt=0)
     """v: consecutive rows of one token."""
     iterations: int = Field(2000, gt=0)
     """Steps of the optimiser, for each token."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate of AdamW, without weight decay."""
-    batch: int = Field(8, gt=0)
+    batch_size: int = Field(8, gt=0)
     """Pictures per iteration and token."""
-    norm: float | None = Field(None, gt=0)
+    max_norm: float | None = Field(None, gt=0)
     """Longest vector allowed, in mean norms of the vocabulary's rows; none: free, as published. Words lie near 1.
     Free vectors grow to several times that, and erasing what lies so far from every word takes more along."""
 
     def work(self, tokens: int = 1, together: int = 1, looks: int = 0) -> Work:
-        rows = self.batch * min(together, tokens)
-        return Work(backward=tokens * self.iterations * self.batch, deep=rows, looks=looks, found=tokens)
+        rows = self.batch_size * min(together, tokens)
+        return Work(backward=tokens * self.iterations * self.batch_size, deep=rows, looks=looks, found=tokens)
 
 
 class Several(Descent):
     """Numbers where there are several tokens."""
 
-    together: int = Field(1, gt=0)
+    tokens_per_batch: int = Field(1, gt=0)
     """Tokens learned in the same network calls: changes speed and memory, not what is learned."""
 
 
 class Inversion(Several):
     """Numbers where pictures drawn on the way are looked at."""
 
-    check_every: int = Field(250, gt=0)
+    eval_every: int = Field(250, gt=0)
     """Iterations between two looks; the best-scoring vectors are kept, not the last."""
 
 
@@ -156,7 +156,7 @@ Look = Callable[[Tensor], Sequence[float]]
 """vectors (m, v, d) → for each token, how much pictures drawn from it bare show the concept; higher is better."""
 
 
-def around(rows: Tensor, template: str) -> Prompt:
+def around(rows: Tensor, template: str) -> PromptParts:
     """("a photo of ", rows), say."""
     before, _, after = template.partition("{}")
     return [p for p in (before, rows, after) if not isinstance(p, str) or p.strip()]
@@ -206,7 +206,7 @@ def learn(
         run.restore(*state)
         tell()
     table = model.text_encoder.get_input_embeddings().weight.float()
-    longest = numbers.norm * table.norm(dim=-1).mean() if numbers.norm else None
+    longest = numbers.max_norm * table.norm(dim=-1).mean() if numbers.max_norm else None
     while run.step < total:
         group, step = divmod(run.step, n)
         _iterate(model, numbers, lessons, run, _tokens(together, group), step, unet or {}, longest)
@@ -268,12 +268,12 @@ class _Drawn:
     z_t: Tensor
     t: Tensor
     eps: Tensor
-    prompts: list[Prompt]
+    prompts: list[PromptParts]
 
 
 def _draw(model: Model, numbers: Descent, lesson: Lesson, rows: Tensor) -> _Drawn:
     """One iteration's noisy latents of one token, and the sentences around it."""
-    g, b, z_0 = lesson.generator, numbers.batch, lesson.latents
+    g, b, z_0 = lesson.generator, numbers.batch_size, lesson.latents
     n = torch.multinomial(lesson.weights, b, replacement=True, generator=g)
     t = torch.randint(len(model.schedule.alphas_cumprod), (b,), generator=g).to(model.device)
     eps = torch.randn(b, *z_0.shape[1:], generator=g).to(z_0)

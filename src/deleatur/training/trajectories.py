@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.predict import Weights, guided_step, pair
+from deleatur.diffusion.predict import Weights, guided_step, predict_pair
 from deleatur.maths.guidance import cfg
 from deleatur.training.cost import Work
 
@@ -213,12 +213,12 @@ class Replay:
         own = self.turns[(int(self.started) + torch.arange(self.slots)) % len(self.turns)]
         z, c_p = s.noise(self.slots), s.conditions[own.to(s.conditions.device)]
         states, predictions = [], []
-        for tau in schedule.taus(s.steps):
+        for tau in schedule.timesteps(s.steps):
             t = torch.full((self.slots,), tau, device=z.device)
-            eps_0, eps_p = pair(s.model, self.weights, z, t, s.empty, c_p)
+            eps_0, eps_p = predict_pair(s.model, self.weights, z, t, s.empty, c_p)
             states.append(z)
             predictions.append(eps_p)
-            z = schedule.ddim(z, cfg(eps_0, eps_p, s.s_g), t, s.steps)
+            z = schedule.ddim_step(z, cfg(eps_0, eps_p, s.s_g), t, s.steps)
         # Laid out as they will be when they come back from disk.
         self.z, self.eps = torch.cat(states).contiguous(), torch.cat(predictions).contiguous()
         self.k = torch.arange(s.steps).repeat_interleave(self.slots)
