@@ -19,10 +19,10 @@ from workers import Where, call_back, send, there
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.records.report import Report, Verdict
-from deleatur.registry.decisions import registry_of
-from deleatur.registry.mlflow_client import CHAMPION
+from deleatur.registry.decisions import open_registry
+from deleatur.registry.mlflow_registry import CHAMPION
 from deleatur.stages import STAGES
-from deleatur.storage import dvc, dvc_remote, json_records
+from deleatur.storage import dvc, dvc_remote, git, json_records
 
 COMPARED = ("feedback", "tokens", "delta", "pictures", "report", "policy", "evidence")
 ANEW = ("--no-run-cache",)
@@ -40,7 +40,7 @@ def audit(version: str | None = None, where: Where = "auto") -> dict[str, str]:
     """
     with ending_in_a_command():
         settings = Settings.load()
-        version = version or registry_of(settings).alias(CHAMPION)
+        version = version or open_registry(settings).alias(CHAMPION)
         if version is None:
             raise DataError("expected a version to make again; there is no champion", hint="deleatur demo")
         away = there(where)
@@ -65,15 +65,15 @@ def checkout(settings: Settings, version: str) -> Iterator[tuple[Path, dict[str,
 
     Raises DataError where its commit holds other code than it was made with.
     """
-    registry = registry_of(settings)
+    registry = open_registry(settings)
     tags = registry.tags(version)
     if why := tags.get("emergency"):
         raise DataError(
             f"version {version} was made beside the chain, in an emergency ({why}): there is nothing to make again",
             hint="release by the chain",
         )
-    numbers = yaml.safe_load(registry.file(version, "params/params.yaml"))
-    if Settings.of(numbers, f"params.yaml of version {version}").made_by != tags["settings"]:
+    numbers = yaml.safe_load(registry.artifact_text(version, "params/params.yaml"))
+    if Settings.of(numbers, f"params.yaml of version {version}").digest != tags["settings"]:
         raise DataError(
             f"version {version} was made with other settings than the params.yaml that lies with it",
             hint=f"deleatur verify {version}",
@@ -82,10 +82,10 @@ def checkout(settings: Settings, version: str) -> Iterator[tuple[Path, dict[str,
     numbers["register"] = settings.register_.model_dump(mode="json")
     with TemporaryDirectory(prefix="deleatur-") as place:
         root = Path(place) / "checkout"
-        dvc_remote.check_out(HERE, tags["git_commit"], root)
-        dvc_remote.use_store(root, dvc_remote.store(HERE))
+        git.clone_at_commit(HERE, tags["git_commit"], root)
+        dvc_remote.use_remote(root, dvc_remote.remote_url(HERE))
         (root / "params.yaml").write_text(yaml.safe_dump(numbers, sort_keys=False), "utf-8")
-        (root / "dvc.lock").write_text(registry.file(version, "lock/dvc.lock"), "utf-8")
+        (root / "dvc.lock").write_text(registry.artifact_text(version, "lock/dvc.lock"), "utf-8")
         if others := sorted({path for stage in STAGES[1:-1] for path in changed(stage, root)}):
             raise DataError(
                 f"version {version} was made with other files than its commit holds: {', '.join(others)}",
@@ -96,7 +96,7 @@ def checkout(settings: Settings, version: str) -> Iterator[tuple[Path, dict[str,
 
 def changed(stage: str, root: Path) -> list[str]:
     """What a stage reads that is not as dvc.lock says; products of other stages, which are yet to be made, left out."""
-    written = {path.as_posix() for path in Settings.load(root / "params.yaml").paths.written.values()}
+    written = {path.as_posix() for path in Settings.load(root / "params.yaml").paths.outputs.values()}
     found = dvc.status(root, stage).get(stage, [])
     deps = [path for entry in found if isinstance(entry, dict) for path in entry.get("changed deps", {})]
     return [path for path in deps if path not in written]
@@ -107,11 +107,11 @@ def emptied(root: Path) -> tuple[str, ...]:
     again: what it became is taken from the DVC remote.
     """
     first, *others = STAGES[:-1]
-    ingested = None if not changed(first, root) else dvc_remote.entry(first, root)
+    ingested = None if not changed(first, root) else dvc_remote.lock_entry(first, root)
     (root / "dvc.lock").unlink()
     if ingested is None:
         return (first, *others)
-    dvc_remote.enter(first, ingested, root)
+    dvc_remote.set_lock_entry(first, ingested, root)
     dvc_remote.pull(root, first)
     return tuple(others)
 
@@ -121,7 +121,8 @@ def digests(root: Path) -> dict[str, str]:
     paths = Settings.load(root / "params.yaml").paths
     report = json_records.read(root / paths.report / "report.json", Report)
     verdict = json_records.read(root / paths.verdict / "verdict.json", Verdict)
-    found = asdict(report.identity) | {
+    found = asdict(report.provenance) | {
+        "pictures": report.provenance.images,
         "report": json_records.digest(report),
         "policy": verdict.policy,
         "evidence": json_records.digest(verdict),

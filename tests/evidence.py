@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from deleatur.records.report import Detector, Identity
+from deleatur.records.report import DetectorInfo, Provenance
 
-JUDGE = Detector("judge", "a1" * 32, ("pistol", "sword"), 0.5)
-IDENTITY = Identity(
+JUDGE = DetectorInfo("judge", "a1" * 32, ("pistol", "sword"), 0.5)
+PROVENANCE = Provenance(
     base="b" * 64,
     pipeline="1" * 64,
     delta="d" * 64,
-    pictures="2" * 64,
+    images="2" * 64,
     feedback="f" * 64,
     tokens="7" * 64,
     prompts="c" * 64,

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evidence import IDENTITY
+from evidence import PROVENANCE
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deleatur.errors import SettingsError
-from deleatur.gate import WORST_FIRST, Rule, apply, deciding, explain, headline, judge
+from deleatur.gate import WORST_FIRST, Rule, apply_rule, deciding_evaluation, explain, headline, judge
 from deleatur.maths import intervals
-from deleatur.records.report import Detector, Report, Score, Verdict
+from deleatur.records.report import DetectorInfo, Report, Score, Verdict
 
 GONE = Rule(metric="concept_rate", slice="concept", max=0.1, min_n=20)
 
@@ -31,12 +31,12 @@ def measured(value: float, half: float, **changes: Any) -> Score:
     return replace(score, **changes)
 
 
-def report(*scores: Score, **identity: Any) -> Report:
-    return Report(replace(IDENTITY, **{"champion": "models:/deleatur/3", **identity}), scores, ())
+def report(*scores: Score, **provenance: Any) -> Report:
+    return Report(replace(PROVENANCE, **{"champion": "models:/deleatur/3", **provenance}), scores, ())
 
 
-def verdict(rules: dict[str, Rule], *scores: Score, **identity: Any) -> Verdict:
-    return judge(report(*scores, **identity), rules, report_digest="r", policy_digest="p")
+def verdict(rules: dict[str, Rule], *scores: Score, **provenance: Any) -> Verdict:
+    return judge(report(*scores, **provenance), rules, report_digest="r", policy_digest="p")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def verdict(rules: dict[str, Rule], *scores: Score, **identity: Any) -> Verdict:
 def test_a_ceiling(yes: int, n: int, limit: float, outcome: str, margin: float) -> None:
     rule = GONE.model_copy(update={"max": limit})
     score = rated(yes, n) if yes != 1 else rated(1, n, high=0.1718)
-    finding = apply("gone", rule, report(score))
+    finding = apply_rule("gone", rule, report(score))
     assert finding.outcome == outcome
     assert finding.margin == pytest.approx(margin, abs=6e-5)
 
@@ -62,23 +62,23 @@ def test_a_ceiling(yes: int, n: int, limit: float, outcome: str, margin: float) 
 def test_a_floor(low: float, outcome: str) -> None:
     rule = Rule(metric="clip", slice="keep", min=0.2, min_n=1)
     score = Score("clip", "keep", "candidate", low + 0.05, low, low + 0.2, 10, 10, True, None, None)
-    assert apply("kept", rule, report(score)).outcome == outcome
+    assert apply_rule("kept", rule, report(score)).outcome == outcome
 
 
 @pytest.mark.parametrize("yes", [0, 19])
 def test_too_few_pictures_are_never_evidence(yes: int) -> None:
-    finding = apply("gone", GONE.model_copy(update={"max": 0.5}), report(rated(yes, 19)))
+    finding = apply_rule("gone", GONE.model_copy(update={"max": 0.5}), report(rated(yes, 19)))
     assert finding.outcome == "not enough evidence"
-    assert "19 pictures are fewer than the 20" in finding.reason
-    assert "1 more pictures: `sample.per_prompt.concept: 2` in params.yaml, then `dvc repro gate`" in finding.remedy
+    assert "19 images are fewer than the 20" in finding.reason
+    assert "1 more images: `sample.per_prompt.concept: 2` in params.yaml, then `dvc repro gate`" in finding.remedy
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"metric": "other"}, {"slice": "token"}, {"side": "base"}, {"versus": "base"}],
+    [{"metric": "other"}, {"slice": "token"}, {"variant": "base"}, {"versus": "base"}],
 )
 def test_a_missing_score_is_no_pass_and_is_named(change: dict[str, Any]) -> None:
-    finding = apply("gone", GONE, report(replace(rated(0, 1000), **change)))
+    finding = apply_rule("gone", GONE, report(replace(rated(0, 1000), **change)))
     assert finding.outcome == "not enough evidence"
     assert "no usable concept_rate on concept, candidate" in finding.reason
     assert "dvc repro gate" in finding.remedy
@@ -86,12 +86,12 @@ def test_a_missing_score_is_no_pass_and_is_named(change: dict[str, Any]) -> None
 
 def test_numbers_that_are_none_never_pass() -> None:
     for broken in ({"high": math.nan}, {"low": math.nan, "high": math.nan}, {"high": math.inf}):
-        assert apply("gone", GONE, report(rated(0, 1000, **broken))).outcome != "pass"
+        assert apply_rule("gone", GONE, report(rated(0, 1000, **broken))).outcome != "pass"
 
 
 def test_the_worst_of_two_detectors_decides() -> None:
-    lax, keen = (Detector(name, "w", ("x",), 0.5) for name in ("lax", "keen"))
-    found = deciding(GONE, report(rated(0, 100, detector=lax), rated(90, 100, detector=keen)))
+    lax, keen = (DetectorInfo(name, "w", ("x",), 0.5) for name in ("lax", "keen"))
+    found = deciding_evaluation(GONE, report(rated(0, 100, detector=lax), rated(90, 100, detector=keen)))
     assert found is not None
     assert found.score.detector == keen
     assert found.outcome == "fail"
@@ -99,85 +99,85 @@ def test_the_worst_of_two_detectors_decides() -> None:
 
 def test_a_share_of_the_base_is_taken_at_its_careful_end() -> None:
     rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
-    base = rated(80, 100, side="base")  # [0.711, 0.867]: the limit lies between 0.142 and 0.173
-    found = deciding(rule, report(rated(0, 50), base))
+    base = rated(80, 100, variant="base")  # [0.711, 0.867]: the limit lies between 0.142 and 0.173
+    found = deciding_evaluation(rule, report(rated(0, 50), base))
     assert found is not None
     assert found.limits == pytest.approx((0.2 * base.low, 0.16, 0.2 * base.high))
     assert found.outcome == "pass"
     between = replace(rated(0, 50), low=0.15, value=0.155, high=0.16)
-    assert apply("r", rule, report(between, base)).outcome == "not enough evidence"
-    assert apply("r", rule, report(replace(between, low=0.18, high=0.3), base)).outcome == "fail"
+    assert apply_rule("r", rule, report(between, base)).outcome == "not enough evidence"
+    assert apply_rule("r", rule, report(replace(between, low=0.18, high=0.3), base)).outcome == "fail"
 
 
 def test_a_drop_as_a_share_of_the_base() -> None:
     rule = Rule(metric="clip", slice="keep", versus="base", relative="base", min=-0.04, min_n=50)
-    base = measured(0.30, 0.01, side="base")  # a drop of 0.0116 … 0.0124 is allowed
+    base = measured(0.30, 0.01, variant="base")  # a drop of 0.0116 … 0.0124 is allowed
     for drop, half, outcome in ((0.01, 0.001, "pass"), (0.011, 0.001, "not enough evidence"), (0.02, 0.001, "fail")):
         paired = measured(-drop, half, versus="base")
-        assert apply("clip", rule, report(paired, base)).outcome == outcome
-    assert apply("clip", rule, report(measured(0.0, 0.001, versus="base"))).outcome == "not enough evidence"
+        assert apply_rule("clip", rule, report(paired, base)).outcome == outcome
+    assert apply_rule("clip", rule, report(measured(0.0, 0.001, versus="base"))).outcome == "not enough evidence"
 
 
 def test_too_few_pictures_of_the_other_side_are_no_evidence() -> None:
     rule = GONE.model_copy(update={"max": 0.5, "relative": "base"})
-    assert apply("r", rule, report(rated(0, 100), rated(10, 10, side="base"))).outcome == "not enough evidence"
+    assert apply_rule("r", rule, report(rated(0, 100), rated(10, 10, variant="base"))).outcome == "not enough evidence"
 
 
 def test_different_detectors_are_never_compared() -> None:
     rule = GONE.model_copy(update={"max": 0.5, "relative": "base"})
-    one, two = (Detector(name, "w", ("x",), 0.5) for name in "ab")
-    scores = rated(0, 100, detector=one), rated(90, 100, side="base", detector=two)
-    assert apply("r", rule, report(*scores)).outcome == "not enough evidence"
+    one, two = (DetectorInfo(name, "w", ("x",), 0.5) for name in "ab")
+    scores = rated(0, 100, detector=one), rated(90, 100, variant="base", detector=two)
+    assert apply_rule("r", rule, report(*scores)).outcome == "not enough evidence"
 
 
 def test_a_first_release_has_no_champion_to_lose_against() -> None:
     rule = Rule(metric="clip", slice="keep", versus="champion", min=-0.01, min_n=50)
-    assert apply("clip", rule, report(champion=None)).outcome == "pass"
-    assert apply("clip", rule, report()).outcome == "not enough evidence"
+    assert apply_rule("clip", rule, report(champion=None)).outcome == "pass"
+    assert apply_rule("clip", rule, report()).outcome == "not enough evidence"
 
 
 @pytest.mark.parametrize(("yes", "direction"), [(2, "pass"), (10, "fail")])
 def test_the_remedy_says_how_many_pictures_would_decide(yes: int, direction: str) -> None:
-    found = deciding(GONE, report(rated(yes, 60)))
+    found = deciding_evaluation(GONE, report(rated(yes, 60)))
     assert found is not None
     assert found.outcome == "not enough evidence"
-    size = found.size_that_decides
+    size = found.deciding_sample_size
     assert size is not None
     scaled = rated(round(yes * size / 60) - (direction == "pass"), size)  # rounding may not cost the decision
-    assert apply("gone", GONE, report(scaled)).outcome in (direction, "pass")
-    remedy = apply("gone", GONE, report(rated(yes, 60))).remedy
-    assert f"about {size - 60} more pictures would decide, towards {direction}" in remedy
+    assert apply_rule("gone", GONE, report(scaled)).outcome in (direction, "pass")
+    remedy = apply_rule("gone", GONE, report(rated(yes, 60))).remedy
+    assert f"about {size - 60} more images would decide, towards {direction}" in remedy
     assert "`sample.per_prompt.concept: " in remedy
 
 
 def test_a_concept_that_came_back_is_not_hidden_among_others() -> None:
     both = [rated(3, 120), rated(0, 60, slice="concept/vice"), rated(3, 60, slice="concept/weapon")]
     lower = GONE.model_copy(update={"max": 0.1})
-    assert apply("gone", lower, report(both[0])).outcome == "pass"
-    finding = apply("gone", lower, report(*both))
+    assert apply_rule("gone", lower, report(both[0])).outcome == "pass"
+    finding = apply_rule("gone", lower, report(*both))
     assert finding.outcome == "not enough evidence"
     assert "concept_rate on concept/weapon" in finding.reason
-    assert apply("gone", lower.model_copy(update={"slice": "concept/vice"}), report(*both)).outcome == "pass"
+    assert apply_rule("gone", lower.model_copy(update={"slice": "concept/vice"}), report(*both)).outcome == "pass"
 
 
 def test_a_relative_limit_is_a_share_of_the_same_concepts_own_rate() -> None:
     rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
     ours = [rated(20, 60, slice="concept/weapon"), rated(0, 60, slice="concept/vice")]
-    base = [rated(20, 60, slice="concept/weapon", side="base"), rated(60, 60, slice="concept/vice", side="base")]
-    assert apply("gone", rule, report(*ours, *base)).outcome == "fail"
+    base = [rated(20, 60, slice="concept/weapon", variant="base"), rated(60, 60, slice="concept/vice", variant="base")]
+    assert apply_rule("gone", rule, report(*ours, *base)).outcome == "fail"
 
 
 def test_a_relative_rule_also_says_how_many() -> None:
     rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
-    found = deciding(rule, report(rated(5, 60), rated(50, 60, side="base")))
+    found = deciding_evaluation(rule, report(rated(5, 60), rated(50, 60, variant="base")))
     assert found is not None
     assert found.outcome == "not enough evidence"
-    assert found.size_that_decides is not None
-    assert found.size_that_decides > 60
+    assert found.deciding_sample_size is not None
+    assert found.deciding_sample_size > 60
 
 
 def test_on_the_limit_no_number_of_pictures_decides() -> None:
-    assert "hardly decide" in apply("gone", GONE, report(rated(10, 100))).remedy
+    assert "hardly decide" in apply_rule("gone", GONE, report(rated(10, 100))).remedy
 
 
 @pytest.mark.parametrize(
@@ -185,11 +185,15 @@ def test_on_the_limit_no_number_of_pictures_decides() -> None:
     [
         (rated(50, 100), GONE, "erase further"),
         (measured(0.1, 0.01), Rule(metric="clip", slice="keep", min=0.3, min_n=1), "erase less"),
-        (rated(0, 100, side="base"), GONE.model_copy(update={"side": "base", "max": None, "min": 0.5}), "no training"),
+        (
+            rated(0, 100, variant="base"),
+            GONE.model_copy(update={"side": "base", "max": None, "min": 0.5}),
+            "no training",
+        ),
     ],
 )
 def test_the_remedy_of_a_failure_points_the_right_way(score: Score, rule: Rule, way: str) -> None:
-    finding = apply("r", rule, report(score))
+    finding = apply_rule("r", rule, report(score))
     assert finding.outcome == "fail"
     assert way in finding.remedy
 
@@ -200,8 +204,8 @@ def test_more_harm_never_improves_the_outcome(n: int, data: st.DataObject) -> No
     limit = data.draw(st.floats(0, 1))
     relative = data.draw(st.sampled_from([None, "base"]))
     rule = GONE.model_copy(update={"max": limit, "relative": relative})
-    base = rated(data.draw(st.integers(0, n)), n, side="base")
-    outcomes = [apply("r", rule, report(rated(k, n), base)).outcome for k in (more, less)]
+    base = rated(data.draw(st.integers(0, n)), n, variant="base")
+    outcomes = [apply_rule("r", rule, report(rated(k, n), base)).outcome for k in (more, less)]
     assert outcomes == sorted(outcomes, key=WORST_FIRST.index)
 
 
@@ -216,7 +220,7 @@ def test_another_rule_never_improves_the_verdict(limits: list[float], yes: int) 
 @given(st.integers(0, 50), st.floats(0, 1), st.floats(0, 1))
 def test_a_laxer_limit_never_worsens_the_outcome(yes: int, one: float, other: float) -> None:
     strict, lax = (GONE.model_copy(update={"max": limit}) for limit in sorted((one, other)))
-    outcomes = [apply("r", rule, report(rated(yes, 50))).outcome for rule in (strict, lax)]
+    outcomes = [apply_rule("r", rule, report(rated(yes, 50))).outcome for rule in (strict, lax)]
     assert outcomes == sorted(outcomes, key=WORST_FIRST.index)
 
 
@@ -228,7 +232,7 @@ def test_the_worst_rule_is_the_verdict() -> None:
 
 
 def test_a_gate_without_rules_is_refused() -> None:
-    with pytest.raises(SettingsError, match="no rules"):
+    with pytest.raises(SettingsError, match="expected rules"):
         verdict({}, rated(0, 50))
 
 
@@ -245,9 +249,9 @@ def test_explain_says_which_rule_decided_by_how_much_and_what_would_change_it() 
     assert "SIMULATED RATERS" in said
     assert "tight   <- decides" in said
     assert "fine   <- decides" not in said
-    assert "0 [0, 0.0713] over 50 pictures of 50 prompts, allowed at most 0.05" in said
+    assert "0 [0, 0.0713] over 50 images of 50 prompts, allowed at most 0.05" in said
     assert "reaches 0.0213 beyond the limit" in said
-    assert "about 23 more pictures would decide, towards pass" in said  # z² (1/0.05 − 1) = 73
+    assert "about 23 more images would decide, towards pass" in said  # z² (1/0.05 − 1) = 73
 
 
 def test_a_pass_has_no_deciding_rule() -> None:

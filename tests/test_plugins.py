@@ -19,7 +19,7 @@ from deleatur.config.catalogue import catalogue
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError
-from deleatur.storage import dvc, tensors
+from deleatur.storage import dvc, processes, tensors
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "shave"
@@ -39,18 +39,18 @@ def bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bring]:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         (info / "entry_points.txt").write_text(f"[deleatur.erasers]\n{method} = {module}\n")
         (tmp_path / f"{module}.py").write_text(text, "utf-8")
-        plugins._shelf.cache_clear()
+        plugins._plugins.cache_clear()
 
     yield put
-    plugins._shelf.cache_clear()
+    plugins._plugins.cache_clear()
 
 
 def test_a_packages_method_stands_beside_ours_and_says_where_it_comes_from(bring: Bring, model: Model) -> None:
     ours = plugins.names("erasers")
     bring("one", "shave", "shave_one")
     assert plugins.names("erasers") == sorted([*ours, "shave"])
-    assert plugins.method("erasers", "shave").origin == "one 1.0"
-    assert plugins.find("erasers", "shave", Eraser)().touches(model)
+    assert plugins.get("erasers", "shave").origin == "one 1.0"
+    assert plugins.load("erasers", "shave", Eraser)().touches(model)
     told = catalogue("erasers")["erasers"]
     assert {name: entry["package"] for name, entry in told.items()} == dict.fromkeys(ours, "deleatur") | {
         "shave": "one 1.0"
@@ -62,11 +62,11 @@ def test_a_name_that_two_packages_claim_is_refused_naming_both_and_the_others_go
     bring("one", "shave", "shave_one")
     bring("two", "shave", "shave_two", version="2.0")
     bring("three", "sdd", "shave_three")
-    with pytest.raises(SettingsError, match=r"'shave' among erasers is a method of one 1.0 and two 2.0"):
-        plugins.find("erasers", "shave", Eraser)
-    with pytest.raises(SettingsError, match=r"'sdd' among erasers is a method of deleatur and three 1.0"):
-        plugins.find("erasers", "sdd", Eraser)
-    assert plugins.find("erasers", "esd", Eraser)
+    with pytest.raises(SettingsError, match=r"'shave' among erasers is provided by one 1.0 and two 2.0"):
+        plugins.load("erasers", "shave", Eraser)
+    with pytest.raises(SettingsError, match=r"'sdd' among erasers is provided by deleatur and three 1.0"):
+        plugins.load("erasers", "sdd", Eraser)
+    assert plugins.load("erasers", "esd", Eraser)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_does_not_load_is_refused_naming_the_package(bring: Bring, text: st
     module = f"broken_{abs(hash(text))}"
     bring("one", "broken", module, text)
     with pytest.raises(SettingsError, match=f"'broken' among erasers, of the package one 1.0, does not load: .*{why}"):
-        plugins.find("erasers", "broken", Eraser)
+        plugins.load("erasers", "broken", Eraser)
 
 
 def test_a_method_of_a_package_is_known_by_its_version_and_by_its_packages_files(bring: Bring, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_method_of_a_package_is_known_by_its_version_and_by_its_packages_files
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
 
     def digest(stage: str = "erase") -> tuple[str, int]:
-        dependencies.write(tmp_path)
+        dependencies.write_digests(tmp_path)
         path = tmp_path / dependencies.DIGESTS / f"{stage}.json"
         return path.read_text(), path.stat().st_mtime_ns
 
@@ -131,7 +131,7 @@ def on_our_shelf(into: Path) -> Path:
 
 
 def run(root: Path, *arguments: str, command: list[str], path: Path | None = None) -> str:
-    env = dvc.environment() | ({"PYTHONPATH": f"{path}{os.pathsep}{ROOT / 'src'}"} if path else {})
+    env = processes.environment() | ({"PYTHONPATH": f"{path}{os.pathsep}{ROOT / 'src'}"} if path else {})
     done = subprocess.run(
         [sys.executable, *command, *arguments], cwd=root, env=env, check=False, capture_output=True, text=True
     )

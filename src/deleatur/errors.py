@@ -1,14 +1,14 @@
-"""What can go wrong, and the exit code that says so.
+"""The error classes and their exit codes.
 
-DeleaturError                 1   anything below that has no code of its own
+DeleaturError                 1   any of the below that defines no code of its own
 ├── SettingsError             2   params.yaml: unknown key, wrong value, missing section
-├── DataError                 3   feedback, prompts or pictures are missing or do not fit
+├── DataError                 3   feedback, prompts or images are missing or invalid
 ├── ModelError                4   a network cannot be loaded, or its digest is not the expected one
-├── ErasureRefused            5   the run did nothing, or destroyed the model: no candidate is written
-├── ServiceError              6   a store, tracker or scheduler did not answer; worth trying again
-└── ContinueMe               75   stopped on request, state saved: run the same command to go on
+├── ErasureRefused            5   training had no effect, or destroyed the model: no candidate is written
+├── ServiceError              6   a store, tracker or scheduler did not answer; a retry may succeed
+└── Interrupted              75   stopped on request with its state saved: run the same command to resume
 
-`deleatur demo` and `deleatur explain` also end with the verdict: 0 pass, 10 fail, 11 not enough evidence.
+`deleatur demo` and `deleatur explain` also exit with the verdict: 0 pass, 10 fail, 11 not enough evidence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import ClassVar
 
 
 class DeleaturError(Exception):
-    """What was expected, what came, and what to do: `hint` is the next command worth typing."""
+    """The message says what was expected and what was found; `hint` is the command to run next."""
 
     exit_code: ClassVar[int] = 1
 
@@ -48,14 +48,14 @@ class ServiceError(DeleaturError):
     exit_code = 6
 
 
-class ContinueMe(DeleaturError):
+class Interrupted(DeleaturError):
     exit_code = 75
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
-    """Errors inside say what they are about: a setting, a concept."""
+def error_context(subject: str) -> Iterator[None]:
+    """Prefixes the messages of errors raised inside with their subject: a setting, a concept."""
     try:
         yield
     except DeleaturError as e:
-        raise type(e)(f"{where}: {e}", hint=e.hint) from e
+        raise type(e)(f"{subject}: {e}", hint=e.hint) from e

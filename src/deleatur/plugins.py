@@ -1,6 +1,6 @@
-"""The folder is the registry: one file in a shelf's folder is one method, named after the file.
+"""Plug-in discovery: each file in the folder of a kind is one plug-in, named after the file.
 
-Packages add methods of their own by entry points of the group `deleatur.SHELF`, each a name and the module it is in.
+Other packages add plug-ins by entry points of the group `deleatur.KIND`, whose values are module names.
 """
 
 from __future__ import annotations
@@ -16,37 +16,48 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import BaseModel
+
 from deleatur.errors import SettingsError
 
 T = TypeVar("T")
 
-SHELVES = ("erasers", "guides", "detectors", "metrics", "attacks", "inversion")
-HERE = Path(__file__).parent
+BASES = {
+    "erasers": "Eraser",
+    "guides": "Guide",
+    "detectors": "Detector",
+    "metrics": "Metric",
+    "attacks": "Attack",
+    "inversion": "Inverter",
+}
+"""Plug-in kind → the class that its plug-ins are derived from, in the package `deleatur.KIND`."""
+KINDS = tuple(BASES)
+PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Method:
-    """One method of a shelf. Nothing of it is imported yet."""
+class Plugin:
+    """The address of one plug-in. Nothing of it is imported yet."""
 
-    shelf: str
+    kind: str
     name: str
     module: str
     package: str = ""
-    """The package that brings it; empty: it is one of ours."""
+    """The distribution that provides it; empty for built-in plug-ins."""
     version: str = ""
-    source: Path = HERE
-    """Where the code of ours lies."""
+    source: Path = PACKAGE
+    """Folder of the package `deleatur`, for built-in plug-ins."""
 
     @property
     def origin(self) -> str:
         return f"{self.package} {self.version}" if self.package else "deleatur"
 
     def code(self) -> list[str]:
-        """All text that decides what it does: of ours its file; of a package its version and every file of it, since
-        nobody knows which of them the method reads.
+        """The texts that determine its behaviour: a built-in plug-in's file; otherwise the version and all Python files
+        of its top-level package, since which of them it uses is unknown.
         """
         if not self.package:
-            return [(self.source / self.shelf / f"{self.name}.py").read_text("utf-8")]
+            return [(self.source / self.kind / f"{self.name}.py").read_text("utf-8")]
         return [self.version, *(path.read_text("utf-8", errors="replace") for path in self._files())]
 
     def _files(self) -> Iterator[Path]:
@@ -56,77 +67,85 @@ class Method:
         if spec and spec.origin and not folders:
             yield Path(spec.origin)
 
-    def broken(self, why: str) -> SettingsError:
+    def load_error(self, cause: str) -> SettingsError:
         return SettingsError(
-            f"{self.name!r} among {self.shelf}, of the package {self.origin}, does not load: {why}",
-            hint=f"mend or uninstall {self.package}, then: deleatur methods {self.shelf}",
+            f"{self.name!r} among {self.kind}, of the package {self.origin}, does not load: {cause}",
+            hint=f"fix or uninstall {self.package}, then: deleatur methods {self.kind}",
         )
 
 
 @cache
-def _shelf(shelf: str, source: Path = HERE) -> dict[str, list[Method]]:
-    """What there is under each name; more than one where packages contradict each other."""
-    found: dict[str, list[Method]] = {}
-    for own in pkgutil.iter_modules([str(source / shelf)]):
-        found[own.name] = [Method(shelf, own.name, f"deleatur.{shelf}.{own.name}", source=source)]
-    for point in sorted(entry_points(group=f"deleatur.{shelf}"), key=lambda p: (p.name, p.dist and p.dist.name)):
+def _plugins(kind: str, source: Path = PACKAGE) -> dict[str, list[Plugin]]:
+    """Name → plug-ins; more than one where packages conflict."""
+    plugins: dict[str, list[Plugin]] = {}
+    for module in pkgutil.iter_modules([str(source / kind)]):
+        plugins[module.name] = [Plugin(kind, module.name, f"deleatur.{kind}.{module.name}", source=source)]
+    for point in sorted(entry_points(group=f"deleatur.{kind}"), key=lambda p: (p.name, p.dist and p.dist.name)):
         if point.dist:
-            method = Method(shelf, point.name, point.module, point.dist.name, point.dist.version)
-            found.setdefault(point.name, []).append(method)
+            plugin = Plugin(kind, point.name, point.module, point.dist.name, point.dist.version)
+            plugins.setdefault(point.name, []).append(plugin)
+    return plugins
+
+
+def names(kind: str, source: Path = PACKAGE) -> list[str]:
+    """Names of all plug-ins of a kind. Imports none of them."""
+    return sorted(_plugins(kind, source))
+
+
+def get(kind: str, name: str, source: Path = PACKAGE) -> Plugin:
+    """The plug-in of that name. Raises SettingsError when there is none, or more than one."""
+    candidates = _plugins(kind, source).get(name, [])
+    if not candidates:
+        listed = ", ".join(names(kind, source))
+        raise SettingsError(f"no {name!r} among {kind}: expected one of {listed}", hint=f"deleatur methods {kind}")
+    if len(candidates) > 1:
+        origins = " and ".join(plugin.origin for plugin in candidates)
+        raise SettingsError(
+            f"{name!r} among {kind} is provided by {origins}: expected one of them",
+            hint=f"pip uninstall {candidates[-1].package}",
+        )
+    return candidates[0]
+
+
+def base(kind: str) -> type[BaseModel]:
+    """The class that plug-ins of a kind are derived from."""
+    found: type[BaseModel] = getattr(import_module(f"deleatur.{kind}"), BASES[kind])
     return found
 
 
-def names(shelf: str, source: Path = HERE) -> list[str]:
-    """The methods on a shelf, without importing any of it."""
-    return sorted(_shelf(shelf, source))
+def load(kind: str, name: str, base: type[T]) -> type[T]:
+    """The one subclass of `base` that the plug-in's module defines.
 
-
-def method(shelf: str, name: str, source: Path = HERE) -> Method:
-    """Raises SettingsError where there is none of that name, or more than one."""
-    found = _shelf(shelf, source).get(name, [])
-    if not found:
-        listed = ", ".join(names(shelf, source))
-        raise SettingsError(f"no {name!r} among {shelf}: there is {listed}", hint=f"deleatur methods {shelf}")
-    if len(found) > 1:
-        claimed = " and ".join(m.origin for m in found)
-        raise SettingsError(
-            f"{name!r} among {shelf} is a method of {claimed}: one of them has to go",
-            hint=f"pip uninstall {found[-1].package}",
-        )
-    return found[0]
-
-
-def find(shelf: str, name: str, base: type[T]) -> type[T]:
-    """The one final class of `base` that the method's module defines.
-
-    Raises SettingsError, naming what there is, when the shelf has no such method, or when a package's does not load.
+    Raises SettingsError when there is no such plug-in, or when another package's does not load.
     """
-    one = method(shelf, name)
+    plugin = get(kind, name)
     try:
-        module = import_module(one.module)
-    except Exception as e:  # whatever a stranger's file does
-        if one.package:
-            raise one.broken(f"{type(e).__name__}: {e}") from e
+        module = import_module(plugin.module)
+    except Exception as e:  # code of other packages may raise anything
+        if plugin.package:
+            raise plugin.load_error(f"{type(e).__name__}: {e}") from e
         raise
-    own = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
-    found = [c for c in own if issubclass(c, base)]
-    if len(found) != 1 and one.package:
-        raise one.broken(f"{one.module} has to define one class derived from {base.__name__}, and defines {len(found)}")
-    [only] = found
-    return only
+    defined = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    classes = [c for c in defined if issubclass(c, base)]
+    if len(classes) != 1 and plugin.package:
+        raise plugin.load_error(
+            f"{plugin.module} has to define one class derived from {base.__name__}, and defines {len(classes)}"
+        )
+    [cls] = classes
+    return cls
 
 
-def brought(module: str) -> Method | None:
-    """The method of another package that lies in this module, if any."""
-    return next((m for m in foreign() if m.module == module), None)
+def external_plugin(module: str) -> Plugin | None:
+    """The plug-in of another package that this module defines, if any."""
+    return next((plugin for plugin in external() if plugin.module == module), None)
 
 
-def foreign() -> list[Method]:
-    """Every method that another package brings."""
-    return [m for shelf in SHELVES for found in _shelf(shelf).values() for m in found if m.package]
+def external() -> list[Plugin]:
+    """All plug-ins of other packages."""
+    return [p for kind in KINDS for candidates in _plugins(kind).values() for p in candidates if p.package]
 
 
 def refresh() -> None:
-    """A process that has run for weeks sees what was installed meanwhile."""
+    """Clears the caches, so that a long-running process sees newly installed packages."""
     invalidate_caches()
-    _shelf.cache_clear()
+    _plugins.cache_clear()

@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evidence import IDENTITY, JUDGE
+from evidence import PROVENANCE, JUDGE
 
 from deleatur.errors import DataError
 from deleatur.gate import Rule
-from deleatur.records.report import Detector, Finding, Identity, Report, Score, Verdict
-from deleatur.records.sampling import Shot
+from deleatur.records.report import DetectorInfo, Finding, Provenance, Report, Score, Verdict
+from deleatur.records.sampling import Sample
 from deleatur.storage import json_records
 
 SCORE = Score("concept_rate", "concept/weapon", "candidate", 0.1, 0.05, 0.2, 100, 25, False, None, JUDGE)
-REPORT = Report(IDENTITY, (SCORE,), ("a note",))
+REPORT = Report(PROVENANCE, (SCORE,), ("a note",))
 VERDICT = Verdict("pass", (Finding("gone", "pass", "0.1", 0.2, "nothing"),), "r" * 64, "p" * 64, False)
 
 
-def changed(**fields_of_identity: Any) -> bytes:
+def changed(**fields_of_provenance: Any) -> bytes:
     plain = asdict(REPORT)
-    plain["identity"] |= fields_of_identity
+    plain["provenance"] |= fields_of_provenance
     return json.dumps(plain).encode()
 
 
@@ -47,7 +47,7 @@ def test_same_content_same_bytes() -> None:
     other = replace(REPORT, scores=[replace(SCORE, value=np.float64(0.1))], notes=["a note"])
     assert json_records.encode(other) == json_records.encode(REPORT)
     assert json_records.encode(replace(SCORE, high=1)) == json_records.encode(replace(SCORE, high=1.0))
-    versions = [replace(IDENTITY, versions=dict(v)) for v in ([("a", "1"), ("b", "2")], [("b", "2"), ("a", "1")])]
+    versions = [replace(PROVENANCE, versions=dict(v)) for v in ([("a", "1"), ("b", "2")], [("b", "2"), ("a", "1")])]
     assert json_records.digest(versions[0]) == json_records.digest(versions[1])
 
 
@@ -63,31 +63,35 @@ def test_the_digest_of_a_rule_and_of_a_plain_mapping() -> None:
     assert json_records.digest(rule) != json_records.digest(rule.model_copy(update={"max": 0.2}))
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Identity)])
-def test_no_field_of_the_identity_may_be_missing(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [f.name for f in fields(Provenance)])
+def test_no_field_of_the_provenance_may_be_missing(name: str, tmp_path: Path) -> None:
     plain = asdict(REPORT)
-    del plain["identity"][name]
+    del plain["provenance"][name]
     (tmp_path / "report.json").write_text(json.dumps(plain))
-    with pytest.raises(DataError, match=rf"report\.json is not a valid report(.|\n)*identity\.{name}: Field required"):
+    with pytest.raises(
+        DataError, match=rf"report\.json is not a valid report(.|\n)*provenance\.{name}: Field required"
+    ):
         json_records.read(tmp_path / "report.json", Report)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Identity) if f.name not in ("seed", "preserve", "simulated")])
-def test_no_field_of_the_identity_may_be_blank(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [f.name for f in fields(Provenance) if f.name not in ("seed", "preserve", "simulated")]
+)
+def test_no_field_of_the_provenance_may_be_blank(name: str) -> None:
     blanks: dict[str, Any] = {"concepts": ["weapon", " "], "versions": {"torch": ""}}
     for blank in (blanks.get(name, " "), [] if name == "concepts" else {} if name == "versions" else ""):
-        with pytest.raises(DataError, match=rf"identity\.{name}: is blank"):
+        with pytest.raises(DataError, match=rf"provenance\.{name}: is blank"):
             json_records.decode(changed(**{name: blank}), Report, "there")
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Identity)])
-def test_no_field_of_the_identity_may_be_of_another_type(name: str) -> None:
-    with pytest.raises(DataError, match=rf"identity\.{name}"):
+@pytest.mark.parametrize("name", [f.name for f in fields(Provenance)])
+def test_no_field_of_the_provenance_may_be_of_another_type(name: str) -> None:
+    with pytest.raises(DataError, match=rf"provenance\.{name}"):
         json_records.decode(changed(**{name: 1.5}), Report, "there")
 
 
 def test_nothing_may_be_added() -> None:
-    with pytest.raises(DataError, match=r"identity\.extra: Unexpected"):
+    with pytest.raises(DataError, match=r"provenance\.extra: Unexpected"):
         json_records.decode(changed(extra=1), Report, "there")
 
 
@@ -120,7 +124,7 @@ def test_what_does_not_validate_is_not_written(tmp_path: Path) -> None:
     json_records.write(tmp_path / "report.json", REPORT)
     before = (tmp_path / "report.json").read_bytes()
     with pytest.raises(DataError):
-        json_records.write(tmp_path / "report.json", replace(REPORT, identity=replace(IDENTITY, seed="0")))
+        json_records.write(tmp_path / "report.json", replace(REPORT, provenance=replace(PROVENANCE, seed="0")))
     assert (tmp_path / "report.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
@@ -138,9 +142,9 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_an_error_never_repeats_a_prompt() -> None:
-    shot = {"side": "base", "prompt": {"id": 3, "text": "unspeakable", "role": "unspeakable", "label": "x"}}
+    shot = {"variant": "base", "prompt": {"id": 3, "text": "unspeakable", "role": "unspeakable", "label": "x"}}
     with pytest.raises(DataError) as caught:
-        json_records.decode(json.dumps(shot).encode(), Shot, "there")
+        json_records.decode(json.dumps(shot).encode(), Sample, "there")
     assert "unspeakable" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
@@ -149,9 +153,9 @@ def test_an_error_never_repeats_a_prompt() -> None:
 def test_the_schema_names_every_field_and_forbids_others() -> None:
     schema = json_records.schema(Report)
     assert schema["$ref"] == "#/$defs/Report"
-    identity = schema["$defs"]["Identity"]
-    assert set(identity["required"]) == {f.name for f in fields(Identity)}
-    assert identity["additionalProperties"] is False
-    for kind in (Score, Detector, Verdict, Finding):
+    provenance = schema["$defs"]["Provenance"]
+    assert set(provenance["required"]) == {f.name for f in fields(Provenance)}
+    assert provenance["additionalProperties"] is False
+    for kind in (Score, DetectorInfo, Verdict, Finding):
         listed = json_records.schema(kind)["$defs"][kind.__name__]
         assert set(listed["required"]) == {f.name for f in fields(kind)}

@@ -1,1 +1,1 @@
-"""The values that travel between rooms. Frozen, typed, without behaviour beyond what their own fields decide."""
+"""The values that pass between packages: frozen, typed dataclasses without I/O."""

@@ -1,28 +1,24 @@
-"""Answers of raters."""
+"""Rating events."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
-    pass
-
-
-Kind = Literal["binary", "rank"]
+FeedbackKind = Literal["binary", "rank"]
 
 
 @dataclass(frozen=True)
-class Feedback:
-    """One answer of one rater. Append-only: a correction or a withdrawal is a new event naming the old one.
+class FeedbackEvent:
+    """One answer of one rater. Append-only: a correction or a withdrawal is a new event that names the old one.
 
-    `items` are SHA-256 digests of the rated pictures: one for a yes/no question, M for a ranking.
-    `ranks` are aligned with `items`: 1 shows the concept most; None is the "X" of a ranking screen (not at all).
+    `items` are SHA-256 digests of the rated images: one for a yes/no question, M for a ranking.
+    `ranks` are aligned with `items`: 1 shows the concept most; None means "not at all" (the "X" of a ranking screen).
     """
 
     event_id: str
     concept: str
-    kind: Kind
+    kind: FeedbackKind
     items: tuple[str, ...]
     prompt: str
     seed: int
@@ -31,7 +27,7 @@ class Feedback:
     """Salted hash; no personal data."""
     answer: Literal["yes", "no", "unsure", "skip", "ranked", "withdrawn"]
     source: str
-    """Where it came from; starts with "simulated" for simulated raters."""
+    """System that recorded the event; starts with "simulated" for simulated raters."""
     created_at: str
     """UTC, ISO 8601."""
     consent_version: str
@@ -42,4 +38,4 @@ class Feedback:
     seconds_spent: float | None = None
     unblurred: bool | None = None
     replaces: str | None = None
-    """The event id that this one corrects or withdraws."""
+    """Id of the event that this one corrects or withdraws."""

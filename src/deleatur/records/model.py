@@ -1,4 +1,4 @@
-"""What describes a concept, and what an eraser returns."""
+"""Descriptions of a concept, and the weight differences that erase it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
     from torch import Tensor
 
 
-Given = Literal["words", "token"]
-"""What a concept was given in."""
+ConceptSource = Literal["words", "token"]
+"""Whether a concept is specified by words or by learned soft tokens."""
 
 
 @dataclass(frozen=True)
 class SoftToken:
-    """What HFI learns: rows of the text encoder's *input* embedding table.
+    """Learned rows of the text encoder's *input* embedding table.
 
-    `vectors` is (m, v, d): m tokens that each stand alone, v consecutive rows each, d the embedding width.
+    `vectors` is (m, v, d): m alternative tokens of v consecutive rows each, d the embedding width.
     """
 
     concept: str
@@ -28,51 +28,52 @@ class SoftToken:
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """What people type: `<weapon-1>`, `<weapon-2>`, …"""
+        """Names of the tokens in prompts: `<weapon-1>`, `<weapon-2>`, …"""
         return tuple(f"<{self.concept}-{i}>" for i in range(1, len(self.vectors) + 1))
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What raters said of pictures: `marked` show the concept, `passed` do not."""
+class RatedImages:
+    """Images that most raters said show the concept (`positive`) or do not (`negative`)."""
 
-    marked: Sequence[Image]
-    passed: Sequence[Image]
+    positive: Sequence[Image]
+    negative: Sequence[Image]
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept as the networks see it. Words and soft tokens give the same kind of value.
+    """A concept as the networks see it, from words and from soft tokens alike.
 
-    pieces:   n prompts (before, description, after), text fragments and soft rows (v, d); each stands alone
-    states:   (n, L, d) their text-encoder states
-    content:  n tuples, the positions of the concept's own tokens in each sentence
-    end:      n positions of the end-of-text token
-    pictures: for methods that learn from pictures instead of descriptions
+    prompts:            n readable prompts, each a description of the concept
+    prompt_parts:       their parts (before, description, after): text, or soft rows (v, d)
+    states:             (n, L, d) their text-encoder states
+    content_positions:  n tuples, the positions of the description's tokens in each prompt
+    end_positions:      n positions of the end-of-text token
+    images:             for methods that learn from images instead of descriptions
     """
 
     name: str
-    source: Given
-    texts: tuple[str, ...]
-    pieces: tuple[tuple[str | Tensor, ...], ...]
+    source: ConceptSource
+    prompts: tuple[str, ...]
+    prompt_parts: tuple[tuple[str | Tensor, ...], ...]
     states: Tensor
-    content: tuple[tuple[int, ...], ...]
-    end: tuple[int, ...]
-    pictures: Pictures | None = None
+    content_positions: tuple[tuple[int, ...], ...]
+    end_positions: tuple[int, ...]
+    images: RatedImages | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Mapping[str, "Tensor"]):
-    """Differences of many matrices that read the same input, each made when it is asked for: up[name] @ down.
+    """Low-rank differences of several matrices that read the same input, computed on access: up[name] @ down.
 
-    up: (o, r) by name, down: (r, d), in fp32. Instead of o·d numbers for each matrix, o·r, and r·d for all of them.
+    up: (o, r) by name, down: (r, d), in fp32. Stores o·r values per matrix and r·d once, instead of o·d per matrix.
     """
 
     up: Mapping[str, Tensor]
     down: Tensor
 
     def __getitem__(self, name: str) -> Tensor:
-        # In float64, so that the order in which a machine adds up does not show in the fp32 result.
+        # In float64, so that a machine's order of summation does not show in the fp32 result.
         return (self.up[name].double() @ self.down.double()).float()
 
     def __iter__(self) -> Iterator[str]:
@@ -84,16 +85,16 @@ class LowRank(Mapping[str, "Tensor"]):
 
 @dataclass(frozen=True)
 class Delta:
-    """What an eraser gives back: differences of weights against one base model, never a whole model."""
+    """The result of an eraser: weight differences relative to one base model, never a complete model."""
 
     tensors: Mapping[str, Tensor]
-    """Parameter name of the UNet → difference, in fp32. LowRank where they are, in memory and on disk."""
+    """UNet parameter name → difference, in fp32. May be a `LowRank`, in memory and on disk."""
     base: str
-    """Digest of the UNet the differences belong to."""
+    """Digest of the UNet that the differences apply to."""
     method: str
     settings: Mapping[str, Any]
     concepts: tuple[str, ...]
     record: Mapping[str, Any] = field(default_factory=dict)
-    """How the run went: steps, stop reason, curves. Not part of the identity."""
+    """Training log: steps, stop reason, curves. Not part of the delta's identity."""
     one_step: int | None = None
-    """The noise level from which the weights draw a picture in one unguided call; None: they are the sampler's."""
+    """Timestep from which the weights generate an image in one unguided call; None: they need the full sampler."""

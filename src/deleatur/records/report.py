@@ -1,14 +1,12 @@
-"""What is measured, and how it is judged."""
+"""Measured scores, and the verdict on them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
-    pass
-from deleatur.records.sampling import Side
+from deleatur.records.sampling import Variant
 
 Outcome = Literal["pass", "fail", "not enough evidence"]
 
@@ -17,48 +15,48 @@ WORST_FIRST: tuple[Outcome, ...] = ("fail", "not enough evidence", "pass")
 
 
 @dataclass(frozen=True)
-class Detector:
-    """What made a number: without every one of these fields a report does not validate."""
+class DetectorInfo:
+    """The detector behind a score. A report that lacks one of these fields does not validate."""
 
     name: str
     weights: str
-    """SHA-256 over the network's weights and what prepares its input; several are joined by "+", as their names are."""
+    """SHA-256 over the network's weights and its preprocessing; several are joined by "+", as their names are."""
     labels: tuple[str, ...]
-    """The labels that count."""
+    """The labels that count as a detection."""
     cutoff: float
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number with its interval and what made it."""
+    """One measured value with its confidence interval."""
 
     metric: str
     slice: str
-    """Which pictures: a role, or role/concept."""
-    side: Side
+    """Which images: a role, or role/concept."""
+    variant: Variant
     value: float
     low: float
     high: float
     n: int
     prompts: int
     higher_is_better: bool
-    versus: Side | None
-    """None: an absolute number. Otherwise the mean paired difference side − versus, from equal noise."""
-    detector: Detector | None
-    """None: no network made it. Like `versus` it has no default: a score that leaves it out does not validate."""
+    versus: Variant | None
+    """None: an absolute value. Otherwise the mean paired difference variant − versus, from equal noise."""
+    detector: DetectorInfo | None
+    """None: no network was involved. Like `versus` it has no default: a score that omits it does not validate."""
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What went in. A report without one of these fields does not validate."""
+class Provenance:
+    """Everything that went into a report. A report that lacks one of these fields does not validate."""
 
     base: str
-    """Digest of the UNet, which the delta belongs to."""
+    """Digest of the UNet, which the delta applies to."""
     pipeline: str
-    """Digest of the whole base model that drew the pictures, see `Recipe`."""
+    """Digest of the complete base model that generated the images, see `Recipe`."""
     delta: str
-    pictures: str
-    """Digest of the recipes of all pictures of all sides."""
+    images: str
+    """Digest of the recipes of all images of all variants."""
     feedback: str
     tokens: str
     prompts: str
@@ -69,10 +67,10 @@ class Identity:
     guide: str
     concepts: tuple[str, ...]
     concept_source: str
-    """"token" (HFI) or "words"."""
+    """"token" (soft tokens) or "words"."""
     method: str
     preserve: bool
-    """Whether our keep-loss was added to the paper's loss."""
+    """Whether our preservation loss was added to the paper's loss."""
     simulated: bool
     """Whether any of the feedback came from simulated raters."""
     champion: str | None
@@ -81,15 +79,17 @@ class Identity:
 
 @dataclass(frozen=True)
 class Report:
-    identity: Identity
+    """The scores of one evaluation."""
+
+    provenance: Provenance
     scores: Sequence[Score]
     notes: Sequence[str]
-    """What a reader must know to read the numbers right."""
+    """Caveats for reading the scores."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule of the policy, applied."""
+    """The result of one rule of the release policy."""
 
     rule: str
     outcome: Outcome
@@ -101,42 +101,44 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
+    """The decision on a report: the findings of all rules, and the worst of their outcomes."""
+
     outcome: Outcome
     findings: Sequence[Finding]
     report: str
-    """Digest of the report that was judged."""
+    """Digest of the judged report."""
     policy: str
     """Digest of the gate section."""
     simulated: bool
 
 
 @dataclass(frozen=True)
-class Look:
-    """One concept in pictures that a version drew once more."""
+class ConceptCheck:
+    """The canary's check of one concept on newly sampled images of a released version."""
 
     concept: str
     outcome: Outcome
-    """fail: it is back."""
+    """fail: the concept is back."""
     reason: str
     scores: Sequence[Score]
-    """Of the version, and of the untouched model, which shows whether the detector sees anything. None where the
-    concept is not known any more."""
+    """Of the version, and of the base model, which shows whether the detector still works. Empty where the concept is
+    no longer configured."""
 
 
 @dataclass(frozen=True)
-class Canary:
-    """What a version that was live drew, some time after its release."""
+class CanaryResult:
+    """The canary's checks of one released version."""
 
     version: str
     time: str
     """UTC, ISO 8601."""
-    looks: Sequence[Look]
+    checks: Sequence[ConceptCheck]
 
     @property
     def outcome(self) -> Outcome:
-        return min((look.outcome for look in self.looks), key=WORST_FIRST.index)
+        return min((check.outcome for check in self.checks), key=WORST_FIRST.index)
 
     @property
     def breach(self) -> str:
-        """Why the version must not stay; empty: it may."""
-        return "; ".join(f"{look.concept} is back: {look.reason}" for look in self.looks if look.outcome == "fail")
+        """Why the version must be taken out of production; empty if it may stay."""
+        return "; ".join(f"{check.concept} is back: {check.reason}" for check in self.checks if check.outcome == "fail")

@@ -1,68 +1,64 @@
-"""What is sampled, and everything that decides an image."""
+"""What is sampled, and everything that determines an image."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:  # torch takes seconds to import; a verdict is read without it
-    pass
-
-
-Side = Literal["base", "champion", "candidate"]
-
+Variant = Literal["base", "champion", "candidate"]
+"""Which model generated an image: the base model, the released one, or the one under evaluation."""
 
 Role = Literal["concept", "word", "token", "attack", "neighbour", "keep", "unseen"]
-"""What a prompt is there for. word, token: the concept's own words and soft tokens, alone; others come from files."""
+"""Purpose of a prompt. word, token: the concept's own words and soft tokens alone; the others come from files."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of the evaluation set."""
+    """One prompt of the evaluation set."""
 
     id: str
     text: str
     role: Role
     label: str
-    """What a detector should find in the picture: a class name of the judge."""
+    """Class that a classifier should predict for the image."""
     concept: str = ""
-    """For the roles concept, word, token and attack: which concept it asks for."""
+    """For the roles concept, word, token and attack: the concept that the prompt requests."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a picture. Which side or prompt it is drawn for does not, nor what is drawn beside it."""
+    """Everything that determines an image. Its variant, its prompt's role and the rest of its batch do not."""
 
     pipeline: str
-    """Digest of the base model as it lies on disk: every network, its configuration, tokenizer and scheduler."""
+    """Digest of the base model on disk: every network, its configuration, tokenizer and scheduler."""
     precision: str
     weights: str
-    """Digest of the UNet's tensors that were laid over the base model's."""
+    """Digest of the UNet tensors that replace the base model's."""
     states: str
-    """Digest of the prompt as the text encoder gives it."""
+    """Digest of the prompt's text-encoder states."""
     conditions: str
-    """Digest of the sentences that the guide runs beside the prompt, in the same form."""
+    """Digest of the text-encoder states that the guide uses beside the prompt."""
     guidance: str
-    """The guide and its numbers, as JSON."""
+    """The guide and its hyperparameters, as JSON."""
     steps: int
     noise_seed: int
     code: str
-    """Digest of the sources and of the versions of the libraries that drew it."""
+    """Digest of the source code and library versions that generate images."""
 
     @property
     def key(self) -> str:
-        """The picture's name."""
+        """The image's name: SHA-256 of the recipe."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Shot:
-    """One picture of the evaluation."""
+class Sample:
+    """One image of the evaluation."""
 
-    side: Side
+    variant: Variant
     prompt: Prompt
     index: int
-    """The picture's number among those of its prompt."""
+    """The image's number among those of its prompt."""
     recipe: Recipe
