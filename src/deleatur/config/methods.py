@@ -1,4 +1,4 @@
-"""Sections of params.yaml → objects of the methods they name."""
+"""Sections of params.yaml → the plug-ins that they select, with their hyperparameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 
 from deleatur import plugins
 from deleatur.attacks import Attack
-from deleatur.config.settings import Choice, Settings, explain, merged
+from deleatur.config.plugin_config import Hyperparameters, PluginSection
+from deleatur.config.settings import Settings, describe_errors, merged
 from deleatur.detectors import Detector
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError
@@ -17,107 +18,108 @@ from deleatur.guides import Guide
 from deleatur.inversion import Inverter
 from deleatur.metrics import Metric
 
-M = TypeVar("M", bound=BaseModel)
-
+P = TypeVar("P", bound=BaseModel)
 
 PLAIN_GUIDE = "cfg"
-"""The guide that plain diffusers draws with."""
+"""The guide that diffusers' own pipelines sample with."""
 
 
-def instantiate(shelf: str, base: type[M], name: str, numbers: Mapping[str, Any], where: str) -> M:
-    """The method `name` of a shelf with its numbers. Raises SettingsError naming each wrong key."""
-    found = plugins.find(shelf, name, base)
+def instantiate(kind: str, base: type[P], name: str, config: Mapping[str, Any], where: str) -> P:
+    """One plug-in with its hyperparameters. Raises SettingsError naming each wrong key below `where`."""
     try:
-        return found(**numbers)
+        return plugins.load(kind, name, base)(**config)
     except ValidationError as e:
-        raise SettingsError(explain(e, where), hint=f"deleatur methods {shelf}") from e
+        raise SettingsError(describe_errors(e, where), hint=f"deleatur methods {kind}") from e
 
 
-def configured(section: Choice, base: type[M], where: str, name: str | None = None) -> M:
-    """The method that a section uses, or the one named, with its numbers."""
+def configured(section: PluginSection, base: type[P], where: str, name: str | None = None) -> P:
+    """The plug-in that a section selects, or another one that is named, as the section configures it."""
     name = name or section.method
-    return instantiate(section.shelf, base, name, section.numbers(name), f"{where}.{name}")
+    return instantiate(section.kind, base, name, section.config(name), f"{where}.{name}")
 
 
 def guide(settings: Settings) -> Guide:
-    """Raises SettingsError for one that the sampler would finish without."""
-    found = configured(settings.guide, Guide, "guide")
-    late = {name: found.starts(name) for name in settings.targets if found.starts(name) >= settings.sample.steps}
+    """Raises SettingsError where the guide would first act after the sampler's last step."""
+    guide = configured(settings.guide, Guide, "guide")
+    steps = settings.sample.steps
+    late = {name: start for name in settings.targets if (start := guide.start_step(name)) >= steps}
     if late:
         names, first = ", ".join(late), min(late.values())
         raise SettingsError(
-            f"guide ({settings.guide.method}) steers away from {names} from step {first} on (its warm_up), and the "
-            f"sampler's steps are 0 to {settings.sample.steps - 1}: it would do nothing",
-            hint="lower the guide's warm_up, or raise sample.steps; then: deleatur check",
+            f"guide ({settings.guide.method}) steers away from {names} from step {first} on (warmup_steps), and the "
+            f"sampler's steps are 0 to {steps - 1}: it would have no effect",
+            hint="lower the guide's warmup_steps, or raise sample.steps; then: deleatur check",
         )
-    return found
+    return guide
 
 
 def eraser(settings: Settings) -> Eraser:
-    """Raises SettingsError also when the method does not fit one of the targets, or the guide."""
-    found = configured(settings.erase, Eraser, "erase")
-    found.fits(settings.targets)
-    if found.one_step is not None and settings.guide.method != PLAIN_GUIDE:
+    """Raises SettingsError where the method does not fit one of the targets, or the guide."""
+    eraser = configured(settings.erase, Eraser, "erase")
+    eraser.fits(settings.targets)
+    if eraser.one_step is not None and settings.guide.method != PLAIN_GUIDE:
         raise SettingsError(
-            f"guide.method: expected {PLAIN_GUIDE}, since what erase.method {settings.erase.method} makes draws in one "
-            f"call and nothing can steer it on the way, got {settings.guide.method}",
+            f"guide.method: expected {PLAIN_GUIDE}, since erase.method {settings.erase.method} makes a one-step "
+            f"generator, which no guide can steer, got {settings.guide.method}",
             hint=f"guide.method: {PLAIN_GUIDE}, or another erase.method; then: deleatur check",
         )
-    return found
+    return eraser
 
 
 def requires_custom_sampler(settings: Settings) -> str:
-    """What the candidate is drawn with that neither a version nor an export holds; empty: its weights are all."""
+    """What the candidate is sampled with that neither a version nor an export holds; "" where its weights are all."""
     if settings.guide.method != PLAIN_GUIDE:
         return f"the guide {settings.guide.method}"
     return "" if eraser(settings).one_step is None else "a sampler of one step"
 
 
 def attacks(settings: Settings, one_step: int | None) -> dict[str, Attack]:
-    """On weights that `one_step` is said of, as of a Delta. Raises SettingsError for one that has nothing to ask."""
-    given = settings.attack.methods
-    found = {name: instantiate("attacks", Attack, name, own, f"attack.methods.{name}") for name, own in given.items()}
-    if found and one_step is not None:
+    """By name. one_step: as in `Delta`; attacks query a network at every noise level, and are refused on such weights.
+
+    Raises SettingsError.
+    """
+    attacks = {
+        name: instantiate("attacks", Attack, name, config, f"attack.methods.{name}")
+        for name, config in settings.attack.methods.items()
+    }
+    if attacks and one_step is not None:
         raise SettingsError(
-            "attack.methods: expected none, since attacks ask what a network says at every noise level, and what the "
-            f"eraser makes draws from one alone; got {', '.join(found)}",
+            "attack.methods: expected none, since attacks query a network at every noise level, and this eraser makes "
+            f"a one-step generator; got {', '.join(attacks)}",
             hint="attack: {methods: {}}, or another erase.method; then: deleatur check",
         )
-    return found
+    return attacks
 
 
 def inverter(settings: Settings, concept: str, name: str | None = None) -> Inverter:
-    """The inversion method with the concept's own numbers over those of `invert`."""
-    name, own = name or settings.invert.method, settings.concepts[concept].invert
-    numbers = merged(settings.invert.numbers(name), own.get(name, {}))
-    return instantiate("inversion", Inverter, name, numbers, f"invert.{name} with concepts.{concept}.invert")
+    """The inversion method, with the concept's own hyperparameters over those of `invert`."""
+    name = name or settings.invert.method
+    config = merged(settings.invert.config(name), settings.concepts[concept].invert.get(name, {}))
+    return instantiate("inversion", Inverter, name, config, f"invert.{name} with concepts.{concept}.invert")
 
 
 def detectors(settings: Settings) -> dict[str, Detector]:
-    return _named("detectors", Detector, settings.evaluate.detectors)
+    """By the name that params.yaml gives them."""
+    return _aliased("detectors", Detector, settings.evaluate.detectors)
 
 
 def metrics(settings: Settings) -> dict[str, Metric]:
-    return _named("metrics", Metric, settings.evaluate.metrics)
+    """By the name that params.yaml gives them."""
+    return _aliased("metrics", Metric, settings.evaluate.metrics)
 
 
-def _named(shelf: str, base: type[M], section: Mapping[str, Mapping[str, Any]]) -> dict[str, M]:
-    """Methods that are used several at a time, each under a name of the user's, `method` among its numbers."""
-    out = {}
-    for name, given in section.items():
-        where, numbers = f"evaluate.{shelf}.{name}", dict(given)
-        if not isinstance(kind := numbers.pop("method", None), str):
-            raise SettingsError(
-                f"{where}: expected `method`, one of {shelf}, got {kind!r}", hint=f"deleatur methods {shelf}"
-            )
-        out[name] = instantiate(shelf, base, kind, numbers, where)
-    return out
+def _aliased(kind: str, base: type[P], section: Mapping[str, Hyperparameters]) -> dict[str, P]:
+    found = {}
+    for alias, values in section.items():
+        config = {key: value for key, value in values.items() if key != "method"}
+        found[alias] = instantiate(kind, base, values["method"], config, f"evaluate.{kind}.{alias}")
+    return found
 
 
-def in_use(settings: Settings) -> list[plugins.Method]:
-    """Every method that the chain runs, each once."""
-    named = [(section.shelf, section.method) for section in (settings.invert, settings.erase, settings.guide)]
+def in_use(settings: Settings) -> list[plugins.Plugin]:
+    """Every plug-in that the chain runs, once each."""
+    named = [(section.kind, section.method) for section in (settings.invert, settings.erase, settings.guide)]
     named += [("attacks", name) for name in settings.attack.methods]
-    for shelf, section in (("detectors", settings.evaluate.detectors), ("metrics", settings.evaluate.metrics)):
-        named += [(shelf, numbers["method"]) for numbers in section.values()]
-    return [plugins.method(shelf, name) for shelf, name in dict.fromkeys(named)]
+    for kind, section in (("detectors", settings.evaluate.detectors), ("metrics", settings.evaluate.metrics)):
+        named += [(kind, config["method"]) for config in section.values()]
+    return [plugins.get(kind, name) for kind, name in dict.fromkeys(named)]
