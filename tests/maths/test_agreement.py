@@ -1,4 +1,4 @@
-"""Agreement against published examples; careless raters lose their weight."""
+"""Agreement coefficients against published examples; unreliable raters lose weight."""
 
 from __future__ import annotations
 
@@ -15,75 +15,75 @@ D = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
 E = [".....34121133.3", "1.213343.......", "..21344.21133.4"]
 
 
-def judgements(lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    found = [(unit, int(c)) for line in lines for unit, c in enumerate(line) if c != "."]
-    units, values = np.array(found).T
+def ratings(lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(unit, int(c)) for line in lines for unit, c in enumerate(line) if c != "."]
+    units, values = np.array(pairs).T
     return units, values
 
 
 @pytest.mark.parametrize(("lines", "published"), [(B, 0.095), (D, 0.743), (E, 0.691)])
-def test_alpha_is_the_published_one(lines: list[str], published: float) -> None:
-    assert agreement.alpha(*judgements(lines)) == pytest.approx(published, abs=5e-4)
+def test_alpha_equals_the_published_value(lines: list[str], published: float) -> None:
+    assert agreement.krippendorff_alpha(*ratings(lines)) == pytest.approx(published, abs=5e-4)
 
 
-def test_alpha_at_its_ends() -> None:
-    assert agreement.alpha(*judgements(["0110", "0110"])) == 1
-    assert agreement.alpha(*judgements(["01", "10"])) < 0
-    assert np.isnan(agreement.alpha(*judgements(["01..", "..10"])))  # nobody judged what another judged
-    assert np.isnan(agreement.alpha(*judgements(["11", "11"])))  # no variation, no chance to disagree
-    assert np.isnan(agreement.alpha(np.array([], int), np.array([], int)))
+def test_alpha_of_perfect_agreement_and_undefined_cases() -> None:
+    assert agreement.krippendorff_alpha(*ratings(["0110", "0110"])) == 1
+    assert agreement.krippendorff_alpha(*ratings(["01", "10"])) < 0
+    assert np.isnan(agreement.krippendorff_alpha(*ratings(["01..", "..10"])))  # no unit was rated twice
+    assert np.isnan(agreement.krippendorff_alpha(*ratings(["11", "11"])))  # all values equal
+    assert np.isnan(agreement.krippendorff_alpha(np.array([], int), np.array([], int)))
 
 
-def test_tau_of_rankings() -> None:
+def test_kendall_tau_of_rankings() -> None:
     same, back, one_x = np.array([1.0, 2, 3]), np.array([3.0, 2, 1]), np.array([1, 2, np.inf])
     crossed = np.full(3, np.inf)
-    assert agreement.mean_tau([[same, same]]) == (pytest.approx(1), 1)
-    assert agreement.mean_tau([[same, back], [same, one_x]]) == (pytest.approx(0), 2)
-    assert agreement.mean_tau([[same, back, same]])[0] == pytest.approx(-1 / 3)
-    value, pairs = agreement.mean_tau([[same, crossed], [back]])
+    assert agreement.mean_kendall_tau([[same, same]]) == (pytest.approx(1), 1)
+    assert agreement.mean_kendall_tau([[same, back], [same, one_x]]) == (pytest.approx(0), 2)
+    assert agreement.mean_kendall_tau([[same, back, same]])[0] == pytest.approx(-1 / 3)
+    value, pairs = agreement.mean_kendall_tau([[same, crossed], [back]])
     assert np.isnan(value)
     assert pairs == 0
 
 
-def test_tau_is_scipys() -> None:
+def test_kendall_tau_equals_scipy() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         a, b = rng.permutation(5) + 1.0, rng.permutation(5) + 1.0
         a[rng.random(5) < 0.3], b[:1] = np.inf, np.inf
         known = stats.kendalltau(np.nan_to_num(a, posinf=9), np.nan_to_num(b, posinf=9)).statistic
-        assert agreement.mean_tau([[a, b]])[0] == pytest.approx(known, nan_ok=True)
+        assert agreement.mean_kendall_tau([[a, b]])[0] == pytest.approx(known, nan_ok=True)
 
 
 def crowd(accuracy: list[float], n: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Every rater judges every question; the truth comes last."""
+    """Votes of all raters on all questions, and the true answers."""
     rng = np.random.default_rng(3)
     truth = rng.random(n) < 0.4
-    right = rng.random((len(accuracy), n)) < np.array(accuracy)[:, None]
-    who, what = np.indices(right.shape)
-    return what.ravel(), who.ravel(), (right == truth).astype(float).ravel(), truth
+    correct = rng.random((len(accuracy), n)) < np.array(accuracy)[:, None]
+    rater, question = np.indices(correct.shape)
+    return question.ravel(), rater.ravel(), (correct == truth).astype(float).ravel(), truth
 
 
-def test_dawid_skene_finds_each_raters_accuracy() -> None:
+def test_one_coin_recovers_each_raters_accuracy() -> None:
     accuracy = [0.95, 0.85, 0.75, 0.5]
     *data, truth = crowd(accuracy)
     fit = agreement.one_coin(*data)
     assert fit.accuracy == pytest.approx(accuracy, abs=0.08)
-    assert agreement.weight(fit.accuracy)[3] < 0.2 < 0.4 < agreement.weight(fit.accuracy)[2]
+    assert agreement.vote_weight(fit.accuracy)[3] < 0.2 < 0.4 < agreement.vote_weight(fit.accuracy)[2]
     assert ((fit.truth > 0.5) == truth).mean() > 0.93
 
 
-def test_a_few_answers_leave_a_newcomer_near_the_prior() -> None:
+def test_few_votes_leave_a_new_rater_near_the_prior() -> None:
     fit = agreement.one_coin(np.array([0]), np.array([0]), np.array([1.0]))
     assert 0.7 < fit.accuracy[0] < 0.9
-    assert agreement.weight(np.array([0.2, 0.5, 1.0])).tolist() == [0, 0, 1]
+    assert agreement.vote_weight(np.array([0.2, 0.5, 1.0])).tolist() == [0, 0, 1]
 
 
-def test_leave_one_out_compares_with_the_others_only() -> None:
-    questions, who = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 2, 0, 1, 2])
-    share, compared = agreement.leave_one_out(questions, who, np.array([1.0, 1, 0, 1, 0, 1]))
-    # On question 0 raters 0 and 1 each face a tie of the other two; rater 2 stands alone against both.
+def test_leave_one_out_agreement_excludes_the_raters_own_vote() -> None:
+    questions, raters = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 2, 0, 1, 2])
+    share, compared = agreement.leave_one_out_agreement(questions, raters, np.array([1.0, 1, 0, 1, 0, 1]))
+    # On question 0, raters 0 and 1 each see a tie of the other two; rater 2 disagrees with both.
     assert share.tolist() == [0.25, 0.25, 0.0]
     assert compared.tolist() == [2, 2, 1]
-    alone, none = agreement.leave_one_out(np.array([0]), np.array([0]), np.array([1.0]))
+    alone, none = agreement.leave_one_out_agreement(np.array([0]), np.array([0]), np.array([1.0]))
     assert np.isnan(alone[0])
     assert none.tolist() == [0]

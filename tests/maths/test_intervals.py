@@ -1,4 +1,4 @@
-"""Intervals against hand calculation and published examples."""
+"""Confidence intervals against hand calculations and published examples."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from deleatur.maths import intervals
 Z = 1.959963984540054
 
 
-def own(n: int) -> np.ndarray:
-    """Every picture its own prompt."""
+def unclustered(n: int) -> np.ndarray:
+    """One cluster per image."""
     return np.arange(n)
 
 
@@ -39,9 +39,9 @@ def paired(gained: int, lost: int, n: int) -> np.ndarray:
     ],
 )
 def test_wilson(k: int, n: int, low: float, high: float) -> None:
-    found = intervals.rate(yes(k, n), own(n))
-    assert found.value == k / n
-    assert (found.low, found.high) == pytest.approx((low, high), abs=6e-5)
+    interval = intervals.rate(yes(k, n), unclustered(n))
+    assert interval.value == k / n
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=6e-5)
 
 
 def test_design_effect_by_hand() -> None:
@@ -51,18 +51,20 @@ def test_design_effect_by_hand() -> None:
 
 def test_design_effect_is_one_without_clusters_and_n_with_one_cluster() -> None:
     values = np.array([0.0, 1, 1, 0, 1])
-    assert intervals.design_effect(values, own(5)) == pytest.approx(1)
+    assert intervals.design_effect(values, unclustered(5)) == pytest.approx(1)
     assert intervals.design_effect(values, np.zeros(5, int)) == 5
 
 
-def test_identical_pictures_of_a_prompt_count_once() -> None:
+def test_identical_images_of_a_prompt_count_once() -> None:
     ten = yes(4, 10)
     fifty = np.repeat(ten, 5)
-    assert intervals.mean(fifty, np.repeat(own(10), 5)).low == pytest.approx(intervals.mean(ten, own(10)).low)
-    assert intervals.effective_size(fifty, np.repeat(own(10), 5)) < 10
+    assert intervals.mean(fifty, np.repeat(unclustered(10), 5)).low == pytest.approx(
+        intervals.mean(ten, unclustered(10)).low
+    )
+    assert intervals.effective_size(fifty, np.repeat(unclustered(10), 5)) < 10
 
 
-def test_few_prompts_say_less_even_when_nothing_was_found() -> None:
+def test_fewer_prompts_widen_the_interval_even_at_rate_zero() -> None:
     highs = [intervals.rate(np.zeros(50), np.arange(50) % prompts).high for prompts in (50, 25, 5, 2, 1)]
     assert highs == sorted(highs)
     assert highs[0] == pytest.approx(0.0713, abs=1e-4)
@@ -74,57 +76,57 @@ def test_few_prompts_say_less_even_when_nothing_was_found() -> None:
 def test_mean_is_the_textbook_t_interval() -> None:
     values = np.array([2.0, 4, 4, 5, 7, 8])  # mean 5, s² = 24/5
     half = stats.t.ppf(0.975, 5) * math.sqrt(24 / 5 / 6)
-    found = intervals.mean(values, own(6))
-    assert (found.value, found.low, found.high) == pytest.approx((5, 5 - half, 5 + half))
+    interval = intervals.mean(values, unclustered(6))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((5, 5 - half, 5 + half))
 
 
-def test_mean_of_one_prompt_is_unknown() -> None:
+def test_mean_of_one_prompt_has_an_infinite_interval() -> None:
     assert intervals.mean(np.array([1.0, 2, 3]), np.zeros(3, int)).high == math.inf
 
 
 def test_difference_is_bonett_and_price() -> None:
     # The example of statpsych::ci.prop.ps (f00 12, f01 4, f10 26, f11 6): 0.44, [0.2548067, 0.6251933]
-    found = intervals.difference(paired(26, 4, 48), own(48))
-    assert found.value == pytest.approx(22 / 48)
-    assert (found.low, found.high) == pytest.approx((0.2548067, 0.6251933), abs=1e-7)
+    interval = intervals.difference(paired(26, 4, 48), unclustered(48))
+    assert interval.value == pytest.approx(22 / 48)
+    assert (interval.low, interval.high) == pytest.approx((0.2548067, 0.6251933), abs=1e-7)
 
 
-def test_no_pair_differs_is_no_certainty() -> None:
-    found = intervals.difference(np.zeros(50), own(50))
+def test_zero_differences_still_have_a_width() -> None:
+    interval = intervals.difference(np.zeros(50), unclustered(50))
     half = Z * math.sqrt(2 / 52 / 52)  # p̃ = 1/52 each, centre 0
-    assert (found.value, found.low, found.high) == pytest.approx((0, -half, half))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0, -half, half))
 
 
-def test_difference_of_measurements_is_the_t_interval() -> None:
+def test_difference_of_continuous_values_is_the_t_interval() -> None:
     values = np.array([0.1, -0.2, 0.3, 0.05])
-    assert intervals.difference(values, own(4)) == intervals.mean(values, own(4))
+    assert intervals.difference(values, unclustered(4)) == intervals.mean(values, unclustered(4))
 
 
 @given(st.data(), st.integers(2, 60), st.sampled_from([0.8, 0.9, 0.95, 0.99]))
 def test_intervals_contain_their_value_and_stay_in_range(data: st.DataObject, n: int, level: float) -> None:
     clusters = np.array(data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n)))
     values = np.array(data.draw(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=n, max_size=n)))
-    for found, least in (
+    for interval, least in (
         (intervals.rate(np.abs(values), clusters, level), 0),
         (intervals.difference(values, clusters, level), -1),
     ):
-        assert least <= found.low <= found.value <= found.high <= 1
-        assert found.low < found.high
+        assert least <= interval.low <= interval.value <= interval.high <= 1
+        assert interval.low < interval.high
 
 
 @given(st.integers(1, 200), st.data())
-def test_more_yes_never_lowers_either_end(n: int, data: st.DataObject) -> None:
+def test_more_positives_never_lower_either_end(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, n - 1))
-    less, more = intervals.rate(yes(k, n), own(n)), intervals.rate(yes(k + 1, n), own(n))
+    less, more = intervals.rate(yes(k, n), unclustered(n)), intervals.rate(yes(k + 1, n), unclustered(n))
     assert less.low <= more.low
     assert less.high <= more.high
 
 
 @pytest.mark.parametrize(("k", "n", "limit"), [(0, 50, 0.05), (2, 100, 0.05), (10, 40, 0.4), (30, 100, 0.2)])
-def test_the_size_it_names_is_the_one_that_decides(k: int, n: int, limit: float) -> None:
-    found, p = intervals.rate(yes(k, n), own(n)), k / n
-    end = found.high if p < limit else found.low
-    size = intervals.size_to_clear(p, end, limit, n, share=True)
+def test_sample_size_to_reach_is_the_smallest_that_decides(k: int, n: int, limit: float) -> None:
+    interval, p = intervals.rate(yes(k, n), unclustered(n)), k / n
+    end = interval.high if p < limit else interval.low
+    size = intervals.sample_size_to_reach(p, end, limit, n, proportion=True)
     assert size is not None
 
     def clears(size: int) -> bool:
@@ -136,7 +138,7 @@ def test_the_size_it_names_is_the_one_that_decides(k: int, n: int, limit: float)
     assert not clears(size - 1)
 
 
-def test_size_of_a_mean_grows_with_the_square() -> None:
-    assert intervals.size_to_clear(-0.01, -0.05, -0.03, 100, share=False) == 400
-    assert intervals.size_to_clear(0.3, 0.4, 0.3, 100, share=False) is None
-    assert intervals.size_to_clear(0.3, 0.4, 0.2, 100, share=False) is None
+def test_sample_size_of_a_mean_grows_quadratically() -> None:
+    assert intervals.sample_size_to_reach(-0.01, -0.05, -0.03, 100, proportion=False) == 400
+    assert intervals.sample_size_to_reach(0.3, 0.4, 0.3, 100, proportion=False) is None
+    assert intervals.sample_size_to_reach(0.3, 0.4, 0.2, 100, proportion=False) is None

@@ -1,1 +1,1 @@
-"""Tensors in, tensors out. Knows torch and nothing of ours."""
+"""Pure functions on tensors and arrays."""

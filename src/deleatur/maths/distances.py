@@ -1,4 +1,4 @@
-"""Distances between sets and pairs of pictures, from their features."""
+"""Distances between sets and pairs of images, from their features."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def frechet(x: Tensor, y: Tensor) -> float:
-    """Fréchet distance of two Gaussians fitted to feature rows x (n, d) and y (m, d) (Heusel et al. 2017, eq. 6).
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Fréchet distance of Gaussians fitted to feature rows x (n, d) and y (m, d) (Heusel et al. 2017, eq. 6).
 
     |μ_x − μ_y|² + tr(Σ_x + Σ_y − 2 (Σ_x Σ_y)^½), in float64. With Σ_x = A_xᵀ A_x and Σ_y = A_yᵀ A_y, the trace of the
-    root is the sum of the singular values of A_x A_yᵀ: no covariance is made, and few rows cost little.
+    square root is the sum of the singular values of A_x A_yᵀ: no (d, d) covariance is formed, so few rows are cheap.
     """
     x, y = x.double(), y.double()
     a_x, a_y = _factor(x), _factor(y)
@@ -27,6 +27,6 @@ def _factor(x: Tensor) -> Tensor:
     return out
 
 
-def cosine(x: Tensor, y: Tensor) -> Tensor:
+def cosine_similarity(x: Tensor, y: Tensor) -> Tensor:
     """Cosine of matching rows, (n,)."""
     return F.cosine_similarity(x, y, dim=-1)

@@ -1,4 +1,4 @@
-"""How two predictions become one."""
+"""Combination of noise predictions."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def cfg(eps_0: Tensor, eps_p: Tensor, s_g: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): ε₀ + s_g (ε_p − ε₀). s_g = 1 is the plain conditional model."""
+    """Classifier-free guidance (Ho & Salimans 2022): ε₀ + s_g (ε_p − ε₀). s_g = 1: the conditional prediction."""
     return eps_0 + s_g * (eps_p - eps_0)

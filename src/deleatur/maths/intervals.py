@@ -1,11 +1,10 @@
-"""Intervals of shares, means and paired differences when pictures come in clusters, one cluster per prompt.
+"""Confidence intervals of proportions, means and paired differences of clustered images, one cluster per prompt.
 
-Pictures of one prompt resemble each other, so n pictures of few prompts are not n observations. Two things follow,
-and every interval here pays for both: the variance is larger (`design_effect`), and how much larger is itself known
-from few prompts only (Student's t with prompts − 1 degrees of freedom). When the prompt itself is the subject, give
-every picture a cluster of its own.
+Images of one prompt resemble each other, so n images of few prompts are fewer than n independent observations. All
+intervals account for two consequences: the variance is larger (`design_effect`), and it is itself estimated from few
+prompts (Student's t with prompts − 1 degrees of freedom). To treat images as independent, give each its own cluster.
 
-n: pictures          G: clusters          y: values          z, t: quantiles of the normal and of Student's t
+n: images          G: clusters          y: values          z, t: quantiles of the normal and of Student's t
 """
 
 from __future__ import annotations
@@ -23,16 +22,18 @@ Clusters = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Interval:
+    """A point estimate with its confidence interval."""
+
     value: float
     low: float
     high: float
 
 
 def design_effect(values: Array, clusters: Clusters) -> float:
-    """How much less a clustered sample says than an independent one (Kish 1965): variance ratio, at least 1.
+    """Variance of the mean of clustered values relative to independent ones (Kish 1965), at least 1.
 
-    G/(G−1) Σ_g (Σ_{i∈g} y_i − ȳ)² / n²   over   s²/n; exactly 1 when every picture has a cluster of its own.
-    One cluster is one observation. Values that are all equal say nothing about it, and count as independent.
+    G/(G−1) Σ_g (Σ_{i∈g} y_i − ȳ)² / n²   over   s²/n; exactly 1 when every image is its own cluster.
+    One cluster counts as one observation. Equal values carry no information on it and count as independent.
     """
     n, groups = len(values), np.unique(clusters).size
     if groups < 2:
@@ -46,10 +47,10 @@ def design_effect(values: Array, clusters: Clusters) -> float:
 
 
 def effective_size(values: Array, clusters: Clusters, level: float = 0.95) -> float:
-    """The number of independent pictures that would say as much (Korn & Graubard 1998).
+    """Effective sample size: the number of independent images with the same precision (Korn & Graubard 1998).
 
-    n / design effect · (t_{n−1} / t_{G−1})²: the second factor is what keeps "0 of 50", where no design effect can
-    be seen, from looking equally sure with 50 prompts (50 pictures' worth) and with 5 (26 pictures' worth).
+    n / design effect · (t_{n−1} / t_{G−1})². The second factor matters where no design effect can be observed: "0 of
+    50" counts as 50 independent images when it comes from 50 prompts, and as 26 when it comes from 5.
     """
     n, groups = len(values), np.unique(clusters).size
     if groups < 2:
@@ -59,7 +60,7 @@ def effective_size(values: Array, clusters: Clusters, level: float = 0.95) -> fl
 
 
 def rate(values: Array, clusters: Clusters, level: float = 0.95) -> Interval:
-    """A share of yes-es (1) among answers (0 or 1) with its Wilson score interval at the effective sample size."""
+    """A proportion of binary values (0 or 1) with its Wilson score interval at the effective sample size."""
     n, z = effective_size(values, clusters, level), _normal(level)
     p = float(values.mean())
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -68,7 +69,7 @@ def rate(values: Array, clusters: Clusters, level: float = 0.95) -> Interval:
 
 
 def mean(values: Array, clusters: Clusters, level: float = 0.95) -> Interval:
-    """A mean with its t interval over clusters. Of fewer than two clusters nothing is known: the whole real line."""
+    """A mean with its t interval over clusters; infinite for fewer than two clusters."""
     n, m, groups = len(values), float(values.mean()), np.unique(clusters).size
     if groups < 2:
         return Interval(m, -math.inf, math.inf)
@@ -80,9 +81,9 @@ def mean(values: Array, clusters: Clusters, level: float = 0.95) -> Interval:
 def difference(values: Array, clusters: Clusters, level: float = 0.95) -> Interval:
     """The mean of paired differences (from equal noise) with its interval.
 
-    Differences of yes/no answers (all −1, 0 or 1): Bonett & Price 2012, the Wald interval after adding one to each of
+    Differences of binary values (all −1, 0 or 1): Bonett & Price 2012, the Wald interval after adding one to each of
     the two discordant counts and two to n, at the effective sample size; so "no pair differs" has a width too.
-    Anything else: the t interval of `mean`.
+    Other values: the t interval of `mean`.
     """
     if not np.isin(values, (-1, 0, 1)).all():
         return mean(values, clusters, level)
@@ -93,16 +94,16 @@ def difference(values: Array, clusters: Clusters, level: float = 0.95) -> Interv
     return Interval(float(values.mean()), max(-1.0, centre - half), min(1.0, centre + half))
 
 
-def size_to_clear(value: float, end: float, limit: float, n: int, *, share: bool) -> int | None:
-    """About how many pictures it takes until the interval's `end` reaches `limit`, if the value stays what it is.
+def sample_size_to_reach(value: float, end: float, limit: float, n: int, *, proportion: bool) -> int | None:
+    """About how many images it takes until the interval's `end` reaches `limit`, if the value stays the same.
 
-    `share`: the numbers are shares, and the end is Wilson's, which solves n (end − value)² = z² end (1 − end); so the
-    answer needs neither z nor the design effect, which stays what it was. Otherwise the width goes as 1/√n.
-    None when the value is not on the near side of the limit, or so close that nobody draws so many pictures (10⁹).
+    `proportion`: the values are proportions and the end is Wilson's, which solves n (end − value)² = z² end (1 − end),
+    so neither z nor the (unchanged) design effect is needed. Otherwise the width scales as 1/√n.
+    None when the value is not on the near side of the limit, or when it would take more than 10⁹ images.
     """
     if (limit - value) * (end - value) <= 0:
         return None
-    spread = limit * (1 - limit) / (end * (1 - end)) if share and 0 < end < 1 else 1.0
+    spread = limit * (1 - limit) / (end * (1 - end)) if proportion and 0 < end < 1 else 1.0
     ratio = (end - value) / (limit - value)
     size = n * spread * ratio * ratio
     return math.ceil(size - 1e-9) if size <= 1e9 else None
