@@ -1,8 +1,9 @@
-"""What a person at a terminal meets: help that teaches, errors that name the next command, exit codes."""
+"""The command line: help texts, error messages that name the next command, exit codes."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from typer.testing import CliRunner
 
 from deleatur import plugins
 from deleatur.cli import app
-from deleatur.cli import here as here_is
 
 run = CliRunner().invoke
 
@@ -30,7 +30,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(project)
     return project
 
@@ -47,34 +47,34 @@ def write(path: Path, **changes: Any) -> str:
     return str(path)
 
 
-def test_help_lists_commands_and_exit_codes() -> None:
-    out = run(app, ["--help"]).output
-    for word in (
-        "demo",
-        "check",
-        "stage",
-        "methods",
-        "report",
-        "explain",
-        "export",
-        "approve",
-        "decline",
-        "rollback",
-        "history",
-        "75",
-    ):
-        assert word in out
+GROUPS = {
+    "Pipeline": ["demo", "check", "stage", "methods", "schema"],
+    "Results": ["report", "explain", "compare", "export"],
+    "Registry": ["approve", "decline", "rollback", "quarantine", "verify", "history", "settle"],
+    "Operations": ["canary", "emergency", "doctor", "backup", "restore", "exporter"],
+}
 
 
-def test_help_answers_without_heavy_imports() -> None:
+def test_help_lists_the_commands_of_each_group_and_the_exit_codes() -> None:
+    output = run(app, ["--help"], env={"COLUMNS": "120"}).output
+    panels = re.findall(r"^╭─ (\w+) ─+╮$(.*?)^╰─", output, re.MULTILINE | re.DOTALL)
+    listed = {title: re.findall(r"^│ ([a-z]+) ", lines, re.MULTILINE) for title, lines in panels if title != "Options"}
+    assert listed == GROUPS
+    assert "75 interrupted" in output
+
+
+@pytest.mark.parametrize("command", [None, *(name for names in GROUPS.values() for name in names)])
+def test_help_loads_no_heavy_library(command: str | None) -> None:
     code = (
-        "import sys, deleatur.cli; print([m for m in ('torch', 'mlflow', 'diffusers', 'pandas') if m in sys.modules])"
+        "import sys; from deleatur.cli import app; app(standalone_mode=False); "
+        "print([m for m in ('torch', 'mlflow', 'diffusers', 'pandas', 'dvc') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
+    arguments = [sys.executable, "-c", code, *([command] if command else []), "--help"]
+    output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert output.endswith("[]\n")
 
 
-def test_check_accepts_the_project_and_speaks_json(here: Path) -> None:
+def test_check_accepts_the_project_and_prints_json(in_project: Path) -> None:
     result = run(app, ["check", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["ok"]
@@ -83,22 +83,22 @@ def test_check_accepts_the_project_and_speaks_json(here: Path) -> None:
 RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
 
 
-def test_a_rule_about_a_role_is_one_about_each_concept_of_it(here: Path) -> None:
+def test_a_rule_about_a_role_is_one_about_each_concept_of_it(in_project: Path) -> None:
     weapon = yaml.safe_load(Path("params.yaml").read_text("utf-8"))["concepts"]["weapon"]
     rule = {**RULE, "metric": "concept_rate", "slice": "word", "min_n": 2 * len(weapon["words"])}
     both = {"targets": ["weapon", "other"], "concepts__other": weapon, "sample__per_prompt__word": 1}
-    result = run(app, ["check", "--params", write(here / "two.yaml", **both, gate__rules={"gone": rule})])
+    result = run(app, ["check", "--params", write(in_project / "two.yaml", **both, gate__rules={"gone": rule})])
     assert f"min_n of at most {len(weapon['words'])}, " in result.output
 
 
-def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
+def test_an_error_of_the_operating_system_is_a_message(in_project: Path) -> None:
     result = run(app, ["export", f"{'x' * 300}/erased"])  # no file system takes such a name
     assert (result.exit_code, type(result.exception)) == (3, SystemExit), result.output
     assert "File name too long" in result.output
 
 
 @pytest.mark.parametrize(
-    ("code", "changes", "said"),
+    ("code", "changes", "message"),
     [
         (2, {"sede": 3}, "sede"),
         (2, {"targets": ["unknown"]}, "unknown"),
@@ -115,16 +115,21 @@ def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
         (2, {"invert__textual_inversion": {"tokens": 2}}, "tokens"),
         (2, {"concepts__weapon__invert": {"tokens": 2}}, "'tokens' is not a key here"),
         (2, {"concepts__weapon__invert": {"hfi": {"tokns": 2}}}, "tokns"),
-        (2, {"concepts__weapon__found": {"detector": "judge", "labels": ["gum"]}}, "no label 'gum'; near are gun"),
+        (2, {"concepts__weapon__found": {"detector": "judge", "labels": ["gum"]}}, "no label 'gum'; closest: gun"),
         (2, {"concepts__weapon__found": {"detector": "jugde", "labels": ["gun"]}}, "got 'jugde'"),
         (2, {"concepts__weapon__found": {"detector": "judge", "labels": []}}, "found.labels"),
         (2, {"concepts__weapon__words": []}, "concepts.weapon.words"),
         (2, {"guide__cfg__scale": "much"}, "scale"),
         (2, {"guide__cfg__scale": float("nan")}, "scale"),
-        (2, {"guide": {"method": "sld", "sld": {"warm_up": 2}}}, "weapon from step 2 on"),
+        (2, {"guide": {"method": "sld", "sld": {"warmup_steps": 2}}}, "weapon from step 2 on"),
         (
             2,
-            {"guide": {"method": "sega", "sega": {"concepts": {"weapon": {"warm_up": 9}}, "edit": {"warm_up": 0}}}},
+            {
+                "guide": {
+                    "method": "sega",
+                    "sega": {"concepts": {"weapon": {"warmup_steps": 9}}, "edit": {"warmup_steps": 0}},
+                }
+            },
             "step 9",
         ),
         (2, {"guide": {"method": "sld", "sld": {"preset": "most"}}}, "preset"),
@@ -142,7 +147,7 @@ def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
         (2, {"sample__champion": "nope"}, "models:/NAME/NUMBER"),
         (2, {"register__tracking_uri": "nonsense"}, "expected sqlite:///FILE"),
         (2, {"evaluate__metrics__nude": {"method": "nudity", "cutoff": 5}}, "cutoff"),
-        (2, {"erase__sdd__loop": {"stop_at": 0.1}}, "stop_at needs looks"),
+        (2, {"erase__sdd__loop": {"target_rate": 0.1}}, "stop_at needs looks"),
         (
             2,
             {"gate__rules": {"a": {**RULE, "side": "champion", "versus": "base"}}},
@@ -168,7 +173,7 @@ def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
         (2, {"gate__rules": {"r": {**RULE, "slice": "unsen"}}}, "expected a slice that is measured"),
         (2, {"gate__rules": {"r": {**RULE, "metric": "clip"}}}, "expected a metric that is measured"),
         (2, {"gate__rules": {"r": {**RULE, "metric": "concept_rate"}}}, "numbers of prompts that ask for a concept"),
-        (2, {"gate__rules": {"r": {**RULE, "metric": "frechet", "versus": "base"}}}, "a number by itself"),
+        (2, {"gate__rules": {"r": {**RULE, "metric": "frechet", "versus": "base"}}}, "which has no baseline"),
         (2, {"gate__rules": {"r": {**RULE, "min_n": 10**6}}}, "expected min_n of at most"),
         (2, {"sample__per_prompt__unseen": 0}, "expected a slice that is measured"),
         (3, {"ingest__sources": ["nowhere/*.jsonl"]}, "nowhere/*.jsonl, found no file"),
@@ -182,12 +187,12 @@ def test_what_the_machine_refuses_is_a_message(here: Path) -> None:
         (4, {"evaluate__detectors__judge__path": "models/none"}, "evaluate.detectors.judge: no folder models/none"),
     ],
 )
-def test_a_wrong_setting_is_named_and_the_next_command_given(
-    here: Path, code: int, changes: dict[str, Any], said: str
+def test_a_wrong_setting_is_named_with_the_next_command(
+    in_project: Path, code: int, changes: dict[str, Any], message: str
 ) -> None:
-    result = run(app, ["check", "--params", write(here / "wrong.yaml", **changes)])
+    result = run(app, ["check", "--params", write(in_project / "wrong.yaml", **changes)])
     assert (result.exit_code, type(result.exception)) == (code, SystemExit), result.output
-    assert said in result.output
+    assert message in result.output
     assert "Next: " in result.output
 
 
@@ -197,18 +202,18 @@ def test_a_wrong_setting_is_named_and_the_next_command_given(
         {"erase__method": "keep"},
         {"invert__method": "textual_inversion"},
         {"invert__method": "textual_inversion", "concepts__weapon__invert": {"hfi": {"tokens": 3}}},
-        {"ingest__sources": ["{here}/feedback/*.jsonl"]},
+        {"ingest__sources": ["{project}/feedback/*.jsonl"]},
     ],
 )
-def test_another_method_needs_another_name_and_nothing_else(here: Path, changes: dict[str, Any]) -> None:
-    path = Path(write(here / "other.yaml", **changes))
-    path.write_text(path.read_text().replace("{here}", str(here)))
+def test_selecting_another_method_needs_its_name_and_nothing_else(in_project: Path, changes: dict[str, Any]) -> None:
+    path = Path(write(in_project / "other.yaml", **changes))
+    path.write_text(path.read_text().replace("{project}", str(in_project)))
     result = run(app, ["check", "--params", str(path)])
     assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"seed: \xff", "not YAML in UTF-8"),
         (b"seed: [", "not YAML"),
@@ -217,12 +222,12 @@ def test_another_method_needs_another_name_and_nothing_else(here: Path, changes:
         (b"", "valid dictionary"),
     ],
 )
-def test_a_file_that_holds_no_settings_is_refused_in_words(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_without_settings_is_refused_with_a_message(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_bytes(content)
     result = run(app, ["check", "--params", str(path)])
     assert (result.exit_code, type(result.exception)) == (2, SystemExit)
-    assert said in result.output
+    assert message in result.output
 
 
 def truncate(path: Path) -> None:
@@ -258,12 +263,12 @@ def relabel(path: Path) -> None:
         (3, "prompts/weapon.csv", delete),
     ],
 )
-def test_check_looks_into_the_files(
+def test_check_reads_the_files(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, file: str, spoil: Callable[[Path], None]
 ) -> None:
     root = shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(root)
-    assert run(app, ["check"]).exit_code == 0, "whole before"
+    assert run(app, ["check"]).exit_code == 0, "complete before"
     spoil(root / file)
     result = run(app, ["check"])
     assert (result.exit_code, type(result.exception)) == (code, SystemExit), result.output
@@ -274,95 +279,76 @@ def test_check_looks_into_the_files(
     "guide",
     [
         {"method": "negative", "negative": {"scale": 4}},
-        {"method": "sld", "sld": {"preset": "strong", "warm_up": 1}},
-        {"method": "sega", "sega": {"edit": {"warm_up": 5}, "concepts": {"weapon": {"warm_up": 0, "strength": 6}}}},
+        {"method": "sld", "sld": {"preset": "strong", "warmup_steps": 1}},
+        {
+            "method": "sega",
+            "sega": {"edit": {"warmup_steps": 5}, "concepts": {"weapon": {"warmup_steps": 0, "strength": 6}}},
+        },
     ],
 )
-def test_a_guide_is_chosen_by_name(here: Path, guide: dict[str, Any]) -> None:
-    result = run(app, ["check", "--params", write(here / "guided.yaml", guide=guide)])
+def test_a_guide_is_selected_by_name(in_project: Path, guide: dict[str, Any]) -> None:
+    result = run(app, ["check", "--params", write(in_project / "guided.yaml", guide=guide)])
     assert result.exit_code == 0, result.output
     assert f"guide: {guide['method']}" in result.output
 
 
-def test_no_params_file_says_where_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_params_file_names_the_project_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(app, ["check"])
     assert result.exit_code == 2
     assert "project's root" in result.output
 
 
-def test_explain_before_the_chain_ran_says_what_to_type(here: Path) -> None:
+def test_explain_before_the_chain_has_run_names_the_command_to_run(in_project: Path) -> None:
     result = run(app, ["explain"])
     assert result.exit_code == 3
     assert "deleatur demo" in result.output
 
 
-def test_an_unknown_stage_lists_the_stages(here: Path) -> None:
+def test_an_unknown_stage_lists_the_stages(in_project: Path) -> None:
     result = run(app, ["stage", "sweep"])
     assert result.exit_code == 2
     assert "ingest, reward, invert" in result.output
 
 
-def test_methods_prints_numbers_with_choices_and_meaning() -> None:
-    numbers = json.loads(run(app, ["methods", "erasers", "--json"]).output)["erasers"]["sdd"]["numbers"]
-    assert numbers["loop.iterations"]["default"] == 1500
-    assert numbers["order"]["choices"] == ["paper", "code", "single"]
-    assert "xattn_kv" in numbers["loop.train"]["choices"]
-    shown = run(app, ["methods", "erasers"]).output
-    assert "paper | code | single" in shown
-    assert "Learning rate of AdamW" in shown
+def test_methods_prints_hyperparameters_with_choices_and_meaning() -> None:
+    fields = json.loads(run(app, ["methods", "erasers", "--json"]).output)["erasers"]["sdd"]["hyperparameters"]
+    assert fields["loop.iterations"]["default"] == 1500
+    assert fields["order"]["choices"] == ["paper", "code", "single"]
+    assert "xattn_kv" in fields["loop.train"]["choices"]
+    output = run(app, ["methods", "erasers"]).output
+    assert "paper | code | single" in output
+    assert "Learning rate of AdamW" in output
     guides = json.loads(run(app, ["methods", "guides", "--json"]).output)["guides"]
     assert set(guides) == {"cfg", "negative", "sld", "sega"}
     assert all("arXiv" in guides[name]["source"] for name in ("cfg", "sld", "sega"))
-    assert all(number["meaning"] for guide in guides.values() for number in guide["numbers"].values())
+    assert all(field["meaning"] for guide in guides.values() for field in guide["hyperparameters"].values())
     assert run(app, ["methods", "nonsense"]).exit_code == 2
 
 
-@pytest.mark.parametrize("activated", [True, False])
-def test_commands_are_printed_as_they_work_in_this_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activated: bool
-) -> None:
-    folder = tmp_path / ".venv" / "bin"
-    folder.mkdir(parents=True)
-    for name in ("deleatur", "dvc", "python"):
-        (folder / name).write_text(f'#!/bin/sh\necho {name} of the project "$@"; command -v deleatur || true\n')
-        (folder / name).chmod(0o755)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "executable", str(folder / "python"))
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if activated else "/usr/bin:/bin")
-    for command in ("deleatur report --open", "dvc exp run -S 'targets=[vice]'", "correct it, then: deleatur check"):
-        printed = here_is(command)
-        assert (printed == command) == activated
-        line = printed.rpartition("then: ")[2]
-        said = subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout
-        assert said.startswith(f"{'dvc' if 'dvc' in command else 'deleatur'} of the project")
-        if "dvc" in command:
-            assert str(folder / "deleatur") in said, "DVC finds it too"
-
-
-def test_check_says_what_the_chain_takes(here: Path) -> None:
-    done = run(app, ["check", "--json"])
-    assert done.exit_code == 0, done.output
-    lines = {line["name"]: line for line in json.loads(done.output)["cost"]}
+def test_check_estimates_what_the_chain_takes(in_project: Path) -> None:
+    result = run(app, ["check", "--json"])
+    assert result.exit_code == 0, result.output
+    lines = {line["name"]: line for line in json.loads(result.output)["cost"]}
     assert list(lines) == ["invert", "erase", "attack", "sample"]
     erase = lines["erase"]
     assert erase["method"] == "sdd"
     assert erase["cost"]["work"]["backward"] == 6 * (2 + 2), "six iterations of two states, and two preserved ones"
     assert erase["cost"]["trained"] > 0
     assert all(line["seconds"] > 0 and line["cost"]["memory"] > 0 for line in lines.values())
-    said = run(app, ["check"]).output
-    assert "What the chain takes on this machine" in said
+    output = run(app, ["check"]).output
+    assert "What the chain takes on this machine" in output
 
 
 @pytest.mark.slow
-def test_methods_tells_costs_for_stable_diffusion_and_here(here: Path) -> None:
-    found = json.loads(run(app, ["methods", "erasers", "--cost", "--json"]).output)
-    sd, own = ({line["method"]: line["cost"] for line in found[key]} for key in ("Stable Diffusion 1.4", "here"))
-    assert set(sd) == set(own) == set(plugins.names("erasers"))
+def test_methods_estimates_costs_on_stable_diffusion_and_on_this_machine(in_project: Path) -> None:
+    costs = json.loads(run(app, ["methods", "erasers", "--cost", "--json"]).output)
+    sd, local = ({line["method"]: line["cost"] for line in costs[key]} for key in ("Stable Diffusion 1.4", "here"))
+    assert set(sd) == set(local) == set(plugins.names("erasers"))
     assert sd["esd"]["trained"] == 43_962_560
     assert sd["uce"]["operations"] == 0
     assert sd["safegen"]["operations"] > sd["esd"]["operations"] / 10
-    assert own["sdd"]["work"]["backward"] == 6 * (2 + 2)
-    said = run(app, ["methods", "attacks", "--cost"]).output
-    assert "Stable Diffusion 1.4" in said
-    assert "concept_inversion" in said
+    assert local["sdd"]["work"]["backward"] == 6 * (2 + 2)
+    output = run(app, ["methods", "attacks", "--cost"]).output
+    assert "Stable Diffusion 1.4" in output
+    assert "concept_inversion" in output

@@ -1,4 +1,4 @@
-"""`deleatur demo` in a project of its own: what was wrong with a stage is what it ends with."""
+"""`deleatur demo`: verdict, next commands, the error of a failed stage, interruption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import finished
 import pytest
 from killed import running
 
-from deleatur.errors import ContinueMe
+from deleatur.errors import Interrupted
 
 pytestmark = pytest.mark.slow
 
@@ -25,20 +25,20 @@ def project(tmp_path: Path, shared: Path) -> Path:
 
 
 def demo(project: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Where no venv is activated."""
-    from deleatur.storage.dvc import environment
+    """Runs in a shell without an activated virtual environment."""
+    from deleatur.storage.processes import environment
 
     bare = environment() | {"PATH": "/usr/bin:/bin", "COLUMNS": "200"}
     command = [sys.executable, "-m", "deleatur", "demo", *options]
     return subprocess.run(command, cwd=project, env=bare, capture_output=True, text=True)
 
 
-def test_a_finished_chain_is_registered_and_says_what_to_type_next(project: Path) -> None:
+def test_a_finished_chain_is_registered_and_prints_the_next_commands(project: Path) -> None:
     done = demo(project)
     assert done.returncode == 0, done.stderr
     assert "Verdict: pass" in done.stdout
     assert "Up to date: ingest, reward, invert, erase, attack, sample, evaluate, gate" in done.stderr
-    assert f"{Path(sys.executable).parent}/deleatur report --open" in done.stdout
+    assert "  deleatur report --open" in done.stdout
     assert "deleatur export erased" in done.stdout
     found = json.loads(demo(project, "--json").stdout)
     assert found["verdict"]["outcome"] == "pass"
@@ -47,29 +47,29 @@ def test_a_finished_chain_is_registered_and_says_what_to_type_next(project: Path
 
 
 @pytest.mark.parametrize(
-    ("code", "file", "old", "new", "said"),
+    ("code", "file", "old", "new", "message"),
     [
         (4, "models/clip/config.json", "{", "[", "ModelError: reward: "),
         (3, "prompts/weapon.csv", "concept", "consept", "DataError: prompts/weapon.csv, line 2: role"),
         (2, "params.yaml", "seed: 42", "sede: 42", "SettingsError: params.yaml has 2 problem"),
     ],
 )
-def test_a_stages_own_error_is_what_demo_ends_with(
-    project: Path, code: int, file: str, old: str, new: str, said: str
+def test_demo_ends_with_the_error_of_the_failed_stage(
+    project: Path, code: int, file: str, old: str, new: str, message: str
 ) -> None:
     path = project / file
     path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
     done = demo(project)
     assert done.returncode == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Next: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(project: Path) -> None:
+def test_ctrl_c_interrupts_the_stage_and_prints_how_to_resume(project: Path) -> None:
     path = project / "params.yaml"
     path.write_text(path.read_text("utf-8").replace("source: token", "source: words"), "utf-8")
-    us = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "deleatur", "demo"],
         cwd=project,
         stdout=subprocess.PIPE,
@@ -77,11 +77,11 @@ def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(project: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
-    while not list(running("erase", us.pid)):
-        assert us.poll() is None
+    while not list(running("erase", process.pid)):
+        assert process.poll() is None
         time.sleep(0.05)
-    us.send_signal(signal.SIGINT)
-    _, said = us.communicate(timeout=120)
-    assert us.returncode == ContinueMe.exit_code
-    assert "ContinueMe: erase was stopped" in said
-    assert "deleatur demo (goes on there)" in said
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == Interrupted.exit_code
+    assert "Interrupted: erase was interrupted" in stderr
+    assert "deleatur demo (resumes)" in stderr

@@ -1,0 +1,118 @@
+"""What the commands share: consoles, options, error messages, tables of estimates."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from deleatur.errors import DataError, DeleaturError, ServiceError
+
+if TYPE_CHECKING:
+    from deleatur.config.settings import Settings
+    from deleatur.operations.estimate import Estimate
+
+# Highlighting would colour every number and path; what matters is marked up by hand.
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+VERDICT_EXIT_CODES = {"pass": 0, "fail": 10, "not enough evidence": 11}
+
+PARAMS = Path("params.yaml")
+
+ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The settings file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Operator = Annotated[str, typer.Option("--as", metavar="NAME", help="Who makes this decision; recorded in the ledger.")]
+Reason = Annotated[str, typer.Option("--reason", metavar="WHY", help="Why; recorded in the ledger.")]
+CommaSeparated = Annotated[str, typer.Option(metavar="A,B,…", help="A subset of those in params.yaml. Default: all.")]
+
+
+class Commands(TyperGroup):
+    """Turns errors that a user can act on into a message, the next command and an exit code, never a stack trace."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer.Context, or click.Context with older releases of Typer
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader has closed its end: click ends quietly
+            raise
+        except (DeleaturError, OSError) as caught:
+            error = caught if isinstance(caught, DeleaturError) else _from_os_error(caught)
+            # Not as markup, since messages quote lists and prompts in brackets; not wrapped, since commands are copied.
+            err.print(Text.assemble((f"{type(error).__name__}:", "red"), f" {error}"), soft_wrap=True)
+            if error.hint:
+                print_next(error.hint)
+            raise typer.Exit(error.exit_code) from caught
+
+
+def _from_os_error(error: OSError) -> DeleaturError:
+    """A full disk or a folder without write permission; or a host that does not answer, which is worth a retry."""
+    kind = ServiceError if isinstance(error, ConnectionError | TimeoutError) else DataError
+    return kind(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+
+
+def load_settings(params: Path = PARAMS) -> Settings:
+    from deleatur.config.settings import Settings
+
+    return Settings.load(params)
+
+
+def print_json(value: Any) -> None:
+    out.print_json(json.dumps(value))
+
+
+def print_next(command: str) -> None:
+    err.print(Text.assemble("Next: ", (command, "bold")), soft_wrap=True)
+
+
+def print_estimates(title: str, estimates: Sequence[Estimate], console: Console = out) -> None:
+    """A table of network calls, memory and time; nothing where there is no estimate."""
+    from rich.table import Table
+
+    from deleatur.operations.estimate import CAPTIONS, duration
+
+    if not estimates:
+        return
+    timed = estimates[0].seconds is not None
+    columns = ("", "rows", "with gradient", "trained", "FLOP", "memory", *(["time"] if timed else []))
+    table = Table(
+        *columns, title=title, caption=CAPTIONS[timed], box=None, title_justify="left", caption_justify="left"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    group = ""
+    for estimate in estimates:
+        if estimate.name != group:
+            table.add_row(group := estimate.name, style="dim")
+        work, cost = estimate.cost.workload, estimate.cost
+        table.add_row(
+            f"  {estimate.method}",
+            f"{work.forward:,.0f}",
+            f"{work.backward:,.0f}",
+            f"{cost.trainable_parameters / 1e6:.1f} M",
+            f"{cost.flops:.2g}",
+            f"{cost.peak_memory / 1e9:.1f} GB" if cost.peak_memory >= 1e9 else f"{cost.peak_memory / 1e6:.0f} MB",
+            *([duration(estimate.seconds)] if estimate.seconds is not None else []),
+        )
+    console.print(table)
+
+
+def split_list(text: str) -> list[str]:
+    """Items separated by commas or white space."""
+    return [item for item in re.split(r"[,\s]+", text) if item]
+
+
+def collect_less_garbage() -> None:
+    """For processes that run one stage. What a stage imports lives as long as the process: looking through it for
+    garbage repeatedly, and once more at exit, takes a fifth of the start-up time.
+    """
+    gc.set_threshold(100_000, 50, 100)
+    atexit.register(gc.freeze)

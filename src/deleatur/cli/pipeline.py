@@ -1,0 +1,179 @@
+"""Commands of the group Pipeline: run the chain, or a part of it, and learn what can be configured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from deleatur.cli.common import (
+    PARAMS,
+    VERDICT_EXIT_CODES,
+    AsJson,
+    ParamsFile,
+    collect_less_garbage,
+    err,
+    load_settings,
+    out,
+    print_estimates,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from deleatur.config.settings import Settings
+
+commands = typer.Typer()
+
+
+@commands.command()
+def demo(as_json: AsJson = False) -> None:
+    """Run the whole chain on the built-in model: rated images in, an evaluated and registered model out.
+
+    Brings every stage up to date with params.yaml, as `dvc repro` does, registers the result in MLflow, and prints the
+    verdict and the next commands. Exit code: 0 pass, 10 fail, 11 not enough evidence.
+    """
+    from deleatur.operations import chain, estimate
+    from deleatur.report.latest import latest_report
+    from deleatur.stages import STAGES
+
+    settings = load_settings()  # a mistake in it is reported before anything runs
+    remaining = chain.remaining(Path())
+    if done := STAGES[: -len(remaining)]:
+        err.print(f"Up to date: {', '.join(done)}")
+    if {"invert", "erase", "attack", "sample"} & {*remaining}:
+        print_estimates(
+            "Stages to run", [line for line in estimate.chain_estimates(settings) if line.name in remaining], err
+        )
+    chain.run(remaining, Path(), err)
+
+    latest = latest_report(PARAMS)
+    next_commands = list(_next_commands(settings))
+    if as_json:
+        links = {"sheet": str(latest.contact_sheet), "page": str(latest.html)}
+        print_json(latest.json | links | {"next": [command for command, _ in next_commands]})
+    else:
+        out.print(latest.summary)
+        simulated = "  (simulated raters)" if latest.verdict.simulated else ""
+        out.print(f"\nVerdict: [bold]{latest.verdict.outcome}[/bold]{simulated}")
+        out.print(f"Before and after, side by side: {latest.contact_sheet}\n\nNext:")
+        width = max(len(command) for command, _ in next_commands)
+        for command, purpose in next_commands:
+            out.print(f"  {command:<{width}}  {purpose}", markup=False, soft_wrap=True)
+    raise typer.Exit(VERDICT_EXIT_CODES[latest.verdict.outcome])
+
+
+def _next_commands(settings: Settings) -> Iterator[tuple[str, str]]:
+    """(command, what it is for)."""
+    from deleatur.registry.approval import pending_approval
+
+    yield "deleatur report --open", "every metric and image in one HTML report"
+    yield "deleatur explain", "which rule decided, and by what margin"
+    if candidate := pending_approval(settings):
+        yield f"deleatur approve {candidate[0]} --as NAME", "release it; `decline` keeps it back"
+    yield "deleatur export erased", "the erased model as a folder that plain diffusers loads"
+
+
+@commands.command()
+def check(params: ParamsFile = PARAMS, as_json: AsJson = False) -> None:
+    """Validate params.yaml, the hyperparameters of every method and every input file; estimate what a run takes.
+
+    Runs nothing but one network call, which the time is estimated from.
+    """
+    from deleatur.operations import estimate, preflight
+
+    settings = load_settings(params)
+    lines = preflight.check(settings)
+    estimates = estimate.chain_estimates(settings)
+    if as_json:
+        print_json({"ok": True, "checked": lines, "cost": [asdict(line) for line in estimates]})
+        return
+    for line in lines:
+        out.print(f"[green]ok[/green]  {line}")
+    print_estimates("What the chain takes on this machine, with nothing cached", estimates)
+
+
+@commands.command()
+def stage(
+    name: Annotated[
+        str, typer.Argument(help="ingest, reward, invert, erase, attack, sample, evaluate, gate or register.")
+    ],
+    params: ParamsFile = PARAMS,
+) -> None:
+    """Run one stage now, whether or not it is up to date. `dvc repro` runs those that are not."""
+    collect_less_garbage()
+    from deleatur import stages
+
+    stages.run(name, load_settings(params))
+
+
+@commands.command()
+def methods(
+    kind: Annotated[
+        str | None, typer.Argument(help="erasers, inversion, guides, detectors, metrics or attacks. Default: all.")
+    ] = None,
+    as_json: AsJson = False,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Network calls, memory and time of each method instead, without running it.")
+    ] = False,
+) -> None:
+    """List every method with its hyperparameters, their defaults and its source."""
+    if cost:
+        _print_costs(kind, as_json)
+        return
+    from deleatur.config.catalogue import catalogue
+
+    entries = catalogue(kind)
+    if as_json:
+        print_json(entries)
+        return
+    for title, named in entries.items():
+        out.rule(f"[bold]{title}[/bold]", align="left")
+        for name, entry in named.items():
+            origin = f"  [dim]of {entry['package']}[/dim]" if entry["package"] != "deleatur" else ""
+            out.print(f"[bold cyan]{name}[/bold cyan]  {entry['source']}{origin}")
+            for key, field in entry["hyperparameters"].items():
+                choices = f"  ({' | '.join(map(str, field['choices']))})" if field["choices"] else ""
+                meaning = field["meaning"].replace("\n", "\n        ")
+                out.print(Text.assemble(f"    {key} = {field['default']}{choices}  ", (meaning, "dim")))
+
+
+def _print_costs(kind: str | None, as_json: bool) -> None:
+    from deleatur.operations import estimate
+
+    stable_diffusion = estimate.published_estimates(kind)
+    here = estimate.method_estimates(load_settings(), kind) if PARAMS.is_file() else []
+    if as_json:
+        named = {"Stable Diffusion 1.4": stable_diffusion, "here": here}
+        print_json({name: [asdict(line) for line in lines] for name, lines in named.items()})
+        return
+    print_estimates(
+        "Each method with its default hyperparameters, on Stable Diffusion 1.4 in float32", stable_diffusion
+    )
+    print_estimates("Each method as params.yaml configures it, on its base model and this machine", here)
+
+
+@commands.command()
+def schema(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="The file to write. Default: print it.")] = None,
+) -> None:
+    """Write the JSON Schema of params.yaml, by which editors complete and check settings."""
+    from deleatur.config.schema import json_schema
+
+    if file is None:
+        print_json(json_schema())
+        return
+    file.write_text(json.dumps(json_schema(), indent=2) + "\n", "utf-8")
+    out.print(f"Written: {file}")
+
+
+@commands.command(hidden=True)
+def digests() -> None:
+    """Write the digests by which DVC knows what code each stage depends on: the command of the DVC stage `code`."""
+    from deleatur import dependencies
+
+    dependencies.write_digests(Path())
