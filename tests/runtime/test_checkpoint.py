@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 
 from deleatur import dependencies, stages
 from deleatur.cli import app
-from deleatur.config.settings import Settings, Workers
-from deleatur.errors import ContinueMe, ErasureRefused
+from deleatur.config.settings import Settings
+from deleatur.config.sections import WorkersSection
+from deleatur.errors import Interrupted, ErasureRefused
 from deleatur.runtime import checkpoint, event_log, models
 from deleatur.runtime.checkpoint import Checkpoint
-from deleatur.stages.erase import contrast
+from deleatur.evaluation.probe import contrast
 from deleatur.storage import tensors
 
 STEPS = {"invert": 4, "erase": 6, "attack": 6}
@@ -84,11 +85,11 @@ def begin_anew(root: Path, name: str) -> dict[str, bytes]:
 
 
 def saved(root: Path) -> list[str]:
-    return sorted(path.name for path in (root / "out/state").glob("*safetensors*"))
+    return sorted(path.name for path in (root / "out/checkpoints").glob("*safetensors*"))
 
 
-def told(root: Path, name: str) -> list[event_log.Line]:
-    return [line for line in event_log.read(root / "out/state") if line.stage == name]
+def told(root: Path, name: str) -> list[event_log.Event]:
+    return [line for line in event_log.read(root / "out/checkpoints") if line.stage == name]
 
 
 @pytest.mark.parametrize(("name", "steps"), [("invert", (1, 3)), ("erase", (1, 3, 5)), ("attack", (2, 4))])
@@ -115,7 +116,7 @@ def test_killed_again_and_again_a_stage_ends_as_if_nothing_had_been(
 )
 def test_asked_to_stop_a_stage_saves_and_says_continue_me(root: Path, name: str, how: signal.Signals) -> None:
     whole = begin_anew(root, name)
-    assert Stage(root, name, saves=False).hit(1, how) == ContinueMe.exit_code
+    assert Stage(root, name, saves=False).hit(1, how) == Interrupted.exit_code
     assert len(saved(root)) == 1
     stage = Stage(root, name, saves=False)
     assert stage.end() == 0
@@ -128,15 +129,15 @@ def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
     begin_anew(root, "erase")
     before = len(told(root, "erase"))
     assert Stage(root, "erase", saves=False).hit(4, signal.SIGKILL) == -signal.SIGKILL
-    assert Stage(root, "erase").hit(2, signal.SIGTERM) == ContinueMe.exit_code
+    assert Stage(root, "erase").hit(2, signal.SIGTERM) == Interrupted.exit_code
     assert Stage(root, "erase").end() == 0
     lines = told(root, "erase")[before:]
-    assert [line.what for line in lines] == ["began", "began", "resumed", "stopped", "began", "resumed", "done"]
-    lost = [line.lost for line in lines if line.what == "resumed"]
+    assert [line.kind for line in lines] == ["started", "started", "resumed", "interrupted", "started", "resumed", "done"]
+    lost = [line.lost for line in lines if line.kind == "resumed"]
     assert lost[0] >= 4, "nothing had been saved"
     assert lost[1] == 0, "who is asked to stop saves the last step"
     assert lines[-1].seconds > 0
-    assert not list((root / "out/state").glob("*.steps"))
+    assert not list((root / "out/checkpoints").glob("*.steps"))
 
 
 def test_killed_while_it_saves_a_stage_goes_on_from_the_save_before(root: Path) -> None:
@@ -166,7 +167,7 @@ def stopped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stopped") / "w"
     shutil.copytree(finished, root)
     for name in STEPS:
-        assert Stage(root, name).hit(1, signal.SIGTERM) == ContinueMe.exit_code
+        assert Stage(root, name).hit(1, signal.SIGTERM) == Interrupted.exit_code
     return root
 
 
@@ -227,13 +228,13 @@ def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
     result = CliRunner().invoke(app, ["stage", name])
     assert result.exit_code == 2, result.output
     before |= {
-        f"state/{event_log.FILE}": Path("out/state", event_log.FILE).read_bytes()
+        f"checkpoints/{event_log.FILE}": Path("out/checkpoints", event_log.FILE).read_bytes()
     }  # it says that the stage failed
     output = " ".join(result.output.split())
     assert said in output
-    assert f"{name} was stopped after step" in output
+    assert f"{name} was interrupted after step" in output
     assert files(Path("out")) == before, "neither what is saved nor what is finished is touched"
-    left = f"out/state/{'invert-weapon' if name == 'invert' else name}.safetensors"
+    left = f"out/checkpoints/{'invert-weapon' if name == 'invert' else name}.safetensors"
     assert f"Next: rm {left}" in output
     Path(left).unlink()
     assert CliRunner().invoke(app, ["stage", name]).exit_code == 0
@@ -241,9 +242,9 @@ def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
 
 def test_code_and_libraries_count_too(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stopped)
-    now = dependencies.of_stage
+    now = dependencies.stage_digests
     corrected = {"deleatur.erasers.sdd": "its digest as it will be"}
-    monkeypatch.setattr(dependencies, "of_stage", lambda *asked: now(*asked) | corrected)
+    monkeypatch.setattr(dependencies, "stage_digests", lambda *asked: now(*asked) | corrected)
     monkeypatch.setattr(checkpoint, "version", lambda name: "99")
     output = CliRunner().invoke(app, ["stage", "erase"]).output
     assert "deleatur.erasers.sdd: its code" in output
@@ -251,11 +252,11 @@ def test_code_and_libraries_count_too(stopped: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_no_checkpoint_is_named_with_the_way_out(root: Path) -> None:
-    (root / "out/state").mkdir(exist_ok=True)
-    (root / "out/state/erase.safetensors").write_bytes(b"half of it")
+    (root / "out/checkpoints").mkdir(exist_ok=True)
+    (root / "out/checkpoints/erase.safetensors").write_bytes(b"half of it")
     result = CliRunner().invoke(app, ["stage", "erase"])
     assert result.exit_code == 3
-    assert "rm out/state/erase.safetensors" in " ".join(result.output.split())
+    assert "rm out/checkpoints/erase.safetensors" in " ".join(result.output.split())
 
 
 def test_a_refused_run_leaves_nothing_to_go_on_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +274,7 @@ def test_a_stage_that_saves_nothing_ends_at_once_when_asked(
 ) -> None:
     before = signal.getsignal(how)
     monkeypatch.setattr(models, "base_model", lambda settings: signal.raise_signal(how))
-    with pytest.raises(ContinueMe, match="sample"):
+    with pytest.raises(Interrupted, match="sample"):
         stages.run("sample", Settings.load())
     assert signal.getsignal(how) is before
 
@@ -316,7 +317,7 @@ def test_a_run_in_the_background_goes_on_when_ctrl_c_is_for_others(counting: Che
 
 
 def test_a_request_after_the_last_step_is_not_lost(counting: Checkpoint) -> None:
-    with pytest.raises(ContinueMe):
+    with pytest.raises(Interrupted):
         interrupted(counting, signal.SIGTERM)
     assert counting.path.is_file()
 
@@ -340,15 +341,15 @@ def test_saving_takes_its_share_of_the_time_and_no_more(counting: Checkpoint, mo
             for _ in range(3000):
                 now += 1.0
                 counting(Counting())
-            assert len(saves) == pytest.approx(3000 / max(Workers().save_every, cost / checkpoint.SHARE), abs=1)
+            assert len(saves) == pytest.approx(3000 / max(WorkersSection().checkpoint_interval, cost / checkpoint.MAX_OVERHEAD), abs=1)
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_checkpoint_belongs_to_all_that_dvc_runs_the_stage_again_for(stopped: Path, name: str) -> None:
-    [path] = (stopped / "out/state").glob(f"{name}*.safetensors")
+    [path] = (stopped / "out/checkpoints").glob(f"{name}*.safetensors")
     belongs = tensors.load(path)[1]["belongs"]
     chain = yaml.safe_load((workspace.ROOT / "dvc.yaml").read_text())["stages"][name]
-    assert belongs["code"] == dependencies.of_stage(name, yaml.safe_load((stopped / "params.yaml").read_text()))
+    assert belongs["code"] == dependencies.stage_digests(name, yaml.safe_load((stopped / "params.yaml").read_text()))
     one_by_one = {"targets"} if name != "erase" else set()  # each concept has a checkpoint of its own
     for section in set(chain["params"]) - one_by_one:
         assert any(f"{dotted}.".startswith(f"{section}.") for dotted in belongs["settings"]), section

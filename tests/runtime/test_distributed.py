@@ -11,14 +11,17 @@ import finished
 import pytest
 
 from deleatur import stages
-from deleatur.config.settings import Settings, Workers
+from deleatur.config.settings import Settings
+from deleatur.config.sections import WorkersSection
 from deleatur.errors import ModelError, ServiceError, SettingsError
 from deleatur.runtime import distributed
-from deleatur.stages import evaluate, sample
+from deleatur.evaluation import cache, predictions
+from deleatur.runtime import models
+from deleatur.stages import sample
 
 pytestmark = pytest.mark.slow
 
-PLACES = ("out/shots", "out/scores", "out/report")
+PLACES = ("out/samples", "out/scores", "out/report")
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +43,30 @@ def test_two_processes_make_what_one_makes(root: Path, monkeypatch: pytest.Monke
     for place in PLACES:
         shutil.rmtree(place)
     monkeypatch.setattr(sample, "_draw", None)  # not in this process; the others import it anew
-    monkeypatch.setattr(evaluate, "PART", 16)
-    settings = Settings.load().model_copy(update={"workers": Workers(dask=2)})
+    monkeypatch.setattr(cache, "SHARD_SIZE", 16)
+    settings = Settings.load().model_copy(update={"workers": WorkersSection(dask=2)})
     stages.run("sample", settings)
     stages.run("evaluate", settings)
-    monkeypatch.setattr(evaluate, "PART", 128)
+    monkeypatch.setattr(cache, "SHARD_SIZE", 128)
     stages.run("evaluate", Settings.load())  # in parts as before: nothing is looked at again
     assert files() == before
 
 
 def test_another_model_there_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.load()
-    [way] = [way for side, way in sample._ways(settings, sample.inputs.model(settings)).items() if side == "base"]
+    [way] = [way for side, way in sample.sampling_configs(settings, models.base_model(settings)).items() if side == "base"]
     other = sample.replace(way, recipe=sample.replace(way.recipe, pipeline="0" * 64))
     with pytest.raises(ModelError, match="is another model on"):
         sample._draw_there((settings, other), [])
     with pytest.raises(ModelError, match="judge is another network on"):
-        evaluate._look_there((settings, "judge", "0" * 64), [])
+        predictions.predict_on_worker((settings, "judge", "0" * 64), [])
 
 
 def test_a_scheduler_that_does_not_answer_is_a_service(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "PATIENCE", 1.0)
     with (
         pytest.raises(ServiceError, match=r"tcp://127\.0\.0\.1:9 did not answer"),
-        distributed.hands(Workers(dask="tcp://127.0.0.1:9")),
+        distributed.dask_client(WorkersSection(dask="tcp://127.0.0.1:9")),
     ):
         pass
 
@@ -72,6 +75,6 @@ def test_where_dask_is_not_installed_the_command_is_said(monkeypatch: pytest.Mon
     import sys
 
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(SettingsError) as raised, distributed.hands(Workers(dask=2)):
+    with pytest.raises(SettingsError) as raised, distributed.dask_client(WorkersSection(dask=2)):
         pass
     assert raised.value.hint == "pip install 'deleatur[dask]'"

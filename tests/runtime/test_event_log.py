@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from deleatur.errors import ContinueMe, DataError
+from deleatur.errors import Interrupted, DataError
 from deleatur.runtime import event_log
 
 
 def test_it_says_how_a_run_ended(tmp_path: Path) -> None:
-    with event_log.kept(tmp_path / "state", "gate"):
+    with event_log.recorded(tmp_path / "state", "gate"):
         pass
-    for error in (ContinueMe("asked"), DataError("missing")):
-        with pytest.raises(type(error)), event_log.kept(tmp_path / "state", "gate"):
+    for error in (Interrupted("asked"), DataError("missing")):
+        with pytest.raises(type(error)), event_log.recorded(tmp_path / "state", "gate"):
             raise error
     lines = event_log.read(tmp_path / "state")
-    assert [line.what for line in lines] == ["began", "done", "began", "stopped", "began", "failed"]
+    assert [line.kind for line in lines] == ["started", "done", "started", "interrupted", "started", "failed"]
     assert all(line.stage == "gate" and line.seconds >= 0 for line in lines)
     assert lines == sorted(lines, key=lambda line: line.time)
 
@@ -32,15 +32,15 @@ def test_a_killed_run_began_and_no_more(tmp_path: Path) -> None:
         f"with event_log.kept(Path({str(tmp_path)!r}), 'erase'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ)).returncode == -signal.SIGKILL
-    assert [line.what for line in event_log.read(tmp_path)] == ["began"]
+    assert [line.kind for line in event_log.read(tmp_path)] == ["started"]
 
 
 def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
-    event_log.write(tmp_path, "erase", "began")
+    event_log.append(tmp_path, "erase", "started")
     with (tmp_path / event_log.FILE).open("a") as file:
         file.write('{"time": 1.0, "sta\n{"time": 2.0, "another": "version"}\n')
-    event_log.write(tmp_path, "erase", "resumed", lost=7)
-    assert [(line.what, line.lost) for line in event_log.read(tmp_path)] == [("began", 0), ("resumed", 7)]
+    event_log.append(tmp_path, "erase", "resumed", lost=7)
+    assert [(line.kind, line.lost) for line in event_log.read(tmp_path)] == [("started", 0), ("resumed", 7)]
 
 
 def test_where_nothing_ran_there_is_nothing_to_say(tmp_path: Path) -> None:
@@ -49,22 +49,22 @@ def test_where_nothing_ran_there_is_nothing_to_say(tmp_path: Path) -> None:
 
 def test_lines_of_another_workspace_are_added_once(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
-    event_log.write(here, "gate", "began")
-    with event_log.kept(there, "erase"):
+    event_log.append(here, "gate", "started")
+    with event_log.recorded(there, "erase"):
         pass
     for _ in range(2):
-        event_log.adopt(here, event_log.text(there))
-    assert [(line.stage, line.what) for line in event_log.read(here)] == [
-        ("gate", "began"),
-        ("erase", "began"),
+        event_log.merge(here, event_log.text(there))
+    assert [(line.stage, line.kind) for line in event_log.read(here)] == [
+        ("gate", "started"),
+        ("erase", "started"),
         ("erase", "done"),
     ]
     assert event_log.read(here)[1:] == event_log.read(there)
 
 
 def test_a_line_that_was_never_finished_takes_no_other_along(tmp_path: Path) -> None:
-    event_log.write(tmp_path, "erase", "began")
+    event_log.append(tmp_path, "erase", "started")
     with (tmp_path / event_log.FILE).open("a") as file:
         file.write('{"time": 1.0, "stage": "er')
-    event_log.write(tmp_path, "erase", "done")
-    assert [line.what for line in event_log.read(tmp_path)] == ["began", "done"]
+    event_log.append(tmp_path, "erase", "done")
+    assert [line.kind for line in event_log.read(tmp_path)] == ["started", "done"]

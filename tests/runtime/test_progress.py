@@ -6,22 +6,22 @@ from io import StringIO
 
 from rich.console import Console
 
-from deleatur.runtime.progress import following
-from deleatur.storage.dvc import Progress
+from deleatur.runtime.progress import child_progress
+from deleatur.storage.processes import StageProgress
 
 
 def told(terminal: bool) -> str:
     shown = StringIO()
     console = Console(file=shown, force_terminal=terminal, width=120, color_system=None, _environ={})
-    with following("erase", console) as followed:
+    with child_progress("erase", console) as followed:
         followed.line("Running stage 'erase':")
-        followed.told(Progress("erase weapon", 3, 12, "loss 0.25"))
-        followed.told(Progress("erase weapon", 12, 12, "loss 0.125"))
-        followed.told(Progress("looking", 1, 2, ""))
-        followed.ended("done")
-    with following("gate", console) as followed:
+        followed.update(StageProgress("erase weapon", 3, 12, "loss 0.25"))
+        followed.update(StageProgress("erase weapon", 12, 12, "loss 0.125"))
+        followed.update(StageProgress("looking", 1, 2, ""))
+        followed.finish("done")
+    with child_progress("gate", console) as followed:
         followed.line("Stage 'gate' didn't change, skipping")
-        followed.ended("up to date")
+        followed.finish("up to date")
     return shown.getvalue()
 
 

@@ -56,7 +56,7 @@ def guide(settings: Settings) -> Guide:
 def eraser(settings: Settings) -> Eraser:
     """Raises SettingsError where the method does not fit one of the targets, or the guide."""
     eraser = configured(settings.erase, Eraser, "erase")
-    eraser.fits(settings.targets)
+    eraser.check_concepts(settings.targets)
     if eraser.one_step is not None and settings.guide.method != PLAIN_GUIDE:
         raise SettingsError(
             f"guide.method: expected {PLAIN_GUIDE}, since erase.method {settings.erase.method} makes a one-step "

@@ -1,7 +1,7 @@
-"""What a long loop saves as it goes: killed anywhere and started again, it goes on, and ends with the same bits.
+"""Checkpoints of long training loops: interrupted anywhere, a loop resumes, and ends with the same bits.
 
-A checkpoint is one file, `paths.state`/NAME.safetensors: the state of the loop, and what it belongs to. It is written
-whole or not at all. It lies apart from what the stage writes, which DVC removes before it runs a stage.
+A checkpoint is one file, `paths.checkpoints`/NAME.safetensors: the state of the loop and the identity of its run. It is
+written atomically, and apart from the stage's outputs, which DVC removes before it runs a stage.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ from torch import Tensor
 
 from deleatur.config.settings import Settings
 from deleatur.diffusion.clip import Clip
-from deleatur.diffusion.model import Model, fingerprint
-from deleatur.errors import ContinueMe, DataError, ErasureRefused, SettingsError
+from deleatur.diffusion.model import Model, digest_module
+from deleatur.errors import DataError, ErasureRefused, Interrupted, SettingsError
 from deleatur.runtime import event_log
 from deleatur.storage import tensors
-from deleatur.training.optimizer_state import Saved
+from deleatur.training.optimizer_state import SavedState
 
-SHARE = 0.01
-"""Of the time may go into saving: where it takes a second, it is done every hundred seconds."""
+MAX_OVERHEAD = 0.01
+"""Share of the time that saving may take: a checkpoint that takes a second is written every hundred seconds."""
 
 LIBRARIES = ("torch", "diffusers", "transformers")
-"""Those whose next version may round differently."""
+"""Libraries whose next version may round differently."""
 
 
-def every(settings: Settings) -> float:
-    """Seconds from one save to the next: what a `kill -9` costs at most."""
-    return settings.workers.save_every
+def interval(settings: Settings) -> float:
+    """Seconds between two checkpoints, which is what a `kill -9` costs at most."""
+    return settings.workers.checkpoint_interval
 
 
-class State(Protocol):
+class Checkpointable(Protocol):
+    """The state of a loop: all that the next step depends on."""
+
     step: int
 
     def tensors(self) -> dict[str, Tensor]: ...
@@ -47,28 +49,28 @@ class State(Protocol):
 
 
 class Checkpoint:
-    """The saved state of one loop of a stage. `state` is where to go on, if there is anything.
+    """The checkpoint of one loop of a stage. `state` is what to resume from, or None.
 
     Used as a context around the loop, which calls it after every step. Inside, the first Ctrl-C or SIGTERM lets the
-    step end, saves and raises ContinueMe; a second one does not wait. An erasure that is refused leaves nothing to go
-    on with; all else stays until `remove`, which is for when the stage's output is complete.
+    step end, saves and raises Interrupted; a second one does not wait. A refused erasure leaves no checkpoint; after any
+    other end it stays until `remove`, which is called when the stage's output is complete.
     """
 
-    def __init__(self, settings: Settings, stage: str, name: str, belongs: Mapping[str, Any]) -> None:
-        self.path = settings.paths.state / f"{name}.safetensors"
-        self._stage, self._belongs = stage, json.loads(json.dumps(belongs))
-        self._asked = False
-        self._newest: State | None = None
-        self._every = every(settings)
-        self._due = time.monotonic() + self._every
+    def __init__(self, settings: Settings, stage: str, name: str, identity: Mapping[str, Any]) -> None:
+        self.path = settings.paths.checkpoints / f"{name}.safetensors"
+        self._stage, self._identity = stage, json.loads(json.dumps(identity))
+        self._interrupted = False
+        self._newest: Checkpointable | None = None
+        self._interval = interval(settings)
+        self._due = time.monotonic() + self._interval
         self._steps = self.path.with_suffix(".steps")
         self.state = self._load()
-        self._tell_what_was_lost()
+        self._log_lost_steps()
 
-    def __call__(self, state: State) -> None:
+    def __call__(self, state: Checkpointable) -> None:
         self._newest = state
-        os.pwrite(self._counter, b"%d\n" % state.step, 0)  # steps only grow, so nothing of an older number is left
-        if self._asked:
+        os.pwrite(self._counter, b"%d\n" % state.step, 0)  # steps only grow, so no digit of an older one remains
+        if self._interrupted:
             self._stop(state)
         if time.monotonic() >= self._due:
             self._save(state)
@@ -76,8 +78,8 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         main = threading.current_thread() is threading.main_thread()
         signals = (signal.SIGINT, signal.SIGTERM) if main else ()
-        heard = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, and the like
-        self._before = {number: signal.signal(number, self._ask) for number in heard}
+        handled = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores them
+        self._previous = {number: signal.signal(number, self._interrupt) for number in handled}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._counter = os.open(self._steps, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         return self
@@ -85,12 +87,12 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.close(self._counter)
         if isinstance(error, ErasureRefused):
             self.remove()
-        if error is None and self._asked and self._newest:
+        if error is None and self._interrupted and self._newest:
             self._stop(self._newest)
 
     def remove(self) -> None:
@@ -99,52 +101,53 @@ class Checkpoint:
         for partial in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a process killed while it wrote
             partial.unlink()
 
-    def _ask(self, *_: object) -> None:
-        if self._asked:
+    def _interrupt(self, *_: object) -> None:
+        if self._interrupted:
             raise KeyboardInterrupt
-        self._asked = True
+        self._interrupted = True
 
-    def _stop(self, state: State) -> None:
+    def _stop(self, state: Checkpointable) -> None:
         self._save(state)
-        raise ContinueMe(
-            f"{self._stage} was stopped and is saved after step {state.step}", hint="the same command, to go on"
+        raise Interrupted(
+            f"{self._stage} was interrupted and saved a checkpoint after step {state.step}",
+            hint="the same command, to resume",
         )
 
-    def _save(self, state: State) -> None:
-        began = time.monotonic()
+    def _save(self, state: Checkpointable) -> None:
+        start = time.monotonic()
         numbers = json.dumps(state.numbers())  # as text, so that keys keep their order
-        tensors.save(self.path, state.tensors(), {"belongs": self._belongs, "numbers": numbers})
+        tensors.save(self.path, state.tensors(), {"identity": self._identity, "numbers": numbers})
         now = time.monotonic()
-        self._due = now + max(self._every, (now - began) / SHARE)
+        self._due = now + max(self._interval, (now - start) / MAX_OVERHEAD)
 
-    def _tell_what_was_lost(self) -> None:
-        """The last step is told to the disk as it is done, the state more seldom: what lies between is done again."""
+    def _log_lost_steps(self) -> None:
+        """The step counter is on disk after every step, a checkpoint more seldom: steps between them are repeated."""
         if self._steps.is_file():
             done = int(self._steps.read_text() or 0)
-            kept = self.state[1]["step"] if self.state else 0
-            event_log.write(self.path.parent, self._stage, "resumed", lost=max(0, done - kept))
+            saved = self.state[1]["step"] if self.state else 0
+            event_log.append(self.path.parent, self._stage, "resumed", lost=max(0, done - saved))
 
-    def _load(self) -> Saved | None:
-        """Raises SettingsError, naming what differs, when the file belongs to another run."""
+    def _load(self) -> SavedState | None:
+        """Raises SettingsError, naming what differs, when the file is the checkpoint of another run."""
         if not self.path.is_file():
             return None
         try:
-            saved, facts = tensors.load(self.path)
+            saved, metadata = tensors.load(self.path)
         except DataError as e:
-            raise DataError(f"{self.path} is no checkpoint that can be read", hint=f"rm {self.path}") from e
-        numbers = json.loads(facts["numbers"])
-        if changes := list(_changes(facts["belongs"], self._belongs)):
+            raise DataError(f"{self.path} cannot be read as a checkpoint", hint=f"rm {self.path}") from e
+        numbers = json.loads(metadata["numbers"])
+        if changes := list(_changes(metadata["identity"], self._identity)):
             lines = "".join(f"\n  {change}" for change in changes)
             raise SettingsError(
-                f"{self._stage} was stopped after step {numbers['step']}, and since then has changed:{lines}\n"
-                "Changed back, it goes on. To give up what is saved and start anew, remove it.",
+                f"{self._stage} was interrupted after step {numbers['step']}, and has changed since:{lines}\n"
+                "Undo the change to resume, or remove the checkpoint to start again.",
                 hint=f"rm {self.path}",
             )
-        print(f"{self._stage} goes on after step {numbers['step']}", file=sys.stderr)
+        print(f"{self._stage} resumes after step {numbers['step']}", file=sys.stderr)
         return saved, numbers
 
 
-def belongs(
+def run_identity(
     settings: Settings,
     *,
     sections: Iterable[str],
@@ -153,14 +156,14 @@ def belongs(
     clip: Clip,
     content: Mapping[str, str],
 ) -> dict[str, Any]:
-    """All that can change a loop's result, by name: settings in full, networks, files and code by digest.
+    """Everything that can change a loop's result: settings by value, networks, inputs and code by digest.
 
-    sections: dotted names within params.yaml. code: of `dependencies`. content: name → digest.
+    sections: dotted names in params.yaml. code: digests of `dependencies`. content: name of an input → digest.
     """
     networks = {
-        "UNet of base.model": model.digest,
-        "text encoder of base.model": model.text_digest,
-        "VAE of base.model": fingerprint(model.vae),
+        "UNet of base.model": model.unet_digest,
+        "text encoder of base.model": model.text_encoder_digest,
+        "VAE of base.model": digest_module(model.vae),
         "network reward.clip": clip.digest,
     }
     return {
@@ -178,11 +181,11 @@ def _at(value: Any, dotted: str) -> Any:
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each thing that is no longer as it was."""
-    was, is_ = (dict(_flat("", side["settings"])) for side in (saved, now))
-    for name in sorted(was.keys() | is_.keys()):
-        if was.get(name) != is_.get(name):
-            yield f"{name}: it was {json.dumps(was.get(name))}, now it is {json.dumps(is_.get(name))}"
+    """One line for each thing that differs."""
+    before, after = (dict(_flat("", identity["settings"])) for identity in (saved, now))
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            yield f"{name}: it was {json.dumps(before.get(name))}, now it is {json.dumps(after.get(name))}"
     for kind, what in (("content", "its content"), ("code", "its code"), ("versions", "its version")):
         for name in sorted(saved[kind].keys() | now[kind].keys()):
             if saved[kind].get(name) != now[kind].get(name):

@@ -1,9 +1,9 @@
-"""Parts of a stage's work in other processes, on this machine or on others: by Dask, where `workers.dask` says so.
+"""Batches of a stage's work on Dask workers, on this machine or on others, where `workers.dask` is set.
 
-What all parts have in common goes to each process once, then part after part, a few ahead. Pictures depend on nothing
-but their recipe, and each part is one call of the function that would be called here: the results are the same bits
-where libraries, devices and numbers of threads are. A scheduler runs whatever it is sent: it has no place in an open
-network.
+What all batches share is sent to each worker once, then batch after batch, a few ahead. An image depends on nothing but
+its recipe, and each batch is one call of the function that would be called locally: the results are the same bits where
+libraries, devices and numbers of threads are the same. A Dask scheduler runs whatever code it is sent: keep it off open
+networks.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any, TypeVar
 
 import torch
 
-from deleatur.config.settings import Workers
+from deleatur.config.sections import WorkersSection
 from deleatur.errors import ServiceError, SettingsError
 
+B = TypeVar("B")
 C = TypeVar("C")
-P = TypeVar("P")
 S = TypeVar("S")
 R = TypeVar("R")
 
-AHEAD = 2
-"""Parts that wait at each process, so that none waits for us."""
-PATIENCE = 60.0
-"""Seconds for a scheduler to answer, and for its first worker to come."""
+PREFETCH = 2
+"""Batches queued at each worker, so that none is idle."""
+TIMEOUT = 60.0
+"""Seconds for a scheduler to answer, and for its first worker to appear."""
 
 
 @contextmanager
-def hands(workers: Workers) -> Iterator[Any]:
-    """Inside, a client of the scheduler that the settings name, or of as many processes here; None where none does."""
+def dask_client(workers: WorkersSection) -> Iterator[Any]:
+    """A client of the configured scheduler, or of as many local processes; None where `workers.dask` is null."""
     if workers.dask is None:
         yield None
         return
@@ -42,15 +42,15 @@ def hands(workers: Workers) -> Iterator[Any]:
             "workers.dask: expected Dask to be installed, and it is not", hint="pip install 'deleatur[dask]'"
         ) from e
     if isinstance(workers.dask, int):
-        # Processes with a thread each, as the one that asks; how much memory a model takes is nobody's business here.
+        # One thread per process, as in this one; memory is not limited, since models of any size are loaded.
         how = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None}
         with LocalCluster(n_workers=workers.dask, **how) as cluster, Client(cluster) as client:
             yield client
         return
     with ExitStack() as opened:
         try:
-            client = opened.enter_context(Client(workers.dask, timeout=PATIENCE))
-            client.wait_for_workers(1, timeout=PATIENCE)
+            client = opened.enter_context(Client(workers.dask, timeout=TIMEOUT))
+            client.wait_for_workers(1, timeout=TIMEOUT)
         except (OSError, ValueError) as e:  # a TimeoutError is an OSError
             raise ServiceError(
                 f"the Dask scheduler {workers.dask} did not answer, or has no worker: {e}",
@@ -59,47 +59,50 @@ def hands(workers: Workers) -> Iterator[Any]:
         yield client
 
 
-def spread(
-    client: Any, work: Callable[[C, S], R], common: C, parts: Sequence[P], sent: Callable[[P], S]
-) -> Iterator[tuple[P, R]]:
-    """(part, work(common, sent(part))) for all parts, in the order in which they are done."""
-    if not parts:
-        return
-    left, threads = iter(parts), torch.get_num_threads()
-    # By a name of its own: named by its content, it would be cleared away with what the call before has sent.
-    [shared] = client.scatter([common], broadcast=True, hash=False)
-    of: dict[Any, P] = {}
+def map_batches(
+    client: Any, function: Callable[[C, S], R], shared: C, batches: Sequence[B], load: Callable[[B], S]
+) -> Iterator[tuple[B, R]]:
+    """(batch, function(shared, load(batch))) for all batches, in the order in which they finish.
 
-    def submit(part: P) -> Any:
-        future = client.submit(_worked, threads, work, shared, sent(part), pure=False)
-        of[future] = part
+    `load` runs here, just before a batch is sent. Raises ServiceError where a worker is lost.
+    """
+    if not batches:
+        return
+    remaining, threads = iter(batches), torch.get_num_threads()
+    # Under a random key: under one made from its content, Dask would release it with the previous call's.
+    [scattered] = client.scatter([shared], broadcast=True, hash=False)
+    submitted: dict[Any, B] = {}
+
+    def submit(batch: B) -> Any:
+        future = client.submit(_run_on_worker, threads, function, scattered, load(batch), pure=False)
+        submitted[future] = batch
         return future
 
     from distributed import CancelledError, KilledWorker, as_completed
 
-    first = islice(left, AHEAD * max(1, len(client.nthreads())))
-    done = as_completed([submit(part) for part in first])
-    for future in done:
+    first = islice(remaining, PREFETCH * max(1, len(client.nthreads())))
+    finished = as_completed([submit(batch) for batch in first])
+    for future in finished:
         try:
             result: R = future.result()
         except (KilledWorker, CancelledError) as e:
-            raise ServiceError(f"Dask lost a part of the work: {e}", hint="the same command, to go on") from e
-        yield of.pop(future), result
-        for part in islice(left, 1):
-            done.add(submit(part))
+            raise ServiceError(f"a Dask worker was lost: {e}", hint="the same command, to resume") from e
+        yield submitted.pop(future), result
+        for batch in islice(remaining, 1):
+            finished.add(submit(batch))
 
 
-_OWN: dict[str, tuple[str, Any]] = {}
+_CACHE: dict[str, tuple[str, Any]] = {}
 
 
-def own(kind: str, key: str, make: Callable[[], R]) -> R:
-    """What such a process has loaded for one part serves the next ones; the newest of each kind is kept."""
-    if _OWN.get(kind, ("", None))[0] != key:
-        _OWN[kind] = (key, make())
-    found: R = _OWN[kind][1]
-    return found
+def worker_cache(kind: str, key: str, load: Callable[[], R]) -> R:
+    """What a worker has loaded for one batch serves the next ones; it keeps the newest of each kind."""
+    if _CACHE.get(kind, ("", None))[0] != key:
+        _CACHE[kind] = (key, load())
+    cached: R = _CACHE[kind][1]
+    return cached
 
 
-def _worked(threads: int, work: Callable[[C, S], R], common: C, part: S) -> R:
+def _run_on_worker(threads: int, function: Callable[[C, S], R], shared: C, batch: S) -> R:
     torch.set_num_threads(threads)
-    return work(common, part)
+    return function(shared, batch)

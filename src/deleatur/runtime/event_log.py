@@ -1,6 +1,7 @@
-"""When stages ran, how they ended, and what an eviction cost: a line of JSON each. Nothing is decided by it.
+"""An append-only log of stage runs: when they started, how they ended, and what an eviction cost. One JSON line each.
 
-It lies among the saved states, one for each workspace. A line that cannot be read is passed over.
+It is stored beside the checkpoints, one log for each workspace. No stage reads it; a line that cannot be parsed is
+skipped.
 """
 
 from __future__ import annotations
@@ -14,76 +15,77 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from deleatur.errors import ContinueMe
+from deleatur.errors import Interrupted
 
-What = Literal["began", "done", "stopped", "failed", "resumed"]
-FILE = "journal.jsonl"
+EventKind = Literal["started", "done", "interrupted", "failed", "resumed"]
+FILE = "runs.jsonl"
 
 
 @dataclass(frozen=True)
-class Line:
+class Event:
     time: float
     """Unix seconds."""
     stage: str
-    what: What
-    """stopped: by request, with what it had done saved. A `began` that nothing but another `began` follows: killed."""
+    kind: EventKind
+    """interrupted: on request, with a checkpoint. A run that was killed has a `started` and no end."""
     seconds: float = 0.0
-    """Since it began."""
+    """Since the run started."""
     lost: int = 0
-    """Of a resumed loop: steps that had been done and were not saved."""
+    """Of a resumed loop: steps after its last checkpoint, which are computed again."""
 
 
-def write(folder: Path, stage: str, what: What, *, seconds: float = 0.0, lost: int = 0) -> None:
-    _append(folder, [Line(time.time(), stage, what, round(seconds, 3), lost)])
+def append(folder: Path, stage: str, kind: EventKind, *, seconds: float = 0.0, lost: int = 0) -> None:
+    _append(folder, [Event(time.time(), stage, kind, round(seconds, 3), lost)])
 
 
-def adopt(folder: Path, text: str) -> None:
-    """Adds the lines of another workspace's journal, those aside that have been added before."""
+def merge(folder: Path, text: str) -> None:
+    """Adds the events of another workspace's log that are not in this one."""
     known = set(read(folder))
-    _append(folder, [line for line in _lines(text) if line not in known])
+    _append(folder, [event for event in _parse(text) if event not in known])
 
 
 @contextmanager
-def kept(folder: Path, stage: str) -> Iterator[None]:
-    """The block is a run of the stage."""
-    began = time.monotonic()
-    write(folder, stage, "began")
-    what: What = "failed"
+def recorded(folder: Path, stage: str) -> Iterator[None]:
+    """Logs the start and the end of a stage's run, which is the block."""
+    start = time.monotonic()
+    append(folder, stage, "started")
+    kind: EventKind = "failed"
     try:
         yield
-        what = "done"
-    except ContinueMe:
-        what = "stopped"
+        kind = "done"
+    except Interrupted:
+        kind = "interrupted"
         raise
     finally:
-        write(folder, stage, what, seconds=time.monotonic() - began)
+        append(folder, stage, kind, seconds=time.monotonic() - start)
 
 
-def read(folder: Path) -> list[Line]:
-    """In the order written. Nobody has run anything yet: no line."""
-    return list(_lines(text(folder)))
+def read(folder: Path) -> list[Event]:
+    """In the order written; empty before the first run."""
+    return list(_parse(text(folder)))
 
 
 def text(folder: Path) -> str:
-    """As it stands on the disk, for `adopt`."""
+    """The log as it is on disk, for `merge`."""
     path = folder / FILE
     return path.read_text("utf-8", errors="replace") if path.is_file() else ""
 
 
-def _append(folder: Path, lines: Iterable[Line]) -> None:
+def _append(folder: Path, events: Iterable[Event]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:  # in one piece: several stages may run at once
+    try:  # in one write: several stages may run at once
         size = os.fstat(handle).st_size
-        torn = "\n" if size and os.pread(handle, 1, size - 1) != b"\n" else ""  # killed in the middle of a line
-        os.write(handle, (torn + "".join(json.dumps(asdict(line)) + "\n" for line in lines)).encode())
+        # A process that was killed in the middle of a line left no newline.
+        newline = "\n" if size and os.pread(handle, 1, size - 1) != b"\n" else ""
+        os.write(handle, (newline + "".join(json.dumps(asdict(event)) + "\n" for event in events)).encode())
     finally:
         os.close(handle)
 
 
-def _lines(text: str) -> Iterator[Line]:
+def _parse(text: str) -> Iterator[Event]:
     for line in text.splitlines():
         try:
-            yield Line(**json.loads(line))
+            yield Event(**json.loads(line))
         except (ValueError, TypeError):
             continue

@@ -1,4 +1,4 @@
-"""The networks that settings name, loaded."""
+"""Loads the networks that params.yaml names."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from deleatur.storage import remote
 
 
 def local_path(settings: Settings, address: str, part: str = "pipeline") -> str:
-    """Where it lies on this disk, or its name on a hub; models:/… is looked up where we register, and its files are
-    those that were registered, signed where keys are configured. Raises ModelError where they are not.
+    """Local folder of an address, or its name on a hub. Files of models:/… are those that were registered, and signed
+    where keys are configured; otherwise raises ModelError.
     """
     if not address.startswith("models:/"):
-        return remote.local(address)
-    from deleatur.registry import mlflow_client, verify
+        return remote.local_path(address)
+    from deleatur.registry import mlflow_client, model_files, verify
 
-    mlflow_client.use(settings.register_.tracking_uri)
-    found = mlflow_client.local(address, part)
-    verify.demand(settings, address, Path(found), part)
-    return found
+    mlflow_client.use_tracking_uri(settings.register_.tracking_uri)
+    folder = model_files.local_folder(address, part)
+    verify.verify_part(settings, address, Path(folder), part)
+    return folder
 
 
 def base_model(settings: Settings) -> Model:

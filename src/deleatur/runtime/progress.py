@@ -1,4 +1,4 @@
-"""What a person sees while a stage works: a bar with the time left; and lines another process can follow."""
+"""Progress bars with elapsed and remaining time, on a terminal and across processes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from deleatur.storage.dvc import PROGRESS
-from deleatur.storage.dvc import Progress as Told
+from deleatur.storage.processes import PROGRESS_ENV, StageProgress
 
 
 class Bar:
-    """Advances a bar; `note` says the newest numbers."""
+    """One progress bar. `note` is shown behind it, for example the newest loss."""
 
-    def __init__(self, progress: Progress, what: str, total: int) -> None:
-        self._progress, self._what, self._total = progress, what, total
-        self._task = progress.add_task(what, total=total, note="")
-        self._done = self._told = 0
+    def __init__(self, progress: Progress, name: str, total: int) -> None:
+        self._progress, self._name, self._total = progress, name, total
+        self._task = progress.add_task(name, total=total, note="")
+        self._done = self._reported = 0
 
-    def at(self, done: int, total: int, note: str = "") -> None:
-        """Where work is that counts for itself, and knows how much there is only once it has begun."""
+    def set(self, done: int, total: int, note: str = "") -> None:
+        """For work that counts its own steps, and knows their number only once it has started."""
         if total != self._total:
             self._total = total
             self._progress.update(self._task, total=total)
@@ -45,63 +44,63 @@ class Bar:
         self._progress.advance(self._task, n)
         if note:
             self._progress.update(self._task, note=note)
-        if (self._done - self._told) * 100 >= self._total or self._done == self._total:
-            self._told = self._done
-            self._tell(note)
+        if (self._done - self._reported) * 100 >= self._total or self._done == self._total:
+            self._reported = self._done
+            self._report(note)
 
-    def say(self, what: str) -> None:
-        """What is being done now: beside the bar, or a line where that is no terminal."""
-        self._progress.update(self._task, note=what)
+    def describe(self, activity: str) -> None:
+        """Shows what is running now: behind the bar, or as a line where the output is no terminal."""
+        self._progress.update(self._task, note=activity)
         if not self._progress.console.is_terminal:
-            self._progress.console.print(f"{self._done}/{self._total} {what}", markup=False, highlight=False)
+            self._progress.console.print(f"{self._done}/{self._total} {activity}", markup=False, highlight=False)
 
     def remove(self) -> None:
         self._progress.remove_task(self._task)
 
     def reused(self, n: int) -> None:
-        """Pieces that an earlier run did."""
+        """Advances by items that an earlier run has computed."""
         if n:
             self(n, f"{n} reused")
 
-    def _tell(self, note: str) -> None:
-        line = json.dumps({"what": self._what, "done": self._done, "total": self._total, "note": note})
-        if pipe := os.environ.get(PROGRESS):
+    def _report(self, note: str) -> None:
+        line = json.dumps({"task": self._name, "done": self._done, "total": self._total, "note": note})
+        if pipe := os.environ.get(PROGRESS_ENV):
             with Path(pipe).open("a", encoding="utf-8") as f:
                 f.write(line + "\n")
 
 
-_around: ContextVar[Progress | None] = ContextVar("bars that stand around those to come", default=None)
+_outer: ContextVar[Progress | None] = ContextVar("outer progress display", default=None)
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Bar]:
-    """Inside, a bar on standard error with elapsed and remaining time; one closing line where that is no terminal."""
-    if progress := _around.get():
-        made = Bar(progress, what, max(total, 1))
-        yield made
-        made.remove()
+def bar(name: str, total: int) -> Iterator[Bar]:
+    """A bar on standard error with elapsed and remaining time; one closing line where that is no terminal."""
+    if progress := _outer.get():
+        inner = Bar(progress, name, max(total, 1))
+        yield inner
+        inner.remove()
         return
-    with _bars(_console()) as progress:
-        yield Bar(progress, what, max(total, 1))
+    with _display(_console()) as progress:
+        yield Bar(progress, name, max(total, 1))
 
 
 @contextmanager
-def around(what: str, total: int) -> Iterator[Bar]:
-    """A bar that stays, with those of what runs inside below it, each as long as it lasts."""
-    with _bars(_console()) as progress:
-        token = _around.set(progress)
+def outer_bar(name: str, total: int) -> Iterator[Bar]:
+    """A bar that stays, while bars of the work inside appear below it."""
+    with _display(_console()) as progress:
+        token = _outer.set(progress)
         try:
-            yield Bar(progress, what, max(total, 1))
+            yield Bar(progress, name, max(total, 1))
         finally:
-            _around.reset(token)
+            _outer.reset(token)
 
 
 def _console() -> Console:
     return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 110)
 
 
-class Followed:
-    """A stage in another process: its bars on a terminal, as if it ran here; its lines where that is none."""
+class ChildProgress:
+    """Shows a stage that runs in a child process: its bars on a terminal, else its lines."""
 
     def __init__(self, stage: str, progress: Progress) -> None:
         self._progress, self._bars = progress, dict[str, TaskID]()
@@ -111,26 +110,26 @@ class Followed:
         if self._progress.disable:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def told(self, p: Told) -> None:
+    def update(self, p: StageProgress) -> None:
         if not self._bars:
-            self._bars[p.what] = self._starting
-        elif p.what not in self._bars:  # a stage can have several bars, one after the other
-            self._bars[p.what] = self._progress.add_task(p.what, note="")
-        bar = self._bars[p.what]
-        self._progress.update(bar, description=p.what, completed=p.done, total=max(p.total, 1), note=p.note)
+            self._bars[p.task] = self._starting
+        elif p.task not in self._bars:  # a stage can have several bars, one after the other
+            self._bars[p.task] = self._progress.add_task(p.task, note="")
+        bar = self._bars[p.task]
+        self._progress.update(bar, description=p.task, completed=p.done, total=max(p.total, 1), note=p.note)
 
-    def ended(self, note: str) -> None:
+    def finish(self, note: str) -> None:
         if not self._bars:
             self._progress.update(self._starting, completed=1, total=1, note=note)
 
 
 @contextmanager
-def following(stage: str, console: Console) -> Iterator[Followed]:
-    with _bars(console, disable=not console.is_terminal) as progress:
-        yield Followed(stage, progress)
+def child_progress(stage: str, console: Console) -> Iterator[ChildProgress]:
+    with _display(console, disable=not console.is_terminal) as progress:
+        yield ChildProgress(stage, progress)
 
 
-def _bars(console: Console, *, disable: bool = False) -> Progress:
+def _display(console: Console, *, disable: bool = False) -> Progress:
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=28),
@@ -139,5 +138,5 @@ def _bars(console: Console, *, disable: bool = False) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    # A step of a large model can take longer than the half minute that the time left is reckoned from by default.
+    # A step of a large model can take longer than the 30 s that rich estimates the remaining time from by default.
     return Progress(*columns, console=console, disable=disable, speed_estimate_period=600)

@@ -1,4 +1,4 @@
-"""What went into a result, as digests. Never a clock."""
+"""Provenance of a result: digests of everything that went into it, and never a clock."""
 
 from __future__ import annotations
 
@@ -13,62 +13,62 @@ from typing import Any
 from deleatur import dependencies
 from deleatur.config import methods
 from deleatur.config.settings import Settings
-from deleatur.diffusion.model import digest
+from deleatur.diffusion.model import digest_tensors
 from deleatur.maths import seeds
-from deleatur.records.report import Identity
+from deleatur.records.report import Provenance
 from deleatur.storage import files, samples, tensors
 
 LIBRARIES = ("deleatur", "torch", "diffusers", "transformers", "numpy", "onnxruntime", "nudenet", "pillow")
-DRAWING = ("torch", "diffusers")
-LOOKING = ("torch", "transformers", "numpy", "onnxruntime", "nudenet", "pillow")
+SAMPLING_LIBRARIES = ("torch", "diffusers")
+EVALUATION_LIBRARIES = ("torch", "transformers", "numpy", "onnxruntime", "nudenet", "pillow")
 VERSIONS = {name: version(name) for name in LIBRARIES} | {"python": sys.version.split()[0]}
 
 
-def identify(settings: Settings) -> Identity:
-    """The identity of the report that this workspace holds."""
+def collect(settings: Settings) -> Provenance:
+    """Of the report that this workspace holds."""
     delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
-    drawn = samples.listed(settings.paths.shots)
+    listing = samples.read_listing(settings.paths.samples)
     summary = files.read_json(settings.paths.feedback / "summary.json")
-    loop = delta.settings.get("loop", {})
+    training = delta.settings.get("training", {})
     prompts = [settings.paths.prompts, *(settings.concepts[n].prompts for n in settings.targets)]
-    return Identity(
+    return Provenance(
         base=delta.base,
-        pipeline="+".join(drawn["pipeline"].unique()),  # one: `sample` lists what it has drawn with one model
-        delta=digest(dict(delta.tensors)),
-        pictures=sha256([drawn["side"].tolist(), drawn["key"].tolist()]),
+        pipeline="+".join(listing["pipeline"].unique()),  # one: a listing is of one model
+        delta=digest_tensors(dict(delta.tensors)),
+        images=sha256([listing["side"].tolist(), listing["key"].tolist()]),
         feedback=summary["feedback"],
-        tokens=files_digest(sorted(settings.paths.tokens.rglob("*.safetensors"))),
-        prompts=files_digest(prompts),
-        settings=settings.made_by,
+        tokens=digest_files(sorted(settings.paths.tokens.rglob("*.safetensors"))),
+        prompts=digest_files(prompts),
+        settings=settings.digest,
         seed=settings.seed,
-        seeds_rule=seeds.RULE,
+        seeds_rule=seeds.SEEDS_RULE,
         sampler=f"DDIM, {settings.sample.steps} steps, eta 0, {settings.base.dtype}",
         guide=json.dumps({"method": settings.guide.method, **methods.guide(settings).model_dump()}),
         concepts=delta.concepts,
         concept_source=settings.erase.source,
         method=delta.method,
-        preserve=float(loop.get("preserve", 0)) > 0,
+        preserve=float(training.get("preservation_weight", 0)) > 0,
         simulated=bool(summary["simulated"]),
         champion=settings.sample.champion,
         versions=VERSIONS | {m.package: m.version for m in methods.in_use(settings) if m.package},
     )
 
 
-def code_digest(*entries: Callable[..., Any], libraries: Collection[str]) -> str:
-    """SHA-256 over the code that these reach and the versions of the libraries below it.
+def digest_code(*entries: Callable[..., Any], libraries: Collection[str]) -> str:
+    """SHA-256 over the code that functions or classes can reach, and the versions of the libraries below it.
 
-    What is cached is cached under it: after a correction, what was computed before it is not taken for the result.
+    Cached rows are keyed by it: after a correction, a value computed before it is not used.
     """
-    return sha256([dependencies.of(*entries), {name: VERSIONS[name] for name in libraries}])
+    return sha256([dependencies.code_digests(*entries), {name: VERSIONS[name] for name in libraries}])
 
 
 def sha256(value: object) -> str:
-    """Of a value as JSON."""
+    """SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def files_digest(paths: list[Path]) -> str:
-    """One digest of several files, by name and content."""
+def digest_files(paths: list[Path]) -> str:
+    """One SHA-256 over several files, by name and content."""
     h = hashlib.sha256()
     for path in paths:
         h.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
