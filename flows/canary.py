@@ -28,8 +28,8 @@ from workers import (
 from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
 from deleatur.operations import canary as stage
-from deleatur.records.report import Canary, Outcome
-from deleatur.registry.rollback import TakenBack
+from deleatur.records.report import CanaryResult, Outcome
+from deleatur.registry.rollback import RollbackResult
 from deleatur.storage import json_records, remote
 
 LOOK = "look/live"
@@ -46,14 +46,14 @@ def canary(where: Where = "auto") -> Outcome | None:
     """
     with ending_in_a_command():
         settings, log = Settings.load(), get_run_logger()
-        if (asked := stage.due(settings)) is None:
+        if (asked := stage.pending_check(settings)) is None:
             log.info("Nothing is live that has anything erased")
             return None
         if away := there(where, LOOK):
             demand_published()
         found = (send if away else drawn)(settings, *asked)
-        json_records.write(settings.canary.result, found)
-        rows = [{"concept": look.concept, "outcome": look.outcome, "reason": look.reason} for look in found.looks]
+        json_records.write(settings.canary.result_file, found)
+        rows = [{"concept": look.concept, "outcome": look.outcome, "reason": look.reason} for look in found.checks]
         create_table_artifact(rows, key="canary", description=f"Version {found.version}, drawn again")
         taken = decide(settings, found)
         if taken:
@@ -78,23 +78,23 @@ def look(params: str, version: str, concepts: list[str], state: str | None = Non
         settings = Settings.load()
         found = drawn(settings, version, concepts)
         for sheet in settings.canary.folder.glob("*.png") if state else ():
-            remote.put(sheet, f"{state}/{sheet.name}")
+            remote.upload(sheet, f"{state}/{sheet.name}")
         hand_back("canary", "look", json_records.encode(found).decode())
 
 
 @task(task_run_name="look", **RETRIED)
-def drawn(settings: Settings, version: str, concepts: list[str]) -> Canary:
+def drawn(settings: Settings, version: str, concepts: list[str]) -> CanaryResult:
     with slot():
-        return stage.look(settings, version, concepts)
+        return stage.check(settings, version, concepts)
 
 
 @task(task_run_name="look on a worker", **REPLACED)
-def send(settings: Settings, version: str, concepts: list[str]) -> Canary:
+def send(settings: Settings, version: str, concepts: list[str]) -> CanaryResult:
     params = (HERE / "params.yaml").read_text("utf-8")
     job = Job(LOOK, "look", commit_of(HERE), {"params": params, "version": version, "concepts": concepts})
     run = carry_out(job)
     demand_done("look", run)
-    found = json_records.decode(demanded_back("canary", "look", run).encode(), Canary, "what the worker found")
+    found = json_records.decode(demanded_back("canary", "look", run).encode(), CanaryResult, "what the worker found")
     if job.state:
         remote.fetch(job.state, settings.canary.folder)
         remote.remove(job.state)
@@ -102,18 +102,18 @@ def send(settings: Settings, version: str, concepts: list[str]) -> Canary:
 
 
 @task(**RETRIED)
-def decide(settings: Settings, found: Canary) -> TakenBack | None:
+def decide(settings: Settings, found: CanaryResult) -> RollbackResult | None:
     """Takes back what a concept is back in, if it is still live."""
     return stage.decide(settings, found)
 
 
-def back(found: Canary, taken: TakenBack) -> DeleaturError:
+def back(found: CanaryResult, taken: RollbackResult) -> DeleaturError:
     """What to say where a concept is back."""
-    instead = f"version {taken.live} is live now" if taken.live else "nothing is live now"
-    concepts = ",".join(look.concept for look in found.looks if look.outcome == "fail")
+    instead = f"version {taken.champion} is live now" if taken.champion else "nothing is live now"
+    concepts = ",".join(look.concept for look in found.checks if look.outcome == "fail")
     return DeleaturError(
-        f"{found.breach}. Version {taken.left} is quarantined; {instead}",
-        hint="deleatur canary" if taken.live else f"deleatur emergency {concepts} --as NAME --reason WHY",
+        f"{found.breach}. Version {taken.quarantined} is quarantined; {instead}",
+        hint="deleatur canary" if taken.champion else f"deleatur emergency {concepts} --as NAME --reason WHY",
     )
 
 

@@ -1,4 +1,4 @@
-"""A set that was taken brings back registry, ledger and pointers: into another store, also when it is killed."""
+"""A backup restores registry, ledger and workspace files into another store, also after interruptions."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.operations.backup import backup, restore
 from deleatur.registry import ledger, rollback
-from deleatur.registry.decisions import registry_of
+from deleatur.registry.decisions import open_registry
 from deleatur.registry.history import history
 from deleatur.registry.ledger import Subject
-from deleatur.registry.mlflow_client import CHAMPION, EVIDENCE, LAST, local
+from deleatur.registry.mlflow_registry import CHAMPION, LAST_KNOWN_GOOD
+from deleatur.registry.mlflow_runs import EVIDENCE_TAG
+from deleatur.registry.model_files import local_folder
 from deleatur.stages import gate, register
 from deleatur.storage import dvc, files
 
 pytestmark = pytest.mark.slow
 
 
-def judged_by(settings: Settings, limit: float) -> None:
+def release_under_limit(settings: Settings, limit: float) -> None:
     """The same evidence under another policy: another verdict, and another version if it passes."""
     policy = {"gate": finished.passing(limit)}
     gate.run(Settings.model_validate(settings.model_dump(mode="json", by_alias=True) | policy))
@@ -38,61 +40,61 @@ def judged_by(settings: Settings, limit: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def taken(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with four versions, of which one was deleted and one taken back, and a verdict that failed. Beside it
+def backed_up(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with four versions, of which one was deleted and one backed_up back, and a verdict that failed. Beside it
     its set, and a registry with nothing in it.
     """
-    root = tmp_path_factory.mktemp("taken") / "project"
+    root = tmp_path_factory.mktemp("backed_up") / "project"
     root.mkdir()
     settings = finished.copy(shared, root)
     with pytest.MonkeyPatch.context() as patch, chdir(root):
         patch.setattr(dvc, "status", lambda root: {})
         for limit in (-6.0, -5.0, -4.0, -3.0):
-            judged_by(settings, limit)
-        judged_by(settings, 5.0)
+            release_under_limit(settings, limit)
+        release_under_limit(settings, 5.0)
         rollback.rollback(settings, "Ada", "it draws swords")
-        own = registry_of(settings)
-        own.client.delete_model_version(own.model, "1")
+        registry = open_registry(settings)
+        registry.client.delete_model_version(registry.model, "1")
         backup(settings, root.parent / "set")
     shutil.copy(finished.template(shared) / "mlflow.db", root.parent / "empty.db")
     return root
 
 
 @pytest.fixture
-def fresh(taken: Path, tmp_path: Path) -> Iterator[Settings]:
+def clone(backed_up: Path, tmp_path: Path) -> Iterator[Settings]:
     """A clone of the project, with an empty registry and no ledger."""
-    finished.git(tmp_path, "clone", "--quiet", str(taken), "clone")
+    finished.git(tmp_path, "clone", "--quiet", str(backed_up), "clone")
     root = tmp_path / "clone"
-    shutil.copy(taken.parent / "empty.db", root / "mlflow.db")
+    shutil.copy(backed_up.parent / "empty.db", root / "mlflow.db")
     with chdir(root):
-        yield at(root)
+        yield settings_at(root)
 
 
-def at(root: Path) -> Settings:
+def settings_at(root: Path) -> Settings:
     """The settings with the registry in this folder."""
     given = Settings.load(root / "params.yaml")
     uri = f"sqlite:///{root}/mlflow.db"
     return given.model_copy(update={"register_": given.register_.model_copy(update={"tracking_uri": uri})})
 
 
-def held(settings: Settings) -> dict[str, Any]:
-    """All that a registry says, ids aside."""
-    own = registry_of(settings)
-    runs = own.client.search_runs([own.experiment_id])
+def registry_content(settings: Settings) -> dict[str, Any]:
+    """Content of a registry, without ids."""
+    registry = open_registry(settings)
+    runs = registry.client.search_runs([registry.runs.experiment_id])
     return {
-        "aliases": own.aliases(),
-        "mark": own.mark(),
-        "versions": [(v.version, v.tags, v.description) for v in own.versions()],
+        "aliases": registry.aliases(),
+        "mark": registry.ledger_position(),
+        "versions": [(v.version, v.tags, v.description) for v in registry.versions()],
         "runs": sorted(
             (
-                r.data.tags[EVIDENCE],
+                r.data.tags[EVIDENCE_TAG],
                 r.info.status,
                 r.info.start_time,
                 r.info.end_time,
                 sorted(r.data.params.items()),
                 sorted(r.data.metrics.items()),
-                len(own.client.get_metric_history(r.info.run_id, "erase/loss")),
-                sorted(f.path for f in own.client.list_artifacts(r.info.run_id)),
+                len(registry.client.get_metric_history(r.info.run_id, "erase/loss")),
+                sorted(f.path for f in registry.client.list_artifacts(r.info.run_id)),
                 [i.dataset.digest for i in r.inputs.dataset_inputs],
             )
             for r in runs
@@ -101,31 +103,31 @@ def held(settings: Settings) -> dict[str, Any]:
 
 
 def file_texts(settings: Settings, version: str) -> dict[str, str]:
-    registry_of(settings).client.search_experiments()
-    folder = Path(local(f"models:/{settings.register_.model}/{version}", "pipeline")).parent
+    open_registry(settings).client.search_experiments()
+    folder = Path(local_folder(f"models:/{settings.register_.model}/{version}", "pipeline")).parent
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
     }
 
 
-def test_all_is_back(taken: Path, fresh: Settings) -> None:
-    assert held(fresh)["runs"] == []
-    found = restore(fresh, taken.parent / "set")
-    assert (found.versions, found.decisions) == (3, len(ledger.read(fresh.register_.ledger).entries))
-    with chdir(taken):
-        before, weights = held(at(taken)), file_texts(at(taken), "3")
+def test_restore_brings_back_registry_ledger_and_workspace(backed_up: Path, clone: Settings) -> None:
+    assert registry_content(clone)["runs"] == []
+    found = restore(clone, backed_up.parent / "set")
+    assert (found.versions, found.decisions) == (3, len(ledger.read(clone.register_.ledger).entries))
+    with chdir(backed_up):
+        before, weights = registry_content(settings_at(backed_up)), file_texts(settings_at(backed_up), "3")
     assert len(before["runs"]) == 5
-    assert held(fresh) == before
+    assert registry_content(clone) == before
     assert before["aliases"][CHAMPION] == "3"
-    assert file_texts(fresh, "3") == weights
+    assert file_texts(clone, "3") == weights
     assert len(weights) > 5
-    assert history(fresh).problems == []
+    assert history(clone).problems == []
     for name in ("dvc.lock", "params.yaml", ".dvc/config"):
-        assert Path(name).read_bytes() == (taken / name).read_bytes()
+        assert Path(name).read_bytes() == (backed_up / name).read_bytes()
 
 
-def apart(work: Callable[[], object]) -> int:
-    """The exit code of a process of its own that does it."""
+def exit_code_of_fork(work: Callable[[], object]) -> int:
+    """Run `work` in a forked process; its exit code."""
     if (child := os.fork()) == 0:
         try:
             work()
@@ -135,8 +137,8 @@ def apart(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(commit: int, work: Callable[[], object]) -> int:
-    """Ends the process before so many commits to the registry's database."""
+def kill_before_commit(commit: int, work: Callable[[], object]) -> int:
+    """Run `work` in a fork that is killed before its n-th commit to the registry's database."""
 
     def killing() -> None:
         left = commit
@@ -150,81 +152,81 @@ def killed_at(commit: int, work: Callable[[], object]) -> int:
         event.listen(Engine, "commit", count)
         work()
 
-    return apart(killing)
+    return exit_code_of_fork(killing)
 
 
-def test_killed_again_and_again_it_ends_the_same(taken: Path, fresh: Settings) -> None:
+def test_an_interrupted_restore_resumes_to_the_same_result(backed_up: Path, clone: Settings) -> None:
     again = 0
     for commit in (1, 5, 15, 40, 80):
-        again += killed_at(commit, lambda: restore(fresh, taken.parent / "set")) == -signal.SIGKILL
+        again += kill_before_commit(commit, lambda: restore(clone, backed_up.parent / "set")) == -signal.SIGKILL
     assert again >= 3, "some come to an end"
-    assert apart(lambda: restore(fresh, taken.parent / "set")) == 0
-    with chdir(taken):
-        before = held(at(taken))
-    assert held(fresh) == before
-    assert held(fresh) == before, "to be asked again changes nothing"
+    assert exit_code_of_fork(lambda: restore(clone, backed_up.parent / "set")) == 0
+    with chdir(backed_up):
+        before = registry_content(settings_at(backed_up))
+    assert registry_content(clone) == before
+    assert registry_content(clone) == before, "reading changes nothing"
 
 
-def test_what_is_not_in_the_set_is_not_lost(taken: Path, fresh: Settings, tmp_path: Path) -> None:
-    own = registry_of(fresh)
-    own.client.create_registered_model(own.model)
-    own.client.create_model_version(own.model, str(tmp_path), tags={EVIDENCE: "another"})
-    with pytest.raises(DataError, match="has a version 1 here that is not the copy's"):
-        restore(fresh, taken.parent / "set")
-    assert not fresh.register_.ledger.exists()
+def test_a_version_that_the_backup_lacks_is_not_overwritten(backed_up: Path, clone: Settings, tmp_path: Path) -> None:
+    registry = open_registry(clone)
+    registry.client.create_registered_model(registry.model)
+    registry.client.create_model_version(registry.model, str(tmp_path), tags={EVIDENCE_TAG: "another"})
+    with pytest.raises(DataError, match="has a version 1 here that is not the dump's"):
+        restore(clone, backed_up.parent / "set")
+    assert not clone.register_.ledger.exists()
 
 
-def test_a_ledger_that_goes_on_is_not_overwritten(taken: Path, fresh: Settings) -> None:
-    shutil.copy(taken / "ledger.jsonl", fresh.register_.ledger)
-    with ledger.opened(fresh.register_.ledger) as book:
+def test_a_ledger_with_later_decisions_is_not_overwritten(backed_up: Path, clone: Settings) -> None:
+    shutil.copy(backed_up / "ledger.jsonl", clone.register_.ledger)
+    with ledger.locked(clone.register_.ledger) as book:
         last = book.ledger.entries[-1]
         book.append("decline", Subject(None, "", ""), "Ada", "no", last.aliases)
-    before = fresh.register_.ledger.read_bytes()
-    with pytest.raises(DataError, match="decisions of its own"):
-        restore(fresh, taken.parent / "set")
-    assert fresh.register_.ledger.read_bytes() == before
+    before = clone.register_.ledger.read_bytes()
+    with pytest.raises(DataError, match="decisions that the backup lacks"):
+        restore(clone, backed_up.parent / "set")
+    assert clone.register_.ledger.read_bytes() == before
 
 
-def test_a_set_that_was_changed_is_refused(taken: Path, fresh: Settings, tmp_path: Path) -> None:
+def test_a_damaged_backup_is_refused(backed_up: Path, clone: Settings, tmp_path: Path) -> None:
     for change, said in (
         (lambda p: p.write_bytes(p.read_bytes() + b" "), "was changed"),
         (Path.unlink, "is missing"),
     ):
         copy = tmp_path / said
-        shutil.copytree(taken.parent / "set", copy)
+        shutil.copytree(backed_up.parent / "set", copy)
         change(next(copy.rglob("*.safetensors")))
         with pytest.raises(DataError, match=said):
-            restore(fresh, copy)
-    assert held(fresh)["runs"] == []
+            restore(clone, copy)
+    assert registry_content(clone)["runs"] == []
 
 
-def test_what_was_changed_by_hand_in_the_workspace_is_not_overwritten(taken: Path, fresh: Settings) -> None:
+def test_uncommitted_changes_are_not_overwritten(backed_up: Path, clone: Settings) -> None:
     lock = Path("dvc.lock")
     changed = lock.read_text() + "# mine\n"
     lock.write_text(changed)
-    with pytest.raises(DataError, match=r"dvc\.lock: changed here and not committed"):
-        restore(fresh, taken.parent / "set")
+    with pytest.raises(DataError, match=r"dvc\.lock: uncommitted changes"):
+        restore(clone, backed_up.parent / "set")
     assert lock.read_text() == changed
 
 
-def test_a_broken_chain_is_not_backed_up_and_nothing_is_left(taken: Path, tmp_path: Path) -> None:
-    shutil.copytree(taken, tmp_path / "p")
+def test_a_modified_ledger_is_not_backed_up_and_leaves_no_files(backed_up: Path, tmp_path: Path) -> None:
+    shutil.copytree(backed_up, tmp_path / "p")
     with chdir(tmp_path / "p"):
         path = Path("ledger.jsonl")
         path.write_text(path.read_text().replace('"who":"', '"who":"Not ', 1))
         with pytest.raises(DataError, match="changed"):
-            backup(at(tmp_path / "p"), tmp_path / "set")
+            backup(settings_at(tmp_path / "p"), tmp_path / "set")
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
     with pytest.raises(DataError, match="exists already"):
-        backup(at(taken), taken.parent / "set")
-    assert files.read_json(taken.parent / "set" / "manifest.json")["versions"] == 3
+        backup(settings_at(backed_up), backed_up.parent / "set")
+    assert files.read_json(backed_up.parent / "set" / "manifest.json")["versions"] == 3
 
 
-def test_what_somebody_moved_by_hand_is_settled_first(taken: Path, tmp_path: Path) -> None:
-    shutil.copytree(taken, tmp_path / "p")
+def test_aliases_moved_by_hand_are_not_backed_up(backed_up: Path, tmp_path: Path) -> None:
+    shutil.copytree(backed_up, tmp_path / "p")
     with chdir(tmp_path / "p"):
-        own = registry_of(here := at(tmp_path / "p"))
-        own.client.delete_model_version(own.model, own.aliases()[LAST])
+        registry = open_registry(here := settings_at(tmp_path / "p"))
+        registry.client.delete_model_version(registry.model, registry.aliases()[LAST_KNOWN_GOOD])
         with pytest.raises(DataError, match="moved aliases by hand: last_known_good is no version"):
             backup(here, tmp_path / "set")
     assert [p.name for p in tmp_path.iterdir()] == ["p"]

@@ -1,4 +1,4 @@
-"""Released within minutes beside the chain, said to be so everywhere, and replaced by the chain's next release."""
+"""Released within minutes beside the chain, output to be so everywhere, and replaced by the chain's next release."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import finished
 import pytest
 import yaml
-from registry import asking
+from registry import requiring_approval
 from typer.testing import CliRunner
 
 from deleatur.cli import app
@@ -18,8 +18,9 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.operations import emergency
 from deleatur.registry import approval, ledger
-from deleatur.registry.decisions import STARTED_BY, registry_of
-from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION, LAST, local
+from deleatur.registry.decisions import STARTED_BY, open_registry
+from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION, LAST_KNOWN_GOOD
+from deleatur.registry.model_files import local_folder
 from deleatur.registry.verify import verify
 from deleatur.stages import gate, register
 from deleatur.storage import dvc
@@ -37,111 +38,117 @@ def project(done: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return done
 
 
-def told(*command: str) -> tuple[int, str]:
+def invoke(*command: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, list(command))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.output.split())
 
 
-def chain_releases(settings: Settings, limit: float) -> None:
+def release_by_chain(settings: Settings, limit: float) -> None:
     os.environ[STARTED_BY] = "chain"
     gate.run(changed := Settings.model_validate(settings.model_dump(by_alias=True) | {"gate": finished.passing(limit)}))
     register.run(changed)
 
 
-def change(**sections: object) -> None:
+def change_params(**sections: object) -> None:
     path = Path("params.yaml")
     params = yaml.safe_load(path.read_text("utf-8"))
     path.write_text(yaml.safe_dump(params | sections, sort_keys=False), "utf-8")
 
 
-def results() -> dict[str, str]:
+def chain_outputs() -> dict[str, str]:
     """Of the chain, byte by byte."""
-    files = (p for name in ("tokens", "delta", "shots", "report", "verdict") for p in Path("out", name).rglob("*"))
+    files = (p for name in ("tokens", "delta", "samples", "report", "verdict") for p in Path("out", name).rglob("*"))
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file()}
 
 
-def test_it_goes_live_says_what_it_is_and_is_replaced(project: Settings) -> None:
-    chain_releases(project, -5.0)
-    before, own = results(), registry_of(project)
-    code, said = told("emergency", "weapon", "--as", "Ada", "--reason", WHY)
-    assert (code, own.aliases()) == (0, {CHAMPION: "2", LAST: "1"})
-    assert "PASS: 1 rule, 1 passed" in said
-    assert results() == before
+def test_an_emergency_release_is_labelled_and_replaced_by_the_chain(project: Settings) -> None:
+    release_by_chain(project, -5.0)
+    before, registry = chain_outputs(), open_registry(project)
+    code, output = invoke("emergency", "weapon", "--as", "Ada", "--reason", WHY)
+    assert (code, registry.aliases()) == (0, {CHAMPION: "2", LAST_KNOWN_GOOD: "1"})
+    assert "PASS: 1 rule, 1 passed" in output
+    assert chain_outputs() == before
     entries = ledger.read(project.register_.ledger).entries
     assert [(e.event, e.version, e.who) for e in entries[-2:]] == [
         ("registration", "2", "Ada"),
         ("promotion", "2", "Ada"),
     ]
     assert entries[-2].why.startswith(f"EMERGENCY: {WHY}. PASS: 1 rule")
-    tags = own.tags("2")
+    tags = registry.tags("2")
     assert (tags["emergency"], tags["method"], tags["concept_source"], tags["dvc_lock"]) == (
         WHY,
         "uce",
         "words",
         "none",
     )
-    assert f"EMERGENCY RELEASE: {WHY}. Made by uce" in (Path(local("models:/deleatur/2")) / "README.md").read_text()
+    assert (
+        f"EMERGENCY RELEASE: {WHY}. Made by uce" in (Path(local_folder("models:/deleatur/2")) / "README.md").read_text()
+    )
     verify(project, "2", entries)
-    assert "was released in an emergency: reported by many" in told("doctor")[1]
-    assert told("emergency", "weapon", "--as", "Ada", "--reason", WHY)[0] == 0
-    assert own.aliases() == {CHAMPION: "2", LAST: "1"}, "said twice, it is done once"
+    assert "was released in an emergency: reported by many" in invoke("doctor")[1]
+    assert invoke("emergency", "weapon", "--as", "Ada", "--reason", WHY)[0] == 0
+    assert registry.aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}, "a second run changes nothing"
 
-    chain_releases(project, -4.0)
-    assert own.aliases() == {CHAMPION: "3", LAST: "2"}
-    assert "emergency" not in own.tags("3")
-    assert "emergency:" not in told("doctor")[1]
+    release_by_chain(project, -4.0)
+    assert registry.aliases() == {CHAMPION: "3", LAST_KNOWN_GOOD: "2"}
+    assert "emergency" not in registry.tags("3")
+    assert "emergency:" not in invoke("doctor")[1]
 
 
-def test_where_a_person_has_to_approve_it_takes_two(project: Settings) -> None:
-    settings = asking(project)
+def test_an_emergency_release_is_approved_by_another_person(project: Settings) -> None:
+    settings = requiring_approval(project)
     verdict = emergency.run(settings, ["weapon"], "Ada", WHY)
-    assert (verdict.outcome, registry_of(settings).aliases()) == ("pass", {CHALLENGER: "1"})
+    assert (verdict.outcome, open_registry(settings).aliases()) == ("pass", {CHALLENGER: "1"})
     with pytest.raises(DataError, match="another person has to approve it"):
         approval.promote(settings, "1", "ada", reason="urgent")
     approval.promote(settings, "1", "Grace", reason="I looked")
-    assert registry_of(settings).aliases() == {CHAMPION: "1"}
+    assert open_registry(settings).aliases() == {CHAMPION: "1"}
 
 
-def test_its_own_policy_decides(project: Settings) -> None:
+def test_the_emergency_policy_decides(project: Settings) -> None:
     rule = {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": 5.0, "min_n": 2}
     params = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
-    change(emergency=params["emergency"] | {"rules": {"impossible": rule}})
-    code, said = told("emergency", "weapon", "--as", "Ada", "--reason", WHY)
-    assert (code, registry_of(project).aliases()) == (10, {})
-    assert "FAIL impossible" in said
+    change_params(emergency=params["emergency"] | {"rules": {"impossible": rule}})
+    code, output = invoke("emergency", "weapon", "--as", "Ada", "--reason", WHY)
+    assert (code, open_registry(project).aliases()) == (10, {})
+    assert "FAIL impossible" in output
 
 
-def test_what_is_live_stays_erased(project: Settings) -> None:
-    chain_releases(project, -5.0)
+def test_concepts_of_the_champion_stay_erased(project: Settings) -> None:
+    release_by_chain(project, -5.0)
     params = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
     more = params["concepts"] | {"blood": params["concepts"]["weapon"]}
-    own = emergency.settings_of(Settings.model_validate(params | {"concepts": more}), ["blood"])
-    assert own.targets == ("blood", "weapon")
-    assert (own.erase.method, own.erase.source, own.attack.methods) == ("uce", "words", {})
-    assert own.erase.numbers("uce") == project.erase.numbers("uce")
-    assert {path.parts[:2] for path in own.paths.written.values()} == {("out", "emergency")}
+    changed = emergency.emergency_settings(Settings.model_validate(params | {"concepts": more}), ["blood"])
+    assert changed.targets == ("blood", "weapon")
+    assert (changed.erase.method, changed.erase.source, changed.attack.methods) == ("uce", "words", {})
+    assert changed.erase.config("uce") == project.erase.config("uce")
+    assert {path.parts[:2] for path in changed.paths.outputs.values()} == {("out", "emergency")}
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "said"),
+    ("command", "code", "output"),
     [
-        (("emergency", "bloodd", "--as", "Ada", "--reason", WHY), 2, "expected weapon, got bloodd"),
-        (("emergency", "weapon", "--as", " ", "--reason", WHY), 3, "has a name and a reason"),
+        (
+            ("emergency", "bloodd", "--as", "Ada", "--reason", WHY),
+            2,
+            "expected concepts of params.yaml (weapon), got bloodd",
+        ),
+        (("emergency", "weapon", "--as", " ", "--reason", WHY), 3, "needs a name and a reason"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_runs(
-    project: Settings, command: tuple[str, ...], code: int, said: str
+def test_wrong_arguments_are_refused_before_anything_runs(
+    project: Settings, command: tuple[str, ...], code: int, output: str
 ) -> None:
-    found = told(*command)
+    found = invoke(*command)
     assert found[0] == code
-    assert said in found[1]
+    assert output in found[1]
     assert not Path("out/emergency").exists()
 
 
-def test_without_a_policy_there_is_no_emergency(project: Settings) -> None:
-    change(emergency=None)
-    code, said = told("emergency", "weapon", "--as", "Ada", "--reason", WHY, "--json")
+def test_without_an_emergency_section_it_is_refused(project: Settings) -> None:
+    change_params(emergency=None)
+    code, output = invoke("emergency", "weapon", "--as", "Ada", "--reason", WHY, "--json")
     assert code == 2
-    assert "no section `emergency`" in said
-    assert json.dumps(told("check")[0]) == "0"
+    assert "no section `emergency`" in output
+    assert json.dumps(invoke("check")[0]) == "0"

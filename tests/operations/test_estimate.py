@@ -13,24 +13,28 @@ from deleatur import stages
 from deleatur.operations import estimate
 
 CHAIN = ("ingest", "reward", "invert", "erase", "attack", "sample")
-LAST = {"check_every": 6, "guard": 9.0}
+LAST = {"eval_every": 6, "max_preserved_drop": 9.0}
 """One look after the first, at the end: nothing stops before."""
 SFD: dict[str, Any] = {
-    "erase": {"method": "sfd", "source": "words", "sfd": {"loop": {"iterations": 6, "batch": 2, "lr": 1e-4, **LAST}}},
+    "erase": {
+        "method": "sfd",
+        "source": "words",
+        "sfd": {"training": {"iterations": 6, "batch_size": 2, "lr": 1e-4, **LAST}},
+    },
     "attack": {"methods": {}},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sdd", "sfd"])
-def test_every_stage_takes_the_rows_that_were_told(
+def test_every_stage_uses_the_estimated_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     numbers = workspace.numbers(tmp_path)
-    numbers["erase"]["sdd"]["loop"] |= LAST
+    numbers["erase"]["sdd"]["training"] |= LAST
     settings = workspace.make(tmp_path, **numbers | (SFD if method == "sfd" else {}))
-    told, took = {line.name: line.cost.work for line in estimate.chain(settings)}, {}
+    told, took = {line.name: line.cost.workload for line in estimate.chain_estimates(settings)}, {}
     for name in CHAIN:
         with counting.rows() as took[name]:
             stages.run(name, settings)

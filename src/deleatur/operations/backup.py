@@ -1,7 +1,7 @@
-"""Registry, ledger and DVC's pointers as one set in a folder, and back. Light: loads no weights.
+"""Backs up the registry, the ledger and DVC's lock files into one folder, and restores them. Loads no weights.
 
-Taken while nobody decides anything, so the three belong together. What DVC's pointers point to lies in its remote,
-which keeps itself: the set names it by digest.
+The backup holds the decision lock, so its parts are consistent with each other. It does not contain the data that
+dvc.lock refers to: that stays in the DVC remote, and the backup identifies it by digest.
 """
 
 from __future__ import annotations
@@ -19,113 +19,118 @@ from typing import Any
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.registry import ledger
-from deleatur.registry.decisions import deciding, registry_of
+from deleatur.registry.decisions import locked_for_decision, open_registry
 from deleatur.registry.history import history
 from deleatur.registry.ledger import Ledger
-from deleatur.registry.registry_dump import Copy
-from deleatur.storage import dvc, dvc_remote, files
+from deleatur.registry.registry_dump import RegistryDump
+from deleatur.storage import files, git
 
-POINTERS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config")
-"""Of the workspace; all else of it is git's."""
+WORKSPACE_FILES = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config")
+"""Files of the workspace that belong to a backup; everything else is in git."""
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Set:
-    """What a folder with a backup says of itself."""
+class BackupInfo:
+    """Summary of a backup, from its manifest."""
 
-    taken: str
+    created_at: str
     """UTC, ISO 8601."""
     commit: str | None
     versions: int
     decisions: int
 
 
-def backup(settings: Settings, folder: Path) -> Set:
-    """Raises DataError where the folder exists, the ledger was changed, or an alias was moved by hand: parts that
-    contradict each other are nothing to go back to.
+def backup(settings: Settings, folder: Path) -> BackupInfo:
+    """Write a backup into a new folder.
+
+    Raises DataError if the folder exists, the ledger was modified, or an alias was moved by hand: a backup whose parts
+    contradict each other could not be restored.
     """
     if folder.exists():
         raise DataError(f"{folder} exists already", hint="name a new folder")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        with deciding(settings) as release:
-            copy = Copy(release.registry, partial / "registry")
+        with locked_for_decision(settings) as release:
+            copy = RegistryDump(release.registry, partial / "registry")
             copy.save()
-            known = release.ledger
-            shutil.copyfile(known.path, partial / "ledger.jsonl")
-        for name in filter(os.path.exists, POINTERS):
+            current = release.ledger
+            shutil.copyfile(current.path, partial / "ledger.jsonl")
+        for name in filter(os.path.exists, WORKSPACE_FILES):
             (partial / "workspace" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(name, partial / "workspace" / name)
-        about = {
+        manifest = {
             "taken": datetime.now(UTC).isoformat(timespec="seconds"),
             "deleatur": version("deleatur"),
-            "commit": dvc.commit(Path()).hash,
-            "versions": len(copy.listed),
-            "decisions": known.head.number,
-            "ledger": str(known.head),
+            "commit": git.current_commit(Path()).hash,
+            "versions": len(copy.version_records),
+            "decisions": current.head.number,
+            "ledger": str(current.head),
             "files": dict(_digests(partial)),
         }
-        files.write_json(partial / MANIFEST, about)
+        files.write_json(partial / MANIFEST, manifest)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _set(about)
+    return _info(manifest)
 
 
-def restore(settings: Settings, folder: Path) -> Set:
-    """Puts a set back, into an empty registry and beside no other ledger. Killed, it goes on where it was.
+def restore(settings: Settings, folder: Path) -> BackupInfo:
+    """Restore a backup into an empty registry. After an interruption, the same call resumes.
 
-    Raises DataError, before anything is changed, where the set is not whole, or something is there that is not in it.
+    Raises DataError, before anything is changed, if the backup is damaged or the workspace has decisions, versions or
+    uncommitted changes that the backup lacks.
     """
-    about = _whole(folder)
+    manifest = _verified_manifest(folder)
     saved, target = ledger.read(folder / "ledger.jsonl"), settings.register_.ledger
-    saved.demand_whole()
-    _demand_room(saved, ledger.read(target))
-    _demand_unsaved_nothing(folder / "workspace")
-    registry = registry_of(settings)
-    Copy(registry, folder / "registry").load()
-    with files.replacing(target) as partial:
+    saved.require_intact()
+    _require_no_other_decisions(saved, ledger.read(target))
+    _require_committed(folder / "workspace")
+    registry = open_registry(settings)
+    RegistryDump(registry, folder / "registry").load()
+    with files.atomic_write(target) as partial:
         shutil.copyfile(folder / "ledger.jsonl", partial)
     registry.set_aliases(saved.aliases)
-    registry.set_mark(saved.head)
-    for name in POINTERS:  # whatever else lies there
+    registry.set_ledger_position(saved.head)
+    for name in WORKSPACE_FILES:  # never a path that only the folder names
         if (path := folder / "workspace" / name).is_file():
-            with files.replacing(Path(name)) as partial:
+            with files.atomic_write(Path(name)) as partial:
                 shutil.copyfile(path, partial)
     for problem in history(settings).problems:
         raise problem
-    return _set(about)
+    return _info(manifest)
 
 
-def _whole(folder: Path) -> dict[str, Any]:
-    about: dict[str, Any] = files.read_json(folder / MANIFEST)
-    found = dict(_digests(folder))
-    for name in sorted(about["files"].keys() | found.keys()):
-        if about["files"].get(name) != found.get(name):
-            what = "is missing" if name not in found else "was added" if name not in about["files"] else "was changed"
-            raise DataError(f"{folder / name} {what}: this is not the set that was taken", hint="take an older backup")
-    return about
+def _verified_manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = files.read_json(folder / MANIFEST)
+    digests = dict(_digests(folder))
+    for name in sorted(manifest["files"].keys() | digests.keys()):
+        if manifest["files"].get(name) != digests.get(name):
+            change = (
+                "is missing" if name not in digests else "was added" if name not in manifest["files"] else "was changed"
+            )
+            raise DataError(f"{folder / name} {change}: the backup is damaged", hint="restore an older backup")
+    return manifest
 
 
-def _demand_room(saved: Ledger, here: Ledger) -> None:
-    if here.marks and here.marks != saved.marks:
+def _require_no_other_decisions(saved: Ledger, current: Ledger) -> None:
+    if current.positions and current.positions != saved.positions:
         raise DataError(
-            f"{here.path} has {here.head.number} decisions of its own, which the set lacks",
-            hint=f"mv {here.path} {here.path}.before (they are lost to the registry), then the same command again",
+            f"{current.path} has {current.head.number} decisions that the backup lacks",
+            hint=f"mv {current.path} {current.path}.before (the registry loses them), then the same command again",
         )
 
 
-def _demand_unsaved_nothing(workspace: Path) -> None:
+def _require_committed(workspace: Path) -> None:
     names = [path.relative_to(workspace).as_posix() for path in _files(workspace)]
-    other = [
+    differing = [
         name for name in names if Path(name).exists() and Path(name).read_bytes() != (workspace / name).read_bytes()
     ]
-    if other and (lost := dvc_remote.uncommitted(Path(), *other)):
+    if differing and (uncommitted := git.uncommitted_files(Path(), *differing)):
         raise DataError(
-            f"{', '.join(lost)}: changed here and not committed, and the set has another",
-            hint=f"git stash push {' '.join(lost)}, then the same command again",
+            f"{', '.join(uncommitted)}: uncommitted changes, which the backup would overwrite",
+            hint=f"git stash push {' '.join(uncommitted)}, then the same command again",
         )
 
 
@@ -140,5 +145,5 @@ def _digests(folder: Path) -> Iterator[tuple[str, str]]:
                 yield path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _set(about: dict[str, Any]) -> Set:
-    return Set(about["taken"], about["commit"], about["versions"], about["decisions"])
+def _info(manifest: dict[str, Any]) -> BackupInfo:
+    return BackupInfo(manifest["taken"], manifest["commit"], manifest["versions"], manifest["decisions"])

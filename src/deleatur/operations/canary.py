@@ -1,8 +1,9 @@
-"""What is live, drawn again with the noise of last time, for every concept that was ever erased.
+"""Regression check of the champion: samples it with fixed seeds, for every concept that any champion has erased.
 
-A verdict is about the day it was made on. Libraries, detectors and stores change afterwards, and a new version is
-judged by what it was to erase, not by what versions before it had erased. The pictures come from the files that are
-served. Where a concept is back beyond doubt, the version is quarantined and what was live before it is live again.
+A verdict holds for the day it was reached. Libraries, detectors and stores change afterwards, and a new version is
+judged on its own target concepts, not on those of its predecessors. The images are sampled from the files that are
+served. If a concept is back with statistical certainty, the version is quarantined and its predecessor is champion
+again.
 """
 
 from __future__ import annotations
@@ -22,140 +23,160 @@ from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model, load
 from deleatur.diffusion.sample import sample
 from deleatur.errors import DataError
-from deleatur.gate import Weighing
+from deleatur.gate import RuleEvaluation
 from deleatur.guides import Guide
 from deleatur.maths.intervals import rate
 from deleatur.maths.seeds import derive
-from deleatur.records.report import Canary, Detector, Look, Score
-from deleatur.records.sampling import Prompt, Side
+from deleatur.records.report import CanaryResult, ConceptCheck, DetectorInfo, Score
+from deleatur.records.sampling import Prompt, Variant
 from deleatur.registry import ledger
-from deleatur.registry.decisions import registry_of
-from deleatur.registry.mlflow_client import CHAMPION, Registry
-from deleatur.registry.rollback import TakenBack, quarantine
+from deleatur.registry.decisions import open_registry
+from deleatur.registry.mlflow_registry import CHAMPION, Registry
+from deleatur.registry.rollback import RollbackResult, quarantine
 from deleatur.registry.verify import verify
-from deleatur.report.page import Row, Sheet, summary_png
+from deleatur.report.contact_sheet import ContactSheet, PromptRow, write_contact_sheet
 from deleatur.runtime import models
 from deleatur.runtime.progress import Bar, bar
 from deleatur.storage import files, json_records
 
-WHO = "canary"
-"""Whose name a quarantine has in the ledger."""
-ROWS = 8
-"""Prompts on a sheet."""
+ACTOR = "canary"
+"""Who decides, in the ledger's entries."""
+SHEET_ROWS = 8
+"""Most prompts on a contact sheet."""
 
-Drawn = Mapping[Side, Sequence[Image.Image]]
+ImagesByVariant = Mapping[Variant, Sequence[Image.Image]]
 
 
-def run(settings: Settings, *, dry: bool = False) -> tuple[Canary, TakenBack | None] | None:
-    """None where nothing is live that has anything erased. dry: looks, and decides nothing."""
-    if (asked := due(settings)) is None:
+def run(settings: Settings, *, dry_run: bool = False) -> tuple[CanaryResult, RollbackResult | None] | None:
+    """Check the champion and quarantine it if a concept is back, unless `dry_run`. None: there is nothing to check."""
+    if (pending := pending_check(settings)) is None:
         return None
-    found = look(settings, *asked)
-    return found, None if dry else decide(settings, found)
+    result = check(settings, *pending)
+    return result, None if dry_run else decide(settings, result)
 
 
-def due(settings: Settings) -> tuple[str, list[str]] | None:
-    """What there is to look at, version and concepts, once its signature was looked at; None as above."""
-    version, concepts = live(settings)
+def pending_check(settings: Settings) -> tuple[str, list[str]] | None:
+    """Version and concepts to check, after verifying the version's signature. None: no champion has erased anything."""
+    version, concepts = champion_and_concepts(settings)
     if version is None or not concepts:
         return None
     verify(settings, version, ledger.read(settings.register_.ledger).entries, fetch=False)
     return version, concepts
 
 
-def live(settings: Settings) -> tuple[str | None, list[str]]:
-    """The version that is live, by the ledger, and every concept that was ever erased."""
-    known, registry = ledger.read(settings.register_.ledger), registry_of(settings)
-    known.demand_whole()
-    ever = dict.fromkeys(v for entry in known.entries if (v := entry.aliases.get(CHAMPION)))
-    named = dict.fromkeys(name for v in ever for name in _erased(registry, v))
-    if settings.canary.result.is_file():  # a version that somebody has deleted does not say any more
-        named |= dict.fromkeys(look.concept for look in json_records.read(settings.canary.result, Canary).looks)
-    return known.aliases.get(CHAMPION), [name for name in named if name not in settings.canary.retired]
+def champion_and_concepts(settings: Settings) -> tuple[str | None, list[str]]:
+    """The champion according to the ledger, and every concept that any champion has erased and that is not retired."""
+    decisions, registry = ledger.read(settings.register_.ledger), open_registry(settings)
+    decisions.require_intact()
+    champions = dict.fromkeys(v for entry in decisions.entries if (v := entry.aliases.get(CHAMPION)))
+    concepts = dict.fromkeys(name for v in champions for name in _erased_concepts(registry, v))
+    if settings.canary.result_file.is_file():  # versions that were deleted since have lost their tags
+        last = json_records.read(settings.canary.result_file, CanaryResult)
+        concepts |= dict.fromkeys(check.concept for check in last.checks)
+    return decisions.aliases.get(CHAMPION), [name for name in concepts if name not in settings.canary.retired]
 
 
-def _erased(registry: Registry, version: str) -> list[str]:
+def _erased_concepts(registry: Registry, version: str) -> list[str]:
     try:
         return [name for name in registry.tags(version).get("concepts", "").split("+") if name]
     except DataError:
         return []
 
 
-def look(settings: Settings, version: str, concepts: Sequence[str]) -> Canary:
-    """Draws and looks; decides nothing, and needs no ledger. Leaves a sheet of each concept, and what it found.
+def check(settings: Settings, version: str, concepts: Sequence[str]) -> CanaryResult:
+    """Sample base model and version and detect the concepts; decides nothing, and needs no ledger.
 
-    Raises ModelError where the version's files are not those that were judged.
+    Writes the result and one contact sheet per concept. Raises ModelError if the version's files are not the ones that
+    were judged.
     """
-    s = settings.canary
-    served = f"models:/{settings.register_.model}/{version}"
-    known = [name for name in concepts if name in settings.concepts]
-    asked = {name: prompts.read(settings.concepts[name].prompts, s.split, name, "concept") for name in known}
-    drawn: dict[str, dict[Side, list[Image.Image]]] = {name: {} for name in known}
-    sides: dict[Side, str] = {"base": settings.base.model, "champion": served}
-    with bar("canary", len(sides) * s.per_prompt * sum(map(len, asked.values()))) as advance:
-        for side, address in sides.items():
+    canary = settings.canary
+    defined = [name for name in concepts if name in settings.concepts]
+    by_concept = {
+        name: prompts.read(settings.concepts[name].prompts, canary.split, name, "concept") for name in defined
+    }
+    images: dict[str, dict[Variant, list[Image.Image]]] = {name: {} for name in defined}
+    addresses: dict[Variant, str] = {
+        "base": settings.base.model,
+        "champion": f"models:/{settings.register_.model}/{version}",
+    }
+    with bar("canary", len(addresses) * canary.images_per_prompt * sum(map(len, by_concept.values()))) as advance:
+        for variant, address in addresses.items():
             model = load(models.local_path(settings, address), dtype=settings.base.dtype, device=settings.base.device)
-            for name, prompts in asked.items():
-                drawn[name][side] = _draw(settings, model, prompts, advance)
-    looks = [_look(settings, n, asked[n], drawn[n]) if n in asked else _unknown(n) for n in concepts]
-    found = Canary(version, datetime.now(UTC).isoformat(timespec="seconds"), looks)
-    folder, simulated = files.emptied(s.folder), registry_of(settings).tags(version).get("simulated") == "true"
-    for name, prompts in asked.items():
-        sheet, cover = _sheet(name, prompts, drawn[name], s.per_prompt), settings.evaluate.blur_sheet
-        summary_png(sheet, folder / f"{name}.png", simulated=simulated, cover=cover, cell=96)
-    json_records.write(s.result, found)
-    return found
+            for name, concept_prompts in by_concept.items():
+                images[name][variant] = _sample(settings, model, concept_prompts, advance)
+    checks = [
+        _check_concept(settings, name, by_concept[name], images[name])
+        if name in by_concept
+        else _undefined_concept(name)
+        for name in concepts
+    ]
+    result = CanaryResult(version, datetime.now(UTC).isoformat(timespec="seconds"), checks)
+    folder = files.empty_folder(canary.folder)
+    simulated = open_registry(settings).tags(version).get("simulated") == "true"
+    for name, concept_prompts in by_concept.items():
+        sheet = _contact_sheet(name, concept_prompts, images[name], canary.images_per_prompt)
+        cover = settings.evaluate.blur_contact_sheet
+        write_contact_sheet(sheet, folder / f"{name}.png", simulated=simulated, cover=cover, cell_size=96)
+    json_records.write(canary.result_file, result)
+    return result
 
 
-def decide(settings: Settings, found: Canary) -> TakenBack | None:
-    """Quarantines a version that a concept is back in; None where there is nothing to decide, or it is live no more."""
-    if not found.breach or ledger.read(settings.register_.ledger).aliases.get(CHAMPION) != found.version:
+def decide(settings: Settings, result: CanaryResult) -> RollbackResult | None:
+    """Quarantine the checked version if a concept is back in it and it is still the champion; else None."""
+    if not result.breach or ledger.read(settings.register_.ledger).aliases.get(CHAMPION) != result.version:
         return None
-    return quarantine(settings, found.version, WHO, found.breach)
+    return quarantine(settings, result.version, ACTOR, result.breach)
 
 
-def _draw(settings: Settings, model: Model, prompts: Sequence[Prompt], advance: Bar) -> list[Image.Image]:
-    """Some of each prompt, next to each other."""
-    asked = [(prompt, i) for prompt in prompts for i in range(settings.canary.per_prompt)]
+def _sample(settings: Settings, model: Model, prompts: Sequence[Prompt], advance: Bar) -> list[Image.Image]:
+    """`images_per_prompt` images of each prompt, in the prompts' order."""
+    requests = [(prompt, i) for prompt in prompts for i in range(settings.canary.images_per_prompt)]
     guide = methods.configured(settings.guide, Guide, "guide", methods.PLAIN_GUIDE)
     with torch.no_grad():
-        states = torch.cat([encode.encode(model, [(prompt.text,)]).states for prompt, _ in asked])
+        states = torch.cat([encode.encode(model, [(prompt.text,)]).states for prompt, _ in requests])
     return sample(
         model,
         states,
-        [derive(settings.canary.seed, "canary", prompt.id, i) for prompt, i in asked],
+        [derive(settings.canary.seed, "canary", prompt.id, i) for prompt, i in requests],
         guide=guide,
         conditions=guide.conditions(model, []),
         steps=settings.sample.steps,
         weights={},
-        batch=settings.sample.batch,
+        batch=settings.sample.batch_size,
         on_batch=advance,
     )
 
 
-def _look(settings: Settings, concept: str, prompts: Sequence[Prompt], drawn: Drawn) -> Look:
-    spec = settings.concepts[concept].found
-    network = methods.detectors(settings)[spec.detector].load()
-    counts = np.isin(network.labels, spec.labels)
-    clusters = np.repeat(np.arange(len(prompts)), settings.canary.per_prompt)
-    by = Detector(spec.detector, network.weights, tuple(sorted(spec.labels)), cutoff=0.0)
+def _check_concept(
+    settings: Settings, concept: str, prompts: Sequence[Prompt], images: ImagesByVariant
+) -> ConceptCheck:
+    spec = settings.concepts[concept].detection
+    detector = methods.detectors(settings)[spec.detector].load()
+    counts = np.isin(detector.labels, spec.labels)
+    clusters = np.repeat(np.arange(len(prompts)), settings.canary.images_per_prompt)
+    detector_info = DetectorInfo(spec.detector, detector.weights, tuple(sorted(spec.labels)), cutoff=0.0)
 
-    def score(side: Side) -> Score:
-        back = counts[network.detect(drawn[side]).argmax(1)].astype(float)
-        i = rate(back, clusters, settings.evaluate.level)
-        what = ("concept_rate", "concept", side)
-        return Score(*what, i.value, i.low, i.high, len(back), len(prompts), False, None, by)
+    def score(variant: Variant) -> Score:
+        present = counts[detector.detect(images[variant]).argmax(1)].astype(float)
+        i = rate(present, clusters, settings.evaluate.confidence_level)
+        name = ("concept_rate", "concept", variant)
+        return Score(*name, i.value, i.low, i.high, len(present), len(prompts), False, None, detector_info)
 
     base, champion = score("base"), score("champion")
-    weighed = Weighing(settings.canary.rule, champion, base)
-    return Look(concept, weighed.outcome, gate.reason(weighed), (base, champion))
+    evaluation = RuleEvaluation(settings.canary.rule, champion, base)
+    return ConceptCheck(concept, evaluation.outcome, gate.describe(evaluation), (base, champion))
 
 
-def _unknown(concept: str) -> Look:
-    why = "it was erased once, and params.yaml has no such concept any more; canary.retired lets it go"
-    return Look(concept, "not enough evidence", why, ())
+def _undefined_concept(concept: str) -> ConceptCheck:
+    reason = "erased by an earlier version and no longer defined in params.yaml; canary.retired ends its checks"
+    return ConceptCheck(concept, "not enough evidence", reason, ())
 
 
-def _sheet(concept: str, prompts: Sequence[Prompt], drawn: Drawn, per_prompt: int) -> Sheet:
-    rows = [Row(p.id, {s: its[i * per_prompt] for s, its in drawn.items()}) for i, p in enumerate(prompts)]
-    return Sheet(concept, "concept", rows[:: max(1, len(rows) // ROWS)][:ROWS])
+def _contact_sheet(
+    concept: str, prompts: Sequence[Prompt], images: ImagesByVariant, images_per_prompt: int
+) -> ContactSheet:
+    rows = [
+        PromptRow(prompt.id, {variant: sampled[i * images_per_prompt] for variant, sampled in images.items()})
+        for i, prompt in enumerate(prompts)
+    ]
+    return ContactSheet(concept, "concept", rows[:: max(1, len(rows) // SHEET_ROWS)][:SHEET_ROWS])

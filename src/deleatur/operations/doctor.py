@@ -1,5 +1,5 @@
-"""Is this deployment as it has to be? One line for each thing, with what to do next. Changes nothing but for one small
-file that it puts into each store and takes away again.
+"""Diagnoses a deployment: one line per finding, with the next command. Changes nothing, apart from a small file that
+it writes to the DVC remote and removes.
 """
 
 from __future__ import annotations
@@ -15,68 +15,75 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import yaml
 from packaging.requirements import Requirement
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
-from deleatur.operations.http_clients import Answer, Scheduler, ask, basic
+from deleatur.operations.http_clients import PrefectClient, Response, request
 from deleatur.registry import ledger, mlflow_client, signing
-from deleatur.registry.decisions import registry_of
+from deleatur.registry.decisions import open_registry
 from deleatur.registry.history import history
-from deleatur.registry.mlflow_client import CHAMPION, LAST
-from deleatur.registry.verify import keys, verify
+from deleatur.registry.mlflow_registry import CHAMPION, LAST_KNOWN_GOOD
+from deleatur.registry.verify import signing_keys, verify
 from deleatur.storage import dvc_remote
 
-State = Literal["ok", "warn", "fail"]
-PREFIX = "deleatur: "
-"""Of the names of our automations, see flows/setup.py."""
-SLOW, WRONG = 5, 60
-"""Seconds that a clock may differ before we say so, and before it is a fault. S3 refuses at 15 minutes."""
-SHARE = 0.1
-"""Of a disk that should be free."""
-CLEAR = "python flows/housekeeping.py"
-"""Says what could go. It keeps what versions need, which `dvc gc --workspace` by itself does not."""
+Status = Literal["ok", "warn", "fail"]
+AUTOMATION_PREFIX = "deleatur: "
+"""What the names of the automations of flows/setup.py begin with."""
+CLOCK_WARN_SECONDS, CLOCK_FAIL_SECONDS = 5, 60
+"""Clock skew that is a warning, and that is a failure. S3 refuses requests from 15 minutes on."""
+MIN_FREE_SHARE = 0.1
+"""Free share of a disk below which it is a warning."""
+FREE_SPACE_COMMAND = "python flows/housekeeping.py"
+"""Lists what can be deleted. Unlike a bare `dvc gc --workspace`, it keeps what registered versions need."""
+
+
+PROBE = b"deleatur doctor"
+"""Content of the file that is written to the DVC remote."""
 
 
 @dataclass(frozen=True)
-class Line:
-    about: str
-    state: State
-    what: str
-    next: str = ""
+class Diagnosis:
+    topic: str
+    status: Status
+    message: str
+    next_command: str = ""
 
 
-def ok(what: str) -> Line:
-    return Line("", "ok", what)
+def ok(message: str) -> Diagnosis:
+    return Diagnosis("", "ok", message)
 
 
-def warn(what: str, next: str) -> Line:
-    return Line("", "warn", what, next)
+def warn(message: str, next_command: str) -> Diagnosis:
+    return Diagnosis("", "warn", message, next_command)
 
 
-def fail(what: str, next: str) -> Line:
-    return Line("", "fail", what, next)
+def fail(message: str, next_command: str) -> Diagnosis:
+    return Diagnosis("", "fail", message, next_command)
 
 
-def look(params: Path) -> Iterator[Line]:
-    """What is wrong with one thing never hides another."""
-    yield from _about("versions", _versions)
+def diagnose(params: Path) -> Iterator[Diagnosis]:
+    """Run every check; a failing one does not keep the others from running."""
+    yield from _run_check("versions", _versions)
     try:
         settings = Settings.load(params)
     except DeleaturError as e:
-        yield Line("settings", "fail", str(e), e.hint)
+        yield Diagnosis("settings", "fail", str(e), e.hint)
         return
-    yield Line("settings", "ok", f"{params} validates; whether the rest of it fits: deleatur check")
-    scheduler = Scheduler.named()
-    for about, check in _checks(settings, scheduler).items():
-        yield from _about(about, check)
+    yield Diagnosis("settings", "ok", f"{params} validates; for its methods and files: deleatur check")
+    scheduler = PrefectClient.from_environment()
+    for topic, check in _checks_by_topic(settings, scheduler).items():
+        yield from _run_check(topic, check)
 
 
-def _checks(settings: Settings, scheduler: Scheduler | None) -> dict[str, Callable[[], Iterator[Line]]]:
+def _checks_by_topic(
+    settings: Settings, scheduler: PrefectClient | None
+) -> dict[str, Callable[[], Iterator[Diagnosis]]]:
     return {
         "registry": lambda: _registry(settings, scheduler),
-        "results": lambda: _results(scheduler),
+        "results": lambda: _dvc_remote(scheduler),
         "scheduler": lambda: _scheduler(scheduler),
         "pools": lambda: _pools(scheduler),
         "schedules": lambda: _schedules(scheduler),
@@ -89,130 +96,132 @@ def _checks(settings: Settings, scheduler: Scheduler | None) -> dict[str, Callab
     }
 
 
-def _about(about: str, check: Callable[[], Iterator[Line]]) -> Iterator[Line]:
+def _run_check(topic: str, check: Callable[[], Iterator[Diagnosis]]) -> Iterator[Diagnosis]:
     try:
         for line in check():
-            yield Line(about, line.state, line.what, line.next)
+            yield Diagnosis(topic, line.status, line.message, line.next_command)
     except DeleaturError as e:
-        yield Line(about, "fail", str(e), e.hint)
+        yield Diagnosis(topic, "fail", str(e), e.hint)
 
 
-def _versions() -> Iterator[Line]:
+def _versions() -> Iterator[Diagnosis]:
     yield ok(f"deleatur {version('deleatur')}, Python {sys.version.split()[0]}, torch {version('torch')}")
-    wrong = 0
+    mismatches = 0
     for requirement in (Requirement(text) for text in requires("deleatur") or []):
         if requirement.marker and not requirement.marker.evaluate():
             continue
         try:
-            found = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            found = "none"
-        if found == "none" or not requirement.specifier.contains(found, prereleases=True):
-            wrong += 1
-            yield fail(f"{requirement} is wanted, and {found} is installed", "pip install -c constraints.txt deleatur")
-    if not wrong:
-        yield ok("every library is of a version that deleatur is made for")
+            installed = "none"
+        if installed == "none" or not requirement.specifier.contains(installed, prereleases=True):
+            mismatches += 1
+            yield fail(f"expected {requirement}, {installed} is installed", "pip install -c constraints.txt deleatur")
+    if not mismatches:
+        yield ok("all required libraries have supported versions")
 
 
-def _registry(settings: Settings, scheduler: Scheduler | None) -> Iterator[Line]:
-    registry = registry_of(settings)
-    where = mlflow_client.GIVEN or registry.uri
-    if where.startswith(("http://", "https://")):
-        theirs, ours = str(_mlflow(where).said), version("mlflow")
-        yield _same_version("MLflow", theirs, ours)
-    elif scheduler and where.startswith("sqlite:"):
+def _registry(settings: Settings, scheduler: PrefectClient | None) -> Iterator[Diagnosis]:
+    registry = open_registry(settings)
+    uri = mlflow_client.ENVIRONMENT_URI or registry.uri
+    if uri.startswith(("http://", "https://")):
+        server, client = str(_mlflow(uri).body), version("mlflow")
+        yield _same_version("MLflow", server, client)
+    elif scheduler and uri.startswith("sqlite:"):
         yield warn(
-            f"{where} is a file of this machine, and a Prefect server is in use", "export MLFLOW_TRACKING_URI=http://…"
+            f"{uri} is a local file, which the workers of the Prefect server cannot reach",
+            "export MLFLOW_TRACKING_URI=http://…",
         )
-    if where.startswith("sqlite:") and not Path(where.removeprefix("sqlite:///")).is_file():
-        yield ok(f"{where}: made by the first verdict")
+    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        yield ok(f"{uri}: the first verdict creates it")
         return
     count = len(registry.versions())
-    yield ok(f"{where.rpartition('@')[2]} answers: {count} versions of {registry.model}")
+    yield ok(f"{uri.rpartition('@')[2]} responds: {count} versions of {registry.model}")
 
 
-def _results(scheduler: Scheduler | None) -> Iterator[Line]:
-    """Where stages leave what they made, which is all that a run goes on from: no flow keeps results of its own."""
-    store = dvc_remote.store(Path())
+def _dvc_remote(scheduler: PrefectClient | None) -> Iterator[Diagnosis]:
+    """The store of stage outputs, which is all that a run resumes from: flows keep no results of their own."""
+    store = dvc_remote.remote_url(Path())
     if scheduler and "://" not in store:
         yield warn(
-            f"the DVC remote {store} is a folder of this machine: other workers cannot reach it",
+            f"the DVC remote {store} is a local folder, which workers on other machines cannot reach",
             "dvc remote add --default --force store s3://BUCKET/dvc",
         )
     yield from _round_trip(store, "the DVC remote")
 
 
-def _round_trip(address: str, what: str) -> Iterator[Line]:
+def _round_trip(address: str, name: str) -> Iterator[Diagnosis]:
     import fsspec
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         options = {} if "://" in address else {"auto_mkdir": True}
-        files, place = fsspec.core.url_to_fs(f"{address.rstrip('/')}/doctor-{os.getpid()}", **options)
-        files.pipe_file(place, b"sound")
+        files, path = fsspec.core.url_to_fs(f"{address.rstrip('/')}/doctor-{os.getpid()}", **options)
+        files.pipe_file(path, PROBE)
         try:
-            back = files.cat_file(place)
+            content = files.cat_file(path)
         finally:
-            files.rm_file(place)
+            files.rm_file(path)
     except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as e:
-        yield fail(f"{what}, {address}, does not do it: {e}", "check AWS_ENDPOINT_URL_S3, AWS_* and the bucket")
+        yield fail(f"{name}, {address}, is not usable: {e}", "check AWS_ENDPOINT_URL_S3, AWS_* and the bucket")
         return
-    if back == b"sound":
-        yield ok(f"{what}, {address}, takes, gives back and removes")
+    if content == PROBE:
+        yield ok(f"{name}, {address}: writes, reads and deletes work")
     else:
-        yield fail(f"{what}, {address}, gives back something else than was put there", "look at its log")
+        yield fail(f"{name}, {address}, returns another content than was written", "look at the store's log")
 
 
-def _scheduler(scheduler: Scheduler | None) -> Iterator[Line]:
+def _scheduler(scheduler: PrefectClient | None) -> Iterator[Diagnosis]:
     if scheduler is None:
-        yield warn("PREFECT_API_URL names no server: nothing runs by itself", "export PREFECT_API_URL=http://…/api")
+        yield warn("PREFECT_API_URL is not set: nothing runs on a schedule", "export PREFECT_API_URL=http://…/api")
         return
-    yield _same_version("Prefect", str(scheduler.greeting.said), version("prefect"))
-    ours = {name: on for name, on in scheduler.automations().items() if name.startswith(PREFIX)}
+    yield _same_version("Prefect", str(scheduler.version.body), version("prefect"))
+    ours = {name: on for name, on in scheduler.automations().items() if name.startswith(AUTOMATION_PREFIX)}
     if not ours:
-        yield fail("no automation of ours is there: runs that die are never noticed", "python flows/setup.py")
-    elif off := [name for name, on in ours.items() if not on]:
-        yield warn(f"switched off: {', '.join(off)}", "python flows/setup.py")
+        yield fail("the automations that notice crashed runs are missing", "python flows/setup.py")
+    elif disabled := [name for name, enabled in ours.items() if not enabled]:
+        yield warn(f"disabled: {', '.join(disabled)}", "python flows/setup.py")
     else:
-        yield ok(f"{len(ours)} automations look after runs that die")
+        yield ok(f"{len(ours)} automations watch for crashed runs")
 
 
-def _pools(scheduler: Scheduler | None) -> Iterator[Line]:
-    wanted = dict.fromkeys(d["work_pool"]["name"] for d in _deployments() if d.get("work_pool"))
-    if scheduler is None or not wanted:
+def _pools(scheduler: PrefectClient | None) -> Iterator[Diagnosis]:
+    expected = dict.fromkeys(d["work_pool"]["name"] for d in _deployments() if d.get("work_pool"))
+    if scheduler is None or not expected:
         return
-    known = scheduler.pools()
-    for name in wanted:
-        if name not in known:
+    pools = scheduler.pools()
+    for name in expected:
+        if name not in pools:
             yield fail(f"the server has no work pool {name}", "python flows/setup.py")
-        elif known[name]["is_paused"]:
+        elif pools[name]["is_paused"]:
             yield warn(f"{name} is paused", f"prefect work-pool resume {name}")
-        elif not (there := scheduler.workers(name)):
+        elif not (workers := scheduler.workers(name)):
             yield fail(f"{name} has no worker", f"prefect worker start --pool {name}")
         else:
-            yield ok(f"{name}: {len(there)} worker{'s' * (len(there) > 1)}")
-    if "gpu" in wanted and not scheduler.slots():
-        yield warn("no limit counts the slots of a GPU: two stages may meet on one", "python flows/setup.py")
+            yield ok(f"{name}: {len(workers)} worker{'s' * (len(workers) > 1)}")
+    if "gpu" in expected and not scheduler.concurrency_limits():
+        yield warn("no concurrency limit for GPUs: two stages may share one", "python flows/setup.py")
 
 
-def _schedules(scheduler: Scheduler | None) -> Iterator[Line]:
+def _schedules(scheduler: PrefectClient | None) -> Iterator[Diagnosis]:
     if scheduler is None:
         return
-    known, wanted = scheduler.deployments(), {(d["entrypoint"], d["name"]): d for d in _deployments()}
-    there = {key: known[key] for key in wanted if key in known}
-    if missing := [name for _, name in wanted.keys() - there.keys()]:
+    deployments, expected = scheduler.deployments(), {(d["entrypoint"], d["name"]): d for d in _deployments()}
+    deployed = {key: deployments[key] for key in expected if key in deployments}
+    if missing := [name for _, name in expected.keys() - deployed.keys()]:
         yield fail(f"not deployed: {', '.join(sorted(missing))}", "prefect --no-prompt deploy --all")
-    if paused := [name for (_, name), found in there.items() if found["paused"]]:
+    if paused := [name for (_, name), deployment in deployed.items() if deployment["paused"]]:
         yield warn(f"paused: {', '.join(paused)}", "resume them on their pages in Prefect")
     active = 0
-    for key, found in there.items():
-        on = {s["schedule"].get("cron") for s in found["schedules"] if s["active"]}
-        active += len(on)
-        if off := {s.get("cron") for s in wanted[key].get("schedules", [])} - on:
-            yield warn(f"{key[1]}: the schedule {', '.join(map(str, off))} is off", "prefect --no-prompt deploy --all")
-    yield ok(f"{len(there)} deployments, {active} schedules")
-    if late := scheduler.runs("Late"):
-        yield warn(f"{late} runs are late: no worker has taken them", "prefect flow-run ls --state LATE")
+    for key, deployment in deployed.items():
+        enabled = {s["schedule"].get("cron") for s in deployment["schedules"] if s["active"]}
+        active += len(enabled)
+        if disabled := {s.get("cron") for s in expected[key].get("schedules", [])} - enabled:
+            crons = ", ".join(map(str, disabled))
+            yield warn(f"{key[1]}: the schedule {crons} is disabled", "prefect --no-prompt deploy --all")
+    yield ok(f"{len(deployed)} deployments, {active} schedules")
+    if late := scheduler.count_runs("Late"):
+        yield warn(f"{late} runs are late: no worker has started them", "prefect flow-run ls --state LATE")
 
 
 def _deployments() -> list[dict[str, Any]]:
@@ -222,91 +231,98 @@ def _deployments() -> list[dict[str, Any]]:
     return list(yaml.safe_load(path.read_text("utf-8")).get("deployments") or [])
 
 
-def _aliases(settings: Settings) -> Iterator[Line]:
-    known = ledger.read(settings.register_.ledger)
-    if not known.entries and not known.problem:
-        yield ok("nothing was decided yet")
+def _aliases(settings: Settings) -> Iterator[Diagnosis]:
+    decisions = ledger.read(settings.register_.ledger)
+    if not decisions.entries and not decisions.problem:
+        yield ok("the ledger has no decisions yet")
         return
-    found = history(settings)
-    for problem in found.problems:
+    report = history(settings)
+    for problem in report.problems:
         yield fail(str(problem), problem.hint)
-    if not found.problems:
-        yield ok(found.standing)
-        live = known.aliases.get(CHAMPION)
-        yield ok(f"version {live} is live") if live else warn("nothing is live", "deleatur history")
-        if live and (why := registry_of(settings).tags(live).get("emergency")):
-            yield warn(f"version {live} was released in an emergency: {why}", "deleatur demo (the chain replaces it)")
-
-
-def _signatures(settings: Settings) -> Iterator[Line]:
-    if not keys(settings).trusted:
-        yield warn("register.trusted_keys is empty: whoever can write to the store can exchange a model", signing.MAKE)
-    known = ledger.read(settings.register_.ledger)
-    for alias in (CHAMPION, LAST):
-        if found := known.aliases.get(alias):
-            statement = verify(settings, found, known.entries, fetch=False)
-            yield ok(
-                f"{alias}, version {found}: {'signed' if statement and statement.signed else 'unsigned'}, as registered"
+    if not report.problems:
+        yield ok(report.summary)
+        champion = decisions.aliases.get(CHAMPION)
+        yield ok(f"version {champion} is champion") if champion else warn("there is no champion", "deleatur history")
+        if champion and (reason := open_registry(settings).tags(champion).get("emergency")):
+            yield warn(
+                f"version {champion} was released in an emergency: {reason}", "deleatur demo (the chain replaces it)"
             )
 
 
-def _policy(settings: Settings, scheduler: Scheduler | None) -> Iterator[Line]:
+def _signatures(settings: Settings) -> Iterator[Diagnosis]:
+    if not signing_keys(settings).trusted:
+        yield warn(
+            "register.trusted_keys is empty: anyone with write access to the store can replace a model",
+            signing.MAKE_KEY_COMMAND,
+        )
+    decisions = ledger.read(settings.register_.ledger)
+    for alias in (CHAMPION, LAST_KNOWN_GOOD):
+        if number := decisions.aliases.get(alias):
+            statement = verify(settings, number, decisions.entries, fetch=False)
+            signed = "signed" if statement and statement.signed else "unsigned"
+            yield ok(f"{alias}, version {number}: files as registered, {signed}")
+
+
+def _policy(settings: Settings, scheduler: PrefectClient | None) -> Iterator[Diagnosis]:
     if settings.register_.approval:
-        yield ok("a person approves what goes live")
+        yield ok("a person approves each release")
     elif scheduler:
-        yield warn("a pass goes live and nobody is asked", "register.approval: true in params.yaml")
+        yield warn("a passing version becomes champion without approval", "register.approval: true in params.yaml")
 
 
-def _disk(settings: Settings) -> Iterator[Line]:
+def _disk(settings: Settings) -> Iterator[Diagnosis]:
     base = Path(settings.base.model)
-    model = sum(f.stat().st_size for f in base.rglob("*") if f.is_file()) if base.is_dir() else 0
-    for what, place in (("workspace", Path()), ("temporary files", Path(tempfile.gettempdir()))):
-        found = shutil.disk_usage(place)
-        free = f"{what}: {found.free / 2**30:.1f} GiB free of {found.total / 2**30:.1f}"
-        if found.free < 2 * model:
-            yield fail(f"{free}; a release needs twice the model, {2 * model / 2**30:.1f} GiB", CLEAR)
-        elif found.free < SHARE * found.total:
-            yield warn(free, CLEAR)
+    model_bytes = sum(f.stat().st_size for f in base.rglob("*") if f.is_file()) if base.is_dir() else 0
+    for name, path in (("workspace", Path()), ("temporary files", Path(tempfile.gettempdir()))):
+        usage = shutil.disk_usage(path)
+        free = f"{name}: {usage.free / 2**30:.1f} GiB free of {usage.total / 2**30:.1f}"
+        if usage.free < 2 * model_bytes:
+            yield fail(
+                f"{free}; a release needs twice the model, {2 * model_bytes / 2**30:.1f} GiB", FREE_SPACE_COMMAND
+            )
+        elif usage.free < MIN_FREE_SHARE * usage.total:
+            yield warn(free, FREE_SPACE_COMMAND)
         else:
             yield ok(free)
 
 
-def _clock(settings: Settings, scheduler: Scheduler | None) -> Iterator[Line]:
-    where = mlflow_client.GIVEN or settings.register_.tracking_uri
-    asked: dict[str, Callable[[], Answer]] = {}
-    if where.startswith(("http://", "https://")):
-        asked["MLflow"] = lambda: _mlflow(where)
+def _clock(settings: Settings, scheduler: PrefectClient | None) -> Iterator[Diagnosis]:
+    uri = mlflow_client.ENVIRONMENT_URI or settings.register_.tracking_uri
+    servers: dict[str, Callable[[], Response]] = {}
+    if uri.startswith(("http://", "https://")):
+        servers["MLflow"] = lambda: _mlflow(uri)
     if scheduler:
-        asked["Prefect"] = lambda: scheduler.greeting
-    for name, greeting in asked.items():
-        if clock := greeting().clock:
-            off = abs((datetime.now(UTC) - clock).total_seconds())
-            said = f"{off:.0f} s off the clock of {name}"
-            yield (
-                ok(said)
-                if off <= SLOW
-                else (warn if off <= WRONG else fail)(said, "on the host, not in a container: timedatectl set-ntp true")
-            )
+        servers["Prefect"] = lambda: scheduler.version
+    for name, version_of in servers.items():
+        if clock := version_of().clock:
+            seconds = abs((datetime.now(UTC) - clock).total_seconds())
+            message = f"{seconds:.0f} s off the clock of {name}"
+            if seconds <= CLOCK_WARN_SECONDS:
+                yield ok(message)
+            else:
+                severity = warn if seconds <= CLOCK_FAIL_SECONDS else fail
+                yield severity(message, "on the host, not in a container: timedatectl set-ntp true")
 
 
-def _credentials() -> Iterator[Line]:
-    """Those that were taken have been taken above."""
-    for path in (Path("infra/.env"), Path(os.environ.get(signing.KEY) or "none")):
+def _credentials() -> Iterator[Diagnosis]:
+    """Whether secrets are readable by others or empty; that they are accepted, the other checks have shown."""
+    for path in (Path("infra/.env"), Path(os.environ.get(signing.KEY_VARIABLE) or "none")):
         if path.is_file() and path.stat().st_mode & 0o077:
-            yield warn(f"{path} can be read by others on this machine", f"chmod 600 {path}")
+            yield warn(f"{path} is readable by other users of this machine", f"chmod 600 {path}")
     for name in ("PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY"):
         if name in os.environ and not os.environ[name]:
             yield warn(f"{name} is set and empty", f"unset {name}")
-    yield ok("none lies where it should not")
+    yield ok("none is readable by other users")
 
 
-def _mlflow(url: str) -> Answer:
+def _mlflow(url: str) -> Response:
     user, password = (os.environ.get(f"MLFLOW_TRACKING_{what}", "") for what in ("USERNAME", "PASSWORD"))
-    wanted = "MLFLOW_TRACKING_USERNAME=… MLFLOW_TRACKING_PASSWORD=…"
-    return ask(f"{url.rstrip('/')}/version", basic(f"{user}:{password}") if user else "", credentials=wanted)
+    auth = httpx.BasicAuth(user, password) if user else None
+    credentials = "MLFLOW_TRACKING_USERNAME=… MLFLOW_TRACKING_PASSWORD=…"
+    return request(f"{url.rstrip('/')}/version", auth=auth, credentials=credentials)
 
 
-def _same_version(what: str, theirs: str, ours: str) -> Line:
-    if theirs.split(".")[:2] == ours.split(".")[:2]:
-        return ok(f"{what} {theirs} answers")
-    return warn(f"the {what} server is {theirs}, and here is {ours}", "build infra/Dockerfile anew, both of its images")
+def _same_version(name: str, server: str, client: str) -> Diagnosis:
+    if server.split(".")[:2] == client.split(".")[:2]:
+        return ok(f"{name} {server} responds")
+    return warn(f"the {name} server is {server}, this client {client}", "rebuild both images of infra/Dockerfile")

@@ -1,9 +1,9 @@
-"""A release within minutes, beside the chain: no token is learned, nothing is trained, fewer pictures are drawn, and
-nothing is measured that its policy does not ask for.
+"""Emergency release within minutes: a closed-form edit instead of inversion and training, fewer images, and only the
+metrics that the emergency policy needs.
 
-The same stages with other numbers and under a policy of its own, in a folder of its own; the chain's results stay as
-they are. Ledger, registry and the model's own card say that it is one, and why. It is registered, approved and taken
-back like any release, and the next one of the chain replaces it.
+It runs the same stages with the settings and the policy of the section `emergency`, in a folder of its own, so that the
+chain's outputs stay as they are. Ledger, registry and model card name it as an emergency release, with the reason. It
+is registered, approved and rolled back like any release, and the chain's next release replaces it.
 """
 
 from __future__ import annotations
@@ -17,71 +17,75 @@ from deleatur.config.settings import Settings, merged
 from deleatur.errors import DataError, SettingsError
 from deleatur.records.report import Verdict
 from deleatur.registry import ledger
-from deleatur.registry.decisions import STARTED_BY, registry_of
-from deleatur.registry.mlflow_client import CHAMPION
+from deleatur.registry.decisions import STARTED_BY, open_registry
+from deleatur.registry.mlflow_registry import CHAMPION
 from deleatur.stages import evaluate, gate, register
 from deleatur.storage import json_records
 
-MADE_BY = ("ingest", "reward", "erase", "attack", "sample")
-"""Stages that are as in the chain. `invert` is what takes the time."""
+CHAIN_STAGES = ("ingest", "reward", "erase", "attack", "sample")
+"""Stages that run as in the chain; `invert`, which takes most of the time, is left out."""
 
 
 def run(settings: Settings, concepts: Sequence[str], who: str, reason: str) -> Verdict:
-    """Erases these, and what is live has erased, by the section `emergency`; judges it, and registers the verdict.
+    """Erase the concepts, along with those that the champion has erased, judge the result and register the verdict.
 
-    Raises SettingsError where params.yaml has no such section, DataError where nobody is named or nothing said.
+    Raises SettingsError if params.yaml has no section `emergency`, DataError if the name or the reason is blank.
     """
     if not (who.strip() and reason.strip()):
         raise DataError(
-            "an emergency has a name and a reason to it", hint="the same command with --as NAME --reason WHY"
+            "an emergency release needs a name and a reason", hint="the same command with --as NAME --reason WHY"
         )
-    own = settings_of(settings, concepts)
+    changed = emergency_settings(settings, concepts)
     os.environ[STARTED_BY] = who
-    for name in MADE_BY:
-        stages.run(name, own)
-    evaluate.run(own, [note(own, reason)])
-    gate.run(own)
-    register.run(own, reason)
-    return json_records.read(own.paths.verdict / "verdict.json", Verdict)
+    for name in CHAIN_STAGES:
+        stages.run(name, changed)
+    evaluate.run(changed, [note(changed, reason)])
+    gate.run(changed)
+    register.run(changed, reason)
+    return json_records.read(changed.paths.verdict / "verdict.json", Verdict)
 
 
-def settings_of(settings: Settings, concepts: Sequence[str]) -> Settings:
-    """params.yaml as an emergency sees it. Raises SettingsError where it says nothing of one, or of a concept."""
-    asked = settings.emergency
-    if asked is None:
+def emergency_settings(settings: Settings, concepts: Sequence[str]) -> Settings:
+    """The settings with those of the section `emergency` merged in.
+
+    Raises SettingsError if there is no such section, or a concept is not defined.
+    """
+    section = settings.emergency
+    if section is None:
         raise SettingsError(
-            "params.yaml has no section `emergency`: by which method, and under which policy",
-            hint="add it, as docs/release.md says; then: deleatur check",
+            "params.yaml has no section `emergency`, which names the method and the policy of emergency releases",
+            hint="add it, see docs/release.md; then: deleatur check",
         )
-    targets = list(dict.fromkeys([*concepts, *_live(settings)]))
-    if unknown := [name for name in targets if name not in settings.concepts]:
+    targets = list(dict.fromkeys([*concepts, *_champion_concepts(settings)]))
+    if undefined := [name for name in targets if name not in settings.concepts]:
         raise SettingsError(
-            f"expected {', '.join(settings.concepts)}, got {', '.join(unknown)}, of which params.yaml says nothing",
-            hint="describe it in the section `concepts`; then: deleatur check",
+            f"expected concepts of params.yaml ({', '.join(settings.concepts)}), got {', '.join(undefined)}",
+            hint="define it in the section `concepts`; then: deleatur check",
         )
     changes = {
         "targets": targets,
-        "erase": asked.erase,
+        "erase": section.erase,
         "guide": {"method": PLAIN_GUIDE},
-        "sample": {"per_prompt": {"token": 0, **asked.per_prompt}, "champion": None},
-        "paths": {name: asked.folder / name for name in settings.paths.written},
+        "sample": {"images_per_prompt": {"token": 0, **section.images_per_prompt}, "champion": None},
+        "paths": {name: section.folder / name for name in settings.paths.outputs},
     }
-    whole = merged(settings.model_dump(by_alias=True), changes)
-    wanted = {rule.metric for rule in asked.rules.values()}
-    whole["evaluate"]["metrics"] = {n: m for n, m in whole["evaluate"]["metrics"].items() if n in wanted}
-    whole |= {"gate": {"rules": asked.rules}, "attack": {"methods": {}}, "emergency": None}
-    return Settings.of(whole, "params.yaml with its section emergency")
+    values = merged(settings.model_dump(by_alias=True), changes)
+    metrics = {rule.metric for rule in section.rules.values()}
+    values["evaluate"]["metrics"] = {n: m for n, m in values["evaluate"]["metrics"].items() if n in metrics}
+    values |= {"gate": {"rules": section.rules}, "attack": {"methods": {}}, "emergency": None}
+    return Settings.of(values, "params.yaml with its section emergency")
 
 
 def note(settings: Settings, reason: str) -> str:
+    """The note that report and model card carry."""
     method, rules = settings.erase.method, ", ".join(settings.gate.rules)
     return (
-        f"EMERGENCY RELEASE: {reason}. Made by {method} within minutes, attacked by nobody, judged by the policy for "
-        f"emergencies ({rules}); a release of the chain is to replace it."
+        f"EMERGENCY RELEASE: {reason}. Made by {method} within minutes, not attacked, judged by the emergency policy "
+        f"({rules}). The chain's next release is to replace it."
     )
 
 
-def _live(settings: Settings) -> list[str]:
-    """What is erased in what is live, and would come back otherwise."""
-    live = ledger.read(settings.register_.ledger).aliases.get(CHAMPION)
-    return [n for n in registry_of(settings).tags(live).get("concepts", "").split("+") if n] if live else []
+def _champion_concepts(settings: Settings) -> list[str]:
+    """Concepts that the champion has erased, which would be back in a release without them."""
+    champion = ledger.read(settings.register_.ledger).aliases.get(CHAMPION)
+    return [n for n in open_registry(settings).tags(champion).get("concepts", "").split("+") if n] if champion else []

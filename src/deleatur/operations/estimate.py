@@ -1,8 +1,8 @@
-"""What a run takes, told before it begins: network calls, memory, time.
+"""Estimates what a run costs before it begins: network calls, FLOP, memory, time.
 
-Counts come from the methods, operations and memory from the networks' shapes (see `diffusion.cost`), the time from one
-network call on this machine: operations divided by those it does in a second. Only the UNet is counted, which takes
-nearly all of it; what is kept from an earlier run is not drawn again, and takes nothing.
+The methods report their numbers of network calls; FLOP and memory follow from the networks' shapes (see
+`training.cost`), the time from the measured FLOP rate of this machine. Only the UNet is counted, which takes nearly all
+of it. Cached results of earlier runs are not subtracted.
 """
 
 from __future__ import annotations
@@ -18,29 +18,31 @@ from deleatur.artifacts import prompts
 from deleatur.attacks import Attack
 from deleatur.benchmark import plan
 from deleatur.config import methods
-from deleatur.config.settings import Numbers, Settings
+from deleatur.config.plugin_config import Hyperparameters
+from deleatur.config.settings import Settings
 from deleatur.diffusion import architecture, folders
 from deleatur.erasers import Eraser
+from deleatur.evaluation import probe
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
 from deleatur.inversion import Inverter
-from deleatur.stages import erase, invert
-from deleatur.training.cost import Cost, Work, cost, drawn, speed
+from deleatur.stages import invert
+from deleatur.training.cost import CostEstimate, Workload, estimate_cost, measure_speed, sampling_workload
 
-STEPS = 50
-"""Of the sampler that published guides are meant for."""
+PUBLISHED_STEPS = 50
+"""Sampler steps that the hyperparameters of published guides are meant for."""
 
 
-HOW = {
-    False: "rows: latents that go through the UNet once; memory without Python and the libraries.",
-    True: "rows: latents that go through the UNet once; memory without Python and the libraries; time: operations "
-    "divided by those that one call of two rows did in a second, so only the UNet's, and as if nothing were kept.",
+CAPTIONS = {
+    False: "rows: latents that pass the UNet once; memory without Python and its libraries.",
+    True: "rows: latents that pass the UNet once; memory without Python and its libraries; time: FLOP of the UNet "
+    "divided by this machine's rate in one call of two rows, without any cached results.",
 }
-"""What the columns of a table of costs are, without and with times."""
+"""Caption of a table of estimates, without and with times."""
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit that it has two of: 90 s, 25 min, 3 h."""
+    """In the largest unit of which there are at least two: 90 s, 25 min, 3 h."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -49,123 +51,145 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One stage of the chain, one method, or one row of a comparison."""
+    """Cost of one stage of the chain, one method, or one method entry of the benchmark."""
 
     name: str
-    """Of the stage, the shelf, or the concept that is compared."""
+    """The stage, the kind of plug-in, or the benchmark's concept."""
     method: str
-    """Of several, or a row: its name."""
-    cost: Cost
+    cost: CostEstimate
     seconds: float | None = None
-    """None: nobody knows the machine."""
+    """None: for no particular machine."""
 
 
-def published(shelf: str | None = None) -> list[Estimate]:
-    """Every method with its own numbers, for Stable Diffusion 1.4 in float32; a guide for one picture of 50 steps."""
-    sd = architecture.stable_diffusion()
-    return [Estimate(*which, cost(work, sd)) for which, work in _methods({}, STEPS) if shelf in (None, which[0])]
+def published_estimates(kind: str | None = None) -> list[Estimate]:
+    """Every method with default hyperparameters, for Stable Diffusion 1.4 in float32; guides: one image, 50 steps."""
+    stable_diffusion = architecture.stable_diffusion()
+    return [
+        Estimate(*label, estimate_cost(work, stable_diffusion))
+        for label, work in _method_workloads({}, PUBLISHED_STEPS)
+        if kind in (None, label[0])
+    ]
 
 
-def of_methods(settings: Settings, shelf: str | None = None) -> list[Estimate]:
-    """Every method with the settings' numbers, where they have some, for the base model."""
-    numbers = {s.shelf: {n: s.numbers(n) for n in s.named} for s in (settings.invert, settings.erase, settings.guide)}
-    numbers["attacks"] = settings.attack.methods
-    works = _methods(numbers, settings.sample.steps)
-    return _estimated(settings, [(which, work) for which, work in works if shelf in (None, which[0])])
+def method_estimates(settings: Settings, kind: str | None = None) -> list[Estimate]:
+    """Every method with the hyperparameters of the settings, or else its defaults, for the base model."""
+    hyperparameters = {
+        s.kind: {n: s.config(n) for n in s.configured} for s in (settings.invert, settings.erase, settings.guide)
+    }
+    hyperparameters["attacks"] = settings.attack.methods
+    works = _method_workloads(hyperparameters, settings.sample.steps)
+    return _estimates(settings, [(label, work) for label, work in works if kind in (None, label[0])])
 
 
-def chain(settings: Settings) -> list[Estimate]:
-    """The stages that use the UNet, from an empty folder to their end."""
-    return _estimated(settings, list(_stages(settings)))
+def chain_estimates(settings: Settings) -> list[Estimate]:
+    """The stages that use the UNet, each run from its beginning."""
+    return _estimates(settings, list(_stage_workloads(settings)))
 
 
-def rows(settings: Settings, cells: Iterable[plan.Cell]) -> list[Estimate]:
-    """Rows of a comparison, each from an empty folder with one seed; tokens, which rows share, are not in it."""
-    works = []
-    for concept, row in dict.fromkeys((cell.concept, cell.row) for cell in cells):
-        own = plan.settings_of(settings, plan.Cell(concept, row, settings.seed))
-        runs = plan.stages_of(settings, concept, row)
-        works.append(((concept, row), sum((work for (stage, _), work in _stages(own) if stage in runs), Work())))
-    return _estimated(settings, works)
+def benchmark_estimates(settings: Settings, trials: Iterable[plan.Trial]) -> list[Estimate]:
+    """Method entries of the benchmark, each with one seed; without the inversion, which entries share."""
+    workloads = []
+    for concept, row in dict.fromkeys((trial.concept, trial.row) for trial in trials):
+        trial_settings = plan.trial_settings(settings, plan.Trial(concept, row, settings.seed))
+        stages = plan.stages_of(settings, concept, row)
+        workloads.append(
+            (
+                (concept, row),
+                sum((work for (stage, _), work in _stage_workloads(trial_settings) if stage in stages), Workload()),
+            )
+        )
+    return _estimates(settings, workloads)
 
 
-Which = tuple[str, str]
+Label = tuple[str, str]
 
 
-def _estimated(settings: Settings, works: Sequence[tuple[Which, Work]]) -> list[Estimate]:
-    """Empty where the base model is not on this disk: nobody knows its size."""
+def _estimates(settings: Settings, workloads: Sequence[tuple[Label, Workload]]) -> list[Estimate]:
+    """Empty if the base model, whose shape decides the cost, is not on this disk."""
     base, address = settings.base, settings.base.model
-    far = "://" in address or address.startswith("models:/")
-    folder = None if far else folders.find(address, "model_index.json")
+    is_remote = "://" in address or address.startswith("models:/")
+    folder = None if is_remote else folders.locate(address, "model_index.json")
     if folder is None:
         return []
-    of = architecture.read(folder)
-    rate = speed(folder, of, base.dtype, base.device)
-    found = [(which, cost(work, of, base.dtype)) for which, work in works]
-    return [Estimate(*which, c, c.operations / rate) for which, c in found]
+    network = architecture.from_folder(folder)
+    operations_per_second = measure_speed(folder, network, base.dtype, base.device)
+    costs = [(label, estimate_cost(work, network, base.dtype)) for label, work in workloads]
+    return [Estimate(*which, c, c.flops / operations_per_second) for which, c in costs]
 
 
-def _methods(numbers: Mapping[str, Mapping[str, Numbers]], steps: int) -> Iterator[tuple[Which, Work]]:
-    for shelf, (base, work) in WORKS.items():
-        for name in plugins.names(shelf):
-            own = numbers.get(shelf, {}).get(name, {})
-            if not own and any(f.is_required() for f in plugins.find(shelf, name, base).model_fields.values()):
-                continue  # what it takes depends on numbers that nobody has given
-            yield (shelf, name), work(methods.instantiate(shelf, base, name, own, f"the numbers of {name}"), steps)
+def _method_workloads(
+    hyperparameters: Mapping[str, Mapping[str, Hyperparameters]], steps: int
+) -> Iterator[tuple[Label, Workload]]:
+    for kind, (base, work) in WORKLOADS.items():
+        for name in plugins.names(kind):
+            configured = hyperparameters.get(kind, {}).get(name, {})
+            if not configured and any(f.is_required() for f in plugins.load(kind, name, base).model_fields.values()):
+                continue  # has required hyperparameters, and the settings do not configure it
+            yield (kind, name), work(methods.instantiate(kind, base, name, configured, f"the numbers of {name}"), steps)
 
 
-WORKS: dict[str, tuple[type[BaseModel], Callable[[Any, int], Work]]] = {
+WORKLOADS: dict[str, tuple[type[BaseModel], Callable[[Any, int], Workload]]] = {
     "erasers": (Eraser, lambda method, steps: method.work("words")),
     "inversion": (Inverter, lambda method, steps: method.work()),
     "attacks": (Attack, lambda method, steps: method.work()),
-    "guides": (Guide, lambda method, steps: drawn(1, steps, method.predictions(1), 1)),
+    "guides": (Guide, lambda method, steps: sampling_workload(1, steps, method.predictions_per_step(1), 1)),
 }
 
 
-def _stages(settings: Settings) -> Iterator[tuple[Which, Work]]:
-    batch, steps, targets = settings.sample.batch, settings.sample.steps, settings.targets
+def _stage_workloads(settings: Settings) -> Iterator[tuple[Label, Workload]]:
+    """Workload of each stage that uses the UNet, by stage and method; sampled evaluations included."""
+    batch, steps, targets = settings.sample.batch_size, settings.sample.steps, settings.targets
     guide, eraser = methods.guide(settings), methods.eraser(settings)
 
-    def plain(pictures: int) -> Work:
-        return drawn(pictures, steps, CFG().predictions(0), batch)
+    def plain(images: int) -> Workload:
+        return sampling_workload(images, steps, CFG().predictions_per_step(0), batch)
 
-    def steered(pictures: int) -> Work:
-        return drawn(pictures, steps, guide.predictions(len(targets)), batch)
+    def guided(images: int) -> Workload:
+        return sampling_workload(images, steps, guide.predictions_per_step(len(targets)), batch)
 
-    def candidate(pictures: int) -> Work:
-        return steered(pictures) if eraser.one_step is None else drawn(pictures, 1, 1, batch)
+    def candidate(images: int) -> Workload:
+        return guided(images) if eraser.one_step is None else sampling_workload(images, 1, 1, batch)
 
-    def looked(times: int, calls: Sequence[int], draw: Callable[[int], Work]) -> Work:
-        """calls: pictures of each call of the sampler."""
-        return sum([draw(n) for n in calls] * times, Work())
+    def evaluations(times: int, batches: Sequence[int], sample: Callable[[int], Workload]) -> Workload:
+        """batches: images of each call of the sampler in one evaluation."""
+        return sum([sample(images) for images in batches] * times, Workload())
 
-    learned = {name: methods.inverter(settings, name).work() for name in targets}
-    bare = [work + looked(work.looks, [invert.LOOK * work.found], plain) for work in learned.values()]
-    yield ("invert", settings.invert.method), sum(bare, Work())
+    inversions = {name: methods.inverter(settings, name).workload() for name in targets}
+    evaluated = [
+        work + evaluations(work.evaluations, [invert.IMAGES_PER_TOKEN * work.num_tokens], plain)
+        for work in inversions.values()
+    ]
+    yield ("invert", settings.invert.method), sum(evaluated, Workload())
 
-    found = {name: work.found if settings.erase.source == "token" else None for name, work in learned.items()}
-    erasing = eraser.work(settings.erase.source)
-    calls, first = _looked_at(settings, found), min(erasing.looks, 1)  # the first look is at the base model
-    looks = looked(first, calls, steered) + looked(erasing.looks - first, calls, candidate)
-    yield ("erase", settings.erase.method), erasing + looks
+    tokens = {name: work.num_tokens if settings.erase.source == "token" else None for name, work in inversions.items()}
+    erasure, batches = eraser.workload(settings.erase.source), _evaluation_batches(settings, tokens)
+    first = min(erasure.evaluations, 1)  # the first evaluation is of the base model
+    of_base, of_candidate = (
+        evaluations(first, batches, guided),
+        evaluations(erasure.evaluations - first, batches, candidate),
+    )
+    yield ("erase", settings.erase.method), erasure + (of_base + of_candidate)
 
-    asked = methods.attacks(settings, eraser.one_step)
-    attacks = [attack.work() for attack in asked.values()]
-    yield ("attack", ", ".join(asked)), sum(attacks * len(targets), Work())
+    by_name = methods.attacks(settings, eraser.one_step)
+    attacks = [attack.workload() for attack in by_name.values()]
+    yield ("attack", ", ".join(by_name)), sum(attacks * len(targets), Workload())
 
-    each, pictures = settings.sample.per_prompt, sum(prompts.image_counts(settings).values())
-    pictures += sum(work.found for work in learned.values()) * each.get("token", 1)
-    pictures += len(targets) * sum(work.found for work in attacks) * each.get("attack", 1)
-    sides = [plain(pictures)] * (2 if settings.sample.champion else 1)
-    yield ("sample", settings.guide.method), sum(sides, candidate(pictures))
+    per_prompt, images = settings.sample.images_per_prompt, sum(prompts.image_counts(settings).values())
+    images += sum(work.num_tokens for work in inversions.values()) * per_prompt.get("token", 1)
+    images += len(targets) * sum(work.num_tokens for work in attacks) * per_prompt.get("attack", 1)
+    references = [plain(images)] * (2 if settings.sample.champion else 1)
+    yield ("sample", settings.guide.method), sum(references, candidate(images))
 
 
-def _looked_at(settings: Settings, tokens: Mapping[str, int | None]) -> list[int]:
-    """Pictures of each call at a look of `erase`: of every concept, and of what is preserved."""
-    out = []
-    for name, found in tokens.items():
+def _evaluation_batches(settings: Settings, tokens: Mapping[str, int | None]) -> list[int]:
+    """Images of each sampler call in one evaluation of `erase`: one call per concept, one for the preserved prompts.
+
+    tokens: number of soft tokens per concept, None where words specify it.
+    """
+    batches = []
+    for name, num_tokens in tokens.items():
         spec = settings.concepts[name]
-        asked = len(prompts.read(spec.prompts, "dev", name, "concept"))
-        said = len(spec.words) if found is None else found
-        out.append(min(asked, erase.LOOK) + said * len(spec.sentences))
-    return [*out, min(len(prompts.to_preserve(settings)), erase.LOOK)]
+        concept_prompts = len(prompts.read(spec.prompts, "dev", name, "concept"))
+        terms = len(spec.words) if num_tokens is None else num_tokens
+        batches.append(min(concept_prompts, probe.EVAL_PROMPTS) + terms * len(spec.prompt_templates))
+    return [*batches, min(len(prompts.preserved_prompts(settings)), probe.EVAL_PROMPTS)]

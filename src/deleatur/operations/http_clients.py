@@ -1,111 +1,116 @@
-"""What servers say of themselves, over HTTP: the package knows no scheduler, and asks one all the same how it is."""
+"""HTTP requests to the MLflow and Prefect servers. The package does not depend on Prefect: it uses its REST API."""
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+
+import httpx
 
 from deleatur.errors import ServiceError, SettingsError
 from deleatur.storage.remote import without_password
 
-PATIENCE = 10.0
-"""Seconds until a server counts as one that does not answer."""
+TIMEOUT_SECONDS = 10.0
+
+
+class Bearer(httpx.Auth):
+    def __init__(self, token: str) -> None:
+        self._header = f"Bearer {token}"
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response]:
+        request.headers["Authorization"] = self._header
+        yield request
 
 
 @dataclass(frozen=True)
-class Answer:
-    said: Any
+class Response:
+    body: Any
+    """Parsed JSON, or the text if it is no JSON."""
     clock: datetime | None
-    """What time it was there."""
+    """The server's time when it responded."""
 
 
-def ask(
-    address: str, authorization: str = "", body: Mapping[str, Any] | None = None, *, credentials: str = ""
-) -> Answer:
-    """A GET, or a POST of `body`. credentials: the environment variables that a server which refuses wants right.
+def request(
+    url: str, *, body: Mapping[str, Any] | None = None, auth: httpx.Auth | None = None, credentials: str = ""
+) -> Response:
+    """GET or, with a body, POST it as JSON.
 
-    Raises ServiceError where nobody answers, SettingsError where the credentials are not taken.
+    Raises ServiceError if the server does not respond, SettingsError if it refuses the credentials; `credentials` are
+    the environment variables to set then, for the hint.
     """
-    shown = without_password(address)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": authorization} if authorization else {})
-    data = None if body is None else json.dumps(body).encode()
+    shown, method = without_password(url), "GET" if body is None else "POST"
     try:
-        with urlopen(Request(address, data=data, headers=headers), timeout=PATIENCE) as answer:
-            text, date = answer.read().decode(), answer.headers.get("Date")
-    except HTTPError as e:
-        if e.code in (401, 403):
-            raise SettingsError(f"{shown} refuses the credentials ({e.code})", hint=f"export {credentials}") from e
-        raise ServiceError(f"{shown} answers {e.code} {e.reason}", hint=f"curl {shown}") from e
-    except (OSError, HTTPException, ValueError) as e:
-        raise ServiceError(f"{shown} does not answer: {e}", hint=f"curl {shown}") from e
+        response = httpx.request(method, url, json=body, auth=auth, timeout=TIMEOUT_SECONDS, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL) as e:
+        raise ServiceError(f"{shown} does not respond: {e}", hint=f"curl {shown}") from e
+    if response.status_code in (401, 403):
+        raise SettingsError(f"{shown} refuses the credentials ({response.status_code})", hint=f"export {credentials}")
+    if response.is_error:
+        raise ServiceError(
+            f"{shown} responds with {response.status_code} {response.reason_phrase}", hint=f"curl {shown}"
+        )
+    date = response.headers.get("Date")
     try:
-        said = json.loads(text)
+        content = response.json()
     except ValueError:
-        said = text.strip()
-    return Answer(said, parsedate_to_datetime(date) if date else None)
-
-
-def basic(user_and_password: str) -> str:
-    return f"Basic {base64.b64encode(user_and_password.encode()).decode()}"
+        content = response.text.strip()
+    return Response(content, parsedate_to_datetime(date) if date else None)
 
 
 @dataclass(frozen=True)
-class Scheduler:
-    """A Prefect server, by its HTTP interface."""
+class PrefectClient:
+    """A Prefect server, through its REST API."""
 
     url: str
-    """…/api"""
-    authorization: str
+    """Ends with /api."""
+    auth: httpx.Auth | None
 
     @classmethod
-    def named(cls) -> Scheduler | None:
-        """The one that the environment names."""
+    def from_environment(cls) -> PrefectClient | None:
+        """The server that Prefect's own environment variables name, if any."""
         if not (url := os.environ.get("PREFECT_API_URL")):
             return None
         if key := os.environ.get("PREFECT_API_KEY"):
-            return cls(url.rstrip("/"), f"Bearer {key}")
-        password = os.environ.get("PREFECT_API_AUTH_STRING", "")
-        return cls(url.rstrip("/"), basic(password) if password else "")
+            return cls(url.rstrip("/"), Bearer(key))
+        user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
+        return cls(url.rstrip("/"), httpx.BasicAuth(user, password) if user else None)
 
     @cached_property
-    def greeting(self) -> Answer:
-        """Its version, and its clock."""
-        return self._ask("admin/version")
+    def version(self) -> Response:
+        return self._request("admin/version")
 
     def pools(self) -> dict[str, dict[str, Any]]:
-        return {pool["name"]: pool for pool in self._ask("work_pools/filter", {}).said}
+        """Work pools by name."""
+        return {pool["name"]: pool for pool in self._request("work_pools/filter", {}).body}
 
     def workers(self, pool: str) -> list[str]:
-        """Names of those that are there."""
-        found = self._ask(f"work_pools/{pool}/workers/filter", {}).said
-        return [worker["name"] for worker in found if worker["status"] == "ONLINE"]
+        """Names of a work pool's workers that are online."""
+        workers = self._request(f"work_pools/{pool}/workers/filter", {}).body
+        return [worker["name"] for worker in workers if worker["status"] == "ONLINE"]
 
     def deployments(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """By the flow's entrypoint and the name: deployments of other flows may have the same one."""
-        return {(found["entrypoint"], found["name"]): found for found in self._ask("deployments/filter", {}).said}
+        """Deployments by their flow's entrypoint and their name: names are unique only within one flow."""
+        return {(d["entrypoint"], d["name"]): d for d in self._request("deployments/filter", {}).body}
 
-    def slots(self) -> dict[str, int]:
-        """Name → how many may hold one of it at a time; what Prefect counts for a deployment's own limit left out."""
-        found = {limit["name"]: limit["limit"] for limit in self._ask("v2/concurrency_limits/filter", {}).said}
-        return {name: limit for name, limit in found.items() if not name.startswith("deployment:")}
+    def concurrency_limits(self) -> dict[str, int]:
+        """Global concurrency limits by name, without those that Prefect creates for single deployments."""
+        limits = {limit["name"]: limit["limit"] for limit in self._request("v2/concurrency_limits/filter", {}).body}
+        return {name: limit for name, limit in limits.items() if not name.startswith("deployment:")}
 
     def automations(self) -> dict[str, bool]:
-        """Name → whether it is switched on."""
-        return {a["name"]: bool(a["enabled"]) for a in self._ask("automations/filter", {}).said}
+        """Automation name → whether it is enabled."""
+        return {a["name"]: bool(a["enabled"]) for a in self._request("automations/filter", {}).body}
 
-    def runs(self, state: str) -> int:
-        """How many flow runs are in a state, by its name."""
-        return int(self._ask("flow_runs/count", {"flow_runs": {"state": {"name": {"any_": [state]}}}}).said)
+    def count_runs(self, state: str) -> int:
+        """Number of flow runs in a state, by the state's name."""
+        return int(self._request("flow_runs/count", {"flow_runs": {"state": {"name": {"any_": [state]}}}}).body)
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Answer:
-        return ask(f"{self.url}/{path}", self.authorization, body, credentials="PREFECT_API_AUTH_STRING=admin:PASSWORD")
+    def _request(self, path: str, body: Mapping[str, Any] | None = None) -> Response:
+        return request(
+            f"{self.url}/{path}", body=body, auth=self.auth, credentials="PREFECT_API_AUTH_STRING=admin:PASSWORD"
+        )

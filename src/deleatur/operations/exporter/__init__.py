@@ -1,7 +1,7 @@
-"""What Prometheus asks for: ledger, registry, evidence, feedback and journal as series, read anew at every scrape.
+"""Prometheus exporter: ledger, registry, results, feedback and event log as series, read from files at every scrape.
 
-Nothing is pushed and nothing remembered, so a series says what is so, also after a restart. What cannot be read is a
-series too: `deleatur_readable` is 0 for it, its own series are gone, and all others stay.
+It keeps no state, so a restart changes nothing. For a source that cannot be read, `deleatur_readable` is 0 and its
+series are absent; all others stay.
 """
 
 from __future__ import annotations
@@ -18,74 +18,74 @@ from prometheus_client.registry import Collector
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
-from deleatur.operations.exporter import evidence, machines, people, released
+from deleatur.operations.exporter import feedback, releases, results, runs
 from deleatur.operations.exporter.series import gauge
 
 SOURCES: dict[str, Callable[[Settings], Iterator[Metric]]] = {
-    "ledger": released.decided,
-    "registry": released.registered,
-    "signatures": released.signed,
-    "report": evidence.measured,
-    "verdict": evidence.judged,
-    "canary": evidence.watched,
-    "sources": people.said,
-    "feedback": people.ingested,
-    "waiting": people.answered,
-    "journal": machines.ran,
-    "disk": machines.disk,
+    "ledger": releases.ledger_metrics,
+    "registry": releases.registry_metrics,
+    "signatures": releases.signature_metrics,
+    "report": results.report_metrics,
+    "verdict": results.verdict_metrics,
+    "canary": results.canary_metrics,
+    "sources": feedback.source_metrics,
+    "feedback": feedback.ingest_metrics,
+    "waiting": feedback.waiting_metrics,
+    "journal": runs.stage_metrics,
+    "disk": runs.disk_metrics,
 }
 
-PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-"""A scrape that waits longer for the registry than Prometheus waits for the scrape says nothing at all."""
+MLFLOW_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+"""A scrape that waits for the registry longer than Prometheus waits for the scrape would be lost as a whole."""
 
 
 class Exporter(Collector):
     def __init__(self, params: Path) -> None:
         self._params = params
-        self._said: dict[str, str] = {}
+        self._logged: dict[str, str] = {}
 
     def collect(self) -> Iterator[Metric]:
         readable: dict[tuple[str, ...], float] = {}
         try:
             settings = Settings.load(self._params)
         except DeleaturError as e:
-            self._say("settings", e)
+            self._log("settings", e)
             readable["settings",] = 0.0
         else:
             readable["settings",] = 1.0
             for name, read in SOURCES.items():
-                found, problem = self._read(read, settings)
-                self._say(name, problem)
+                series, problem = self._read(read, settings)
+                self._log(name, problem)
                 readable[name,] = float(problem is None)
-                yield from found
-        yield gauge("readable", "0: this could not be read.", readable, "source")
+                yield from series
+        yield gauge("readable", "0: this source cannot be read.", readable, "source")
 
     def _read(
         self, read: Callable[[Settings], Iterator[Metric]], settings: Settings
     ) -> tuple[list[Metric], Exception | None]:
         try:
             return list(read(settings)), None
-        except Exception as e:  # whatever lies on the disk, the other series are worth having
+        except Exception as e:  # whatever a file contains, the other series are served
             return [], e
 
-    def _say(self, name: str, problem: Exception | None) -> None:
-        """What is wrong, into the log, once; of an error that is not ours its kind alone: it could quote a prompt."""
+    def _log(self, name: str, problem: Exception | None) -> None:
+        """Log a problem once. Of foreign exceptions only the type: their message could quote a prompt."""
         text = "" if problem is None else str(problem) if isinstance(problem, DeleaturError) else type(problem).__name__
-        if text and text != self._said.get(name):
+        if text and text != self._logged.get(name):
             print(f"{name} cannot be read: {text}", file=sys.stderr, flush=True)
-        self._said[name] = text
+        self._logged[name] = text
 
 
 def serve(params: Path, host: str, port: int, on_start: Callable[[int], None]) -> None:
-    """Answers until it is asked to stop. on_start is told the port, which is a free one where 0 was asked for."""
-    os.environ |= PATIENCE
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    """Serve metrics until SIGTERM or SIGINT. Port 0 takes a free port; `on_start` receives the port in use."""
+    os.environ |= MLFLOW_TIMEOUTS
+    stop = threading.Event()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda *_: stop.set())
     registry = CollectorRegistry()
     registry.register(Exporter(params))
     server, _ = start_http_server(port, host, registry)
     on_start(server.server_port)
-    ended.wait()
+    stop.wait()
     server.shutdown()
     server.server_close()

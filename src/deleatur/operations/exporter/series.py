@@ -1,5 +1,7 @@
-"""Families of series from plain values. Labels are names from params.yaml and words of ours, so there are never many:
-no prompt, no picture, no person.
+"""Builds Prometheus metric families from plain values.
+
+Label values are names from params.yaml or fixed words, so their number is bounded and no prompt, image or person can
+appear in them.
 """
 
 from __future__ import annotations
@@ -10,26 +12,26 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-Rows = Mapping[Any, float]
+LabelledValues = Mapping[Any, float]
 """Tuple of label values → value."""
 
 
-def gauge(name: str, about: str, rows: Rows | float, *labels: str) -> GaugeMetricFamily:
-    """`rows` is a number where there are no labels."""
-    family = GaugeMetricFamily(f"deleatur_{name}", about, labels=labels)
-    for values, value in (rows if isinstance(rows, Mapping) else {(): rows}).items():
-        family.add_metric(values, float(value))
+def gauge(name: str, description: str, values: LabelledValues | float, *labels: str) -> GaugeMetricFamily:
+    """A gauge of labelled values or, without labels, of one number."""
+    family = GaugeMetricFamily(f"deleatur_{name}", description, labels=labels)
+    for label_values, value in (values if isinstance(values, Mapping) else {(): values}).items():
+        family.add_metric(label_values, float(value))
     return family
 
 
-def counter(name: str, about: str, rows: Rows, *labels: str) -> CounterMetricFamily:
-    """Counted anew from what lies on disk at every scrape."""
-    family = CounterMetricFamily(f"deleatur_{name}", about, labels=labels)
-    for values, value in rows.items():
-        family.add_metric(values, float(value))
+def counter(name: str, description: str, values: LabelledValues, *labels: str) -> CounterMetricFamily:
+    """A counter whose values are recounted from files at every scrape."""
+    family = CounterMetricFamily(f"deleatur_{name}", description, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, float(value))
     return family
 
 
-def seconds(moment: str) -> float:
+def unix_time(timestamp: str) -> float:
     """ISO 8601 → Unix time."""
-    return datetime.fromisoformat(moment).timestamp()
+    return datetime.fromisoformat(timestamp).timestamp()
