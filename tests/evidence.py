@@ -1,4 +1,4 @@
-"""Values of the evidence with nothing special about them; a test changes what it is about."""
+"""Example evidence for tests to modify."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline, CLIP and classifiers of a few kilobytes with random weights, made on the spot."""
+"""A Stable Diffusion pipeline, CLIP and classifiers of a few kilobytes with random weights, built in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDTH = 16
 
 
 def tokenizer() -> CLIPTokenizer:
-    """Characters, and every word of WORDS as one token."""
+    """A tokenizer with a token for each character and for each word of WORDS."""
     letters = [chr(i) for i in range(33, 127)]
     vocab = {t: i for i, t in enumerate([*letters, *(f"{c}</w>" for c in letters)])}
     merges: list[tuple[str, str]] = []
@@ -44,7 +44,7 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH, pad_token="<|endoftext|>")
 
 
-def _text(tok: CLIPTokenizer) -> dict[str, int]:
+def _text_config(tok: CLIPTokenizer) -> dict[str, int]:
     return {
         "vocab_size": len(tok),
         "hidden_size": WIDTH,
@@ -85,7 +85,7 @@ def parts(seed: int = 0) -> dict[str, object]:
                 norm_num_groups=4,
                 sample_size=16,
             ),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**_text(tok))),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**_text_config(tok))),
             "tokenizer": tok,
             "scheduler": DDIMScheduler(
                 beta_start=0.00085,
@@ -116,7 +116,7 @@ def save_clip(folder: Path) -> Path:
     tok = tokenizer()
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(
-        text_config=_text(tok),
+        text_config=_text_config(tok),
         vision_config={**vision, "image_size": 16, "patch_size": 8, "projection_dim": 8},
         projection_dim=8,
     )

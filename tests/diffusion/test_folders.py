@@ -1,4 +1,4 @@
-"""A folder is looked at before it is loaded; what does not load is a ModelError with a remedy, whatever is wrong."""
+"""Checks of model folders; a folder that does not load is a ModelError with a hint."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "clip": lambda folder: load_clip(str(folder)),
     "judge": lambda folder: Classifier(path=str(folder)).load().detect([Image.new("RGB", (16, 16))]),
 }
-LOOKS: dict[str, Callable[[Path], Any]] = {
-    "pipeline": folders.pipeline,
-    "clip": folders.clip,
-    "judge": folders.classes,
+CHECKS: dict[str, Callable[[Path], Any]] = {
+    "pipeline": folders.check_pipeline,
+    "clip": folders.check_clip,
+    "judge": folders.classifier_labels,
 }
 
 
@@ -42,16 +42,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_whole_folders_are_found_whole_and_load(models: Path, name: str) -> None:
-    LOOKS[name](models / name)
+def test_complete_folders_pass_the_check_and_load(models: Path, name: str) -> None:
+    CHECKS[name](models / name)
     LOADERS[name](models / name)
 
 
-def test_labels_are_told_in_the_networks_own_order(models: Path) -> None:
-    assert Classifier(path=str(models / "judge")).peek() == LABELS, "ten comes after nine, not after one"
+def test_labels_are_in_the_order_of_class_indices(models: Path) -> None:
+    assert Classifier(path=str(models / "judge")).read_labels() == LABELS, "ten comes after nine, not after one"
 
 
-def half(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -59,13 +59,13 @@ def junk(path: Path) -> None:
     path.write_bytes(b"junk")
 
 
-def lose_a_tensor(path: Path) -> None:
+def drop_a_tensor(path: Path) -> None:
     tensors = load_file(path)
     tensors.pop(next(iter(tensors)))
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def another_shape(path: Path) -> None:
+def change_a_shape(path: Path) -> None:
     tensors = load_file(path)
     name = next(n for n, t in tensors.items() if t.ndim > 1)
     save_file({**tensors, name: tensors[name][:-1].contiguous()}, path, metadata={"format": "pt"})
@@ -81,65 +81,65 @@ WEIGHTS = (
 
 
 @pytest.mark.parametrize("file", WEIGHTS)
-@pytest.mark.parametrize("spoil", [half, junk, lose_a_tensor, another_shape])
-def test_damaged_weights_never_load(models: Path, tmp_path: Path, file: str, spoil: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("damage", [truncate, junk, drop_a_tensor, change_a_shape])
+def test_damaged_weights_never_load(models: Path, tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
     name = file.partition("/")[0]
     shutil.copytree(models / name, tmp_path / name)
-    spoil(tmp_path / file)
-    with pytest.raises(ModelError, match=str(tmp_path / name)) as refused:
+    damage(tmp_path / file)
+    with pytest.raises(ModelError, match=str(tmp_path / name)) as error:
         LOADERS[name](tmp_path / name)
-    assert "deleatur check" in refused.value.hint
-    if spoil in (half, junk):
+    assert "deleatur check" in error.value.hint
+    if damage in (truncate, junk):
         with pytest.raises(ModelError, match="damaged"):
-            LOOKS[name](tmp_path / name)
+            CHECKS[name](tmp_path / name)
 
 
 @pytest.mark.parametrize("file", ["pipeline/text_encoder/config.json", "clip/config.json", "judge/config.json"])
 @pytest.mark.parametrize("content", ["{", "[1]", "null"])
-def test_a_config_that_is_none_is_refused(models: Path, tmp_path: Path, file: str, content: str) -> None:
+def test_an_invalid_config_is_refused(models: Path, tmp_path: Path, file: str, content: str) -> None:
     name = file.partition("/")[0]
     shutil.copytree(models / name, tmp_path / name)
     (tmp_path / file).write_text(content)
-    for refuses in (LOOKS[name], LOADERS[name]):
+    for read in (CHECKS[name], LOADERS[name]):
         with pytest.raises(ModelError, match=str(tmp_path / name)):
-            refuses(tmp_path / name)
+            read(tmp_path / name)
 
 
-def test_shards_are_all_there(models: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_is_refused(models: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(models / "judge", tmp_path / "judge")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     with pytest.raises(ModelError, match="model-2"):
-        folders.network(folder)
+        folders.check_network(folder)
     shutil.copy(folder / "model-1.safetensors", folder / "model-2.safetensors")
-    folders.network(folder)
+    folders.check_network(folder)
 
 
 @pytest.mark.parametrize("address", ["nowhere", "nowhere/at/all", "models/none", "./owner/name", "/nowhere", ""])
-def test_what_is_no_hub_id_has_to_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+def test_a_path_that_does_not_exist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "models").mkdir()
     with pytest.raises(ModelError):
-        folders.find(address)
+        folders.locate(address)
 
 
-def test_a_hub_id_is_looked_up_on_this_disk_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_looked_up_in_the_local_cache_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert folders.find("owner/never-fetched") is None
+    assert folders.locate("owner/never-fetched") is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="owner/never-fetched"):
-        folders.find("owner/never-fetched")
+        folders.locate("owner/never-fetched")
     snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert folders.find("owner/name") == snapshot
+    assert folders.locate("owner/name") == snapshot

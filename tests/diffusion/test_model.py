@@ -1,4 +1,4 @@
-"""What a model is known by: the whole of it, as it lies on disk, wherever that is."""
+"""Digests of models: of everything on disk that affects images, wherever it is stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from deleatur.detectors.classifier import Classifier
 from deleatur.diffusion.clip import load_clip
-from deleatur.diffusion.model import fingerprint, identify, load
+from deleatur.diffusion.model import digest_module, digest_parts, load
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +24,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own(saved: Path, tmp_path: Path) -> Path:
+def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "elsewhere"))
 
 
 def nudge(part: str) -> Callable[[Path], None]:
-    """One number of a network's weights."""
+    """Changes one weight of a network."""
 
     def change(folder: Path) -> None:
         [file] = (folder / part).glob("*.safetensors")
@@ -49,21 +49,25 @@ def rewrite(file: str, **values: object) -> Callable[[Path], None]:
     return change
 
 
-def forget_a_merge(folder: Path) -> None:
+def drop_a_merge(folder: Path) -> None:
     path = folder / "tokenizer" / "tokenizer.json"
     vocabulary = json.loads(path.read_text())
     vocabulary["model"]["merges"].pop()
     path.write_text(json.dumps(vocabulary))
 
 
-def test_it_is_known_by_the_same_name_elsewhere_and_in_any_precision(saved: Path, own: Path) -> None:
-    rewrite("unet/config.json", _diffusers_version="0.0.1", _name_or_path="somebody/else")(own)
+def test_digests_do_not_depend_on_location_or_precision(saved: Path, copy: Path) -> None:
+    rewrite("unet/config.json", _diffusers_version="0.0.1", _name_or_path="another/name")(copy)
     first = load(str(saved), device="cpu")
     for dtype in ("float32", "bfloat16"):
-        again = load(str(own), dtype=dtype, device="cpu")
-        assert (again.digest, again.text_digest, again.pipeline) == (first.digest, first.text_digest, first.pipeline)
+        again = load(str(copy), dtype=dtype, device="cpu")
+        assert (again.unet_digest, again.text_encoder_digest, again.pipeline_digest) == (
+            first.unet_digest,
+            first.text_encoder_digest,
+            first.pipeline_digest,
+        )
     assert again.dtype == torch.bfloat16
-    assert first.digest == fingerprint(first.unet)
+    assert first.unet_digest == digest_module(first.unet)
 
 
 @pytest.mark.parametrize(
@@ -76,57 +80,59 @@ def test_it_is_known_by_the_same_name_elsewhere_and_in_any_precision(saved: Path
         rewrite("scheduler/scheduler_config.json", steps_offset=0),
         rewrite("unet/config.json", attention_head_dim=4),
         rewrite("text_encoder/config.json", hidden_act="gelu"),
-        forget_a_merge,
+        drop_a_merge,
     ],
 )
-def test_whatever_draws_otherwise_is_another_pipeline_by_the_same_unet(
-    change: Callable[[Path], None], saved: Path, own: Path
+def test_a_change_outside_the_unet_changes_the_pipeline_digest_only(
+    change: Callable[[Path], None], saved: Path, copy: Path
 ) -> None:
-    change(own)
-    first, other = load(str(saved), device="cpu"), load(str(own), device="cpu")
-    assert other.pipeline != first.pipeline
-    assert other.digest == first.digest, "a delta still fits it"
+    change(copy)
+    first, other = load(str(saved), device="cpu"), load(str(copy), device="cpu")
+    assert other.pipeline_digest != first.pipeline_digest
+    assert other.unet_digest == first.unet_digest, "a delta still applies"
 
 
-def test_other_weights_of_the_unet_are_another_unet(saved: Path, own: Path) -> None:
-    nudge("unet")(own)
-    first, other = load(str(saved), device="cpu"), load(str(own), device="cpu")
-    assert other.digest != first.digest
-    assert other.pipeline != first.pipeline
+def test_changed_unet_weights_change_the_unet_digest(saved: Path, copy: Path) -> None:
+    nudge("unet")(copy)
+    first, other = load(str(saved), device="cpu"), load(str(copy), device="cpu")
+    assert other.unet_digest != first.unet_digest
+    assert other.pipeline_digest != first.pipeline_digest
 
 
-def test_a_classifier_is_known_by_its_weights_and_by_what_prepares_its_pictures(tmp_path: Path) -> None:
+def test_a_classifiers_digest_covers_its_weights_and_its_preprocessing(tmp_path: Path) -> None:
     folder = tiny.save_classifier(tmp_path / "judge", ("gun", "cat"))
     first = Classifier(path=str(folder)).load().weights
-    assert Classifier(path=str(shutil.copytree(folder, tmp_path / "copy")), batch=3).load().weights == first
+    assert Classifier(path=str(shutil.copytree(folder, tmp_path / "copy")), batch_size=3).load().weights == first
     net, processor = AutoModelForImageClassification.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
-    assert first == identify(net, processor)
-    names = {first}
+    assert first == digest_parts(net, processor)
+    digests = {first}
     for change in (
         rewrite("preprocessor_config.json", image_mean=[0.1, 0.2, 0.3]),
         rewrite("config.json", id2label={"0": "cat", "1": "gun"}),
         nudge("."),
     ):
         change(folder)
-        names.add(Classifier(path=str(folder)).load().weights)
-    assert len(names) == 4
+        digests.add(Classifier(path=str(folder)).load().weights)
+    assert len(digests) == 4
 
 
-def test_clip_is_known_by_the_same_name_after_it_was_used(tmp_path: Path) -> None:
+def test_the_digest_of_clip_does_not_change_by_use(tmp_path: Path) -> None:
     clip = load_clip(str(tiny.save_clip(tmp_path / "clip")))
-    clip.texts(["a cat"])
-    assert identify(clip.model, clip.processor.tokenizer, clip.processor.image_processor) == clip.digest
+    clip.embed_texts(["a cat"])
+    assert digest_parts(clip.model, clip.processor.tokenizer, clip.processor.image_processor) == clip.digest
 
 
-def test_clip_says_the_same_of_a_picture_or_prompt_in_any_company(tmp_path: Path) -> None:
+def test_clip_embeddings_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     from PIL import Image
 
     clip = load_clip(str(tiny.save_clip(tmp_path / "clip")))
-    shown = [Image.new("RGB", (16, 16), (7 * i, 255 - 5 * i, i)) for i in range(35)]
+    images = [Image.new("RGB", (16, 16), (7 * i, 255 - 5 * i, i)) for i in range(35)]
     texts = [f"a {word}" for word in tiny.WORDS] * 3
-    assert torch.equal(clip.pictures(shown)[33:], clip.pictures(shown[33:]))
-    assert torch.equal(clip.texts(texts)[33:], clip.texts(texts[33:]))
-    whole, alone = (torch.cat([layers[-1][:n] for layers, n in clip.layers(s)]) for s in (shown, shown[33:]))
-    assert torch.equal(whole[33:], alone)
-    assert clip.pictures([]).shape == (0, 8)
-    assert clip.texts([]).shape == (0, 8)
+    assert torch.equal(clip.embed_images(images)[33:], clip.embed_images(images[33:]))
+    assert torch.equal(clip.embed_texts(texts)[33:], clip.embed_texts(texts[33:]))
+    in_batch, alone = (
+        torch.cat([layers[-1][:n] for layers, n in clip.patch_features(s)]) for s in (images, images[33:])
+    )
+    assert torch.equal(in_batch[33:], alone)
+    assert clip.embed_images([]).shape == (0, 8)
+    assert clip.embed_texts([]).shape == (0, 8)

@@ -1,1 +1,1 @@
-"""The only room that knows diffusers: load, encode, predict, sample, select, finetune, invert, overlay."""
+"""The diffusion model: loading, text encoding, noise prediction and sampling. Only this package imports diffusers."""

@@ -1,4 +1,4 @@
-"""Architectures without weights: built on the meta device from configs alone."""
+"""Networks without weights, built on the meta device from their configs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's networks without their numbers."""
+    """The networks of a model, on the meta device."""
 
     unet: nn.Module
     vae: nn.Module
@@ -23,27 +23,27 @@ class Architecture:
 
     @property
     def decoder(self) -> nn.Module:
-        """What makes pictures of latents."""
+        """The part of the VAE that turns latents into images."""
         return cast(nn.Module, self.vae.decoder)
 
     @property
-    def latent(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, int, int]:
         config: Any = self.unet.config
         return int(config.in_channels), int(config.sample_size), int(config.sample_size)
 
     @property
-    def states(self) -> tuple[int, int]:
-        """(L, d)."""
+    def text_states_shape(self) -> tuple[int, int]:
+        """(L, d): tokens per prompt, width of the text-encoder states."""
         config: Any = self.unet.config
         text: Any = self.text_encoder.config
         return int(text.max_position_embeddings), int(config.cross_attention_dim)
 
-    def asked(self, rows: int) -> tuple[tuple[int, ...], ...]:
-        """Sizes of what the UNet is asked: latents, level, states."""
-        return ((rows, *self.latent), (), (rows, *self.states))
+    def unet_input_shapes(self, rows: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the UNet's inputs: latents, timestep, text-encoder states."""
+        return ((rows, *self.latent_shape), (), (rows, *self.text_states_shape))
 
     @property
-    def numbers(self) -> int:
+    def num_parameters(self) -> int:
         return sum(p.numel() for net in (self.unet, self.vae, self.text_encoder) for p in net.parameters())
 
 
@@ -67,10 +67,11 @@ STABLE_DIFFUSION: dict[str, dict[str, Any]] = {
         "projection_dim": 768,
     },
 }
-"""Configurations of Stable Diffusion 1.4, as far as they differ from the libraries' own."""
+"""Configs of Stable Diffusion 1.4, where they differ from the defaults of diffusers and transformers."""
 
 
 def from_configs(configs: Mapping[str, Mapping[str, Any]]) -> Architecture:
+    """Builds the networks from the configs of "unet", "vae" and "text_encoder"."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -86,7 +87,7 @@ def stable_diffusion() -> Architecture:
     return from_configs(STABLE_DIFFUSION)
 
 
-def read(folder: Path) -> Architecture:
-    """Of a pipeline's folder; its weights are not read."""
+def from_folder(folder: Path) -> Architecture:
+    """Builds the networks of a pipeline folder without reading its weights."""
     names = ("unet", "vae", "text_encoder")
     return from_configs({name: json.loads((folder / name / "config.json").read_text("utf-8")) for name in names})

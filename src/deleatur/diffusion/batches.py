@@ -1,4 +1,4 @@
-"""Network calls of one shape: what a network says of an item does not depend on the company it is in."""
+"""Batches of constant shape, so that the output for an item does not depend on the rest of its batch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def full(items: Sequence[T], size: int) -> Iterator[tuple[list[T], int]]:
-    """Batches of exactly `size`, the last one filled up with its last item, and how many of each count.
+def padded_batches(items: Sequence[T], size: int) -> Iterator[tuple[list[T], int]]:
+    """Batches of exactly `size` items, each with its number of valid ones; the last item pads the last batch.
 
-    Kernels are picked by shape, and with them the order of sums: a call with fewer rows may differ in the last bits.
+    Libraries select kernels by shape, and with them the order of summation: smaller batches may differ in the last
+    bits.
     """
     for i in range(0, len(items), size):
         batch = list(items[i : i + size])

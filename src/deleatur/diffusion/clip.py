@@ -1,4 +1,4 @@
-"""Frozen CLIP: what pictures and prompts look like to a network that was never trained on the task at hand."""
+"""Embeddings of images and texts by a frozen CLIP model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from deleatur.diffusion.batches import full
-from deleatur.diffusion.model import device_of, identify, loading, quiet, whole
+from deleatur.diffusion.batches import padded_batches
+from deleatur.diffusion.model import digest_parts, from_pretrained, load_errors, resolve_device, silence_libraries
 
-BATCH = 32
-"""Pictures or prompts per network call."""
+BATCH_SIZE = 32
+"""Images or texts per network call."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """No row that it gives depends on the others: all calls have one shape."""
+    """A frozen CLIP model. All network calls have one shape, so each row depends on its own input only."""
 
     model: Any
     processor: Any
@@ -29,49 +29,50 @@ class Clip:
     device: torch.device
 
     @torch.no_grad()
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """L2-normalised projected image embeddings (n, d)."""
         parts = [torch.zeros(0, self.model.config.projection_dim)]
-        for batch, n in full(pictures, BATCH):
+        for batch, n in padded_batches(images, BATCH_SIZE):
             pooled = self.model.vision_model(self._pixels(batch)).pooler_output
             parts.append(F.normalize(self.model.visual_projection(pooled).float(), dim=-1)[:n].cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised projected text embeddings (n, d)."""
         parts = [torch.zeros(0, self.model.config.projection_dim)]
         length = self.model.config.text_config.max_position_embeddings
         shape = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        for batch, n in full(texts, BATCH):
+        for batch, n in padded_batches(texts, BATCH_SIZE):
             tokens = self.processor.tokenizer(batch, **shape).to(self.device)
             pooled = self.model.text_model(**tokens).pooler_output
             parts.append(F.normalize(self.model.text_projection(pooled).float(), dim=-1)[:n].cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
-    def layers(self, pictures: Sequence[Image.Image]) -> Iterator[tuple[list[Tensor], int]]:
-        """Unit-normalised patch states of every layer, the space of a perceptual distance: too much for many pictures,
-        so full batches, each layer (BATCH, patches, width), and how many pictures of each batch count.
+    def patch_features(self, images: Sequence[Image.Image]) -> Iterator[tuple[list[Tensor], int]]:
+        """Yields L2-normalised patch states of every layer, each (BATCH_SIZE, patches, width), with the number of valid
+        images in the batch. Batch by batch, since the features of many images do not fit in memory.
         """
-        for batch, n in full(pictures, BATCH):
+        for batch, n in padded_batches(images, BATCH_SIZE):
             states = self.model.vision_model(self._pixels(batch), output_hidden_states=True).hidden_states
             yield [F.normalize(layer[:, 1:].float(), dim=-1) for layer in states], n
 
-    def _pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
-        rgb = [p.convert("RGB") for p in pictures]
+    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        rgb = [image.convert("RGB") for image in images]
         pixels: Tensor = self.processor.image_processor(images=rgb, return_tensors="pt").pixel_values
         return pixels.to(self.device, self.model.dtype)
 
 
 def load_clip(path: str, device: str = "auto") -> Clip:
-    """A CLIP folder or hub id. Raises ModelError when it does not load."""
-    quiet()
+    """Loads a CLIP model from a folder or hub id, in fp32. Raises ModelError when it does not load."""
+    silence_libraries()
     from transformers import CLIPModel, CLIPProcessor
 
-    with loading(path, "a CLIP model"):
-        model = whole(CLIPModel, path)
+    with load_errors(path, "a CLIP model"):
+        model = from_pretrained(CLIPModel, path)
         processor = CLIPProcessor.from_pretrained(path)
-    digest, place = identify(model, processor.tokenizer, processor.image_processor), device_of(device)
-    model.float().to(place).eval().requires_grad_(False)
-    return Clip(model, processor, digest, place)
+    digest = digest_parts(model, processor.tokenizer, processor.image_processor)
+    target = resolve_device(device)
+    model.float().to(target).eval().requires_grad_(False)
+    return Clip(model, processor, digest, target)

@@ -1,4 +1,4 @@
-"""Prompts → text-encoder states. A prompt is a sequence of words and soft vectors; both give the same values."""
+"""Prompts → text-encoder states. A prompt is a sequence of text and soft-token vectors."""
 
 from __future__ import annotations
 
@@ -6,38 +6,41 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deleatur.diffusion.model import Model
 from deleatur.errors import DataError
-from deleatur.records.model import Concept, SoftToken
+from deleatur.records.model import Concept, ConceptSource, SoftToken
 
-Prompt = Sequence[str | Tensor]
-"""("a photo of ", vectors (v, d)): text fragments and rows that stand for tokens."""
+PromptParts = Sequence[str | Tensor]
+"""("a photo of ", vectors (v, d)): text, and embedding rows in place of tokens."""
+
+BARE_TEMPLATE = ("{}",)
+"""The description alone is the prompt, as in the papers."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """states (n, L, d); per prompt the positions of its soft vectors (or of all its words) and of its end token."""
+class EncodedPrompts:
+    """states (n, L, d); per prompt the positions of its soft vectors (or of all its tokens) and of its end token."""
 
     states: Tensor
-    content: tuple[tuple[int, ...], ...]
-    end: tuple[int, ...]
+    content_positions: tuple[tuple[int, ...], ...]
+    end_positions: tuple[int, ...]
 
 
 @contextmanager
-def spliced(text_encoder: Any, where: Tensor, rows: Tensor) -> Iterator[None]:
-    """Inside, the input embeddings at mask `where` (n, L) are replaced by `rows` (where.sum(), d), with gradient.
+def replaced_embeddings(text_encoder: Any, mask: Tensor, rows: Tensor) -> Iterator[None]:
+    """Inside, `rows` (mask.sum(), d) replace the input embeddings where `mask` (n, L) is set, with gradient.
 
     A hook on the embedding table instead of a longer table: no tensor of the encoder changes, and only the rows
     carry a gradient.
     """
 
     def replace(_module: Any, _args: Any, output: Tensor) -> Tensor:
-        return output.masked_scatter(where.unsqueeze(-1), rows.to(output))
+        return output.masked_scatter(mask.unsqueeze(-1), rows.to(output))
 
     handle = text_encoder.get_input_embeddings().register_forward_hook(replace)
     try:
@@ -46,45 +49,51 @@ def spliced(text_encoder: Any, where: Tensor, rows: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def encode(model: Model, prompts: Sequence[Prompt]) -> Encoded:
+def encode(model: Model, prompts: Sequence[PromptParts]) -> EncodedPrompts:
     """Last hidden states of the text encoder, each prompt padded to L.
 
     Gradients flow to soft vectors that require them. Raises DataError when a prompt is longer than L.
     """
-    tok, length = model.tokenizer, model.length
-    ids = torch.full((len(prompts), length), tok.pad_token_id)
-    soft = torch.zeros(len(prompts), length, dtype=torch.bool)
-    rows: list[Tensor] = []
+    ids = torch.full((len(prompts), model.max_tokens), model.tokenizer.pad_token_id)
+    mask = torch.zeros(len(prompts), model.max_tokens, dtype=torch.bool)
     content: list[tuple[int, ...]] = []
     end: list[int] = []
     for n, prompt in enumerate(prompts):
-        sentence: list[int] = [tok.bos_token_id]
-        places: list[int] = []
-        for part in prompt:
-            if isinstance(part, str):
-                sentence += tok(part, add_special_tokens=False).input_ids
-            else:
-                places += range(len(sentence), len(sentence) + len(part))
-                sentence += [tok.unk_token_id if tok.unk_token_id is not None else tok.pad_token_id] * len(part)
-                rows.append(part)
-        if len(sentence) >= length:
-            said = "".join(part if isinstance(part, str) else "<token>" for part in prompt)
-            raise DataError(
-                f"“{said[:60]}” has {len(sentence) - 1} tokens; the text encoder takes {length - 2}",
-                hint="shorten it; where it lists a concept's words or tokens, an eraser with `order: single` takes "
-                "them one at a time",
-            )
-        ids[n, : len(sentence) + 1] = torch.tensor([*sentence, tok.eos_token_id])
-        soft[n, places] = True
-        content.append(tuple(places) or tuple(range(1, len(sentence))))
-        end.append(len(sentence))
-    ids, soft = ids.to(model.device), soft.to(model.device)
+        tokens, soft = _tokenize(model, prompt)
+        ids[n, : len(tokens)] = torch.tensor(tokens)
+        mask[n, soft] = True
+        end.append(len(tokens) - 1)
+        content.append(tuple(soft) or tuple(range(1, end[-1])))
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    rows = [part.to(model.device) for prompt in prompts for part in prompt if isinstance(part, Tensor)]
     if rows:
-        with spliced(model.text_encoder, soft, torch.cat([r.to(model.device) for r in rows])):
+        with replaced_embeddings(model.text_encoder, mask, torch.cat(rows)):
             states = model.text_encoder(ids).last_hidden_state
     else:
         states = model.text_encoder(ids).last_hidden_state
-    return Encoded(states, tuple(content), tuple(end))
+    return EncodedPrompts(states, tuple(content), tuple(end))
+
+
+def _tokenize(model: Model, prompt: PromptParts) -> tuple[list[int], list[int]]:
+    """Token ids with start and end token, and the positions of soft rows, which hold a placeholder id."""
+    tokenizer = model.tokenizer
+    placeholder = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else tokenizer.pad_token_id
+    ids: list[int] = [tokenizer.bos_token_id]
+    soft: list[int] = []
+    for part in prompt:
+        if isinstance(part, str):
+            ids += tokenizer(part, add_special_tokens=False).input_ids
+        else:
+            soft += range(len(ids), len(ids) + len(part))
+            ids += [placeholder] * len(part)
+    if len(ids) >= model.max_tokens:
+        text = "".join(part if isinstance(part, str) else "<token>" for part in prompt)
+        raise DataError(
+            f"“{text[:60]}” has {len(ids) - 1} tokens; the text encoder takes {model.max_tokens - 2}",
+            hint="shorten it; where it lists a concept's words or tokens, an eraser with `order: single` takes "
+            "them one at a time",
+        )
+    return [*ids, tokenizer.eos_token_id], soft
 
 
 @torch.no_grad()
@@ -93,90 +102,90 @@ def encode_text(model: Model, texts: Sequence[str]) -> Tensor:
     return encode(model, [(t,) for t in texts]).states
 
 
-BARE = ("{}",)
-"""A description that stands alone, as the papers have it."""
+@torch.no_grad()
+def concept_from_words(
+    model: Model, name: str, words: Sequence[str], prompt_templates: Sequence[str] = BARE_TEMPLATE
+) -> Concept:
+    """A concept specified by words: each word in each of the templates."""
+    prompts, parts = _fill_templates([(w, w) for w in words], prompt_templates)
+    return _concept(model, name, "words", prompts, parts)
 
 
 @torch.no_grad()
-def concept_from_words(model: Model, name: str, words: Sequence[str], sentences: Sequence[str] = BARE) -> Concept:
-    """A concept as the text-only methods know it: each of its words, in each of the sentences."""
-    texts, pieces = _told([(w, w) for w in words], sentences)
-    return _concept(model, name, "words", texts, pieces)
+def concept_from_token(model: Model, token: SoftToken, prompt_templates: Sequence[str] = BARE_TEMPLATE) -> Concept:
+    """A concept specified by soft tokens: each token in each of the templates."""
+    prompts, parts = _fill_templates(list(zip(token.placeholders, token.vectors, strict=True)), prompt_templates)
+    return _concept(model, token.concept, "token", prompts, parts)
 
 
-@torch.no_grad()
-def concept_from_token(model: Model, token: SoftToken, sentences: Sequence[str] = BARE) -> Concept:
-    """A concept as HFI knows it: each of its soft tokens, in each of the sentences."""
-    texts, pieces = _told(list(zip(token.placeholders, token.vectors, strict=True)), sentences)
-    return _concept(model, token.concept, "token", texts, pieces)
-
-
-def _told(
-    named: Sequence[tuple[str, str | Tensor]], sentences: Sequence[str]
+def _fill_templates(
+    descriptions: Sequence[tuple[str, str | Tensor]], templates: Sequence[str]
 ) -> tuple[tuple[str, ...], list[tuple[str, str | Tensor, str]]]:
-    """Text and (before, description, after) of every description in every sentence."""
-    both = [(name, what, *s.partition("{}")[::2]) for name, what in named for s in sentences]
-    return tuple(f"{b}{name}{a}" for name, _, b, a in both), [(b, what, a) for _, what, b, a in both]
+    """Readable prompt and (before, description, after) of each (name, description) in each template."""
+    filled = [(name, part, *t.partition("{}")[::2]) for name, part in descriptions for t in templates]
+    prompts = tuple(f"{before}{name}{after}" for name, _, before, after in filled)
+    return prompts, [(before, part, after) for _, part, before, after in filled]
 
 
 def _concept(
     model: Model,
     name: str,
-    source: Literal["words", "token"],
-    texts: tuple[str, ...],
-    pieces: Sequence[tuple[str, str | Tensor, str]],
+    source: ConceptSource,
+    prompts: tuple[str, ...],
+    prompt_parts: Sequence[tuple[str, str | Tensor, str]],
 ) -> Concept:
-    e = encode(model, pieces)
-    starts = [1 + tokens_of(model, before) for before, _, _ in pieces]
-    content = tuple(tuple(range(i, i + tokens_of(model, p[1]))) for i, p in zip(starts, pieces, strict=True))
-    return Concept(name, source, texts, tuple(pieces), e.states, content, e.end)
+    encoded = encode(model, prompt_parts)
+    starts = [1 + count_tokens(model, before) for before, _, _ in prompt_parts]
+    lengths = [count_tokens(model, description) for _, description, _ in prompt_parts]
+    content = tuple(tuple(range(i, i + n)) for i, n in zip(starts, lengths, strict=True))
+    return Concept(name, source, prompts, tuple(prompt_parts), encoded.states, content, encoded.end_positions)
 
 
-def tokens_of(model: Model, *parts: str | Tensor) -> int:
-    """How many of the text encoder's L places words and soft rows take."""
+def count_tokens(model: Model, *parts: str | Tensor) -> int:
+    """Number of token positions that text and soft rows take, without start and end token."""
     ids = model.tokenizer
     return sum(len(p) if isinstance(p, Tensor) else len(ids(p, add_special_tokens=False).input_ids) for p in parts)
 
 
 @torch.no_grad()
-def instead(model: Model, concept: Concept, text: str) -> Tensor:
-    """States (n, L, d) of the concept's sentences with `text` in its place; "" empties the whole sentence."""
+def encode_replacement(model: Model, concept: Concept, text: str) -> Tensor:
+    """States (n, L, d) of the concept's prompts with `text` in place of the description; "" gives the empty prompt."""
     if not text:
         return encode_text(model, [""]).expand(len(concept.states), -1, -1)
-    return encode(model, [(before, text, after) for before, _, after in concept.pieces]).states
+    return encode(model, [(before, text, after) for before, _, after in concept.prompt_parts]).states
 
 
 @torch.no_grad()
-def joined(model: Model, concepts: Sequence[Concept]) -> Tensor:
-    """E("c₁, c₂, …, c_K") (1, L, d): every description of every concept in one sentence."""
-    return encode(model, [_list([p for c in concepts for p in c.pieces])]).states
+def encode_joint_prompt(model: Model, concepts: Sequence[Concept]) -> Tensor:
+    """E("c₁, c₂, …, c_K") (1, L, d): all descriptions of all concepts in one prompt."""
+    return encode(model, [_join([p for c in concepts for p in c.prompt_parts])]).states
 
 
 @torch.no_grad()
-def listed(model: Model, concepts: Sequence[Concept]) -> Tensor:
-    """(s, L, d): every description of every concept in as few sentences as L allows, equally long; as a rule s = 1.
+def encode_concept_list(model: Model, concepts: Sequence[Concept]) -> Tensor:
+    """(s, L, d): all descriptions of all concepts in as few prompts of similar length as L allows; usually s = 1.
 
-    What guides steer away from: one sentence, as published, or the mean of its parts where it is too long. No
-    concepts: E("").
+    For guides that steer away from concepts: one prompt, as published, or the mean over several where one is too long.
+    Without concepts: E("").
     """
-    every, room = [p for c in concepts for p in c.pieces], model.length - 2  # without start and end
-    for s in range(1, len(every) + 1):
-        cuts = [len(every) * i // s for i in range(s + 1)]
-        sentences = [_list(every[a:b]) for a, b in pairwise(cuts)]
-        if all(tokens_of(model, *sentence) <= room for sentence in sentences):
-            return encode(model, sentences).states
+    parts, limit = [p for c in concepts for p in c.prompt_parts], model.max_tokens - 2  # without start and end token
+    for s in range(1, len(parts) + 1):
+        cuts = [len(parts) * i // s for i in range(s + 1)]
+        prompts = [_join(parts[a:b]) for a, b in pairwise(cuts)]
+        if all(count_tokens(model, *prompt) <= limit for prompt in prompts):
+            return encode(model, prompts).states
     return encode(model, [()]).states
 
 
-def _list(prompts: Sequence[Prompt]) -> Prompt:
+def _join(prompts: Sequence[PromptParts]) -> PromptParts:
     """ "c₁, c₂, …" """
-    sentence: list[str | Tensor] = []
+    joined: list[str | Tensor] = []
     for prompt in prompts:
-        sentence += [", ", *prompt] if sentence else prompt
-    return sentence
+        joined += [", ", *prompt] if joined else prompt
+    return joined
 
 
-def embedding_of(model: Model, word: str) -> Tensor:
+def word_embedding(model: Model, word: str) -> Tensor:
     """The input-embedding row (d,) of a word; the mean of its rows when the tokenizer splits it."""
     ids = model.tokenizer(word, add_special_tokens=False).input_ids
     table: Tensor = model.text_encoder.get_input_embeddings().weight
@@ -184,9 +193,10 @@ def embedding_of(model: Model, word: str) -> Tensor:
 
 
 def nearest_words(model: Model, row: Tensor, n: int = 4) -> list[str]:
-    """The vocabulary words whose embedding rows have the largest cosine with `row` (d,): a token explained."""
+    """The n vocabulary words whose embedding rows have the largest cosine with `row` (d,)."""
     table = model.text_encoder.get_input_embeddings().weight.float()
     order = torch.nn.functional.cosine_similarity(table, row.to(table), dim=-1).argsort(descending=True)
-    words = (model.tokenizer.convert_ids_to_tokens(int(i)) for i in order)
-    whole = (w.removesuffix("</w>") for w in words if w.endswith("</w>") and len(w) > 5)
-    return [w for w, _ in zip(whole, range(n), strict=False)]
+    tokens = (model.tokenizer.convert_ids_to_tokens(int(i)) for i in order)
+    # Tokens that end a word and have at least two letters; others are fragments.
+    words = (t.removesuffix("</w>") for t in tokens if t.endswith("</w>") and len(t) > 5)
+    return [word for word, _ in zip(words, range(n), strict=False)]

@@ -1,4 +1,4 @@
-"""A checkpoint on disk → one `Model` value. Sizes are read from its configs; nothing assumes 768, 77 or 64."""
+"""Loading of a checkpoint as one `Model`. All sizes come from its configs; nothing assumes 768, 77 or 64."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deleatur.diffusion.folders import remedy
+from deleatur.diffusion.folders import folder_hint
 from deleatur.errors import ModelError, SettingsError
-from deleatur.maths.noise import Schedule
+from deleatur.maths.noise import NoiseSchedule
 
-NOTES = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype"})
+METADATA_KEYS = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype"})
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Stable Diffusion 1.x/2.x model, frozen. Edited weights never enter it: they are passed beside it."""
+    """A frozen Stable Diffusion 1.x/2.x model. Edited weights are passed separately and never change it."""
 
     unet: nn.Module
     vae: Any
     text_encoder: Any
     tokenizer: Any
-    schedule: Schedule
-    digest: str
-    """SHA-256 over the UNet's parameters as they lie on disk, whatever precision they are used in: what a delta belongs
-    to."""
-    text_digest: str
-    pipeline: str
-    """SHA-256 over all that draws a picture: every network, its configuration, tokenizer and scheduler."""
+    schedule: NoiseSchedule
+    unet_digest: str
+    """SHA-256 over the UNet's parameters as stored, whatever precision they are used in; the base of deltas."""
+    text_encoder_digest: str
+    pipeline_digest: str
+    """SHA-256 over everything that generates an image: all networks, their configs, tokenizer and scheduler."""
     device: torch.device
 
     @property
@@ -42,7 +41,7 @@ class Model:
         return next(self.unet.parameters()).dtype
 
     @property
-    def length(self) -> int:
+    def max_tokens(self) -> int:
         """L, tokens per prompt; 77 for Stable Diffusion."""
         return int(self.text_encoder.config.max_position_embeddings)
 
@@ -53,17 +52,17 @@ class Model:
         return int(config.in_channels), int(config.sample_size), int(config.sample_size)
 
     @property
-    def pixels(self) -> int:
-        """Width and height of a picture."""
+    def image_size(self) -> int:
+        """Width and height of an image."""
         return int(self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1))
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, types and bytes of a module's state: the same for every file format it came from."""
-    return digest(module.state_dict())
+def digest_module(module: nn.Module) -> str:
+    """SHA-256 over names, types and bytes of a module's state, whatever file format it was loaded from."""
+    return digest_tensors(module.state_dict())
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
+def digest_tensors(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of named tensors."""
     h = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -73,15 +72,15 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return h.hexdigest()
 
 
-def identify(*parts: Any) -> str:
-    """SHA-256 over all that decides what loaded parts compute: weights, configurations, vocabularies.
+def digest_parts(*parts: Any) -> str:
+    """SHA-256 over everything that determines what loaded parts compute: weights, configurations, vocabularies.
 
-    The same wherever they were loaded from, and whoever wrote their files.
+    Independent of where they were loaded from and of the library version that wrote their files.
     """
     h = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
-            h.update(fingerprint(part).encode())
+            h.update(digest_module(part).encode())
         named = [type(part).__name__, _plain(_configuration(part))]
         h.update(json.dumps(named, sort_keys=True, default=str).encode())
     return h.hexdigest()
@@ -90,84 +89,84 @@ def identify(*parts: Any) -> str:
 def _configuration(part: Any) -> Any:
     if hasattr(part, "backend_tokenizer"):
         vocabulary = json.loads(part.backend_tokenizer.to_str())
-        return {k: v for k, v in vocabulary.items() if k not in ("padding", "truncation")}  # the last call left these
+        return {k: v for k, v in vocabulary.items() if k not in ("padding", "truncation")}  # state of the last call
     config = getattr(part, "config", part)
     return config if isinstance(config, Mapping) else config.to_dict()
 
 
 def _plain(value: Any) -> Any:
-    """A configuration without the notes of whoever loaded or wrote it."""
+    """A configuration without metadata of the library that wrote or loaded it."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if k not in NOTES and not str(k).startswith("_")}
+        return {str(k): _plain(v) for k, v in value.items() if k not in METADATA_KEYS and not str(k).startswith("_")}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def quiet() -> None:
-    """Loading bars for files of milliseconds, and advice about torchvision, are not for our users."""
+def silence_libraries() -> None:
+    """Switches off progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 
-def device_of(name: str) -> torch.device:
-    """Raises SettingsError when this machine has no such device."""
+def resolve_device(name: str) -> torch.device:
+    """The device; "auto" is CUDA if available. Raises SettingsError when this machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:  # a build without CUDA fails by assertion
-        said = str(e).splitlines()[0]
+        cause = str(e).splitlines()[0]
         raise SettingsError(
-            f"device: expected auto, cpu, cuda, cuda:1 or the like of this machine, got {name!r}: {said}",
+            f"device: expected auto, cpu, cuda or cuda:N of this machine, got {name!r}: {cause}",
             hint="set it to auto in params.yaml, then: deleatur check",
         ) from e
     return device
 
 
 @contextmanager
-def loading(path: str, what: str) -> Iterator[None]:
-    """Inside, whatever the libraries make of what lies at `path` becomes a ModelError."""
+def load_errors(path: str, what: str) -> Iterator[None]:
+    """Turns exceptions of the libraries that load `path` into a ModelError."""
     try:
         yield
-    except Exception as e:  # what a damaged file leads to is anybody's guess: OSError, SafetensorError, TypeError, …
-        raise ModelError(f"{path} does not load as {what}: {e}", hint=remedy(path)) from e
+    except Exception as e:  # a damaged file can raise anything: OSError, SafetensorError, TypeError, …
+        raise ModelError(f"{path} does not load as {what}: {e}", hint=folder_hint(path)) from e
 
 
-def whole(kind: Any, path: str, **how: Any) -> Any:
-    """A network all of whose tensors come from its files: the libraries would draw what is missing at random."""
-    net, told = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
-    if missing := sorted(told["missing_keys"]):
+def from_pretrained(cls: Any, path: str, **options: Any) -> Any:
+    """Loads a network. Raises ValueError when tensors are missing: the libraries would initialise them at random."""
+    net, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} tensors are not in its files: {missing[0]}, …")
     return net
 
 
 def load(path: str, *, dtype: str = "float32", device: str = "auto") -> Model:
-    """A folder or hub id in the layout of `StableDiffusionPipeline` as a frozen Model.
+    """Loads a folder or hub id in the layout of `StableDiffusionPipeline`.
 
     Raises ModelError when a part is missing or is not of the Stable Diffusion 1.x/2.x family.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    quiet()
-    place, kind = device_of(device), DTYPES[dtype]
-    with loading(path, "a Stable Diffusion 1.x/2.x pipeline with safetensors"):
-        unet = whole(UNet2DConditionModel, path, subfolder="unet")
-        vae = whole(AutoencoderKL, path, subfolder="vae")
-        text = whole(CLIPTextModel, path, subfolder="text_encoder")
+    silence_libraries()
+    target = resolve_device(device)
+    with load_errors(path, "a Stable Diffusion 1.x/2.x pipeline with safetensors"):
+        unet = from_pretrained(UNet2DConditionModel, path, subfolder="unet")
+        vae = from_pretrained(AutoencoderKL, path, subfolder="vae")
+        text = from_pretrained(CLIPTextModel, path, subfolder="text_encoder")
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
         scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
-    return assemble(unet, vae, text, tokenizer, scheduler, dtype=kind, device=place)
+    return assemble(unet, vae, text, tokenizer, scheduler, dtype=DTYPES[dtype], device=target)
 
 
 def load_unet(path: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The UNet of a pipeline folder alone, as `load` would place it."""
+    """Loads only the UNet of a pipeline folder, in the memory layout that `load` uses."""
     from diffusers import UNet2DConditionModel
 
-    with loading(path, "a UNet"):
-        unet = whole(UNet2DConditionModel, path, subfolder="unet", torch_dtype=dtype).eval()
+    with load_errors(path, "a UNet"):
+        unet = from_pretrained(UNet2DConditionModel, path, subfolder="unet", torch_dtype=dtype).eval()
     unet.to(device, memory_format=torch.channels_last)
     return unet
 
@@ -182,24 +181,34 @@ def assemble(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Model:
-    """Parts already in memory as a frozen Model."""
-    place = device or torch.device("cpu")
-    # Before the cast: an export in fp32 and a training in bfloat16 are about the same model.
-    own, text = fingerprint(unet), fingerprint(text_encoder)
-    weights = {"unet": own, "text_encoder": text}
-    everything = identify(weights, unet.config, vae, text_encoder.config, tokenizer, scheduler)
+    """Builds a Model from loaded parts."""
+    target = device or torch.device("cpu")
+    # Before the cast: a training in bfloat16 and an export in fp32 refer to the same model.
+    unet_digest, text_encoder_digest = digest_module(unet), digest_module(text_encoder)
+    weights = {"unet": unet_digest, "text_encoder": text_encoder_digest}
+    pipeline_digest = digest_parts(weights, unet.config, vae, text_encoder.config, tokenizer, scheduler)
     for part in (unet, vae, text_encoder):
-        # Channels last: convolutions are a third faster on a CPU, and what tensor cores want.
-        part.to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
+        # Channels last: convolutions are a third faster on a CPU, and it suits tensor cores.
+        part.to(target, memory_format=torch.channels_last).eval().requires_grad_(False)
         if next(part.parameters()).dtype != dtype:
             part.to(dtype)
     config = scheduler.config
     if config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(f"the scheduler predicts {config.prediction_type!r}; epsilon or v_prediction were expected")
-    schedule = Schedule(
+        raise ModelError(f"scheduler: expected prediction_type epsilon or v_prediction, got {config.prediction_type!r}")
+    schedule = NoiseSchedule(
         scheduler.alphas_cumprod,
         float(scheduler.final_alpha_cumprod),
         config.steps_offset,
         config.prediction_type,
     )
-    return Model(unet, vae, text_encoder, tokenizer, schedule, own, text, everything, place)
+    return Model(
+        unet,
+        vae,
+        text_encoder,
+        tokenizer,
+        schedule,
+        unet_digest,
+        text_encoder_digest,
+        pipeline_digest,
+        target,
+    )

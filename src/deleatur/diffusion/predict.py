@@ -1,4 +1,4 @@
-"""One call of the network, with its own weights or with others laid over it."""
+"""Noise prediction by the UNet, with its own weights or with edited ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from deleatur.diffusion.model import Model
 from deleatur.maths.guidance import cfg
 
 Weights = Mapping[str, Tensor]
-"""UNet parameter name → tensor that takes its place; absent names keep the base model's. {} is the base model."""
+"""UNet parameter name → tensor that replaces it; other parameters are the base model's. {} is the base model."""
 
 
 def predict(model: Model, weights: Weights, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
     """ε(z, t, c) for latents z (B, C, H, W), timesteps t (B,), states c (B, L, d) or (1, L, d).
 
-    One network in memory, any number of weight sets: the base model is never changed, so there is nothing to undo.
+    One network in memory serves any number of weight sets; the base model is never changed.
     """
     c = c.expand(len(z), -1, -1)
     out = functional_call(model.unet, dict(weights), (z, t, c)) if weights else model.unet(z, t, c)
@@ -26,7 +26,9 @@ def predict(model: Model, weights: Weights, z: Tensor, t: Tensor, c: Tensor) -> 
 
 
 @torch.no_grad()
-def pair(model: Model, weights: Weights, z: Tensor, t: Tensor, c_0: Tensor, c_p: Tensor) -> tuple[Tensor, Tensor]:
+def predict_pair(
+    model: Model, weights: Weights, z: Tensor, t: Tensor, c_0: Tensor, c_p: Tensor
+) -> tuple[Tensor, Tensor]:
     """(ε₀, ε_p): the predictions for the empty prompt and for c_p, in one call of 2B rows."""
     both = torch.cat([c_0.expand(len(z), -1, -1), c_p.expand(len(z), -1, -1)])
     eps_0, eps_p = predict(model, weights, torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
@@ -37,6 +39,6 @@ def pair(model: Model, weights: Weights, z: Tensor, t: Tensor, c_0: Tensor, c_p:
 def guided_step(
     model: Model, weights: Weights, z: Tensor, k: Tensor, c_0: Tensor, c_p: Tensor, s_g: float, n: int
 ) -> Tensor:
-    """z⁽ᵏ⁾ → z⁽ᵏ⁺¹⁾: one DDIM step of the n-step sampler with classifier-free guidance, k (B,) per row."""
-    t = torch.tensor(model.schedule.taus(n), device=z.device)[k]
-    return model.schedule.ddim(z, cfg(*pair(model, weights, z, t, c_0, c_p), s_g), t, n)
+    """z⁽ᵏ⁾ → z⁽ᵏ⁺¹⁾: one DDIM step of the n-step sampler with classifier-free guidance; k (B,): step of each row."""
+    t = torch.tensor(model.schedule.timesteps(n), device=z.device)[k]
+    return model.schedule.ddim_step(z, cfg(*predict_pair(model, weights, z, t, c_0, c_p), s_g), t, n)
