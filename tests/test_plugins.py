@@ -1,4 +1,4 @@
-"""Methods of other packages: found, named with where they come from, refused where they contradict or are broken."""
+"""Plug-ins of other packages: discovery, their origin, and errors for conflicting or broken ones."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "shave"
 FILE = (EXAMPLE / "deleatur_shave.py").read_text("utf-8")
 
-Bring = Callable[..., None]
+Install = Callable[..., None]
 
 
 @pytest.fixture
-def bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bring]:
-    """Puts a package as an installer leaves it where Python looks for packages."""
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs a package with an eraser in a temporary folder of the search path."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def put(package: str, method: str, module: str, text: str = FILE, version: str = "1.0") -> None:
@@ -45,23 +45,23 @@ def bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bring]:
     plugins._plugins.cache_clear()
 
 
-def test_a_packages_method_stands_beside_ours_and_says_where_it_comes_from(bring: Bring, model: Model) -> None:
-    ours = plugins.names("erasers")
-    bring("one", "shave", "shave_one")
-    assert plugins.names("erasers") == sorted([*ours, "shave"])
+def test_a_packages_plugin_is_listed_with_its_origin(install: Install, model: Model) -> None:
+    built_in = plugins.names("erasers")
+    install("one", "shave", "shave_one")
+    assert plugins.names("erasers") == sorted([*built_in, "shave"])
     assert plugins.get("erasers", "shave").origin == "one 1.0"
-    assert plugins.load("erasers", "shave", Eraser)().touches(model)
-    told = catalogue("erasers")["erasers"]
-    assert {name: entry["package"] for name, entry in told.items()} == dict.fromkeys(ours, "deleatur") | {
+    assert plugins.load("erasers", "shave", Eraser)().touched_parameters(model)
+    listed = catalogue("erasers")["erasers"]
+    assert {name: entry["package"] for name, entry in listed.items()} == dict.fromkeys(built_in, "deleatur") | {
         "shave": "one 1.0"
     }
-    assert list(told["shave"]["numbers"]) == ["strength"]
+    assert list(listed["shave"]["hyperparameters"]) == ["strength"]
 
 
-def test_a_name_that_two_packages_claim_is_refused_naming_both_and_the_others_go_on(bring: Bring) -> None:
-    bring("one", "shave", "shave_one")
-    bring("two", "shave", "shave_two", version="2.0")
-    bring("three", "sdd", "shave_three")
+def test_a_name_that_two_packages_provide_is_refused_and_others_still_load(install: Install) -> None:
+    install("one", "shave", "shave_one")
+    install("two", "shave", "shave_two", version="2.0")
+    install("three", "sdd", "shave_three")
     with pytest.raises(SettingsError, match=r"'shave' among erasers is provided by one 1.0 and two 2.0"):
         plugins.load("erasers", "shave", Eraser)
     with pytest.raises(SettingsError, match=r"'sdd' among erasers is provided by deleatur and three 1.0"):
@@ -70,22 +70,23 @@ def test_a_name_that_two_packages_claim_is_refused_naming_both_and_the_others_go
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "cause"),
     [
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import nowhere", "ModuleNotFoundError: No module named 'nowhere'"),
         ("", "has to define one class derived from Eraser, and defines 0"),
     ],
 )
-def test_what_does_not_load_is_refused_naming_the_package(bring: Bring, text: str, why: str) -> None:
+def test_a_plugin_that_does_not_load_is_refused_naming_the_package(install: Install, text: str, cause: str) -> None:
     module = f"broken_{abs(hash(text))}"
-    bring("one", "broken", module, text)
-    with pytest.raises(SettingsError, match=f"'broken' among erasers, of the package one 1.0, does not load: .*{why}"):
+    install("one", "broken", module, text)
+    with pytest.raises(
+        SettingsError, match=f"'broken' among erasers, of the package one 1.0, does not load: .*{cause}"
+    ):
         plugins.load("erasers", "broken", Eraser)
 
 
-def test_a_method_of_a_package_is_known_by_its_version_and_by_its_packages_files(bring: Bring, tmp_path: Path) -> None:
-    """And by nothing else: a file that is right is not written again."""
+def test_a_plugins_digest_covers_its_version_and_its_packages_files(install: Install, tmp_path: Path) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
     params["erase"]["method"] = "shave"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
@@ -96,7 +97,7 @@ def test_a_method_of_a_package_is_known_by_its_version_and_by_its_packages_files
         return path.read_text(), path.stat().st_mtime_ns
 
     without, reward = digest(), digest("reward")
-    bring("one", "shave", "shave_four")
+    install("one", "shave", "shave_four")
     with_one = digest()
     (tmp_path / "shave_four.py").write_text(f"{FILE}\n# longer\n", "utf-8")
     edited = digest()
@@ -104,14 +105,14 @@ def test_a_method_of_a_package_is_known_by_its_version_and_by_its_packages_files
     metadata = tmp_path / "one-1.1.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("1.0", "1.1"))
     newer = digest()
-    assert len({found[0] for found in (without, with_one, edited, newer)}) == 4
+    assert len({digest[0] for digest in (without, with_one, edited, newer)}) == 4
     shutil.rmtree(tmp_path / "one-1.1.dist-info")
     assert digest()[0] == without[0]
-    assert digest("reward") == reward, "a stage that loads no eraser is not touched"
+    assert digest("reward") == reward, "a stage that loads no eraser is unchanged"
 
 
 def installed(into: Path, version: str = "1.0") -> Path:
-    """The worked example, built and installed as anybody would, without asking an index."""
+    """The example plug-in of docs/, built and installed with pip, offline."""
     source = into / "source"
     shutil.copytree(EXAMPLE, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     project = source / "pyproject.toml"
@@ -122,12 +123,12 @@ def installed(into: Path, version: str = "1.0") -> Path:
     return target
 
 
-def on_our_shelf(into: Path) -> Path:
-    """The same file as one of ours: nothing else is added, and nothing is changed."""
-    ours = into / "src"
-    shutil.copytree(ROOT / "src", ours, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(EXAMPLE / "deleatur_shave.py", ours / "deleatur" / "erasers" / "shave.py")
-    return ours
+def as_built_in(into: Path) -> Path:
+    """The same file as a built-in plug-in: nothing else is added or changed."""
+    source = into / "src"
+    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(EXAMPLE / "deleatur_shave.py", source / "deleatur" / "erasers" / "shave.py")
+    return source
 
 
 def run(root: Path, *arguments: str, command: list[str], path: Path | None = None) -> str:
@@ -140,19 +141,19 @@ def run(root: Path, *arguments: str, command: list[str], path: Path | None = Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("added", "package"), [(installed, "deleatur-shave 1.0"), (on_our_shelf, "deleatur")])
-def test_the_worked_example_is_listed_and_keeps_the_shelfs_promises_wherever_it_lies(
+@pytest.mark.parametrize(("added", "package"), [(installed, "deleatur-shave 1.0"), (as_built_in, "deleatur")])
+def test_the_example_plugin_is_listed_and_passes_the_contract_tests(
     tmp_path: Path, added: Callable[[Path], Path], package: str
 ) -> None:
     site = added(tmp_path)
     listed = json.loads(run(tmp_path, "methods", "erasers", "--json", command=["-m", "deleatur"], path=site))
     assert listed["erasers"]["shave"]["package"] == package
-    told = run(ROOT, "-k", "test_erasers and shave", command=["-m", "pytest", "-q", "tests/contracts"], path=site)
-    assert "3 passed" in told
+    output = run(ROOT, "-k", "test_erasers and shave", command=["-m", "pytest", "-q", "tests/contracts"], path=site)
+    assert "3 passed" in output
 
 
 @pytest.mark.slow
-def test_a_project_erases_with_it_and_a_new_version_makes_the_result_stale(
+def test_a_project_erases_with_the_example_plugin_and_a_new_version_makes_the_result_stale(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "project"
@@ -164,13 +165,13 @@ def test_a_project_erases_with_it_and_a_new_version_makes_the_result_stale(
     (one := tmp_path / "one").mkdir()
     (two := tmp_path / "two").mkdir()
 
-    for site, by_hand in ((installed(one), False), (installed(two, "1.1"), True)):
+    for site, with_dvc in ((installed(one), False), (installed(two, "1.1"), True)):
         with monkeypatch.context() as patch:
             patch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT / 'src'}")
             patch.syspath_prepend(site)
             assert "deleatur-shave" in run(root, "check", command=["-m", "deleatur"])
             assert "erase" in dvc.status(root)
-            if by_hand:
+            if with_dvc:
                 finished.dvc(root, "repro", "erase")
             else:
                 assert dvc.reproduce("erase", root)

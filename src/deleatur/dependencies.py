@@ -1,11 +1,11 @@
-"""What code a result depends on, computed from the import graph: one digest for DVC, checkpoints, caches and benchmark.
+"""Digests of the code that a result depends on, for DVC, checkpoints, caches and the benchmark.
 
-From an entry point, names are followed through the package's sources, definition by definition: a stage depends on the
-functions, classes and constants that it can reach, not on the files they happen to share with others. Comments,
-docstrings and formatting are no part of a digest. Plug-ins are loaded by name, which no import shows: a stage that asks
-for one depends on the plug-in that params.yaml selects.
+A stage depends on the functions, classes and constants that can be reached from its entry point. Names are resolved
+definition by definition through the package's sources, so unrelated code in the same files does not count. Comments,
+docstrings and formatting do not change a digest. Plug-ins are loaded by name, which no import shows: a stage that loads
+plug-ins of a kind depends on those that params.yaml selects.
 
-Sources are parsed, never imported, so the sources of another checkout can be digested as well.
+Sources are parsed, never imported, so that the sources of another checkout can be digested as well.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from deleatur import plugins
 
 PACKAGE = Path(__file__).parent
 STAGES = ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate", "register")
-"""The stages in the order of the chain. All but `register` are stages of dvc.yaml: register makes no file."""
+"""The stages in the order of the pipeline. All but `register`, which writes no file, are stages of dvc.yaml."""
 DIGESTS = Path("out/code")
-"""Where a project keeps the digests by which DVC knows code: STAGE.json, and packages.json for plug-ins of others."""
+"""Folder of the digests that dvc.yaml depends on: STAGE.json, and packages.json for plug-ins of other packages."""
 
 ACCESSORS = {
     "deleatur.config.methods.inverter": "inversion",
@@ -37,69 +37,71 @@ ACCESSORS = {
     "deleatur.config.methods.detectors": "detectors",
     "deleatur.config.methods.metrics": "metrics",
 }
-"""Functions that load the plug-ins that params.yaml selects → plug-in registry."""
+"""Functions that load the plug-ins that params.yaml selects → kind of plug-in."""
 
 Definition = tuple[str, str]
 """Module, and the name of a top-level definition in it; "" for a module's own top-level statements."""
 
 
-def of_stage(stage: str, params: Mapping[str, Any], source: Path = PACKAGE) -> dict[str, str]:
-    """Module, data file or package → SHA-256 of what one stage can reach of it.
+def stage_digests(stage: str, params: Mapping[str, Any], source: Path = PACKAGE) -> dict[str, str]:
+    """Module, data file or plug-in package → SHA-256 of its code that a stage can reach.
 
-    params: params.yaml as a mapping; it selects the plug-ins. source: folder of the package `deleatur`.
+    params: params.yaml as a mapping, which selects the plug-ins. source: folder of the package `deleatur`.
     """
-    reached, packages = reach(stage, params, source)
-    return _sources(source).digests(reached) | {f"{m.package} {m.name}": _sha256(m.code()) for m in packages}
+    reached, external = reachable(stage, params, source)
+    return _sources(source).digests(reached) | {f"{p.package} {p.name}": _sha256(p.code()) for p in external}
 
 
-def reach(
+def reachable(
     stage: str, params: Mapping[str, Any], source: Path = PACKAGE
-) -> tuple[set[Definition], list[plugins.Method]]:
-    """The definitions that one stage can reach, and the plug-ins of other packages that it loads."""
+) -> tuple[set[Definition], list[plugins.Plugin]]:
+    """The definitions that a stage can reach, and the plug-ins of other packages that it loads."""
     sources = _sources(source)
     reached = sources.reach([("deleatur.stages", "run"), (f"deleatur.stages.{stage}", "run")])
-    loaded = [registry for accessor, registry in ACCESSORS.items() if _split(accessor) in reached]
-    selected = [method for method in select(params, source) if method.shelf in loaded]
-    ours = [(method.module, "*") for method in selected if not method.package]
-    return reached | sources.reach(ours), [method for method in selected if method.package]
+    loaded = [kind for accessor, kind in ACCESSORS.items() if _definition(accessor) in reached]
+    selected = [plugin for plugin in selected_plugins(params, source) if plugin.kind in loaded]
+    built_in = [(plugin.module, "*") for plugin in selected if not plugin.package]
+    return reached | sources.reach(built_in), [plugin for plugin in selected if plugin.package]
 
 
-def of(*entries: Callable[..., Any], source: Path = PACKAGE) -> dict[str, str]:
-    """As `of_stage`, of functions and classes, of ours or of a package's plug-in."""
-    brought = {e.__module__: method for e in entries if (method := plugins.brought(e.__module__))}
-    ours = [(e.__module__, e.__qualname__.partition(".")[0]) for e in entries if e.__module__ not in brought]
+def code_digests(*entries: Callable[..., Any], source: Path = PACKAGE) -> dict[str, str]:
+    """Like `stage_digests`, for the code reachable from functions and classes, including plug-ins of other packages."""
+    external = {e.__module__: plugin for e in entries if (plugin := plugins.external_plugin(e.__module__))}
+    built_in = [(e.__module__, e.__qualname__.partition(".")[0]) for e in entries if e.__module__ not in external]
     sources = _sources(source)
-    digests = sources.digests(sources.reach(ours))
-    return digests | {f"{m.package} {m.name}": _sha256(m.code()) for m in brought.values()}
+    digests = sources.digests(sources.reach(built_in))
+    return digests | {f"{p.package} {p.name}": _sha256(p.code()) for p in external.values()}
 
 
-def select(params: Mapping[str, Any], source: Path = PACKAGE) -> list[plugins.Method]:
-    """Every plug-in that params.yaml selects, once each, also where the file is not valid in other respects."""
+def selected_plugins(params: Mapping[str, Any], source: Path = PACKAGE) -> list[plugins.Plugin]:
+    """The plug-ins that params.yaml selects, once each, even if the file is otherwise invalid."""
     named: list[tuple[str, Any]] = []
-    for section, registry in (("invert", "inversion"), ("erase", "erasers"), ("guide", "guides")):
-        named.append((registry, _at(params, section, "method")))
-    named += [("attacks", name) for name in _mapping(_at(params, "attack", "methods"))]
-    for registry in ("detectors", "metrics"):
-        named += [(registry, _at(each, "method")) for each in _mapping(_at(params, "evaluate", registry)).values()]
-    known = {registry: plugins.names(registry, source) for registry in plugins.SHELVES}
-    found = dict.fromkeys((registry, name) for registry, name in named if name in known[registry])
-    return [plugins.method(registry, name, source) for registry, name in found]
+    for section, kind in (("invert", "inversion"), ("erase", "erasers"), ("guide", "guides")):
+        named.append((kind, _lookup(params, section, "method")))
+    named += [("attacks", name) for name in _mapping(_lookup(params, "attack", "methods"))]
+    for kind in ("detectors", "metrics"):
+        entries = _mapping(_lookup(params, "evaluate", kind)).values()
+        named += [(kind, _lookup(entry, "method")) for entry in entries]
+    known = {kind: plugins.names(kind, source) for kind in plugins.KINDS}
+    selected = dict.fromkeys((kind, name) for kind, name in named if name in known[kind])
+    return [plugins.get(kind, name, source) for kind, name in selected]
 
 
-def write(project: Path) -> bool:
-    """Brings DIGESTS of a project up to date: a file for each stage, of the code that lies in the project where it has
-    some of its own. Returns whether anything changed; a file that is right is not touched.
+def write_digests(project: Path) -> bool:
+    """Updates the files in DIGESTS, one per stage. A project with its own `src/deleatur` is digested by that code.
+
+    Returns whether anything changed; files that are up to date are not written.
     """
-    own = project / "src" / "deleatur"
-    source = own if own.is_dir() else PACKAGE
+    project_source = project / "src" / "deleatur"
+    source = project_source if project_source.is_dir() else PACKAGE
     plugins.refresh()
     try:
         params = yaml.safe_load((project / "params.yaml").read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return False  # no project, or one whose params.yaml is refused with a message by whoever loads it
+        return False  # no project, or an invalid params.yaml, which Settings.load reports
     folder = project / DIGESTS
-    texts = {folder / f"{stage}.json": of_stage(stage, _mapping(params), source) for stage in STAGES[:-1]}
-    texts[folder / "packages.json"] = {f"{m.origin} {m.shelf}/{m.name}": _sha256(m.code()) for m in plugins.foreign()}
+    texts = {folder / f"{stage}.json": stage_digests(stage, _mapping(params), source) for stage in STAGES[:-1]}
+    texts[folder / "packages.json"] = {f"{p.origin} {p.kind}/{p.name}": _sha256(p.code()) for p in plugins.external()}
     changed = False
     for path, digests in texts.items():
         text = json.dumps(digests, indent=1, sort_keys=True)
@@ -115,7 +117,7 @@ def write(project: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Module:
-    """One source file: its top-level definitions, and what its imports bind."""
+    """One source file: its top-level definitions, and the names that its imports bind."""
 
     name: str
     path: Path
@@ -124,25 +126,23 @@ class _Module:
     @cached_property
     def definitions(self) -> dict[str, list[ast.stmt]]:
         """Name → statements that define it; "" → the other statements, which run at import."""
-        found: dict[str, list[ast.stmt]] = {"": []}
+        definitions: dict[str, list[ast.stmt]] = {"": []}
         for statement in self.tree.body:
-            if isinstance(statement, ast.Import | ast.ImportFrom) or _is_text(statement):
+            if isinstance(statement, ast.Import | ast.ImportFrom) or _is_docstring(statement):
                 continue
-            for name in _defined(statement) or [""]:
-                found.setdefault(name, []).append(statement)
-        return found
+            for name in _defined_names(statement) or [""]:
+                definitions.setdefault(name, []).append(statement)
+        return definitions
 
     @cached_property
-    def bound(self) -> dict[str, Definition]:
-        """Local name → what of ours an import binds it to, wherever in the file the import stands. A name of a module
-        itself is bound to (module, "*").
-        """
-        found: dict[str, Definition] = {}
+    def imports(self) -> dict[str, Definition]:
+        """Local name → the definition or module of this package that an import anywhere in the file binds it to."""
+        imports: dict[str, Definition] = {}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deleatur" and not node.level:
                 for alias in node.names:
-                    found[alias.asname or alias.name] = (node.module or "", alias.name)
-        return found
+                    imports[alias.asname or alias.name] = (node.module or "", alias.name)
+        return imports
 
 
 @dataclass(frozen=True)
@@ -156,99 +156,103 @@ class _Sources:
 
     def module(self, name: str) -> _Module | None:
         if name not in self._modules:
-            place = self.root.joinpath(*name.split(".")[1:])
-            path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-            found = path.is_file() and (name == "deleatur" or name.startswith("deleatur."))
-            self._modules[name] = _Module(name, path, ast.parse(path.read_text("utf-8"))) if found else None
+            stem = self.root.joinpath(*name.split(".")[1:])
+            path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+            exists = path.is_file() and (name == "deleatur" or name.startswith("deleatur."))
+            self._modules[name] = _Module(name, path, ast.parse(path.read_text("utf-8"))) if exists else None
         return self._modules[name]
 
     def reach(self, entries: list[Definition]) -> set[Definition]:
-        """Every definition that can be reached from these. (module, "*") stands for all of a module."""
+        """All definitions that can be reached from these. (module, "*") stands for all definitions of a module."""
         reached: set[Definition] = set()
-        ahead = [each for entry in entries for each in self._resolve(*entry)]
-        while ahead:
-            if (definition := ahead.pop()) not in reached:
+        pending = [definition for entry in entries for definition in self._resolve(*entry)]
+        while pending:
+            if (definition := pending.pop()) not in reached:
                 reached.add(definition)
-                ahead += self._references(definition)
+                pending += self._references(definition)
         return reached
 
     def digests(self, reached: set[Definition]) -> dict[str, str]:
-        """Module or data file → SHA-256 over the text of what is reached of it."""
-        of: dict[str, list[str]] = {}
+        """Module or data file → SHA-256 over the text of its reached definitions."""
+        texts: dict[str, list[str]] = {}
         for definition in sorted(reached):
             if text := self._text(definition):
-                of.setdefault(definition[0], []).append(text)
-        found = {module: _sha256(texts) for module, texts in of.items()}
-        for path in sorted({path for definition in reached for path in self._data(definition)}):
-            found[path.relative_to(self.root.parent).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return found
+                texts.setdefault(definition[0], []).append(text)
+        digests = {module: _sha256(of_module) for module, of_module in texts.items()}
+        for path in sorted({path for definition in reached for path in self._data_files(definition)}):
+            digests[path.relative_to(self.root.parent).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return digests
 
     def _resolve(self, module: str, name: str) -> Iterator[Definition]:
-        """What `module.name` is: a definition of that module, one that it imports, or a module of its own."""
-        if of := self.module(module):
+        """What `module.name` refers to: a definition of that module, one that it imports, or a submodule."""
+        if source := self.module(module):
             if name == "*":
-                yield from ((module, each) for each in of.definitions)
-            elif name in of.definitions:
+                yield from ((module, definition) for definition in source.definitions)
+            elif name in source.definitions:
                 yield module, name
             elif self.module(f"{module}.{name}"):
                 yield from self._resolve(f"{module}.{name}", "*")
-            elif name in of.bound:
-                yield from self._resolve(*of.bound[name])
+            elif name in source.imports:
+                yield from self._resolve(*source.imports[name])
 
     def _references(self, definition: Definition) -> frozenset[Definition]:
         if definition not in self._edges:
-            self._edges[definition] = frozenset(self._find(definition))
+            self._edges[definition] = frozenset(self._find_references(definition))
         return self._edges[definition]
 
-    def _find(self, definition: Definition) -> Iterator[Definition]:
-        of = self.module(definition[0])
-        assert of is not None
-        yield of.name, ""  # runs when the module is imported
-        handled: set[int] = set()
-        for statement in of.definitions[definition[1]]:
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in of.bound:
-                    module = ".".join(of.bound[node.value.id])
-                    if self.module(module):  # `files.write_json` of `from deleatur.storage import files`
-                        handled.add(id(node.value))
+    def _find_references(self, definition: Definition) -> Iterator[Definition]:
+        source = self._of(definition)
+        yield source.name, ""  # runs when the module is imported
+        resolved: set[int] = set()
+        for node in (node for statement in source.definitions[definition[1]] for node in ast.walk(statement)):
+            match node:
+                # `files.write_json` after `from deleatur.storage import files`: one name of the module, not all of it.
+                # ast.walk visits the attribute before the name in it.
+                case ast.Attribute(value=ast.Name(id=name)) if name in source.imports:
+                    if self.module(module := ".".join(source.imports[name])):
+                        resolved.add(id(node.value))
                         yield from self._resolve(module, node.attr)
-                if isinstance(node, ast.Name) and id(node) not in handled:
-                    if node.id in of.bound:
-                        yield from self._resolve(*of.bound[node.id])
-                    if node.id in of.definitions:
-                        yield of.name, node.id
+                case ast.Name(id=name) if id(node) not in resolved:
+                    if name in source.imports:
+                        yield from self._resolve(*source.imports[name])
+                    if name in source.definitions:
+                        yield source.name, name
+
+    def _of(self, definition: Definition) -> _Module:
+        module = self.module(definition[0])
+        assert module is not None
+        return module
 
     def _text(self, definition: Definition) -> str:
         if definition not in self._texts:
-            of = self.module(definition[0])
-            assert of is not None
-            bare = (_Bare().visit(ast.parse(ast.unparse(s))) for s in of.definitions[definition[1]])
-            self._texts[definition] = "\n".join(filter(None, map(ast.unparse, bare)))
+            statements = self._of(definition).definitions[definition[1]]
+            stripped = (_StripDocstrings().visit(ast.parse(ast.unparse(s))) for s in statements)
+            self._texts[definition] = "\n".join(filter(None, map(ast.unparse, stripped)))
         return self._texts[definition]
 
     @cached_property
     def files(self) -> list[Path]:
-        """What code may read or run by its name: templates, styles, modules that MLflow loads from their path."""
+        """Files that code may refer to by name: templates, styles, modules that MLflow loads by path."""
         return [p for p in sorted(self.root.rglob("*.*")) if p.is_file() and p.suffix not in (".pyc", ".typed")]
 
-    def _data(self, definition: Definition) -> Iterator[Path]:
-        """Files that a definition names, and those that these name in turn."""
-        ahead = [self._text(definition)]
-        found: set[Path] = set()
-        while ahead:
-            text = ahead.pop()
+    def _data_files(self, definition: Definition) -> set[Path]:
+        """Files that a definition names, and those that these files name in turn."""
+        pending = [self._text(definition)]
+        named: set[Path] = set()
+        while pending:
+            text = pending.pop()
             for path in self.files:
-                if path not in found and f'"{path.name}"' in text.replace("'", '"'):
-                    found.add(path)
-                    ahead.append(path.read_text("utf-8", errors="replace"))
-        yield from found
+                if path not in named and f'"{path.name}"' in text.replace("'", '"'):
+                    named.add(path)
+                    pending.append(path.read_text("utf-8", errors="replace"))
+        return named
 
 
-class _Bare(ast.NodeTransformer):
-    """Takes docstrings away, those of attributes too."""
+class _StripDocstrings(ast.NodeTransformer):
+    """Removes docstrings, including those of attributes."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if _is_text(node) else node
+        return None if _is_docstring(node) else node
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
@@ -257,7 +261,7 @@ class _Bare(ast.NodeTransformer):
         return node
 
 
-def _is_text(statement: ast.stmt) -> bool:
+def _is_docstring(statement: ast.stmt) -> bool:
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)
@@ -265,8 +269,8 @@ def _is_text(statement: ast.stmt) -> bool:
     )
 
 
-def _defined(statement: ast.stmt) -> list[str]:
-    """Names that a top-level statement defines and does nothing else."""
+def _defined_names(statement: ast.stmt) -> list[str]:
+    """Names that a definition or an assignment defines; empty for other statements."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
     if isinstance(statement, ast.Assign | ast.AnnAssign):
@@ -281,12 +285,12 @@ def _sources_at(root: Path, stamp: str) -> _Sources:
 
 
 def _sources(root: Path) -> _Sources:
-    """Parsed once for as long as no file changes."""
+    """The sources in a folder, parsed again when a file has changed."""
     stamp = _sha256([[str(p), p.stat().st_mtime_ns, p.stat().st_size] for p in sorted(root.rglob("*.py"))])
     return _sources_at(root, stamp)
 
 
-def _split(dotted: str) -> Definition:
+def _definition(dotted: str) -> Definition:
     module, _, name = dotted.rpartition(".")
     return module, name
 
@@ -295,7 +299,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _at(value: Any, *keys: str) -> Any:
+def _lookup(value: Any, *keys: str) -> Any:
     for key in keys:
         value = _mapping(value).get(key)
     return value
