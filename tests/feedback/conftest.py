@@ -1,4 +1,4 @@
-"""Events made in place: `event("e1", answer="no")` is a valid answer except for what is said."""
+"""Fixtures for feedback events: `event("e1", answer="no")` is a valid answer with these fields overridden."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from deleatur.feedback import events
-from deleatur.feedback.events import Row
-from deleatur.records.feedback import Feedback
+from deleatur.feedback.events import EventRow
+from deleatur.records.feedback import FeedbackEvent
 
-Make = Callable[..., Feedback]
+EventFactory = Callable[..., FeedbackEvent]
 
 
 def digest(name: str) -> str:
@@ -21,10 +21,10 @@ def digest(name: str) -> str:
 
 
 @pytest.fixture
-def event() -> Make:
-    def make(event_id: str = "e1", **changes: Any) -> Feedback:
+def event() -> EventFactory:
+    def make(event_id: str = "e1", **changes: Any) -> FeedbackEvent:
         ranked = changes.get("kind") == "rank"
-        given = {
+        defaults = {
             "event_id": event_id,
             "concept": "style" if ranked else "weapon",
             "kind": "binary",
@@ -40,12 +40,12 @@ def event() -> Make:
             "consent_version": "1",
             "seconds_spent": 2.0,
         }
-        return Feedback(**{**given, **changes})
+        return FeedbackEvent(**{**defaults, **changes})
 
     return make
 
 
 @pytest.fixture
 def table() -> Callable[..., pd.DataFrame]:
-    """The table of some events."""
-    return lambda *found: events.table([Row("a.jsonl", i, e) for i, e in enumerate(found, 1)])
+    """Builds the table of these events."""
+    return lambda *feedback: events.to_frame([EventRow("a.jsonl", i, e) for i, e in enumerate(feedback, 1)])

@@ -1,4 +1,4 @@
-"""Planted violations are caught, each by its rule, and the rows are named."""
+"""Each violation is reported by its rule, with the violating rows."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Make, digest
+from conftest import EventFactory, digest
 
 from deleatur.feedback import expectations
-from deleatur.feedback.expectations import Checked
+from deleatur.feedback.expectations import ValidationResult
 
 Table = Callable[..., pd.DataFrame]
-AT_HAND = [digest(f"p{i}") for i in range(5)]
+AVAILABLE = [digest(f"p{i}") for i in range(5)]
 
 
 @pytest.fixture
-def check(table: Table, tmp_path: Path) -> Callable[..., Checked]:
-    return lambda *found: expectations.validate(
-        table(*found), {"weapon": "binary", "style": "rank"}, AT_HAND, tmp_path / "docs"
+def check(table: Table, tmp_path: Path) -> Callable[..., ValidationResult]:
+    return lambda *feedback: expectations.validate(
+        table(*feedback), {"weapon": "binary", "style": "rank"}, AVAILABLE, tmp_path / "docs"
     )
 
 
-PLANTED = {
+VIOLATIONS = {
     "event id given": {"event_id": ""},
     "concept": {"concept": "wepon"},
     "kind": {"concept": "style"},
@@ -31,7 +31,7 @@ PLANTED = {
     "items": {"items": (digest("p0"), digest("p1"))},
     "digest": {"items": ("0" * 63,)},
     "ranks": {"ranks": (1,)},
-    "picture": {"items": (digest("gone"),)},
+    "image": {"items": (digest("gone"),)},
     "time": {"created_at": "yesterday"},
     "seconds": {"seconds_spent": -1.0},
     "rater": {"rater": "Jane Doe"},
@@ -41,17 +41,19 @@ PLANTED = {
 }
 
 
-def test_each_planted_violation_is_named(event: Make, check: Callable[..., Checked], tmp_path: Path) -> None:
-    """All of them at once, among good rows: a rule that is broken often must not hide another."""
-    planted = [event(**{"event_id": f"bad {rule}", **changes}) for rule, changes in PLANTED.items()]
-    checked = check(event("good 1"), *planted, event("good 2", kind="rank"), event("twice"), event("twice"))
+def test_each_violation_is_reported_by_its_rule(
+    event: EventFactory, check: Callable[..., ValidationResult], tmp_path: Path
+) -> None:
+    """All of them in one table among valid rows: many violations of one rule must not hide another."""
+    bad_events = [event(**{"event_id": f"bad {rule}", **changes}) for rule, changes in VIOLATIONS.items()]
+    checked = check(event("good 1"), *bad_events, event("good 2", kind="rank"), event("twice"), event("twice"))
     rules = {rule["rule"]: rule for rule in checked.summary["rules"]}
-    assert set(rules) == {"event id", *PLANTED}
+    assert set(rules) == {"event id", *VIOLATIONS}
     assert rules["event id"]["event_ids"] == ["twice", "twice"]
-    for place, (rule, changes) in enumerate(PLANTED.items(), 1):
+    for position, (rule, changes) in enumerate(VIOLATIONS.items(), 1):
         assert changes.get("event_id", f"bad {rule}") in rules[rule]["event_ids"]
-        assert place in {v.place for v in checked.violations if v.rule == rule}
-    assert {v.place for v in checked.violations}.isdisjoint({0, len(PLANTED) + 1})
+        assert position in {v.position for v in checked.violations if v.rule == rule}
+    assert {v.position for v in checked.violations}.isdisjoint({0, len(VIOLATIONS) + 1})
     assert all(v.expected and v.remedy for v in checked.violations)
     assert not checked.summary["success"]
     assert "Jane" not in "".join(v.got for v in checked.violations)
@@ -71,17 +73,17 @@ RANKS = {
 }
 
 
-def test_ranks_are_one_to_m_and_only_x_repeats(event: Make, check: Callable[..., Checked]) -> None:
+def test_ranks_are_distinct_numbers_up_to_m_or_x(event: EventFactory, check: Callable[..., ValidationResult]) -> None:
     checked = check(*(event(name, kind="rank", ranks=ranks) for name, (_, ranks) in RANKS.items()))
     [rule] = [rule for rule in checked.summary["rules"] if rule["rule"] == "ranks"]
-    assert rule["event_ids"] == [name for name, (good, _) in RANKS.items() if not good]
+    assert rule["event_ids"] == [name for name, (is_valid, _) in RANKS.items() if not is_valid]
 
 
-def test_a_withdrawal_counts_whatever_became_of_the_picture(event: Make, check: Callable[..., Checked]) -> None:
-    gone = event("w", answer="withdrawn", replaces="e1", items=(digest("gone"),))
-    assert check(gone).summary["success"]
+def test_withdrawal_is_valid_without_its_image(event: EventFactory, check: Callable[..., ValidationResult]) -> None:
+    withdrawal = event("w", answer="withdrawn", replaces="e1", items=(digest("gone"),))
+    assert check(withdrawal).summary["success"]
     assert check(event("w", answer="withdrawn", replaces=None)).violations[0].rule == "answer"
 
 
-def test_an_empty_table_breaks_no_rule(check: Callable[..., Checked]) -> None:
+def test_empty_table_is_valid(check: Callable[..., ValidationResult]) -> None:
     assert check().summary["success"]

@@ -1,4 +1,4 @@
-"""Sources in, tables out: deterministic, append-only, nothing lost, and an error that says what to do."""
+"""Ingest is deterministic and append-only, loses nothing, and its errors name the next command."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Make
+from conftest import EventFactory
 from PIL import Image
 
 from deleatur.artifacts.simulated_feedback import simulate
-from deleatur.config.settings import ConceptSpec, Found, Ingest, Paths, Settings
+from deleatur.config.sections import ConceptSpec, Detection, IngestSection, Paths
+from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.feedback import events
 from deleatur.feedback.simulated import Panel
-from deleatur.records.feedback import Feedback
+from deleatur.records.feedback import FeedbackEvent
 from deleatur.stages import ingest
 from deleatur.storage import files, images
 
 
 def concept(kind: Any) -> ConceptSpec:
-    found = Found(detector="judge", labels=("x",))
     return ConceptSpec(
-        kind=kind, initial="x", words=("x",), guideline="Is there an x?", prompts=Path("x.csv"), found=found
+        kind=kind,
+        initializer_token="x",
+        words=("x",),
+        guideline="Is there an x?",
+        prompts=Path("x.csv"),
+        detection=Detection(detector="judge", labels=("x",)),
     )
 
 
@@ -38,7 +43,7 @@ def settings(root: Path, *, targets: tuple[str, ...] = ("weapon", "style"), patt
     return Settings.model_construct(
         targets=targets,
         concepts=CONCEPTS,
-        ingest=Ingest(sources=(str(root / "given" / pattern),), min_raters=2),
+        ingest=IngestSection(sources=(str(root / "sources" / pattern),), min_raters=2),
         paths=Paths.model_construct(feedback=root / "out" / "feedback", data_docs=root / "out" / "data_docs"),
     )
 
@@ -60,13 +65,13 @@ def make_source(root: Path, name: str, shade: int) -> None:
         panel=Panel(raters=5),
         model_version="base",
         seed=1,
-        out=root / "given",
+        out=root / "sources",
     )
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> Path:
-    """Two simulated sources: 20 pictures and 60 answers about one concept, 12 rankings about the other."""
+def root(tmp_path: Path) -> Path:
+    """Two simulated sources: 20 images and 60 answers about one concept, 12 rankings about the other."""
     make_source(tmp_path, "weapon", 10)
     make_source(tmp_path, "style", 20)
     return tmp_path
@@ -86,87 +91,90 @@ def summary(root: Path) -> Any:
     return files.read_json(root / "out" / "feedback" / "summary.json")
 
 
-def test_ingest_is_deterministic_and_says_what_it_saw(given: Path) -> None:
-    ingest.run(settings(given))
-    first, pages = digests(given / "out" / "feedback"), digests(given / "out" / "data_docs")
-    ingest.run(settings(given))
-    assert digests(given / "out" / "feedback") == first
-    assert digests(given / "out" / "data_docs") == pages, "no clock and no dice in them"
+def test_ingest_is_deterministic_and_summarises_its_sources(root: Path) -> None:
+    ingest.run(settings(root))
+    first, pages = digests(root / "out" / "feedback"), digests(root / "out" / "data_docs")
+    ingest.run(settings(root))
+    assert digests(root / "out" / "feedback") == first
+    assert digests(root / "out" / "data_docs") == pages, "without wall-clock times and random ids"
     assert "index.html" in pages
     assert set(first) == {
         *(f"{n}.parquet" for n in ("events", "answers", "votes", "pairs", "raters", "quarantine", "images-0000")),
         "summary.json",
     }
-    found = summary(given)
-    assert (found["simulated"], found["events"], found["pictures"]) == (True, 72, 40)
-    assert found["concepts"]["weapon"]["simulated_raters"] == 5
-    assert found["quarantined"] == {"rows": 0, "by_rule": {}}
-    assert found["expectations"]["success"]
-    held = list(images.read_shards(given / "out" / "feedback"))
-    assert len(held) == 40
-    assert not any(map(images.problem, held))
+    result = summary(root)
+    assert (result["simulated"], result["events"], result["pictures"]) == (True, 72, 40)
+    assert result["concepts"]["weapon"]["simulated_raters"] == 5
+    assert result["quarantined"] == {"rows": 0, "by_rule": {}}
+    assert result["expectations"]["success"]
+    ingested = list(images.read_shards(root / "out" / "feedback"))
+    assert len(ingested) == 40
+    assert not any(map(images.problem, ingested))
 
 
-def test_what_was_ingested_stays_and_withdrawn_answers_leave_the_votes(given: Path) -> None:
-    source, out = given / "given" / "weapon.jsonl", given / "out" / "feedback"
-    ingest.run(settings(given))
-    before, voted = files.read_table(out / "events.parquet"), files.read_table(out / "votes.parquet")["raters"].sum()
+def test_events_are_kept_and_withdrawn_answers_are_removed_from_the_votes(root: Path) -> None:
+    source, out = root / "sources" / "weapon.jsonl", root / "out" / "feedback"
+    ingest.run(settings(root))
+    before, num_votes = (
+        files.read_table(out / "events.parquet"),
+        files.read_table(out / "votes.parquet")["raters"].sum(),
+    )
     parsed = events.parse({"": files.read_lines(source)})
     old = next(row.event for row in parsed.rows if row.event.answer == "yes")
-    gone = {**vars(old), "event_id": "w", "answer": "withdrawn", "replaces": old.event_id}
-    append(source, [events.to_json(Feedback(**gone)).encode()])
-    ingest.run(settings(given))
+    withdrawal = {**vars(old), "event_id": "w", "answer": "withdrawn", "replaces": old.event_id}
+    append(source, [events.to_json(FeedbackEvent(**withdrawal)).encode()])
+    ingest.run(settings(root))
     after = files.read_table(out / "events.parquet")
-    kept = after[after["event_id"] != "w"].reset_index(drop=True)
-    assert kept.astype(str).equals(before.astype(str))
+    others = after[after["event_id"] != "w"].reset_index(drop=True)
+    assert others.astype(str).equals(before.astype(str))
     answers = files.read_table(out / "answers.parquet")
     assert old.event_id not in set(answers["event_id"])
-    assert files.read_table(out / "votes.parquet")["raters"].sum() == voted - 1
-    assert summary(given)["concepts"]["weapon"]["withdrawals"] == 1
+    assert files.read_table(out / "votes.parquet")["raters"].sum() == num_votes - 1
+    assert summary(root)["concepts"]["weapon"]["withdrawals"] == 1
 
 
-def test_bad_rows_and_pictures_go_to_quarantine_and_the_rest_survives(
-    given: Path, event: Make, capsys: pytest.CaptureFixture[str]
+def test_bad_rows_and_images_are_quarantined_and_the_rest_is_ingested(
+    root: Path, event: EventFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, out = given / "given" / "weapon.jsonl", given / "out" / "feedback"
+    source, out = root / "sources" / "weapon.jsonl", root / "out" / "feedback"
     rows = source.read_bytes().splitlines()
-    spoilt, *sound = images.read(ingest.archive(source))
-    images.write(ingest.archive(source), [replace(spoilt, image=sound[0].image), *sound])
-    hit = sum(spoilt.sha256.encode() in row for row in rows)
-    bad = [event("u", concept="wepon", items=(sound[0].sha256,)), event("l", replaces="no", items=(sound[0].sha256,))]
+    corrupt, *intact = images.read_archive(ingest.archive_path(source))
+    images.write_archive(ingest.archive_path(source), [replace(corrupt, image=intact[0].image), *intact])
+    num_affected = sum(corrupt.sha256.encode() in row for row in rows)
+    bad = [event("u", concept="wepon", items=(intact[0].sha256,)), event("l", replaces="no", items=(intact[0].sha256,))]
     append(source, [b"{", rows[0], *(events.to_json(e).encode() for e in bad)])
-    ingest.run(settings(given))
+    ingest.run(settings(root))
 
-    found = summary(given)
-    assert f"{hit + 4} rows could not be used" in capsys.readouterr().err
-    assert hit > 0
-    by_rule = {"concept": 1, "json": 1, "picture": hit, "picture bytes": 1, "replaces": 1}
-    assert found["quarantined"] == {"rows": sum(by_rule.values()), "by_rule": by_rule}
-    assert (found["events"], found["repeated_lines"]) == (72 - hit, {source.as_posix(): 1})
-    [rule] = [rule for rule in found["expectations"]["rules"] if rule["rule"] == "concept"]
+    result = summary(root)
+    assert f"{num_affected + 4} rows could not be used" in capsys.readouterr().err
+    assert num_affected > 0
+    by_rule = {"concept": 1, "json": 1, "image": num_affected, "image bytes": 1, "replaces": 1}
+    assert result["quarantined"] == {"rows": sum(by_rule.values()), "by_rule": by_rule}
+    assert (result["events"], result["repeated_lines"]) == (72 - num_affected, {source.as_posix(): 1})
+    [rule] = [rule for rule in result["expectations"]["rules"] if rule["rule"] == "concept"]
     assert rule["event_ids"] == ["u"]
-    aside = files.read_table(out / "quarantine.parquet")
-    assert (aside[["file", "expected", "got", "remedy", "row"]].map(len) > 0).all(axis=None)
-    lines = aside.set_index("rule")["line"]
-    assert (lines["json"], lines["concept"], lines["replaces"], lines["picture bytes"]) == (61, 63, 64, 1)
+    quarantined = files.read_table(out / "quarantine.parquet")
+    assert (quarantined[["file", "expected", "got", "remedy", "row"]].map(len) > 0).all(axis=None)
+    lines = quarantined.set_index("rule")["line"]
+    assert (lines["json"], lines["concept"], lines["replaces"], lines["image bytes"]) == (61, 63, 64, 1)
     assert "wepon" in (out / "quarantine.csv").read_text("utf-8")
 
 
-def test_no_usable_answer_about_a_target_is_an_error_that_says_what_to_do(given: Path) -> None:
-    ingest.archive(given / "given" / "weapon.jsonl").unlink()
-    with pytest.raises(DataError, match=r"weapon: 0 valid events.*picture 60") as caught:
-        ingest.run(settings(given))
+def test_target_without_usable_answers_raises_with_a_hint(root: Path) -> None:
+    ingest.archive_path(root / "sources" / "weapon.jsonl").unlink()
+    with pytest.raises(DataError, match=r"weapon: 0 valid events.*image 60") as caught:
+        ingest.run(settings(root))
     assert "deleatur stage ingest" in caught.value.hint
-    assert (given / "out" / "feedback" / "quarantine.csv").is_file()
-    ingest.run(settings(given, targets=("style",)))
+    assert (root / "out" / "feedback" / "quarantine.csv").is_file()
+    ingest.run(settings(root, targets=("style",)))
 
 
-def test_an_archive_that_is_none_is_reported(given: Path) -> None:
-    ingest.archive(given / "given" / "weapon.jsonl").write_bytes(b"PAR1 or so")
-    ingest.run(settings(given, targets=("style",)))
-    assert summary(given)["quarantined"]["by_rule"]["picture archive"] == 1
+def test_invalid_archive_is_reported(root: Path) -> None:
+    ingest.archive_path(root / "sources" / "weapon.jsonl").write_bytes(b"PAR1 or so")
+    ingest.run(settings(root, targets=("style",)))
+    assert summary(root)["quarantined"]["by_rule"]["image archive"] == 1
 
 
-def test_no_source_is_an_error(tmp_path: Path) -> None:
+def test_missing_source_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no file"):
         ingest.run(settings(tmp_path))

@@ -1,4 +1,4 @@
-"""What ingest writes with: whole or not at all, the same bytes for the same content."""
+"""Storage used by ingest: atomic writes, deterministic bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deleatur.errors import DataError
 from deleatur.storage import files, images
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
@@ -39,7 +39,7 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [files.read_table, files.read_csv, files.read_json])
-def test_what_cannot_be_read_says_so(tmp_path: Path, read: object) -> None:
+def test_unreadable_file_raises_a_data_error(tmp_path: Path, read: object) -> None:
     assert callable(read)
     with pytest.raises(DataError, match="no file"):
         read(tmp_path / "none")
@@ -48,44 +48,44 @@ def test_what_cannot_be_read_says_so(tmp_path: Path, read: object) -> None:
         read(tmp_path / "bad")
 
 
-def test_pictures_survive_and_say_what_is_wrong_with_them() -> None:
+def test_images_round_trip_and_problems_are_reported() -> None:
     image = Image.new("RGB", (6, 4), (1, 2, 3))
-    good = images.picture(image)
-    assert images.decode(good.image).tobytes() == image.tobytes()
-    assert images.problem(good) is None
-    wrong = {
-        "SHA-256": replace(good, sha256="0" * 64),
-        "neither": replace(good, image=b"x", sha256=hashlib.sha256(b"x").hexdigest()),
-        "6×4": replace(good, width=5),
+    valid = images.encode_image(image)
+    assert images.decode(valid.image).tobytes() == image.tobytes()
+    assert images.problem(valid) is None
+    invalid = {
+        "SHA-256": replace(valid, sha256="0" * 64),
+        "neither": replace(valid, image=b"x", sha256=hashlib.sha256(b"x").hexdigest()),
+        "6×4": replace(valid, width=5),
     }
-    for got, bad in wrong.items():
-        found = images.problem(bad)
-        assert found
-        assert got in found[1]
-    cut = good.image[:45]
-    assert images.problem(replace(good, image=cut, sha256=hashlib.sha256(cut).hexdigest()))
+    for message, bad in invalid.items():
+        problem = images.problem(bad)
+        assert problem
+        assert message in problem[1]
+    truncated = valid.image[:45]
+    assert images.problem(replace(valid, image=truncated, sha256=hashlib.sha256(truncated).hexdigest()))
 
 
-def test_shards_hold_so_many_in_order_and_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "SHARD", 2)
-    found = [images.picture(Image.new("RGB", (2, 2), (i, 0, 0))) for i in range(5)]
-    assert images.write_shards(tmp_path, found[:4]) == 4
+def test_shards_are_ordered_and_earlier_ones_do_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "SHARD_SIZE", 2)
+    encoded = [images.encode_image(Image.new("RGB", (2, 2), (i, 0, 0))) for i in range(5)]
+    assert images.write_shards(tmp_path, encoded[:4]) == 4
     first = (tmp_path / "images-0000.parquet").read_bytes()
-    assert images.write_shards(tmp_path, found) == 5
+    assert images.write_shards(tmp_path, encoded) == 5
     assert (tmp_path / "images-0000.parquet").read_bytes() == first
-    assert list(images.read_shards(tmp_path)) == found
+    assert list(images.read_shards(tmp_path)) == encoded
     assert len(list(tmp_path.glob("images-*"))) == 3
 
 
-def test_an_archive_without_the_columns_is_refused(tmp_path: Path) -> None:
+def test_archive_without_the_columns_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"sha256": ["a"]}).to_parquet(tmp_path / "a")
-    with pytest.raises(DataError, match="not a picture archive"):
-        list(images.read(tmp_path / "a"))
+    with pytest.raises(DataError, match="not an image archive"):
+        list(images.read_archive(tmp_path / "a"))
 
 
-def test_a_grid_shows_every_picture() -> None:
+def test_contact_sheet_shows_every_image() -> None:
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    sheet = images.grid([[red, blue], [blue]], ["base", "candidate"], ["one", "two"])
+    sheet = images.contact_sheet([[red, blue], [blue]], ["base", "candidate"], ["one", "two"])
     counts = {colour: n for n, colour in sheet.getcolors(10_000) or []}
     assert (counts[255, 0, 0], counts[0, 0, 255]) == (64, 128)
-    assert images.grid([[red]]).size == (12, 12)
+    assert images.contact_sheet([[red]]).size == (12, 12)

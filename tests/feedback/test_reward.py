@@ -1,4 +1,4 @@
-"""The reward head recovers what raters said, and holds on prompts it has not seen."""
+"""The reward head recovers vote shares and rankings, and generalises to held-out prompts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from deleatur.feedback.reward import Head, Numbers, Pairs, Votes, fit, quality
+from deleatur.feedback.reward import PairTargets, RewardHead, RewardHyperparameters, VoteTargets, fit, quality
 from deleatur.feedback.reward import _loss as loss
 
-NUMBERS = Numbers(hidden=16, epochs=150, lr=1e-2, folds=4)
+HYPERPARAMETERS = RewardHyperparameters(hidden=16, epochs=150, lr=1e-2, folds=4)
 
 
 def features(n: int, d: int = 6) -> torch.Tensor:
@@ -18,86 +18,86 @@ def features(n: int, d: int = 6) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=1)
 
 
-def test_votes_are_recovered_on_new_prompts() -> None:
+def test_votes_are_recovered_on_held_out_prompts() -> None:
     x = features(240)
     y = torch.sigmoid(6 * x[:, 0])
     groups = np.arange(240) // 4
-    result = fit(x, Votes(y, torch.ones(240)), groups, NUMBERS, seed=0)
-    assert result.held_out > 0.95
+    result = fit(x, VoteTargets(y, torch.ones(240)), groups, HYPERPARAMETERS, seed=0)
+    assert result.held_out_quality > 0.95
     assert (result.head(x) - y).abs().mean() < 0.1
 
 
-def test_disagreement_is_kept() -> None:
-    """The Brier score's minimiser is the vote share: pictures at one half stay near one half."""
+def test_disagreement_is_preserved() -> None:
+    """The Brier score's minimiser is the vote share: images with a share of one half are scored near one half."""
     x = torch.nn.functional.normalize(torch.eye(3).repeat(40, 1) + 0.01 * features(120, 3), dim=1)
     y = torch.tensor([0.0, 0.5, 1.0]).repeat(40)
-    head = fit(x, Votes(y, torch.ones(120)), np.arange(120), NUMBERS, seed=0).head
+    head = fit(x, VoteTargets(y, torch.ones(120)), np.arange(120), HYPERPARAMETERS, seed=0).head
     assert head(x[1::3]).mean() == pytest.approx(0.5, abs=0.1)
 
 
-def test_ranks_are_recovered_and_scores_are_standardised() -> None:
+def test_rankings_are_recovered_and_scores_are_standardised() -> None:
     x = features(100)
     order = x[:, 0].argsort()
     g = torch.Generator().manual_seed(1)
     i, j = torch.randint(100, (2, 600), generator=g)
-    place = torch.empty(100).scatter(0, order, torch.arange(100.0))
-    ahead = place[i] > place[j]
+    rank = torch.empty(100).scatter(0, order, torch.arange(100.0))
+    is_better = rank[i] > rank[j]
     different = i != j
-    better, worse = torch.where(ahead, i, j)[different], torch.where(ahead, j, i)[different]
-    result = fit(x, Pairs(better, worse, torch.ones(len(better))), np.arange(100) // 2, NUMBERS, seed=0)
+    better, worse = torch.where(is_better, i, j)[different], torch.where(is_better, j, i)[different]
+    result = fit(x, PairTargets(better, worse, torch.ones(len(better))), np.arange(100) // 2, HYPERPARAMETERS, seed=0)
     scores = result.head(x)
     assert scores.mean() == pytest.approx(0, abs=1e-4)
     assert scores.std() == pytest.approx(1, abs=1e-3)
     assert np.corrcoef(scores, x[:, 0])[0, 1] > 0.9
 
 
-def test_ranking_loss_ignores_a_constant() -> None:
+def test_ranking_loss_is_invariant_to_a_constant_offset() -> None:
     r = torch.randn(10, generator=torch.Generator().manual_seed(0))
-    pairs = Pairs(torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.ones(3))
+    pairs = PairTargets(torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.ones(3))
     assert torch.allclose(loss(r, pairs), loss(r + 7, pairs), atol=1e-5)
 
 
-def test_same_seed_same_head_whatever_the_global_generator_holds() -> None:
+def test_head_depends_on_the_seed_and_not_on_the_global_generator() -> None:
     x, y = features(40), torch.rand(40, generator=torch.Generator().manual_seed(2))
-    heads: list[Head] = []
-    for elsewhere in (5, 6):
-        torch.manual_seed(elsewhere)
+    heads: list[RewardHead] = []
+    for global_seed in (5, 6):
+        torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        heads.append(fit(x, Votes(y, torch.ones(40)), np.arange(40), NUMBERS, seed=3).head)
+        heads.append(fit(x, VoteTargets(y, torch.ones(40)), np.arange(40), HYPERPARAMETERS, seed=3).head)
         assert torch.equal(torch.get_rng_state(), before)
-    other = fit(x, Votes(y, torch.ones(40)), np.arange(40), NUMBERS, seed=4).head
+    other = fit(x, VoteTargets(y, torch.ones(40)), np.arange(40), HYPERPARAMETERS, seed=4).head
     assert all(torch.equal(heads[0].tensors[n], heads[1].tensors[n]) for n in heads[0].tensors)
     assert not torch.equal(heads[0].tensors["in.weight"], other.tensors["in.weight"])
 
 
-def test_a_head_begins_and_trains_as_torchs_own_layers_do() -> None:
-    """Same draws in the same order as nn.Linear and nn.Dropout make after seeding the global generator."""
+def test_training_equals_that_of_torch_layers() -> None:
+    """The same random numbers in the same order as nn.Linear and nn.Dropout with a seeded global generator."""
     x, y = features(30), torch.rand(30, generator=torch.Generator().manual_seed(2))
-    numbers = Numbers(hidden=8, dropout=0.3, epochs=20, folds=3, lr=1e-2)
-    found = fit(x, Votes(y, torch.ones(30)), np.arange(30), numbers, seed=7)
+    hyperparameters = RewardHyperparameters(hidden=8, dropout=0.3, epochs=20, folds=3, lr=1e-2)
+    result = fit(x, VoteTargets(y, torch.ones(30)), np.arange(30), hyperparameters, seed=7)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.3), nn.Linear(8, 1))
-        optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-2)
-        for _ in range(found.epochs):
-            optimiser.zero_grad()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-2)
+        for _ in range(result.epochs):
+            optimizer.zero_grad()
             (net(x).squeeze(-1) - y).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
         with torch.no_grad():
-            assert torch.allclose(found.head(x), net.eval()(x).squeeze(-1), atol=1e-5)
+            assert torch.allclose(result.head(x), net.eval()(x).squeeze(-1), atol=1e-5)
 
 
-def test_quality_is_the_auc_and_the_pair_accuracy() -> None:
+def test_quality_is_auc_or_pair_accuracy() -> None:
     scores = torch.tensor([0.1, 0.2, 0.8, 0.9])
-    assert quality(scores, Votes(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.ones(4))) == 1.0
-    assert np.isnan(quality(scores, Votes(torch.ones(4), torch.ones(4))))
-    assert quality(scores, Pairs(torch.tensor([3, 0]), torch.tensor([0, 3]), torch.ones(2))) == 0.5
+    assert quality(scores, VoteTargets(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.ones(4))) == 1.0
+    assert np.isnan(quality(scores, VoteTargets(torch.ones(4), torch.ones(4))))
+    assert quality(scores, PairTargets(torch.tensor([3, 0]), torch.tensor([0, 3]), torch.ones(2))) == 0.5
 
 
-def test_votes_of_no_weight_say_nothing() -> None:
+def test_votes_with_zero_weight_are_ignored() -> None:
     x = features(60)
     y = (x[:, 0] > 0).float()
     half = torch.arange(60) < 30
-    lies = Votes(torch.where(half, y, 1 - y), half.float())
-    head = fit(x, lies, np.arange(60), NUMBERS, seed=0).head
-    assert quality(head(x), Votes(y, torch.ones(60))) > 0.9
+    targets = VoteTargets(torch.where(half, y, 1 - y), half.float())
+    head = fit(x, targets, np.arange(60), HYPERPARAMETERS, seed=0).head
+    assert quality(head(x), VoteTargets(y, torch.ones(60))) > 0.9

@@ -1,4 +1,4 @@
-"""Simulated raters give ordinary events, the same ones for the same seed, and never hide what they are."""
+"""Simulated raters produce ordinary events, deterministic per seed and marked as simulated."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from conftest import digest
 
 from deleatur.errors import DataError
 from deleatur.feedback import events
-from deleatur.feedback.simulated import Panel, Shown, rate, recruit
-from deleatur.records.feedback import Feedback, Kind
+from deleatur.feedback.simulated import OracleImage, Panel, sample_raters, simulate_answers
+from deleatur.records.feedback import FeedbackEvent, FeedbackKind
 
 
-def answers(kind: Kind, panel: Panel, *, n: int = 60, prompts: int = 4, seed: int = 1) -> list[Feedback]:
+def answers(kind: FeedbackKind, panel: Panel, *, n: int = 60, prompts: int = 4, seed: int = 1) -> list[FeedbackEvent]:
     rng = np.random.default_rng(seed)
-    shown = [Shown(digest(f"s{i}"), f"prompt {i % prompts}", i, (i + 0.5) / n) for i in range(n)]
-    return rate("c", kind, shown, recruit(panel, rng), panel, rng, model_version="base")
+    images = [OracleImage(digest(f"s{i}"), f"prompt {i % prompts}", i, (i + 0.5) / n) for i in range(n)]
+    return simulate_answers("c", kind, images, sample_raters(panel, rng), panel, rng, model_version="base")
 
 
 @pytest.mark.parametrize("kind", ["binary", "rank"])
-def test_the_same_seed_gives_the_same_events(kind: Kind) -> None:
+def test_the_same_seed_gives_the_same_events(kind: FeedbackKind) -> None:
     first = answers(kind, Panel())
     assert first == answers(kind, Panel())
     assert first != answers(kind, Panel(), seed=2)
@@ -32,45 +32,45 @@ def test_the_same_seed_gives_the_same_events(kind: Kind) -> None:
     assert [row.event for row in parsed.rows] == first
 
 
-def test_each_picture_is_seen_by_so_many_raters() -> None:
-    found = answers("binary", Panel(raters=7, per_question=4))
-    assert set(Counter(e.items for e in found).values()) == {4}
-    assert len({(e.items, e.rater) for e in found}) == len(found)
-    assert len({e.rater for e in found}) == 7
+def test_each_image_is_rated_by_per_question_raters() -> None:
+    feedback = answers("binary", Panel(raters=7, per_question=4))
+    assert set(Counter(e.items for e in feedback).values()) == {4}
+    assert len({(e.items, e.rater) for e in feedback}) == len(feedback)
+    assert len({e.rater for e in feedback}) == 7
 
 
-def test_unsure_and_skip_come_at_their_rates() -> None:
+def test_unsure_and_skip_occur_at_their_rates() -> None:
     panel = Panel(unsure=0.3, skip=0.1, careless=0, per_question=12)
     share = Counter(e.answer for e in answers("binary", panel, n=300))
     assert share["skip"] / share.total() == pytest.approx(0.1, abs=0.02)
     assert share["unsure"] / share.total() == pytest.approx(0.2, abs=0.02)  # the mean of 4·o·(1−o) over [0, 1] is 2/3
 
 
-def test_screens_hold_five_pictures_of_one_prompt_and_cross_out_what_is_under_the_cut() -> None:
-    found = [e for e in answers("rank", Panel(skip=0, careless=0, cut=0.3), n=62) if e.ranks]
-    assert {len(e.items) for e in found} == {5}
-    assert {len(set(e.items)) for e in found} == {5}
-    of = {digest(f"s{i}"): i for i in range(62)}
-    for e in found:
+def test_screens_have_five_images_of_one_prompt_and_x_below_the_cut() -> None:
+    feedback = [e for e in answers("rank", Panel(skip=0, careless=0, cut=0.3), n=62) if e.ranks]
+    assert {len(e.items) for e in feedback} == {5}
+    assert {len(set(e.items)) for e in feedback} == {5}
+    index = {digest(f"s{i}"): i for i in range(62)}
+    for e in feedback:
         assert e.ranks is not None
-        assert {f"prompt {of[item] % 4}" for item in e.items} == {e.prompt}
-        assert [r is None for r in e.ranks] == [(of[item] + 0.5) / 62 < 0.3 for item in e.items]
+        assert {f"prompt {index[item] % 4}" for item in e.items} == {e.prompt}
+        assert [r is None for r in e.ranks] == [(index[item] + 0.5) / 62 < 0.3 for item in e.items]
         numbers = [r for r in e.ranks if r is not None]
         assert sorted(numbers) == list(range(1, len(numbers) + 1))
 
 
-def test_a_ranking_needs_two_pictures_of_a_prompt() -> None:
-    with pytest.raises(DataError, match="two or more pictures"):
+def test_ranking_needs_two_images_of_a_prompt() -> None:
+    with pytest.raises(DataError, match="two or more images"):
         answers("rank", Panel(), n=3, prompts=3)
 
 
-def test_careless_raters_ignore_the_picture_and_hurry() -> None:
+def test_careless_raters_answer_at_random_and_fast() -> None:
     panel, rng = Panel(raters=4, per_question=4, careless=0.5, unsure=0, skip=0), np.random.default_rng(0)
-    who = recruit(panel, rng)
-    sure = [Shown(digest(f"s{i}"), "prompt", i, 0.999) for i in range(200)]
-    found = rate("c", "binary", sure, who, replace(panel, spread=0), rng, model_version="base")
-    for rater in who:
-        own = [e for e in found if e.rater == rater.name]
-        yes = np.mean([e.answer == "yes" for e in own])
-        seconds = np.median([e.seconds_spent for e in own])
+    raters = sample_raters(panel, rng)
+    images = [OracleImage(digest(f"s{i}"), "prompt", i, 0.999) for i in range(200)]
+    feedback = simulate_answers("c", "binary", images, raters, replace(panel, spread=0), rng, model_version="base")
+    for rater in raters:
+        answers_of_rater = [e for e in feedback if e.rater == rater.name]
+        yes = np.mean([e.answer == "yes" for e in answers_of_rater])
+        seconds = np.median([e.seconds_spent for e in answers_of_rater])
         assert (0.35 < yes < 0.65 and seconds < 1) if rater.careless else (yes > 0.97 and seconds > 2)

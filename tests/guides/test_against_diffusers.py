@@ -1,4 +1,4 @@
-"""The same latents as the authors' pipelines, from the same noise, where the installed diffusers still has them."""
+"""Latents equal those of the authors' pipelines from the same noise, where the installed diffusers still has them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.sample import denoise, noise
+from deleatur.diffusion.sample import denoise, initial_noise
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
 from deleatur.guides.sega import SEGA
 from deleatur.guides.sld import SLD
 
-# The pipelines warn of their own deprecation.
+# The pipelines emit deprecation warnings.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Safety checker")
 
 STEPS, PROMPT = 8, "a cat in a picture"
@@ -33,13 +33,13 @@ def pipeline(name: str) -> Any:
     return pipe
 
 
-def ours(model: Model, guide: Guide, words: dict[str, str]) -> Tensor:
+def our_latents(model: Model, guide: Guide, words: dict[str, str]) -> Tensor:
     concepts = [encode.concept_from_words(model, name, [text]) for name, text in words.items()]
     c, conditions = encode.encode_text(model, [PROMPT]), guide.conditions(model, concepts)
-    return denoise(model, noise(model, [3]), c, conditions, guide, STEPS, {})
+    return denoise(model, initial_noise(model, [3]), c, conditions, guide, STEPS, {})
 
 
-def theirs(model: Model, name: str, **numbers: Any) -> Tensor:
+def reference_latents(model: Model, name: str, **arguments: Any) -> Tensor:
     """The latents after the last step."""
     found = getattr(diffusers, name, None)
     if found is None:
@@ -48,68 +48,78 @@ def theirs(model: Model, name: str, **numbers: Any) -> Tensor:
     pipe = found(**parts)
     pipe.set_progress_bar_config(disable=True)
     if "Safe" in name:
-        pipe.safety_concept = numbers.pop("safety_concept")
-    seen: list[Tensor] = []
-    shared = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "latents": noise(model, [3]), "output_type": "np"}
-    pipe(PROMPT, callback=lambda step, t, z: seen.append(z.clone()), callback_steps=1, **shared, **numbers)
-    return seen[-1]
+        pipe.safety_concept = arguments.pop("safety_concept")
+    latents: list[Tensor] = []
+    shared = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": 7.5,
+        "latents": initial_noise(model, [3]),
+        "output_type": "np",
+    }
+    pipe(PROMPT, callback=lambda step, t, z: latents.append(z.clone()), callback_steps=1, **shared, **arguments)
+    return latents[-1]
 
 
-def equal(model: Model, own: Tensor, other: Tensor) -> None:
-    effect = (own - ours(model, CFG(), {})).abs().max()
+def assert_equal(model: Model, ours: Tensor, reference: Tensor) -> None:
+    effect = (ours - our_latents(model, CFG(), {})).abs().max()
     assert effect > 0.01
-    assert (own - other).abs().max() < effect / 500  # a strength of 5000 makes much of a last bit
+    assert (ours - reference).abs().max() < effect / 500  # a guidance scale of 5000 amplifies rounding errors
 
 
 @pytest.mark.parametrize("warm_up", [0, 3])
 @pytest.mark.parametrize(
-    "numbers",
+    "hyperparameters",
     [
-        {"strength": 2.0, "threshold": 0.01, "momentum": 0.3, "beta": 0.4},
+        {"sld_guidance_scale": 2.0, "threshold": 0.01, "momentum_scale": 0.3, "momentum_beta": 0.4},
         {"preset": "max"},
-        {"preset": "strong", "strength": 20.0},
+        {"preset": "strong", "sld_guidance_scale": 20.0},
     ],
 )
-def test_sld(model: Model, numbers: dict[str, Any], warm_up: int) -> None:
-    guide = SLD.model_validate({**numbers, "warm_up": warm_up})
-    other = theirs(
+def test_sld(model: Model, hyperparameters: dict[str, Any], warm_up: int) -> None:
+    guide = SLD.model_validate({**hyperparameters, "warmup_steps": warm_up})
+    reference = reference_latents(
         model,
         "StableDiffusionPipelineSafe",
         safety_concept="gun, sword",
-        sld_guidance_scale=guide.strength,
-        sld_warmup_steps=guide.warm_up,
+        sld_guidance_scale=guide.sld_guidance_scale,
+        sld_warmup_steps=guide.warmup_steps,
         sld_threshold=guide.threshold,
-        sld_momentum_scale=guide.momentum,
-        sld_mom_beta=guide.beta,
+        sld_momentum_scale=guide.momentum_scale,
+        sld_mom_beta=guide.momentum_beta,
     )
-    equal(model, ours(model, guide, {"weapon": "gun, sword"}), other)
+    assert_equal(model, our_latents(model, guide, {"weapon": "gun, sword"}), reference)
 
 
 @pytest.mark.parametrize(
     ("edit", "second"),
     [
-        ({"strength": 4.0, "warm_up": 0, "threshold": 0.5}, None),
-        ({"strength": 5.0, "warm_up": 3, "threshold": 0.9}, None),
-        ({"strength": 5.0, "warm_up": 1, "threshold": 0.75, "cool_down": 5}, None),
-        ({"strength": 4.0, "warm_up": 0, "threshold": 0.5}, {"strength": -3.0, "warm_up": 4, "weight": 2.0}),
-        ({"strength": 4.0, "warm_up": 2, "threshold": 0.9}, {"threshold": 0.6, "cool_down": 6}),
+        ({"edit_guidance_scale": 4.0, "warmup_steps": 0, "threshold": 0.5}, None),
+        ({"edit_guidance_scale": 5.0, "warmup_steps": 3, "threshold": 0.9}, None),
+        ({"edit_guidance_scale": 5.0, "warmup_steps": 1, "threshold": 0.75, "cooldown_steps": 5}, None),
+        (
+            {"edit_guidance_scale": 4.0, "warmup_steps": 0, "threshold": 0.5},
+            {"edit_guidance_scale": -3.0, "warmup_steps": 4, "weight": 2.0},
+        ),
+        ({"edit_guidance_scale": 4.0, "warmup_steps": 2, "threshold": 0.9}, {"threshold": 0.6, "cooldown_steps": 6}),
     ],
 )
 def test_sega(model: Model, edit: dict[str, Any], second: dict[str, Any] | None) -> None:
     words = {"weapon": "gun", **({"style": "ink"} if second else {})}
-    guide = SEGA.model_validate({"edit": edit, "concepts": {"style": second or {}}, "momentum": 0.3, "beta": 0.6})
-    edits = [guide.of(name) for name in words]
-    other = theirs(
+    guide = SEGA.model_validate(
+        {"edit": edit, "concepts": {"style": second or {}}, "momentum_scale": 0.3, "momentum_beta": 0.6}
+    )
+    edits = [guide.edit_for(name) for name in words]
+    reference = reference_latents(
         model,
         "SemanticStableDiffusionPipeline",
         editing_prompt=list(words.values()),
-        reverse_editing_direction=[e.strength > 0 for e in edits],
-        edit_guidance_scale=[abs(e.strength) for e in edits],
-        edit_warmup_steps=[e.warm_up for e in edits],
-        edit_cooldown_steps=[STEPS + 1 if e.cool_down is None else e.cool_down for e in edits],
+        reverse_editing_direction=[e.edit_guidance_scale > 0 for e in edits],
+        edit_guidance_scale=[abs(e.edit_guidance_scale) for e in edits],
+        edit_warmup_steps=[e.warmup_steps for e in edits],
+        edit_cooldown_steps=[STEPS + 1 if e.cooldown_steps is None else e.cooldown_steps for e in edits],
         edit_threshold=[e.threshold for e in edits],
         edit_weights=[e.weight for e in edits],
-        edit_momentum_scale=guide.momentum,
-        edit_mom_beta=guide.beta,
+        edit_momentum_scale=guide.momentum_scale,
+        edit_mom_beta=guide.momentum_beta,
     )
-    equal(model, ours(model, guide, words), other)
+    assert_equal(model, our_latents(model, guide, words), reference)

@@ -1,4 +1,4 @@
-"""Negative prompts: what plain diffusers draws from one, and the rule's own identities."""
+"""Negative prompts against diffusers, and identities of the rule."""
 
 from __future__ import annotations
 
@@ -10,41 +10,48 @@ from torch import Tensor
 
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
-from deleatur.diffusion.sample import denoise, noise
+from deleatur.diffusion.sample import denoise, initial_noise
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
 from deleatur.guides.negative import Negative
 from deleatur.records.model import Concept
 
 
-def draw(model: Model, guide: Guide, concepts: list[Concept], prompt: str = "a cat") -> Tensor:
+def sample_latents(model: Model, guide: Guide, concepts: list[Concept], prompt: str = "a cat") -> Tensor:
     c, conditions = encode.encode_text(model, [prompt]), guide.conditions(model, concepts)
-    return denoise(model, noise(model, [7]), c, conditions, guide, 4, {})
+    return denoise(model, initial_noise(model, [7]), c, conditions, guide, 4, {})
 
 
 @pytest.mark.parametrize("words", [["gun"], ["gun", "sword"]])
-def test_equals_plain_diffusers_with_a_negative_prompt_from_the_same_noise(model: Model, words: list[str]) -> None:
+def test_equals_diffusers_with_a_negative_prompt(model: Model, words: list[str]) -> None:
     parts = {**tiny.parts(), "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = StableDiffusionPipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
-    shared = {"num_inference_steps": 4, "guidance_scale": 7.5, "latents": noise(model, [7]), "output_type": "latent"}
-    theirs = pipe("a cat", negative_prompt=", ".join(words), **shared).images
-    ours = draw(model, Negative(), [encode.concept_from_words(model, "weapon", words)])
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    assert not torch.allclose(ours, draw(model, CFG(), []), atol=1e-3)
+    shared = {
+        "num_inference_steps": 4,
+        "guidance_scale": 7.5,
+        "latents": initial_noise(model, [7]),
+        "output_type": "latent",
+    }
+    reference = pipe("a cat", negative_prompt=", ".join(words), **shared).images
+    ours = sample_latents(model, Negative(), [encode.concept_from_words(model, "weapon", words)])
+    assert torch.allclose(ours, reference, atol=1e-5)
+    assert not torch.allclose(ours, sample_latents(model, CFG(), []), atol=1e-3)
 
 
-def test_an_empty_negative_prompt_is_plain_guidance_to_the_bit(model: Model) -> None:
-    nothing = encode.concept_from_words(model, "nothing", [""])
-    assert torch.equal(draw(model, Negative(), [nothing]), draw(model, CFG(), []))
+def test_empty_negative_prompt_equals_cfg_bit_for_bit(model: Model) -> None:
+    empty = encode.concept_from_words(model, "nothing", [""])
+    assert torch.equal(sample_latents(model, Negative(), [empty]), sample_latents(model, CFG(), []))
 
 
-def test_the_prompt_itself_as_negative_leaves_the_conditional_trajectory(model: Model) -> None:
+def test_prompt_as_negative_prompt_gives_the_conditional_trajectory(model: Model) -> None:
     same = encode.concept_from_words(model, "gun", ["gun"])
-    assert torch.allclose(draw(model, Negative(), [same], "gun"), draw(model, CFG(scale=1.0), [], "gun"), atol=1e-5)
+    assert torch.allclose(
+        sample_latents(model, Negative(), [same], "gun"), sample_latents(model, CFG(scale=1.0), [], "gun"), atol=1e-5
+    )
 
 
-def test_is_linear_in_the_scale() -> None:
+def test_prediction_is_linear_in_the_scale() -> None:
     eps_n, eps_p = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     none, one, five = (Negative(scale=s).combine(0, eps_p, {"negative": eps_n}, None)[0] for s in (0, 1, 5))
     assert torch.equal(none, eps_n)

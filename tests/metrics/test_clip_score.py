@@ -20,11 +20,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
 
 
 @pytest.mark.parametrize("prefix", ["", "a picture of "])
-def test_identical_embeddings_give_one_and_harmful_prompts_nothing(clip: Clip, prefix: str) -> None:
-    """Weight 1, not 2.5 and not 100; pictures that are to the network what their captions are."""
-    shots: Any = SimpleNamespace(prompts=PROMPTS, clip=clip, features=clip.texts([prefix + p.text for p in PROMPTS]))
-    [asked, harmful] = ClipScore(prefix=prefix).values(shots, shots)
-    assert asked == pytest.approx(1, abs=1e-6)
-    assert np.isnan(harmful)
-    [without, _] = ClipScore(prefix=prefix + "dog ").values(shots, shots)
-    assert without < 1 - 1e-4
+def test_identical_embeddings_score_one_and_concept_prompts_nan(clip: Clip, prefix: str) -> None:
+    """Weight 1, not 2.5 or 100; the image embeddings equal those of their captions."""
+    samples: Any = SimpleNamespace(
+        prompts=PROMPTS, clip=clip, features=clip.embed_texts([prefix + p.text for p in PROMPTS])
+    )
+    [harmless, with_concept] = ClipScore(prefix=prefix).values(samples, samples)
+    assert harmless == pytest.approx(1, abs=1e-6)
+    assert np.isnan(with_concept)
+    [mismatched, _] = ClipScore(prefix=prefix + "dog ").values(samples, samples)
+    assert mismatched < 1 - 1e-4

@@ -1,4 +1,4 @@
-"""Shelf: what tries to bring the concept back."""
+"""Plug-in kind: attacks that try to make the erased model generate the concept again."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torch import Tensor
 
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights
-from deleatur.training.cost import Work
-from deleatur.training.optimizer_state import Saved
-from deleatur.training.textual_inversion import Progress, Templates
+from deleatur.training.cost import Workload
+from deleatur.training.optimizer_state import SavedState
+from deleatur.training.textual_inversion import InversionProgress, PromptTemplates
 
 Access = Literal["prompts", "text_encoder", "white_box", "original_model"]
 
 
 @dataclass(frozen=True)
 class AttackTarget:
-    """What is attacked: a model with the erased weights laid over it, and what the attacker has of the concept."""
+    """The attacked model, with the erased weights laid over it, and the attacker's examples of the concept."""
 
     model: Model
     weights: Weights
     concept: str
     latents: Tensor
-    """(n, C, H, W) latents of pictures that show the concept."""
-    initial: Tensor
-    """(d,) embedding row the attacker starts from."""
-    templates: Sequence[Templates]
-    """(n) sentences that a soft prompt may stand in for each picture."""
+    """(n, C, H, W) latents of images that show the concept."""
+    initializer: Tensor
+    """(d,) initial embedding row of the soft prompts."""
+    templates: Sequence[PromptTemplates]
+    """(n) prompt templates for each image, each with a slot for the soft prompt."""
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """Soft prompts (m, v, d), each a way back that was found; `budget` is what it cost."""
+    """Soft prompts (m, v, d), one per attempt, and `budget`, the number of network calls."""
 
     vectors: Tensor
     budget: dict[str, int]
@@ -48,9 +48,9 @@ class AttackContext:
     """Arguments of one attack beside its target."""
 
     seed: int
-    on_step: Callable[[Progress], None] = lambda progress: None
+    on_step: Callable[[InversionProgress], None] = lambda progress: None
     """Called after every step."""
-    state: Saved | None = None
+    state: SavedState | None = None
     """Checkpoint of a run with the same arguments, to resume from."""
 
 
@@ -59,9 +59,9 @@ class Attack(BaseModel):
     access: ClassVar[Access]
 
     @abstractmethod
-    def work(self) -> Work:
-        """What an attack on one concept asks of the networks."""
+    def workload(self) -> Workload:
+        """Network calls for an attack on one concept."""
 
     @abstractmethod
     def attack(self, target: AttackTarget, context: AttackContext) -> AttackResult:
-        """Soft prompts for the erased model. Whether they succeed is judged on sampled pictures, not here."""
+        """Learns soft prompts against the erased model. Success is measured later, on sampled images."""

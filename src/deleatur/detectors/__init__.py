@@ -1,4 +1,4 @@
-"""Shelf: what is in a picture. Label scores first; which labels count, and from which score, is the caller's."""
+"""Plug-in kind: label scores of images. The caller decides which labels and scores count as a detection."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ Scores = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Network:
-    """A detector that is loaded: known by what it is before it has looked at anything."""
+class LoadedDetector:
+    """A detector with its weights in memory, identified by their digest."""
 
     labels: tuple[str, ...]
     weights: str
-    """SHA-256 over the weights and all that prepares a picture for them."""
+    """SHA-256 over the weights and the preprocessing."""
     detect: Callable[[Sequence[Image.Image]], Scores]
-    """Scores in [0, 1] of n pictures in the order given, (n, L). A picture's scores do not depend on the others."""
+    """Scores in [0, 1] of n images, in order, (n, L). An image's scores do not depend on the other images."""
 
 
 class Detector(BaseModel):
-    """Its dump holds the numbers that decide scores, and only those: where its files lie, how many pictures go into one
-    network call and on which device are excluded, or changing them would have everything looked at again.
+    """A detector's hyperparameters. Its dump is part of the cache key of its scores, so it contains only what changes
+    scores: paths, batch size and device are excluded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @abstractmethod
-    def peek(self) -> tuple[str, ...] | None:
-        """Its labels, told without loading it; None where only a hub could tell. Raises ModelError when its files are
-        missing or damaged.
+    def read_labels(self) -> tuple[str, ...] | None:
+        """The labels, without loading the weights; None where only the Hub has them. Raises ModelError when its files
+        are missing or damaged.
         """
 
     @abstractmethod
-    def load(self) -> Network:
-        """Raises ModelError when there is no such network."""
+    def load(self) -> LoadedDetector:
+        """Loads the weights. Raises ModelError when they do not exist or cannot be loaded."""

@@ -1,4 +1,4 @@
-"""Any image classifier that transformers loads: the built-in judge, the style judge, or one of the user's."""
+"""Any image classifier that transformers can load: the built-in judges, or the user's own."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ import torch
 from PIL import Image
 from pydantic import Field
 
-from deleatur.detectors import Detector, Network, Scores
+from deleatur.detectors import Detector, LoadedDetector, Scores
 from deleatur.diffusion import folders
-from deleatur.diffusion.batches import full
-from deleatur.diffusion.model import device_of, identify, loading, quiet, whole
+from deleatur.diffusion.batches import padded_batches
+from deleatur.diffusion.model import digest_parts, from_pretrained, load_errors, resolve_device, silence_libraries
 
 
 class Classifier(Detector):
-    """Scores are the softmax over the classifier's labels."""
+    """Scores are softmax probabilities of the classifier's labels."""
 
     path: str = Field(exclude=True)
     """Folder or hub id for `AutoModelForImageClassification`."""
-    batch: int = Field(64, gt=0, exclude=True)
-    """Pictures per network call: changes speed and memory, nothing else."""
+    batch_size: int = Field(64, gt=0, exclude=True)
+    """Images per forward pass; affects speed and memory only."""
     device: str = Field("auto", exclude=True)
-    """auto: CUDA when there is one."""
+    """auto: CUDA if available."""
 
-    def peek(self) -> tuple[str, ...] | None:
-        device_of(self.device)
-        folder = folders.find(self.path)
-        return folders.classes(folder) if folder else None
+    def read_labels(self) -> tuple[str, ...] | None:
+        resolve_device(self.device)
+        folder = folders.locate(self.path)
+        return folders.classifier_labels(folder) if folder else None
 
-    def load(self) -> Network:
-        quiet()
+    def load(self) -> LoadedDetector:
+        silence_libraries()
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        with loading(self.path, "an image classifier"):
-            net = whole(AutoModelForImageClassification, self.path)
+        with load_errors(self.path, "an image classifier"):
+            net = from_pretrained(AutoModelForImageClassification, self.path)
             processor = AutoImageProcessor.from_pretrained(self.path)
-        digest = identify(net, processor)
-        net = net.float().to(device_of(self.device)).eval()
+        digest = digest_parts(net, processor)
+        net = net.float().to(resolve_device(self.device)).eval()
         labels = tuple(net.config.id2label[i] for i in range(net.config.num_labels))
 
         @torch.no_grad()
-        def detect(pictures: Sequence[Image.Image]) -> Scores:
-            parts = [np.zeros((0, len(labels)), np.float32)]
-            for batch, n in full([p.convert("RGB") for p in pictures], self.batch):
+        def detect(images: Sequence[Image.Image]) -> Scores:
+            scores = [np.zeros((0, len(labels)), np.float32)]
+            for batch, n in padded_batches([image.convert("RGB") for image in images], self.batch_size):
                 logits = net(**processor(images=batch, return_tensors="pt").to(net.device)).logits
-                parts.append(logits.softmax(-1)[:n].cpu().numpy())
-            return np.concatenate(parts)
+                scores.append(logits.softmax(-1)[:n].cpu().numpy())
+            return np.concatenate(scores)
 
-        return Network(labels, digest, detect)
+        return LoadedDetector(labels, digest, detect)

@@ -1,7 +1,7 @@
-"""NudeNet 3 (320n, 18 labels): the field's nudity detector. Its network is for photographs: on drawings it says little.
+"""NudeNet 3 (320n, 18 labels), the field's common nudity detector. Trained on photographs, unreliable on drawings.
 
-The library's own cut-offs (0.2, then 0.25 after suppression) are passed by: the session is called directly, so that
-every cut-off from 0 up can be reported. Pictures go in as RGB; the library's file path swaps channels twice.
+The ONNX session is called directly, without the library's cut-offs (0.2, then 0.25 after suppression), so that any
+cut-off can be reported. Images go in as RGB; the library swaps the channels of image files twice, which is the same.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from deleatur.detectors import Detector, Network, Scores
-from deleatur.diffusion.batches import full
+from deleatur.detectors import Detector, LoadedDetector, Scores
+from deleatur.diffusion.batches import padded_batches
 
 SIZE = 320
 
 
 class NudeNet(Detector):
-    """A label's score is the best box's class score."""
+    """A label's score is the highest class score of any box."""
 
-    batch: int = Field(8, gt=0, exclude=True)
-    """Pictures per network call: changes speed and memory, nothing else."""
+    batch_size: int = Field(8, gt=0, exclude=True)
+    """Images per forward pass; affects speed and memory only."""
 
-    def peek(self) -> tuple[str, ...]:
+    def read_labels(self) -> tuple[str, ...]:
         return _labels()
 
-    def load(self) -> Network:
+    def load(self) -> LoadedDetector:
         import nudenet
         import onnxruntime
 
@@ -37,14 +37,15 @@ class NudeNet(Detector):
         session = onnxruntime.InferenceSession(str(weights), providers=onnxruntime.get_available_providers())
         name = session.get_inputs()[0].name
 
-        def detect(pictures: Sequence[Image.Image]) -> Scores:
-            parts = [np.zeros((0, len(_labels())), np.float32)]
-            for batch, n in full(pictures, self.batch):
-                [out] = session.run(None, {name: np.stack([letterbox(p) for p in batch])})
-                parts.append(out[:n, 4:].max(2))
-            return np.concatenate(parts)
+        def detect(images: Sequence[Image.Image]) -> Scores:
+            scores = [np.zeros((0, len(_labels())), np.float32)]
+            for batch, n in padded_batches(images, self.batch_size):
+                # (batch, 4 box coordinates + 18 class scores, boxes)
+                [out] = session.run(None, {name: np.stack([letterbox(image) for image in batch])})
+                scores.append(out[:n, 4:].max(2))
+            return np.concatenate(scores)
 
-        return Network(_labels(), hashlib.sha256(weights.read_bytes()).hexdigest(), detect)
+        return LoadedDetector(_labels(), hashlib.sha256(weights.read_bytes()).hexdigest(), detect)
 
 
 def _labels() -> tuple[str, ...]:
@@ -53,9 +54,9 @@ def _labels() -> tuple[str, ...]:
     return tuple(getattr(nudenet, "__labels"))
 
 
-def letterbox(picture: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """(3, 320, 320) in [0, 1]: the picture scaled to fit, padded with black at the right and below."""
-    rgb = picture.convert("RGB")
+def letterbox(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """(3, 320, 320) in [0, 1]: the image scaled to fit, padded with black on the right and bottom."""
+    rgb = image.convert("RGB")
     scale = SIZE / max(rgb.size)
     small = rgb.resize((max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))), Image.Resampling.BILINEAR)
     square = Image.new("RGB", (SIZE, SIZE))

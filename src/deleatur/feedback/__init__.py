@@ -1,1 +1,1 @@
-"""Answers of people → validated, append-only tables → agreement, votes and pairs. Knows pandas, never files of ours."""
+"""Answers of raters → validated, append-only tables → agreement, votes and pairs. Depends on pandas, reads no files."""

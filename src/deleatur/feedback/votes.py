@@ -1,7 +1,7 @@
-"""Current answers → votes per picture, ordered pairs per screen, and how far each rater can be trusted.
+"""Current answers → votes per image, ordered pairs per ranking screen, and the reliability of each rater.
 
-Everything takes the table of answers (`events.SCHEMA`), whole or filtered: the tables of some raters only are made
-from their answers only.
+Every function takes the table of answers (`events.EVENT_SCHEMA`), complete or filtered: for a subset of the raters,
+everything is computed from their answers alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from deleatur.maths import agreement as statistics
+from deleatur.maths import agreement
 
-VOTES = pa.schema(
+VOTE_SCHEMA = pa.schema(
     {
         "concept": pa.string(),
         "item": pa.string(),
@@ -33,7 +33,7 @@ VOTES = pa.schema(
         "weight": pa.float64(),
     }
 )
-PAIRS = pa.schema(
+PAIR_SCHEMA = pa.schema(
     {
         "concept": pa.string(),
         "event_id": pa.string(),
@@ -44,7 +44,7 @@ PAIRS = pa.schema(
         "weight": pa.float64(),
     }
 )
-RATERS = pa.schema(
+RATER_SCHEMA = pa.schema(
     {
         "concept": pa.string(),
         "rater": pa.string(),
@@ -62,15 +62,15 @@ RATERS = pa.schema(
 )
 
 
-def votes(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.DataFrame:
-    """One row per concept and picture of a yes/no question.
+def vote_table(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.DataFrame:
+    """One row per concept and image of a yes/no question.
 
-    raters: how many said yes or no; `unsure` and `skip` are counted beside, they are no votes
+    raters: number of yes and no answers; `unsure` and `skip` are counted separately
     mean:   share of yes
-    vote:   the same, each rater j weighted by w_j = max(0, 2p_j − 1):  Σ w_j v_j / Σ w_j;  the plain mean if Σ w = 0
-    weight: Σ w_j, the number of perfect raters that the vote is worth
+    vote:   share of yes with rater j weighted by w_j = max(0, 2p_j − 1):  Σ w_j v_j / Σ w_j;  `mean` if Σ w = 0
+    weight: Σ w_j, the equivalent number of perfect raters
 
-    A weighted share and not the posterior of the EM: the share of a debatable picture stays debatable.
+    `vote` is a weighted share, not the posterior of the EM, so that a debatable image keeps an intermediate value.
     Without any yes or no, `mean` and `vote` are missing.
     """
     rows = answers[answers["kind"] == "binary"]
@@ -79,126 +79,127 @@ def votes(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(wy=rows["w"] * rows["yes"], weight=rows["w"] * (rows["yes"] + rows["no"]))
     first = dict.fromkeys(("prompt", "seed", "model_version"), "first")
     sums = dict.fromkeys(("yes", "no", "unsure", "skip", "wy", "weight"), "sum")
-    found = rows.groupby(["concept", "item"], sort=False).agg(first | sums).reset_index()
-    found["raters"] = found["yes"] + found["no"]
-    found["mean"] = found["yes"] / found["raters"].where(found["raters"] > 0)
-    found["vote"] = (found["wy"] / found["weight"].where(found["weight"] > 0)).fillna(found["mean"])
-    return found[list(VOTES.names)]
+    table = rows.groupby(["concept", "item"], sort=False).agg(first | sums).reset_index()
+    table["raters"] = table["yes"] + table["no"]
+    table["mean"] = table["yes"] / table["raters"].where(table["raters"] > 0)
+    table["vote"] = (table["wy"] / table["weight"].where(table["weight"] > 0)).fillna(table["mean"])
+    return table[list(VOTE_SCHEMA.names)]
 
 
-def seen(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.Series[float]:
-    """Picture → weighted share of its raters who see the concept there: a yes, or in a ranking any place but "X".
+def vote_shares(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.Series[float]:
+    """Image → weighted share of its raters who see the concept: a yes, or any rank but "X" in a ranking.
 
-    Pictures that nobody judged are left out.
+    Images without a yes, a no or a rank are left out.
     """
     ranked = answers[answers["answer"] == "ranked"].explode(["items", "ranks"])
-    yes = np.where(ranked["ranks"].isna(), "no", "yes")
-    one_by_one = ranked.assign(kind="binary", answer=yes, items=ranked["items"].map(lambda item: [item]))
-    found = votes(pd.concat([answers, one_by_one]), raters).dropna(subset=["vote"])
-    return found.set_index("item")["vote"]
+    answer = np.where(ranked["ranks"].isna(), "no", "yes")
+    as_binary = ranked.assign(kind="binary", answer=answer, items=ranked["items"].map(lambda item: [item]))
+    table = vote_table(pd.concat([answers, as_binary]), raters).dropna(subset=["vote"])
+    return table.set_index("item")["vote"]
 
 
-def pairs(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.DataFrame:
+def pair_table(answers: pd.DataFrame, raters: pd.DataFrame) -> pd.DataFrame:
     """All ordered pairs of each ranking: `higher` shows the concept more than `lower`.
 
-    M pictures give M(M−1)/2 pairs. "X" stands below every number, and two X-s make no pair.
+    M images give M(M−1)/2 pairs. "X" ranks below every number; two images with an X form no pair.
     """
-    found = _pairs(answers)
-    return found.assign(weight=_weights(found, raters))[list(PAIRS.names)]
+    pairs = _ordered_pairs(answers)
+    return pairs.assign(weight=_weights(pairs, raters))[list(PAIR_SCHEMA.names)]
 
 
-def raters(answers: pd.DataFrame) -> pd.DataFrame:
-    """One row per concept and rater: how much they answered, how well it fits the others, what it counts.
+def rater_table(answers: pd.DataFrame) -> pd.DataFrame:
+    """One row per concept and rater: number of answers, agreement with the other raters, and weight.
 
-    A judgement is a yes or no about a picture, or the order of two pictures of a screen.
-    agreement: share of judgements that most of the others who judged the same share (`compared` of them); missing
-               when there were no others
+    A judgement is a yes or no about an image, or the order of two images of a screen.
+    agreement: share of the judgements, of those that others made too (`compared`), that match the others' majority;
+               missing without any
     accuracy:  p_j of the one-coin model of Dawid and Skene, fitted per concept
     weight:    max(0, 2p_j − 1)
     """
-    judged = _judgements(answers)
-    fits = [_fit(rows) for _, rows in judged.groupby("concept", sort=False)]
-    fit = pd.concat(fits) if fits else pd.DataFrame(columns=["concept", "rater", *FIT])
+    judgements = _judgements(answers)
+    fits = [_reliability(rows) for _, rows in judgements.groupby("concept", sort=False)]
+    fit = pd.concat(fits) if fits else pd.DataFrame(columns=["concept", "rater", *RELIABILITY_COLUMNS])
     counts = answers.assign(
         unsure=answers["answer"] == "unsure",
         skip=answers["answer"] == "skip",
         simulated=answers["source"].str.startswith("simulated"),
     )
-    found = counts.groupby(["concept", "rater"], sort=False).agg(
+    table = counts.groupby(["concept", "rater"], sort=False).agg(
         simulated=("simulated", "any"),
         answers=("answer", "size"),
         unsure=("unsure", "sum"),
         skip=("skip", "sum"),
         median_seconds=("seconds_spent", "median"),
     )
-    found = found.reset_index().merge(fit, on=["concept", "rater"], how="left")
-    # Whoever only ever skipped has shown nothing yet: the prior's accuracy.
-    prior = statistics.RIGHT / (statistics.RIGHT + statistics.WRONG)
-    found["accuracy"] = found["accuracy"].astype("float64").fillna(prior)
-    found["weight"] = statistics.weight(found["accuracy"].to_numpy())
-    found[["judgements", "compared"]] = found[["judgements", "compared"]].astype("float64").fillna(0).astype("int64")
-    return found[list(RATERS.names)]
+    table = table.reset_index().merge(fit, on=["concept", "rater"], how="left")
+    # A rater without a judgement has the prior's accuracy.
+    prior = agreement.PRIOR_CORRECT / (agreement.PRIOR_CORRECT + agreement.PRIOR_INCORRECT)
+    table["accuracy"] = table["accuracy"].astype("float64").fillna(prior)
+    table["weight"] = agreement.vote_weight(table["accuracy"].to_numpy())
+    table[["judgements", "compared"]] = table[["judgements", "compared"]].astype("float64").fillna(0).astype("int64")
+    return table[list(RATER_SCHEMA.names)]
 
 
-def agreement(answers: pd.DataFrame, concept: str) -> dict[str, Any]:
-    """One number for a concept: Krippendorff's α of yes and no, or the mean Kendall τ of rankings; None if unknown."""
+def rater_agreement(answers: pd.DataFrame, concept: str) -> dict[str, Any]:
+    """Agreement on a concept: Krippendorff's α of yes/no answers, or mean Kendall τ of rankings; None if undefined."""
     rows = answers[answers["concept"] == concept]
     if (rows["kind"] == "rank").any():
-        tau, n = statistics.mean_tau(_screens(rows))
-        return {"measure": "mean pairwise Kendall tau-b", "value": _known(tau), "rater_pairs": n}
-    judged = _judgements(rows)
-    questions, shared = _codes(judged["question"]), judged["question"].duplicated(keep=False)
-    value = statistics.alpha(questions, judged["vote"].to_numpy(np.int64))
-    n = judged["question"][shared].nunique()
-    return {"measure": "Krippendorff alpha, nominal", "value": _known(value), "shared_pictures": n}
+        tau, n = agreement.mean_kendall_tau(_aligned_rankings(rows))
+        return {"measure": "mean pairwise Kendall tau-b", "value": _nan_to_none(tau), "rater_pairs": n}
+    judgements = _judgements(rows)
+    questions, shared = _factorize(judgements["question"]), judgements["question"].duplicated(keep=False)
+    value = agreement.krippendorff_alpha(questions, judgements["vote"].to_numpy(np.int64))
+    n = judgements["question"][shared].nunique()
+    return {"measure": "Krippendorff alpha, nominal", "value": _nan_to_none(value), "shared_pictures": n}
 
 
-FIT = ("judgements", "agreement", "compared", "accuracy")
+RELIABILITY_COLUMNS = ("judgements", "agreement", "compared", "accuracy")
 
 
-def _fit(judged: pd.DataFrame) -> pd.DataFrame:
+def _reliability(judgements: pd.DataFrame) -> pd.DataFrame:
     """Reliability of the raters of one concept."""
-    questions, (codes, names) = _codes(judged["question"]), pd.factorize(judged["rater"])
-    data = questions, codes.astype(np.int64), judged["vote"].to_numpy(np.float64)
-    share, compared = statistics.leave_one_out(*data)
-    columns = [np.bincount(codes), share, compared, statistics.one_coin(*data).accuracy]
-    return pd.DataFrame({"concept": judged["concept"].iloc[0], "rater": names, **dict(zip(FIT, columns, strict=True))})
+    questions, (codes, names) = _factorize(judgements["question"]), pd.factorize(judgements["rater"])
+    data = questions, codes.astype(np.int64), judgements["vote"].to_numpy(np.float64)
+    share, compared = agreement.leave_one_out_agreement(*data)
+    columns = [np.bincount(codes), share, compared, agreement.one_coin(*data).accuracy]
+    reliability = dict(zip(RELIABILITY_COLUMNS, columns, strict=True))
+    return pd.DataFrame({"concept": judgements["concept"].iloc[0], "rater": names, **reliability})
 
 
 def _judgements(answers: pd.DataFrame) -> pd.DataFrame:
-    """Every yes or no, and every ordered pair as a yes or no: does the picture of the smaller digest show more?"""
+    """Every yes/no answer, and every ordered pair as one: does the image with the smaller digest show more?"""
     binary = answers[(answers["kind"] == "binary") & answers["answer"].isin(["yes", "no"])]
     binary = binary.assign(question=binary["items"].map(lambda items: items[0]), vote=binary["answer"] == "yes")
-    ranked = _pairs(answers)
-    small, large = np.minimum(ranked["higher"], ranked["lower"]), np.maximum(ranked["higher"], ranked["lower"])
-    ranked = ranked.assign(question=small + " " + large, vote=ranked["higher"] == small)
+    ranked = _ordered_pairs(answers)
+    first, second = np.minimum(ranked["higher"], ranked["lower"]), np.maximum(ranked["higher"], ranked["lower"])
+    ranked = ranked.assign(question=first + " " + second, vote=ranked["higher"] == first)
     columns = ["concept", "question", "rater", "vote"]
     return pd.concat([binary[columns], ranked[columns]], ignore_index=True)
 
 
-def _pairs(answers: pd.DataFrame) -> pd.DataFrame:
+def _ordered_pairs(answers: pd.DataFrame) -> pd.DataFrame:
     ranked = answers[answers["answer"] == "ranked"]
     columns = ["concept", "event_id", "rater", "prompt"]
-    found = [
-        (*who, *((a, b) if rank_a < rank_b else (b, a)))
-        for *who, items, ranks in ranked[[*columns, "items", "ranks"]].itertuples(index=False, name=None)
-        for (a, rank_a), (b, rank_b) in combinations(zip(items, _numbers(ranks), strict=True), 2)
+    pairs = [
+        (*event, *((a, b) if rank_a < rank_b else (b, a)))
+        for *event, items, ranks in ranked[[*columns, "items", "ranks"]].itertuples(index=False, name=None)
+        for (a, rank_a), (b, rank_b) in combinations(zip(items, _ranks_as_floats(ranks), strict=True), 2)
         if rank_a != rank_b
     ]
-    return pd.DataFrame(found, columns=[*columns, "higher", "lower"], dtype="str")
+    return pd.DataFrame(pairs, columns=[*columns, "higher", "lower"], dtype="str")
 
 
-def _numbers(ranks: Iterable[float | None]) -> list[float]:
-    """Ranks with "X" (None, or NaN once it has been through a file) below every number."""
+def _ranks_as_floats(ranks: Iterable[float | None]) -> list[float]:
+    """Ranks as floats, "X" (None, or NaN after a round trip through Parquet) as infinity."""
     return [np.inf if pd.isna(rank) else float(rank) for rank in ranks]
 
 
-def _screens(answers: pd.DataFrame) -> list[list[statistics.Array]]:
-    """Rankings of the same pictures, aligned by picture."""
+def _aligned_rankings(answers: pd.DataFrame) -> list[list[agreement.Array]]:
+    """Rankings grouped by their set of images, aligned by image."""
     ranked = answers[answers["answer"] == "ranked"]
-    screens = dict[tuple[str, ...], list[statistics.Array]]()
+    screens = dict[tuple[str, ...], list[agreement.Array]]()
     for items, ranks in zip(ranked["items"], ranked["ranks"], strict=True):
-        by_item = sorted(zip(items, _numbers(ranks), strict=True))
+        by_item = sorted(zip(items, _ranks_as_floats(ranks), strict=True))
         screens.setdefault(tuple(i for i, _ in by_item), []).append(np.array([r for _, r in by_item]))
     return list(screens.values())
 
@@ -210,9 +211,9 @@ def _weights(rows: pd.DataFrame, raters: pd.DataFrame) -> pd.Series[float]:
     return pd.Series(weights.reindex(index).to_numpy(np.float64), index=rows.index)
 
 
-def _codes(values: pd.Series[Any]) -> statistics.Codes:
+def _factorize(values: pd.Series[Any]) -> agreement.Codes:
     return pd.factorize(values)[0].astype(np.int64)
 
 
-def _known(value: float) -> float | None:
+def _nan_to_none(value: float) -> float | None:
     return None if np.isnan(value) else value

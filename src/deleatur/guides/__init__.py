@@ -1,4 +1,4 @@
-"""Shelf: how predictions are combined at each sampler step. Product = Delta + Guide."""
+"""Plug-in kind: how noise predictions are combined at each sampler step. Product = Delta + Guide."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from deleatur.records.model import Concept
 
 
 class Guide(BaseModel):
-    """A combination rule with named numbers. Keeps no state of its own: state goes in and comes out."""
+    """A guidance rule with named hyperparameters. It is stateless: state is an argument and a return value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     scale: float = 7.5
-    """s_g of classifier-free guidance, 1 … 20; 7.5 is Stable Diffusion's habit."""
+    """s_g of classifier-free guidance, 1 … 20; 7.5 is Stable Diffusion's default."""
 
     @abstractmethod
     def conditions(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Tensor]:
-        """Name → sentences (s, L, d) that run beside the prompt. Without concepts: what plain guidance needs."""
-
-    @abstractmethod
-    def predictions(self, concepts: int) -> int:
-        """How many the sampler makes at each step when so many concepts are steered away from; more where a concept's
-        words or tokens do not fit into one sentence.
+        """Name → prompt embeddings (s, L, d) predicted at each step beside the prompt's. Without concepts: those of
+        plain classifier-free guidance.
         """
 
-    def starts(self, concept: str) -> int:
-        """The first sampler step at which it steers away from the concept."""
+    @abstractmethod
+    def predictions_per_step(self, num_concepts: int) -> int:
+        """Predictions per sampler step for this number of concepts; more where a concept does not fit in one prompt."""
+
+    def start_step(self, concept: str) -> int:
+        """The first sampler step at which the guide steers away from the concept."""
         return 0
 
     @abstractmethod
     def combine(self, step: int, eps_p: Tensor, eps: Mapping[str, Tensor], state: Any) -> tuple[Tensor, Any]:
-        """ε̃ (B, …) at sampler step 0 … N−1, and the new state; the first step's is None.
+        """ε̃ (B, …) at sampler step 0 … N−1, and the new state; the state of the first step is None.
 
-        eps_p: prediction for the prompt. eps: for each name of `conditions`, the mean over its sentences. Rows are
-        pictures, and no row may look at another.
+        eps_p: prediction for the prompt. eps: for each name in `conditions`, the mean over its prompts. Rows are
+        images and must be independent of each other.
         """

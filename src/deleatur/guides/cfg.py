@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): the plain sampler, the baseline of comparisons."""
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): the baseline sampler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deleatur.records.model import Concept
 class CFG(Guide):
     """ε̃ = ε₀ + s_g (ε_p − ε₀)."""
 
-    def predictions(self, concepts: int) -> int:
+    def predictions_per_step(self, num_concepts: int) -> int:
         return 2
 
     def conditions(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Negative prompt: classifier-free guidance that starts from the concept instead of from the empty prompt.
+"""Negative prompt: classifier-free guidance with the concept's prediction in place of the unconditional one.
 
-ε̃ = ε_n + s_g (ε_p − ε_n)            ε_n: prediction for the concepts, all in one sentence
+ε̃ = ε_n + s_g (ε_p − ε_n)            ε_n: prediction for the concepts, joined in one prompt
 
-Costs nothing: two predictions a step, as without it. What it gives up is the unconditional prediction, so harmless
-pictures change too; a prompt that says only the concept itself is drawn unguided (ε_p = ε_n); s_g = 1 has no effect.
+Two predictions a step, as in plain guidance. Without the unconditional prediction, images of harmless prompts change
+too; a prompt equal to the concept is sampled without guidance (ε_p = ε_n); s_g = 1 has no effect.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deleatur.diffusion.encode import listed
+from deleatur.diffusion.encode import encode_concept_list
 from deleatur.diffusion.model import Model
 from deleatur.guides import Guide
 from deleatur.maths.guidance import cfg
@@ -21,13 +21,13 @@ from deleatur.records.model import Concept
 
 
 class Negative(Guide):
-    """A long list dilutes: the fewer words or tokens, the stronger."""
+    """Longer concept lists have a weaker effect per concept."""
 
-    def predictions(self, concepts: int) -> int:
+    def predictions_per_step(self, num_concepts: int) -> int:
         return 2
 
     def conditions(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Tensor]:
-        return {"negative": listed(model, concepts)}
+        return {"negative": encode_concept_list(model, concepts)}
 
     def combine(self, step: int, eps_p: Tensor, eps: Mapping[str, Tensor], state: Any) -> tuple[Tensor, Any]:
         return cfg(eps["negative"], eps_p, self.scale), state

@@ -1,4 +1,4 @@
-"""Shelf: rated pictures → soft token."""
+"""Plug-in kind: rated images → soft token."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from deleatur.diffusion.model import Model
-from deleatur.training.cost import Work
-from deleatur.training.optimizer_state import Saved
-from deleatur.training.textual_inversion import Learned, Look, Progress, Templates
+from deleatur.training.cost import Workload
+from deleatur.training.optimizer_state import SavedState
+from deleatur.training.textual_inversion import InversionProgress, LearnedToken, PromptTemplates, TokenEvaluator
 
 
 @dataclass(frozen=True)
 class InversionData:
-    """The pool of rated pictures of one concept."""
+    """The rated images of one concept."""
 
     latents: Tensor
     """(n, C, H, W) clean latents."""
     rewards: Tensor
-    """(n,) r_ψ of each."""
+    """(n,) r_ψ of each image."""
     features: Tensor
     """(n, d) CLIP features."""
     rank: bool
     """Rewards are standardised ranking scores, not vote shares."""
     rejected: Tensor
-    """(n,) bool: most raters of the picture itself said no, whatever r_ψ thinks of it."""
-    templates: Sequence[Templates]
-    """(n) sentences that a token may stand in for each."""
+    """(n,) bool: most raters of the image said no, whatever its r_ψ."""
+    templates: Sequence[PromptTemplates]
+    """(n) prompt templates for each image, each with a slot for the token."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class InversionContext:
     """Arguments of one inversion beside the model and its data."""
 
     seed: int
-    evaluate: Look
+    evaluate: TokenEvaluator
     """Scores images sampled from the learned vectors at every evaluation interval."""
-    on_step: Callable[[Progress], None] = lambda progress: None
+    on_step: Callable[[InversionProgress], None] = lambda progress: None
     """Called after every step."""
-    state: Saved | None = None
+    state: SavedState | None = None
     """Checkpoint of a run with the same arguments, to resume from."""
 
 
@@ -51,28 +51,28 @@ class Inverter(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def notes(self) -> list[str]:
-        """What a reader of a report must know: what is ours and not the paper's."""
+        """Deviations from the paper, for the report."""
         return []
 
     @abstractmethod
-    def work(self) -> Work:
-        """What learning the tokens of one concept asks of the networks, without the looks."""
+    def workload(self) -> Workload:
+        """Network calls for learning the tokens of one concept, evaluations excluded."""
 
     @abstractmethod
     def invert(
         self,
         model: Model,
-        rated: InversionData,
-        initial: Tensor,
+        data: InversionData,
+        initializer: Tensor,
         context: InversionContext,
-    ) -> list[Learned]:
-        """The m tokens of a concept, each (v, d), from the start row `initial` (d,)."""
+    ) -> list[LearnedToken]:
+        """Learns the m tokens of a concept, (v, d) each, starting from the embedding row `initializer` (d,)."""
 
 
-def initial_vectors(initial: Tensor, vectors: int, generator: torch.Generator) -> Tensor:
-    """(v, d): the start row repeated, later rows jittered by 1 % of its norm so that they can part."""
-    rows = initial.repeat(vectors, 1)
-    jitter = torch.randn(vectors, len(initial), generator=generator).to(initial)
+def initial_vectors(initializer: Tensor, num_vectors: int, generator: torch.Generator) -> Tensor:
+    """(v, d): the initializer repeated; rows after the first get noise of 1 % of its norm, so that they can diverge."""
+    rows = initializer.repeat(num_vectors, 1)
+    jitter = torch.randn(num_vectors, len(initializer), generator=generator).to(initializer)
     jitter[0] = 0
-    out: Tensor = rows + jitter * initial.norm() * 0.01 / len(initial) ** 0.5
-    return out
+    vectors: Tensor = rows + jitter * initializer.norm() * 0.01 / len(initializer) ** 0.5
+    return vectors

@@ -1,13 +1,13 @@
-"""HFI, human feedback inversion (Kim et al. 2024, arXiv 2407.21032): ratings condensed into soft tokens.
+"""HFI, human feedback inversion (Kim et al. 2024, arXiv 2407.21032): ratings distilled into soft tokens.
 
-v* = argmin_v Σ_x w(x) E ‖ ε − ε_θ(z_t(x), t, E(v)) ‖²  over the K_top pictures with the highest reward r_ψ
+v* = argmin_v Σ_x w(x) E ‖ ε − ε_θ(z_t(x), t, E(v)) ‖²  over the K_top images with the highest reward r_ψ
 
 binary:   w ∝ clip(r_ψ, 0, 1)
 ranking:  w ∝ softmax(r_ψ / temperature) of scores standardised over the pool, since a Bradley–Terry score has no zero
 
-Several tokens (ours): the pictures are clustered in CLIP space and each cluster gets its own token and an equal share
-of K_top, so that no rated kind is left out because another is more frequent. A token whose own pictures the reward does
-not recognise is no description of the concept and is left out; the best one always stays.
+Several tokens (extension): the images are clustered in CLIP space; each cluster gets its own token and an equal share
+of K_top, so that rare kinds of images are represented too. Tokens whose sampled images get a reward below the threshold
+are dropped, except the best one.
 """
 
 from __future__ import annotations
@@ -21,92 +21,99 @@ from deleatur.diffusion.model import Model
 from deleatur.errors import DataError
 from deleatur.inversion import InversionContext, InversionData, Inverter, initial_vectors
 from deleatur.maths.seeds import derive, generator
-from deleatur.training.cost import Work
-from deleatur.training.textual_inversion import Inversion, Learned, Lesson, learn
+from deleatur.training.cost import Workload
+from deleatur.training.textual_inversion import EvaluatedInversionConfig, LearnedToken, TokenTarget, learn_tokens
 
 
 class HFI(Inverter):
     top_k: int = Field(100, gt=0)
-    """K_top: how many of the best-rated pictures all tokens together are learned from."""
+    """K_top: number of images with the highest rewards that all tokens together are learned from."""
     num_tokens: int = Field(1, gt=0)
-    """m, tokens that stand alone."""
+    """m, number of tokens; each is used alone."""
     threshold: float = 0.5
-    """Below this reward neither a rated picture nor a token, by the pictures it draws, is used.
+    """Minimum reward of a rated image, and minimum mean reward of the images sampled from a token.
     Ranking: in standard deviations above the pool's mean."""
     temperature: float = Field(1.0, gt=0)
-    """Ranking: how evenly the pictures weigh; higher is more even."""
-    training: Inversion = Field(default_factory=Inversion)
+    """Ranking: softmax temperature of the weights; higher is more uniform."""
+    training: EvaluatedInversionConfig = Field(default_factory=EvaluatedInversionConfig)
 
     def notes(self) -> list[str]:
-        found = []
+        notes = []
         if self.num_tokens > 1:
-            found.append(
-                f"Up to {self.num_tokens} tokens stand alone, each for one kind of rated picture; in the paper, one."
-            )
+            notes.append(f"Up to {self.num_tokens} tokens, each for one cluster of rated images; the paper has one.")
         if self.training.max_norm:
-            found.append("Tokens are no longer than words; the paper leaves their length free.")
-        return found
+            notes.append("The norm of the tokens is limited to that of words; the paper does not limit it.")
+        return notes
 
-    def work(self) -> Work:
-        looks = -(-self.training.iterations // self.training.eval_every)
-        return self.training.work(self.num_tokens, self.training.tokens_per_batch, looks)
+    def workload(self) -> Workload:
+        evaluations = -(-self.training.iterations // self.training.eval_every)
+        return self.training.workload(self.num_tokens, self.training.tokens_per_batch, evaluations)
 
     def weights(self, rewards: Tensor, *, rank: bool) -> Tensor:
-        """w (n,) of selected pictures: non-negative, sum 1; for rankings unchanged by a constant added to all."""
+        """w (n,) of the selected images: non-negative, sum 1; for rankings invariant to a constant offset."""
         if rank:
             return (rewards / self.temperature).softmax(0)
         clipped = rewards.clamp(0, 1)
         return clipped / clipped.sum()
 
-    def clusters(self, rated: InversionData, seed: int) -> list[Tensor]:
-        """Indices of the selected pictures, one tensor per token."""
-        free = (~rated.rejected).nonzero().squeeze(1)
-        if not len(free):
-            raise DataError(
-                "every picture was refused by its raters: there is nothing to invert", hint="see docs/feedback.md"
-            )
-        seen = free if rated.rank else free[rated.rewards[free] > 0]
-        if not len(seen):
-            best = float(rated.rewards[free].max())
-            raise DataError(
-                f"expected a reward above 0 for one of {len(free)} pictures, got {best:.2f} at best: "
-                "the reward sees the concept in none",
-                hint="more answers about pictures that show it help (docs/feedback.md); dvc metrics show has its AUC",
-            )
-        good = seen[rated.rewards[seen] >= self.threshold]
-        if len(good) < self.num_tokens:
-            good = seen[rated.rewards[seen].argsort(descending=True)[: max(self.num_tokens, self.top_k)]]
-        count = min(self.num_tokens, len(good))
-        labels = torch.zeros(len(good), dtype=torch.long)
+    def clusters(self, data: InversionData, seed: int) -> list[Tensor]:
+        """Indices of the selected images, one tensor per token. Raises DataError when no image can be selected."""
+        candidates = self._candidates(data)
+        count = min(self.num_tokens, len(candidates))
+        labels = torch.zeros(len(candidates), dtype=torch.long)
         if count > 1:
-            means = KMeans(count, n_init=10, random_state=derive(seed, "invert", "clusters") % 2**32)
-            labels = torch.from_numpy(means.fit_predict(rated.features[good].double().numpy())).long()
+            kmeans = KMeans(count, n_init=10, random_state=derive(seed, "invert", "clusters") % 2**32)
+            labels = torch.from_numpy(kmeans.fit_predict(data.features[candidates].double().numpy())).long()
         share = -(-self.top_k // count)
-        out = []
+        clusters = []
         for label in range(count):
-            own = good[labels == label]
-            out.append(own[rated.rewards[own].argsort(descending=True, stable=True)][:share])
-        return out
+            members = candidates[labels == label]
+            clusters.append(members[data.rewards[members].argsort(descending=True, stable=True)][:share])
+        return clusters
 
-    def invert(self, model: Model, rated: InversionData, initial: Tensor, context: InversionContext) -> list[Learned]:
-        lessons, starts = [], []
-        for i, rows in enumerate(self.clusters(rated, context.seed)):
-            g = generator(context.seed, "invert", i)
-            starts.append(initial_vectors(initial, self.training.num_vectors, g))
-            templates = [rated.templates[row] for row in rows.tolist()]
-            lessons.append(
-                Lesson(rated.latents[rows], self.weights(rated.rewards[rows], rank=rated.rank), templates, g)
+    def _candidates(self, data: InversionData) -> Tensor:
+        """Indices of images above the threshold; of the best-rated ones where fewer than `num_tokens` are."""
+        accepted = (~data.rejected).nonzero().squeeze(1)
+        if not len(accepted):
+            raise DataError(
+                "expected images that raters said yes to, got a majority of no for every image",
+                hint="collect answers about images that show the concept (docs/feedback.md)",
             )
-        learned = learn(
+        rewarded = accepted if data.rank else accepted[data.rewards[accepted] > 0]
+        if not len(rewarded):
+            best = float(data.rewards[accepted].max())
+            raise DataError(
+                f"expected a reward above 0 for at least one of {len(accepted)} images, got {best:.2f} at most",
+                hint="collect more answers about images that show the concept (docs/feedback.md); "
+                "dvc metrics show has the reward's AUC",
+            )
+        selected = rewarded[data.rewards[rewarded] >= self.threshold]
+        if len(selected) < self.num_tokens:
+            order = data.rewards[rewarded].argsort(descending=True)
+            selected = rewarded[order[: max(self.num_tokens, self.top_k)]]
+        return selected
+
+    def invert(
+        self, model: Model, data: InversionData, initializer: Tensor, context: InversionContext
+    ) -> list[LearnedToken]:
+        targets, initial = [], []
+        for i, rows in enumerate(self.clusters(data, context.seed)):
+            g = generator(context.seed, "invert", i)
+            initial.append(initial_vectors(initializer, self.training.num_vectors, g))
+            templates = [data.templates[row] for row in rows.tolist()]
+            targets.append(
+                TokenTarget(data.latents[rows], self.weights(data.rewards[rows], rank=data.rank), templates, g)
+            )
+        learned = learn_tokens(
             model,
             self.training,
-            lessons,
-            torch.stack(starts),
-            together=self.training.tokens_per_batch,
-            look=context.evaluate,
-            check_every=self.training.eval_every,
+            targets,
+            torch.stack(initial),
+            tokens_per_batch=self.training.tokens_per_batch,
+            evaluate=context.evaluate,
+            eval_every=self.training.eval_every,
             on_step=context.on_step,
             state=context.state,
         )
-        scores = [max(found["score"] for found in t.looks) for t in learned]
+        scores = [max(look["score"] for look in t.evaluations) for t in learned]
         return [t for t, score in zip(learned, scores, strict=True) if score >= min(self.threshold, max(scores))]

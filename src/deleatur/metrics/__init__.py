@@ -1,4 +1,4 @@
-"""Shelf: numbers per picture first, so that intervals and paired differences come from one place afterwards."""
+"""Plug-in kind: values per image. Means, confidence intervals and paired differences are computed elsewhere."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from deleatur.diffusion.clip import Clip
-from deleatur.records.report import Detector
+from deleatur.records.report import DetectorInfo
 from deleatur.records.sampling import Prompt
 
 Array = NDArray[np.float64]
-Asked = Literal["concept", "harmless", "any"]
-"""Prompts that ask for a concept, those that do not, or all."""
-Counts = Mapping[str, tuple[str, tuple[str, ...]]]
-"""Concept → the detector and the labels of it that count as the concept."""
+PromptScope = Literal["concept", "harmless", "any"]
+"""Prompts with a concept, prompts without one, or all."""
+ConceptLabels = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Concept → the detector and its labels that count as the concept."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one detector said of n pictures."""
+class Detections:
+    """One detector's scores of n images."""
 
     labels: tuple[str, ...]
     scores: NDArray[np.float32]
-    """(n, L); nan where no metric needs them."""
+    """(n, L); nan in rows that no metric needs."""
     weights: str
     """The detector's digest, for the report."""
     identity: str
-    """Digest of all that decides the scores: weights, numbers and code."""
+    """Digest of everything that determines the scores: weights, hyperparameters and code."""
 
-    def top(self) -> list[str]:
-        """The label with the highest score, per picture."""
+    def top_labels(self) -> list[str]:
+        """The label with the highest score of each image."""
         return [self.labels[i] for i in self.scores.argmax(1)]
 
 
 @dataclass(frozen=True)
-class Reward:
-    """Held-out r_ψ of n pictures, (n,): from raters whose answers the token never saw."""
+class RewardScores:
+    """Held-out r_ψ of n images, (n,), from a head fitted to raters whose answers no token was learned from."""
 
     values: Tensor
     head: str
@@ -51,93 +51,95 @@ class Reward:
 
 
 @dataclass(frozen=True)
-class Gallery:
-    """n pictures of one side, in the order of `prompts`, with what the frozen networks said of them."""
+class EvaluationSet:
+    """n images of one variant, in the order of `prompts`, with the outputs of the frozen networks."""
 
     prompts: Sequence[Prompt]
-    keys: Sequence[str]
-    """Their names, each the digest of its recipe."""
-    fetch: Callable[[Sequence[str]], list[Image.Image]]
-    """Pictures by name."""
-    seen: Mapping[str, Seen]
+    image_keys: Sequence[str]
+    """Key of each image: the digest of its recipe."""
+    load_images: Callable[[Sequence[str]], list[Image.Image]]
+    """Loads images by key."""
+    detections: Mapping[str, Detections]
     features: Tensor
     """(n, d) CLIP embeddings."""
     clip: Clip
-    counts: Counts
-    rewards: Mapping[str, Reward]
+    concept_labels: ConceptLabels
+    rewards: Mapping[str, RewardScores]
     """By concept."""
 
     @property
-    def pictures(self) -> list[Image.Image]:
-        """Decoded when asked for: most metrics read only what the networks said."""
-        return self.fetch(self.keys)
+    def images(self) -> list[Image.Image]:
+        """The images, decoded on demand: most metrics only use the network outputs."""
+        return self.load_images(self.image_keys)
 
-    def take(self, rows: Sequence[int]) -> Gallery:
-        """Some of the pictures."""
-        at = list(rows)
+    def select(self, rows: Sequence[int]) -> EvaluationSet:
+        """The subset of these rows."""
+        index = list(rows)
         return replace(
             self,
-            prompts=[self.prompts[i] for i in at],
-            keys=[self.keys[i] for i in at],
-            seen={name: replace(seen, scores=seen.scores[at]) for name, seen in self.seen.items()},
-            features=self.features[at],
-            rewards={name: replace(reward, values=reward.values[at]) for name, reward in self.rewards.items()},
+            prompts=[self.prompts[i] for i in index],
+            image_keys=[self.image_keys[i] for i in index],
+            detections={name: replace(d, scores=d.scores[index]) for name, d in self.detections.items()},
+            features=self.features[index],
+            rewards={name: replace(reward, values=reward.values[index]) for name, reward in self.rewards.items()},
         )
 
 
 class Metric(BaseModel):
-    """A number per picture. nan where it does not apply."""
+    """A value per image, nan where the metric does not apply."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     higher_is_better: ClassVar[bool]
-    rate: ClassVar[bool] = False
-    """Values are 0 or 1, and their mean is a share."""
-    of: ClassVar[Asked] = "any"
-    """Which prompts it has a number for."""
+    is_rate: ClassVar[bool] = False
+    """Whether values are 0 or 1, so that their mean is a rate."""
+    prompt_scope: ClassVar[PromptScope] = "any"
+    """The prompts for which it has a value."""
 
     @abstractmethod
-    def values(self, shots: Gallery, base: Gallery) -> Array:
-        """(n,). `base` holds the untouched model's pictures of the same prompts from the same noise.
+    def values(self, samples: EvaluationSet, base: EvaluationSet) -> Array:
+        """Values (n,). `base` holds the base model's images of the same prompts from the same noise.
 
-        A picture's value depends on its own row of both galleries alone: it is kept, and not asked for again.
+        The value of an image may only depend on its own row of both sets, because values are cached per image.
         """
 
-    def needs(self, prompts: Sequence[Prompt], counts: Counts) -> set[tuple[str, str]]:
-        """(detector, label) of all that has to be there for pictures of these prompts. A detector looks at no others,
-        and its scores of them are nan.
+    def required_labels(self, prompts: Sequence[Prompt], concept_labels: ConceptLabels) -> set[tuple[str, str]]:
+        """(detector, label) pairs that the metric needs for images of these prompts. Detectors run on no other images;
+        their scores there are nan.
         """
         return set()
 
-    def reads(self, shots: Gallery, row: int) -> Mapping[str, Any]:
-        """What decides a picture's value besides the two pictures, as JSON: the value is kept under it.
+    def cache_inputs(self, samples: EvaluationSet, row: int) -> Mapping[str, Any]:
+        """Everything besides the two images that determines an image's value, as JSON: part of its cache key.
 
-        By default all there is, which is never wrong; a metric that asks a network itself names what it looks at.
+        The default includes every input. A metric that runs a network itself overrides it with what it uses, so that
+        unrelated changes do not recompute its values.
         """
-        seen = {name: found.identity for name, found in shots.seen.items()}
-        heads = {name: reward.head for name, reward in shots.rewards.items()}
-        known = {"clip": shots.clip.digest, "seen": seen, "counts": dict(shots.counts), "heads": heads}
-        return {"prompt": asdict(shots.prompts[row]), **known}
+        detectors = {name: detections.identity for name, detections in samples.detections.items()}
+        heads = {name: reward.head for name, reward in samples.rewards.items()}
+        labels = dict(samples.concept_labels)
+        networks = {"clip": samples.clip.digest, "seen": detectors, "counts": labels, "heads": heads}
+        return {"prompt": asdict(samples.prompts[row]), **networks}
 
     @abstractmethod
-    def detector(self, shots: Gallery) -> Detector | None:
-        """What made the numbers; None where no network did."""
+    def detector(self, samples: EvaluationSet) -> DetectorInfo | None:
+        """The networks behind the values; None where none was used."""
 
 
 class SetMetric(Metric):
-    """A number of a whole set of pictures; per picture it gives nothing."""
+    """A metric with one value for a set of images and none per image."""
 
-    least: ClassVar[int] = 8
-    """Fewer pictures give no number."""
+    min_images: ClassVar[int] = 8
+    """Minimum number of images."""
 
-    def values(self, shots: Gallery, base: Gallery) -> Array:
-        return np.full(len(shots.prompts), np.nan)
+    def values(self, samples: EvaluationSet, base: EvaluationSet) -> Array:
+        return np.full(len(samples.prompts), np.nan)
 
     @abstractmethod
-    def of_set(self, shots: Tensor, base: Tensor) -> float:
-        """From the feature rows of both sides, (n, d) each."""
+    def of_set(self, samples: Tensor, base: Tensor) -> float:
+        """The value for the features of both variants, (n, d) each."""
 
 
-def labelled(prompt: Prompt) -> tuple[str, str]:
-    """ "judge:cat" → ("judge", "cat"): who should find what in the picture."""
+def split_label(prompt: Prompt) -> tuple[str, str]:
+    """Splits a prompt's label: "judge:cat" → (detector "judge", label "cat")."""
     detector, _, label = prompt.label.partition(":")
     return detector, label

@@ -1,4 +1,4 @@
-"""CLIP score: mean cosine between picture and prompt, weight 1 (not 2.5, not 100), averaged over pictures."""
+"""CLIP score: mean cosine between image and prompt embedding, with weight 1 (elsewhere 2.5 or 100)."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deleatur.maths.distances import cosine
-from deleatur.metrics import Array, Asked, Gallery, Metric
-from deleatur.records.report import Detector
+from deleatur.maths.distances import cosine_similarity
+from deleatur.metrics import Array, EvaluationSet, Metric, PromptScope
+from deleatur.records.report import DetectorInfo
 
 
 class ClipScore(Metric):
     """cos(CLIP(x), CLIP(prefix + prompt)), harmless prompts only. Identical embeddings give 1."""
 
     higher_is_better: ClassVar[bool] = True
-    of: ClassVar[Asked] = "harmless"
+    prompt_scope: ClassVar[PromptScope] = "harmless"
     prefix: str = ""
     """The SDD release puts "A photo depicts " before COCO captions."""
 
-    def values(self, shots: Gallery, base: Gallery) -> Array:
-        harmless = np.array([not p.concept for p in shots.prompts])
-        texts = shots.clip.texts([self.prefix + p.text for p in shots.prompts])
-        return np.where(harmless, cosine(shots.features, texts).double().numpy(), np.nan)
+    def values(self, samples: EvaluationSet, base: EvaluationSet) -> Array:
+        harmless = np.array([not p.concept for p in samples.prompts])
+        texts = samples.clip.embed_texts([self.prefix + p.text for p in samples.prompts])
+        return np.where(harmless, cosine_similarity(samples.features, texts).double().numpy(), np.nan)
 
-    def reads(self, shots: Gallery, row: int) -> Mapping[str, Any]:
-        prompt = shots.prompts[row]
-        return {"clip": shots.clip.digest, "text": prompt.text, "concept": prompt.concept}
+    def cache_inputs(self, samples: EvaluationSet, row: int) -> Mapping[str, Any]:
+        prompt = samples.prompts[row]
+        return {"clip": samples.clip.digest, "text": prompt.text, "concept": prompt.concept}
 
-    def detector(self, shots: Gallery) -> Detector | None:
-        return Detector("clip", shots.clip.digest, (f"cos, prefix {self.prefix!r}",), cutoff=0.0)
+    def detector(self, samples: EvaluationSet) -> DetectorInfo | None:
+        return DetectorInfo("clip", samples.clip.digest, (f"cos, prefix {self.prefix!r}",), cutoff=0.0)

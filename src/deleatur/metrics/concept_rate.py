@@ -1,4 +1,4 @@
-"""How often the unwanted concept is in the picture, by the detector and labels that the concept names."""
+"""Share of images with the unwanted concept, by the concept's detector and labels."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from typing import ClassVar
 
 import numpy as np
 
-from deleatur.metrics import Array, Asked, Counts, Gallery, Metric
-from deleatur.records.report import Detector
+from deleatur.metrics import Array, ConceptLabels, EvaluationSet, Metric, PromptScope
+from deleatur.records.report import DetectorInfo
 from deleatur.records.sampling import Prompt
 
 
 class ConceptRate(Metric):
-    """1 where the detector's first label is one of the concept's, on prompts that ask for the concept."""
+    """1 where the detector's top label is one of the concept's labels; prompts with a concept only."""
 
     higher_is_better: ClassVar[bool] = False
-    rate: ClassVar[bool] = True
-    of: ClassVar[Asked] = "concept"
+    is_rate: ClassVar[bool] = True
+    prompt_scope: ClassVar[PromptScope] = "concept"
 
-    def values(self, shots: Gallery, base: Gallery) -> Array:
-        top = {name: seen.top() for name, seen in shots.seen.items()}
+    def values(self, samples: EvaluationSet, base: EvaluationSet) -> Array:
+        top_labels = {name: d.top_labels() for name, d in samples.detections.items()}
 
         def value(i: int) -> float:
-            if not shots.prompts[i].concept:
+            if not samples.prompts[i].concept:
                 return np.nan
-            detector, labels = shots.counts[shots.prompts[i].concept]
-            return float(top[detector][i] in labels)
+            detector, labels = samples.concept_labels[samples.prompts[i].concept]
+            return float(top_labels[detector][i] in labels)
 
-        return np.array([value(i) for i in range(len(shots.prompts))])
+        return np.array([value(i) for i in range(len(samples.prompts))])
 
-    def needs(self, prompts: Sequence[Prompt], counts: Counts) -> set[tuple[str, str]]:
-        asked = {p.concept for p in prompts if p.concept}
-        return {(detector, label) for detector, labels in map(counts.__getitem__, asked) for label in labels}
+    def required_labels(self, prompts: Sequence[Prompt], concept_labels: ConceptLabels) -> set[tuple[str, str]]:
+        concepts = {p.concept for p in prompts if p.concept}
+        return {(detector, label) for c in concepts for detector, labels in [concept_labels[c]] for label in labels}
 
-    def detector(self, shots: Gallery) -> Detector | None:
-        used = {shots.counts[p.concept] for p in shots.prompts if p.concept}
+    def detector(self, samples: EvaluationSet) -> DetectorInfo | None:
+        used = {samples.concept_labels[p.concept] for p in samples.prompts if p.concept}
         names = sorted({d for d, _ in used})
-        labels = tuple(sorted({label for _, found in used for label in found}))
+        labels = tuple(sorted({label for _, labels in used for label in labels}))
         if not names:
             return None
-        return Detector("+".join(names), "+".join(shots.seen[n].weights for n in names), labels, cutoff=0.0)
+        return DetectorInfo("+".join(names), "+".join(samples.detections[n].weights for n in names), labels, cutoff=0.0)

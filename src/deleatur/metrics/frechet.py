@@ -1,4 +1,4 @@
-"""Fréchet distance between the candidate's and the base model's pictures of the same prompts."""
+"""Fréchet distance between the evaluated and the base model's images of the same prompts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deleatur.maths.distances import frechet
-from deleatur.metrics import Gallery, SetMetric
-from deleatur.records.report import Detector
+from deleatur.maths.distances import frechet_distance
+from deleatur.metrics import EvaluationSet, SetMetric
+from deleatur.records.report import DetectorInfo
 
 
 class Frechet(SetMetric):
-    """FID's formula in CLIP's image embedding. Small samples bias it upwards: compare at equal n only."""
+    """FID's formula with CLIP image embeddings. Biased upwards for small n: compare at equal n only."""
 
     higher_is_better: ClassVar[bool] = False
 
-    def of_set(self, shots: Tensor, base: Tensor) -> float:
-        return frechet(shots, base)
+    def of_set(self, samples: Tensor, base: Tensor) -> float:
+        return frechet_distance(samples, base)
 
-    def detector(self, shots: Gallery) -> Detector | None:
-        return Detector("clip", shots.clip.digest, ("projected image embedding",), cutoff=0.0)
+    def detector(self, samples: EvaluationSet) -> DetectorInfo | None:
+        return DetectorInfo("clip", samples.clip.digest, ("projected image embedding",), cutoff=0.0)

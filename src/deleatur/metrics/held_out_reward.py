@@ -1,4 +1,4 @@
-"""How much raters who never touched the token would say the concept is there."""
+"""Reward of a head fitted to held-out raters: how strongly they would see the concept in an image."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ from typing import ClassVar
 
 import numpy as np
 
-from deleatur.metrics import Array, Asked, Gallery, Metric
-from deleatur.records.report import Detector
+from deleatur.metrics import Array, EvaluationSet, Metric, PromptScope
+from deleatur.records.report import DetectorInfo
 
 
 class HeldOutReward(Metric):
-    """r_ψ of the head fitted to held-out raters' answers, on prompts that ask for the concept."""
+    """r_ψ of the head fitted to held-out raters' answers; prompts with a concept only."""
 
     higher_is_better: ClassVar[bool] = False
-    of: ClassVar[Asked] = "concept"
+    prompt_scope: ClassVar[PromptScope] = "concept"
 
-    def values(self, shots: Gallery, base: Gallery) -> Array:
+    def values(self, samples: EvaluationSet, base: EvaluationSet) -> Array:
         return np.array(
-            [float(shots.rewards[p.concept].values[i]) if p.concept else np.nan for i, p in enumerate(shots.prompts)]
+            [
+                float(samples.rewards[p.concept].values[i]) if p.concept else np.nan
+                for i, p in enumerate(samples.prompts)
+            ]
         )
 
-    def detector(self, shots: Gallery) -> Detector | None:
-        names = sorted({p.concept for p in shots.prompts if p.concept})
+    def detector(self, samples: EvaluationSet) -> DetectorInfo | None:
+        names = sorted({p.concept for p in samples.prompts if p.concept})
         if not names:
             return None
-        read = {"clip": shots.clip.digest} | {f"held-out head of {name}": shots.rewards[name].head for name in names}
-        return Detector("+".join(read), "+".join(read.values()), ("r_psi of held-out raters",), cutoff=0.0)
+        networks = {"clip": samples.clip.digest} | {
+            f"held-out head of {name}": samples.rewards[name].head for name in names
+        }
+        return DetectorInfo("+".join(networks), "+".join(networks.values()), ("r_psi of held-out raters",), cutoff=0.0)
