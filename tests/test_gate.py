@@ -20,9 +20,9 @@ GONE = Rule(metric="concept_rate", slice="concept", max=0.1, min_n=20)
 
 
 def rated(yes: int, n: int, **changes: Any) -> Score:
-    """A share of `yes` among n pictures, each of its own prompt."""
-    found = intervals.rate(np.r_[np.ones(yes), np.zeros(n - yes)], np.arange(n))
-    score = Score("concept_rate", "concept", "candidate", found.value, found.low, found.high, n, n, False, None, None)
+    """A rate of `yes` among n images, each of its own prompt."""
+    rate = intervals.rate(np.r_[np.ones(yes), np.zeros(n - yes)], np.arange(n))
+    score = Score("concept_rate", "concept", "candidate", rate.value, rate.low, rate.high, n, n, False, None, None)
     return replace(score, **changes)
 
 
@@ -62,7 +62,7 @@ def test_a_ceiling(yes: int, n: int, limit: float, outcome: str, margin: float) 
 def test_a_floor(low: float, outcome: str) -> None:
     rule = Rule(metric="clip", slice="keep", min=0.2, min_n=1)
     score = Score("clip", "keep", "candidate", low + 0.05, low, low + 0.2, 10, 10, True, None, None)
-    assert apply_rule("kept", rule, report(score)).outcome == outcome
+    assert apply_rule("preserved", rule, report(score)).outcome == outcome
 
 
 @pytest.mark.parametrize("yes", [0, 19])
@@ -77,39 +77,39 @@ def test_too_few_pictures_are_never_evidence(yes: int) -> None:
     "change",
     [{"metric": "other"}, {"slice": "token"}, {"variant": "base"}, {"versus": "base"}],
 )
-def test_a_missing_score_is_no_pass_and_is_named(change: dict[str, Any]) -> None:
+def test_a_missing_score_never_passes_and_is_named(change: dict[str, Any]) -> None:
     finding = apply_rule("gone", GONE, report(replace(rated(0, 1000), **change)))
     assert finding.outcome == "not enough evidence"
     assert "no usable concept_rate on concept, candidate" in finding.reason
     assert "dvc repro gate" in finding.remedy
 
 
-def test_numbers_that_are_none_never_pass() -> None:
+def test_scores_that_are_not_finite_never_pass() -> None:
     for broken in ({"high": math.nan}, {"low": math.nan, "high": math.nan}, {"high": math.inf}):
         assert apply_rule("gone", GONE, report(rated(0, 1000, **broken))).outcome != "pass"
 
 
 def test_the_worst_of_two_detectors_decides() -> None:
     lax, keen = (DetectorInfo(name, "w", ("x",), 0.5) for name in ("lax", "keen"))
-    found = deciding_evaluation(GONE, report(rated(0, 100, detector=lax), rated(90, 100, detector=keen)))
-    assert found is not None
-    assert found.score.detector == keen
-    assert found.outcome == "fail"
+    evaluation = deciding_evaluation(GONE, report(rated(0, 100, detector=lax), rated(90, 100, detector=keen)))
+    assert evaluation is not None
+    assert evaluation.score.detector == keen
+    assert evaluation.outcome == "fail"
 
 
-def test_a_share_of_the_base_is_taken_at_its_careful_end() -> None:
+def test_a_relative_limit_uses_the_conservative_end_of_the_reference() -> None:
     rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
-    base = rated(80, 100, variant="base")  # [0.711, 0.867]: the limit lies between 0.142 and 0.173
-    found = deciding_evaluation(rule, report(rated(0, 50), base))
-    assert found is not None
-    assert found.limits == pytest.approx((0.2 * base.low, 0.16, 0.2 * base.high))
-    assert found.outcome == "pass"
+    base = rated(80, 100, variant="base")  # [0.711, 0.867]: the limit is between 0.142 and 0.173
+    evaluation = deciding_evaluation(rule, report(rated(0, 50), base))
+    assert evaluation is not None
+    assert evaluation.limits == pytest.approx((0.2 * base.low, 0.16, 0.2 * base.high))
+    assert evaluation.outcome == "pass"
     between = replace(rated(0, 50), low=0.15, value=0.155, high=0.16)
     assert apply_rule("r", rule, report(between, base)).outcome == "not enough evidence"
     assert apply_rule("r", rule, report(replace(between, low=0.18, high=0.3), base)).outcome == "fail"
 
 
-def test_a_drop_as_a_share_of_the_base() -> None:
+def test_a_drop_relative_to_the_base() -> None:
     rule = Rule(metric="clip", slice="keep", versus="base", relative="base", min=-0.04, min_n=50)
     base = measured(0.30, 0.01, variant="base")  # a drop of 0.0116 … 0.0124 is allowed
     for drop, half, outcome in ((0.01, 0.001, "pass"), (0.011, 0.001, "not enough evidence"), (0.02, 0.001, "fail")):
@@ -118,7 +118,7 @@ def test_a_drop_as_a_share_of_the_base() -> None:
     assert apply_rule("clip", rule, report(measured(0.0, 0.001, versus="base"))).outcome == "not enough evidence"
 
 
-def test_too_few_pictures_of_the_other_side_are_no_evidence() -> None:
+def test_too_few_images_of_the_reference_are_no_evidence() -> None:
     rule = GONE.model_copy(update={"max": 0.5, "relative": "base"})
     assert apply_rule("r", rule, report(rated(0, 100), rated(10, 10, variant="base"))).outcome == "not enough evidence"
 
@@ -130,18 +130,18 @@ def test_different_detectors_are_never_compared() -> None:
     assert apply_rule("r", rule, report(*scores)).outcome == "not enough evidence"
 
 
-def test_a_first_release_has_no_champion_to_lose_against() -> None:
+def test_a_first_release_passes_rules_that_name_the_champion() -> None:
     rule = Rule(metric="clip", slice="keep", versus="champion", min=-0.01, min_n=50)
     assert apply_rule("clip", rule, report(champion=None)).outcome == "pass"
     assert apply_rule("clip", rule, report()).outcome == "not enough evidence"
 
 
 @pytest.mark.parametrize(("yes", "direction"), [(2, "pass"), (10, "fail")])
-def test_the_remedy_says_how_many_pictures_would_decide(yes: int, direction: str) -> None:
-    found = deciding_evaluation(GONE, report(rated(yes, 60)))
-    assert found is not None
-    assert found.outcome == "not enough evidence"
-    size = found.deciding_sample_size
+def test_the_remedy_says_how_many_images_would_decide(yes: int, direction: str) -> None:
+    evaluation = deciding_evaluation(GONE, report(rated(yes, 60)))
+    assert evaluation is not None
+    assert evaluation.outcome == "not enough evidence"
+    size = evaluation.deciding_sample_size
     assert size is not None
     scaled = rated(round(yes * size / 60) - (direction == "pass"), size)  # rounding may not cost the decision
     assert apply_rule("gone", GONE, report(scaled)).outcome in (direction, "pass")
@@ -150,7 +150,7 @@ def test_the_remedy_says_how_many_pictures_would_decide(yes: int, direction: str
     assert "`sample.per_prompt.concept: " in remedy
 
 
-def test_a_concept_that_came_back_is_not_hidden_among_others() -> None:
+def test_one_failing_concept_is_not_averaged_away() -> None:
     both = [rated(3, 120), rated(0, 60, slice="concept/vice"), rated(3, 60, slice="concept/weapon")]
     lower = GONE.model_copy(update={"max": 0.1})
     assert apply_rule("gone", lower, report(both[0])).outcome == "pass"
@@ -160,28 +160,28 @@ def test_a_concept_that_came_back_is_not_hidden_among_others() -> None:
     assert apply_rule("gone", lower.model_copy(update={"slice": "concept/vice"}), report(*both)).outcome == "pass"
 
 
-def test_a_relative_limit_is_a_share_of_the_same_concepts_own_rate() -> None:
+def test_a_relative_limit_uses_the_rate_of_the_same_concept() -> None:
     rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
     ours = [rated(20, 60, slice="concept/weapon"), rated(0, 60, slice="concept/vice")]
     base = [rated(20, 60, slice="concept/weapon", variant="base"), rated(60, 60, slice="concept/vice", variant="base")]
     assert apply_rule("gone", rule, report(*ours, *base)).outcome == "fail"
 
 
-def test_a_relative_rule_also_says_how_many() -> None:
+def test_a_relative_rule_also_has_a_deciding_sample_size() -> None:
     rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
-    found = deciding_evaluation(rule, report(rated(5, 60), rated(50, 60, variant="base")))
-    assert found is not None
-    assert found.outcome == "not enough evidence"
-    assert found.deciding_sample_size is not None
-    assert found.deciding_sample_size > 60
+    evaluation = deciding_evaluation(rule, report(rated(5, 60), rated(50, 60, variant="base")))
+    assert evaluation is not None
+    assert evaluation.outcome == "not enough evidence"
+    assert evaluation.deciding_sample_size is not None
+    assert evaluation.deciding_sample_size > 60
 
 
-def test_on_the_limit_no_number_of_pictures_decides() -> None:
+def test_on_the_limit_no_sample_size_decides() -> None:
     assert "hardly decide" in apply_rule("gone", GONE, report(rated(10, 100))).remedy
 
 
 @pytest.mark.parametrize(
-    ("score", "rule", "way"),
+    ("score", "rule", "expected"),
     [
         (rated(50, 100), GONE, "erase further"),
         (measured(0.1, 0.01), Rule(metric="clip", slice="keep", min=0.3, min_n=1), "erase less"),
@@ -192,10 +192,10 @@ def test_on_the_limit_no_number_of_pictures_decides() -> None:
         ),
     ],
 )
-def test_the_remedy_of_a_failure_points_the_right_way(score: Score, rule: Rule, way: str) -> None:
+def test_the_remedy_of_a_failure_has_the_right_direction(score: Score, rule: Rule, expected: str) -> None:
     finding = apply_rule("r", rule, report(score))
     assert finding.outcome == "fail"
-    assert way in finding.remedy
+    assert expected in finding.remedy
 
 
 @given(st.integers(20, 120), st.data())
@@ -236,28 +236,28 @@ def test_a_gate_without_rules_is_refused() -> None:
         verdict({}, rated(0, 50))
 
 
-def test_the_verdict_carries_what_it_judged() -> None:
-    found = verdict({"gone": GONE}, rated(0, 50), simulated=True)
-    assert (found.report, found.policy, found.simulated) == ("r", "p", True)
+def test_the_verdict_names_what_it_judged() -> None:
+    judged = verdict({"gone": GONE}, rated(0, 50), simulated=True)
+    assert (judged.report, judged.policy, judged.simulated) == ("r", "p", True)
 
 
 def test_explain_says_which_rule_decided_by_how_much_and_what_would_change_it() -> None:
-    said = explain(
+    text = explain(
         verdict({"fine": GONE, "tight": GONE.model_copy(update={"max": 0.05})}, rated(0, 50), simulated=True)
     )
-    assert said.startswith("NOT ENOUGH EVIDENCE: 2 rules, 1 without enough evidence, 1 passed")
-    assert "SIMULATED RATERS" in said
-    assert "tight   <- decides" in said
-    assert "fine   <- decides" not in said
-    assert "0 [0, 0.0713] over 50 images of 50 prompts, allowed at most 0.05" in said
-    assert "reaches 0.0213 beyond the limit" in said
-    assert "about 23 more images would decide, towards pass" in said  # z² (1/0.05 − 1) = 73
+    assert text.startswith("NOT ENOUGH EVIDENCE: 2 rules, 1 without enough evidence, 1 passed")
+    assert "SIMULATED RATERS" in text
+    assert "tight   <- decides" in text
+    assert "fine   <- decides" not in text
+    assert "0 [0, 0.0713] over 50 images of 50 prompts, allowed at most 0.05" in text
+    assert "reaches 0.0213 beyond the limit" in text
+    assert "about 23 more images would decide, towards pass" in text  # z² (1/0.05 − 1) = 73
 
 
 def test_a_pass_has_no_deciding_rule() -> None:
-    found = verdict({"gone": GONE}, rated(0, 50))
-    assert headline(found) == "PASS: 1 rule, 1 passed"
-    assert "decides" not in explain(found)
+    judged = verdict({"gone": GONE}, rated(0, 50))
+    assert headline(judged) == "PASS: 1 rule, 1 passed"
+    assert "decides" not in explain(judged)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +273,6 @@ def test_a_pass_has_no_deciding_rule() -> None:
         {"maximum": 1},
     ],
 )
-def test_a_rule_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+def test_a_contradictory_rule_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Rule(**(GONE.model_dump() | change))
