@@ -66,7 +66,7 @@ def test_a_floor(low: float, outcome: str) -> None:
 
 
 @pytest.mark.parametrize("yes", [0, 19])
-def test_too_few_pictures_are_never_evidence(yes: int) -> None:
+def test_too_few_images_are_never_evidence(yes: int) -> None:
     finding = apply_rule("gone", GONE.model_copy(update={"max": 0.5}), report(rated(yes, 19)))
     assert finding.outcome == "not enough evidence"
     assert "19 images are fewer than the 20" in finding.reason
