@@ -79,13 +79,16 @@ class Settings(Section):
     @model_validator(mode="wrap")
     @classmethod
     def inversion_of_each_concept_is_valid(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """With the concept's own hyperparameters over those of `invert`. Wraps validation: one message has all errors."""
+        """With the concept's own hyperparameters over those of `invert`. Wraps validation: one message has all."""
         errors = Errors()
         settings = errors.collect((), handler, values)
+        shared = mapping(values, "invert")
+        valid = {name for name in shared if Errors().collect((), validate, "inversion", name, shared[name])}
         for name, spec in mapping(values, "concepts").items():
             for method, config in mapping(spec, "invert").items():
-                config = merged(mapping(values, "invert", method), config) if isinstance(config, Mapping) else config
-                errors.collect(("concepts", name, "invert", method), validate, "inversion", method, config)
+                if method not in shared or method in valid:  # else its errors are reported once, in `invert`
+                    both = merged(shared.get(method, {}), config) if isinstance(config, Mapping) else config
+                    errors.collect(("concepts", name, "invert", method), validate, "inversion", method, both)
         errors.raise_any("Settings")
         assert settings is not None
         return settings

@@ -1,0 +1,158 @@
+"""params.yaml is validated in one pass, hyperparameters of every plug-in included, and one message has all errors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import workspace
+import yaml
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel
+
+from deleatur import plugins
+from deleatur.config import methods
+from deleatur.config.catalogue import hyperparameters
+from deleatur.config.schema import json_schema
+from deleatur.config.sections import RewardSection
+from deleatur.config.settings import Settings
+from deleatur.errors import SettingsError
+from deleatur.feedback.reward import RewardHyperparameters
+
+PARAMS: dict[str, Any] = yaml.safe_load((workspace.ROOT / "params.yaml").read_text("utf-8"))
+
+WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
+    "a key of the file": (("sed",), 1, "sed: Extra inputs are not permitted"),
+    "a value of a section": (("seed",), "many", "seed: Input should be a valid integer"),
+    "of the selected method": (
+        ("erase", "sdd", "training", "lr"),
+        -1,
+        "erase.sdd.training.lr: Input should be",
+    ),
+    "of a method beside it": (
+        ("erase", "uce", "edit", "lam"),
+        "x",
+        "erase.uce.edit.lam: Input should be a",
+    ),
+    "an unknown hyperparameter": (
+        ("invert", "textual_inversion", "top"),
+        1,
+        "invert.textual_inversion.top: Extra inputs are not permitted",
+    ),
+    "a method that does not exist": (("guide", "method"), "shove", "guide.method: expected one of cfg, negative, sega"),
+    "hyperparameters of one that does not": (("invert", "hif"), {}, "invert.hif: expected one of hfi"),
+    "no mapping": (("erase", "esd"), 3, "erase.esd: expected the hyperparameters of esd"),
+    "of an attack": (
+        ("attack", "methods", "concept_inversion", "num_attempts"),
+        0,
+        "concept_inversion.num_attempts: Input",
+    ),
+    "of a metric": (
+        ("evaluate", "metrics", "nudity_s5", "cutoff"),
+        7,
+        "nudity_s5.cutoff: Input should",
+    ),
+    "a metric without a method": (
+        ("evaluate", "metrics", "mine"),
+        {},
+        "metrics.mine: expected one of clip",
+    ),
+    "of one concept": (
+        ("concepts", "ink", "invert", "hfi", "num_tokens"),
+        -3,
+        "ink.invert.hfi.num_tokens: Input",
+    ),
+    "a rule": (("gate", "rules", "concept_is_gone", "slice"), 3, "gate.rules.concept_is_gone.slice"),
+}
+
+
+def wrong(*names: str) -> dict[str, Any]:
+    params = copy.deepcopy(PARAMS)
+    for name in names:
+        (*parents, key), value, _ = WRONG[name]
+        place = params
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return params
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_each_wrong_value_is_named_with_its_path(name: str) -> None:
+    with pytest.raises(SettingsError, match=r"params.yaml has 1 problem\(s\)") as error:
+        Settings.of(wrong(name), "params.yaml")
+    assert WRONG[name][2] in str(error.value)
+
+
+def test_one_message_has_all_errors() -> None:
+    with pytest.raises(SettingsError) as error:
+        Settings.of(wrong(*WRONG), "params.yaml")
+    assert f"{len(WRONG)} problem(s)" in str(error.value)
+    assert not [name for name, (_, _, message) in WRONG.items() if message not in str(error.value)]
+
+
+def test_a_plug_in_of_another_package_is_validated_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    info = tmp_path / "shaver-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shaver\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[deleatur.erasers]\nshave = deleatur_shave\n")
+    source = workspace.ROOT / "docs" / "shave" / "deleatur_shave.py"
+    (tmp_path / "deleatur_shave.py").write_text(source.read_text("utf-8"), "utf-8")
+    plugins.refresh()
+    try:
+        params = copy.deepcopy(PARAMS)
+        params["erase"] |= {"method": "shave", "shave": {"nothing_of_the_kind": 1}}
+        with pytest.raises(SettingsError, match=r"erase.shave.nothing_of_the_kind: Extra inputs are not permitted"):
+            Settings.of(params, "params.yaml")
+        params["erase"]["shave"] = {}
+        assert type(methods.eraser(Settings.of(params, "params.yaml"))).__module__ == "deleatur_shave"
+        assert "shave" in json_schema()["properties"]["erase"]["properties"]
+    finally:
+        plugins.refresh()
+
+
+def test_the_schema_accepts_what_settings_accept_and_names_what_they_refuse() -> None:
+    validator = Draft202012Validator(json_schema())
+    validator.check_schema(validator.schema)
+    assert not list(validator.iter_errors(PARAMS))
+    for name in WRONG.keys() - {"of one concept", "no mapping"}:
+        assert list(validator.iter_errors(wrong(name))), name
+
+
+def test_the_schema_explains_every_hyperparameter() -> None:
+    sdd = json_schema()["properties"]["erase"]["properties"]["sdd"]["properties"]["training"]["properties"]
+    assert set(sdd) == {key.removeprefix("training.") for key in hyperparameters(load("erasers", "sdd")) if "." in key}
+    assert all(field.get("description") for field in sdd.values())
+
+
+def load(kind: str, name: str) -> type[BaseModel]:
+    return plugins.load(kind, name, plugins.base(kind))
+
+
+def test_hyperparameters_are_declared_once() -> None:
+    """A section adds to what the code that uses it declares, and repeats nothing."""
+    assert issubclass(RewardSection, RewardHyperparameters)
+    assert not RewardHyperparameters.model_fields.keys() & RewardSection.__annotations__.keys()
+
+
+@pytest.mark.parametrize("change", [lambda p: p["erase"].update(method="esd"), lambda p: p["sample"].update(steps=9)])
+def test_what_changes_a_result_changes_the_digest(change: Callable[[dict[str, Any]], None]) -> None:
+    params = copy.deepcopy(PARAMS)
+    change(params)
+    assert Settings.of(params, "a").digest != Settings.of(PARAMS, "b").digest
+
+
+@pytest.mark.parametrize("section", ["compare", "canary", "workers", "feedback", "emergency", "register", "gate"])
+def test_what_changes_no_result_does_not(section: str) -> None:
+    params = {
+        key: value for key, value in copy.deepcopy(PARAMS).items() if key != section or section in ("register", "gate")
+    }
+    if section == "register":
+        params["register"]["approval"] = True
+    if section == "gate":
+        params["gate"]["rules"].popitem()
+    assert Settings.of(params, "a").digest == Settings.of(PARAMS, "b").digest
