@@ -17,9 +17,9 @@ from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.records.model import Concept, ConceptSource, Delta, LowRank
-from deleatur.training.closed_form_editor import touched
-from deleatur.training.cost import Work
-from deleatur.training.finetune import ErasureContext
+from deleatur.training.closed_form_editor import text_projections
+from deleatur.training.cost import Workload
+from deleatur.training.loop import ErasureContext
 
 
 def direction(c: Tensor, c_0: Tensor) -> Tensor:
@@ -32,16 +32,16 @@ class Shave(Eraser):
     strength: float = Field(1.0, ge=0, le=1)
     """s. 1 takes the direction away, 0 leaves everything as it was."""
 
-    def work(self, source: ConceptSource) -> Work:
+    def workload(self, source: ConceptSource) -> Workload:
         """No network is asked; each number that changes is there once more."""
-        return Work(train="xattn_kv", held=4)
+        return Workload(trainable="xattn_kv", bytes_per_parameter=4)
 
-    def touches(self, model: Model) -> set[str]:
-        return set(touched(model))
+    def touched_parameters(self, model: Model) -> set[str]:
+        return set(text_projections(model))
 
     def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         d = direction(torch.cat([c.states for c in concepts]), encode_text(model, [""]))
-        up = {n: -self.strength * (w.detach().float().cpu() @ d)[:, None] for n, w in touched(model).items()}
+        up = {n: -self.strength * (w.detach().float().cpu() @ d)[:, None] for n, w in text_projections(model).items()}
         return Delta(
             LowRank(up, d[None]), model.unet_digest, "shave", self.model_dump(), tuple(c.name for c in concepts)
         )
