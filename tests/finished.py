@@ -13,8 +13,8 @@ from filelock import FileLock
 
 from deleatur import dependencies, stages
 from deleatur.config.settings import Settings
-from deleatur.registry.mlflow_client import Registry
-from deleatur.storage.dvc import environment
+from deleatur.registry.mlflow_registry import Registry
+from deleatur.storage.processes import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +56,7 @@ def _make(root: Path) -> None:
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    dependencies.write(root)
+    dependencies.write_digests(root)
     git(root, "init", "--quiet")
     dvc(root, "init", "--quiet")
     dvc(root, "commit", "--force", "--quiet")  # what has been made above is what the stages make

@@ -1,4 +1,4 @@
-"""A registry and its ledger without the chain before them: versions are nothing but what they say of themselves."""
+"""A registry and its ledger without the pipeline: versions have tags and no files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from filelock import FileLock
 from mlflow.exceptions import MlflowException
 
 from deleatur.config.settings import Settings
-from deleatur.registry.decisions import enter, registry_of
+from deleatur.registry.decisions import open_registry, record_verdict
 from deleatur.registry.ledger import Subject
-from deleatur.registry.mlflow_client import Registry
+from deleatur.registry.mlflow_registry import Registry
 
 ROOT = Path(__file__).parents[1]
 
 
-def tables(shared: Path) -> Path:
-    """A store with its tables and nothing in them, made once: it takes seconds."""
+def empty_store(shared: Path) -> Path:
+    """An MLflow database with empty tables, created once per session because that takes seconds."""
     with FileLock(shared / "tables.lock"):
         if not (shared / "tables.db").exists():
             Registry(f"sqlite:///{shared}/tables.partial", "unused", "unused").client.search_experiments()
@@ -26,35 +26,35 @@ def tables(shared: Path) -> Path:
     return shared / "tables.db"
 
 
-def make(shared: Path, root: Path) -> Settings:
-    """Empty; `root` has to become the current directory."""
-    shutil.copy(tables(shared), root / "mlflow.db")
+def create(shared: Path, root: Path) -> Settings:
+    """Settings with an empty registry; `root` has to become the current directory."""
+    shutil.copy(empty_store(shared), root / "mlflow.db")
     params = (ROOT / "params.yaml").read_text("utf-8")
     (root / "params.yaml").write_text(params.replace("sqlite:///mlflow.db", f"sqlite:///{root}/mlflow.db"), "utf-8")
     return Settings.load(root / "params.yaml")
 
 
-def asking(settings: Settings) -> Settings:
-    """A policy that wants a person's approval."""
+def requiring_approval(settings: Settings) -> Settings:
+    """The same settings with `register.approval`."""
     return settings.model_copy(update={"register_": settings.register_.model_copy(update={"approval": True})})
 
 
-def passes(settings: Settings, evidence: str, weights: str = "", **says: str) -> str:
-    """A verdict that passes is registered, with a version of its own: what `register` does after all its looking."""
-    registry, weights = registry_of(settings), (weights or evidence) * 64
+def register_pass(settings: Settings, evidence: str, weights: str = "", **tags: str) -> str:
+    """Records a verdict that passes, with a version, as the stage `register` does; returns the version."""
+    registry, weights = open_registry(settings), (weights or evidence) * 64
     version = registry.version(evidence * 64)
     if version is None:
         tags = {"deleatur.evidence": evidence * 64, "deleatur.delta": weights, "deleatur.outcome": "pass"}
-        tags |= {f"deleatur.{name}": value for name, value in says.items()}
+        tags |= {f"deleatur.{name}": value for name, value in tags.items()}
         with suppress(MlflowException):
             registry.client.create_registered_model(registry.model)
-        made = registry.client.create_model_version(registry.model, source=str(Path.cwd() / "none"), tags=tags)
-        version = str(made.version)
-    enter(settings, Subject(version, weights, evidence * 64), "pass", "PASS: 1 rule, 1 passed")
+        created = registry.client.create_model_version(registry.model, source=str(Path.cwd() / "none"), tags=tags)
+        version = str(created.version)
+    record_verdict(settings, Subject(version, weights, evidence * 64), "pass", "PASS: 1 rule, 1 passed")
     return version
 
 
-def fails(settings: Settings, evidence: str, weights: str = "") -> None:
-    """One that makes no version."""
-    about = Subject(None, (weights or evidence) * 64, evidence * 64)
-    enter(settings, about, "fail", "FAIL: 1 rule, 1 failed")
+def register_fail(settings: Settings, evidence: str, weights: str = "") -> None:
+    """Records a verdict that fails."""
+    subject = Subject(None, (weights or evidence) * 64, evidence * 64)
+    record_verdict(settings, subject, "fail", "FAIL: 1 rule, 1 failed")

@@ -16,7 +16,7 @@ from local import USUAL, Missing, Stack, free  # noqa: E402
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """PostgreSQL, an S3-compatible store and, on both, MLflow with users."""
+    """PostgreSQL, an S3-compatible store, and MLflow with users on both."""
     with free(len(USUAL)) as ports:
         stack = Stack(tmp_path_factory.mktemp("servers"), dict(zip(USUAL, ports, strict=True)))
     try:
@@ -31,8 +31,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture
 def project(servers: Stack, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished project on these servers, the current directory, with an experiment and a model of its own there."""
-    servers.start("postgres", "s3", "mlflow")  # whoever a test has killed and not revived
+    """A finished project on these servers, as current directory, with its own experiment and model."""
+    servers.start("postgres", "s3", "mlflow")  # restarts what a test has killed
     root = tmp_path / "project"
     finished.copy(shared, root)
     params = root / "params.yaml"
@@ -43,6 +43,6 @@ def project(servers: Stack, shared: Path, tmp_path: Path, monkeypatch: pytest.Mo
     finished.dvc(root, "remote", "add", "--quiet", "--default", "store", f"s3://deleatur/{tmp_path.name}")
     for name, value in servers.clients.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("PREFECT_API_URL")  # nobody schedules here
+    monkeypatch.delenv("PREFECT_API_URL")  # no scheduler runs here
     monkeypatch.chdir(root)
     return root

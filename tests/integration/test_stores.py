@@ -1,4 +1,4 @@
-"""The stores of production, real ones: PostgreSQL below MLflow with users, S3 below MLflow's artifacts and DVC."""
+"""Production stores: MLflow with users on PostgreSQL, S3 for MLflow's artifacts and DVC."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from deleatur.config.settings import Settings
 from deleatur.errors import ServiceError, SettingsError
 from deleatur.operations import doctor
 from deleatur.operations.backup import backup, restore
-from deleatur.operations.http_clients import Scheduler
-from deleatur.registry import ledger, mlflow_client, rollback
-from deleatur.registry.decisions import registry_of
+from deleatur.operations.http_clients import PrefectClient
+from deleatur.registry import ledger, model_files, rollback
+from deleatur.registry.decisions import open_registry
 from deleatur.registry.history import history
-from deleatur.registry.mlflow_client import CHAMPION, LAST, QUARANTINED, place_of
+from deleatur.registry.mlflow_registry import CHAMPION, LAST_KNOWN_GOOD, QUARANTINED
+from deleatur.registry.model_files import artifact_location
 from deleatur.registry.verify import verify
 from deleatur.stages import gate, register
 from deleatur.storage import dvc, remote
-from deleatur.storage.sync import carried
+from deleatur.storage.sync import synced
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -40,13 +41,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(dvc, "status", lambda root: {})  # it takes seconds to ask DVC
+    monkeypatch.setattr(dvc, "status", lambda root: {})  # takes seconds
     monkeypatch.setattr(remote, "CACHE", tmp_path / "cache")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 def judged_by(limit: float) -> None:
-    """The same evidence under another policy: another verdict, and another version."""
+    """Registers the same evidence under another policy: another verdict and version."""
     given = Settings.load().model_dump(mode="json", by_alias=True) | {"gate": finished.passing(limit)}
     settings = Settings.model_validate(given)
     gate.run(settings)
@@ -63,54 +64,56 @@ def keys(prefix: str) -> Iterator[str]:
         yield from (found["Key"] for found in page.get("Contents", []))
 
 
-def test_a_clone_gets_everything_from_the_bucket(project: Path, tmp_path: Path) -> None:
+def test_clone_pulls_all_results_from_the_bucket(project: Path, tmp_path: Path) -> None:
     finished.git(project, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qam", "remote")
     finished.dvc(project, "push", "--quiet")
     assert len(list(keys(f"{tmp_path.name}/files/md5/"))) > 20
     finished.git(tmp_path, "clone", "--quiet", str(project), "clone")
-    for stage in ("tokens", "delta", "shots", "scores"):
+    for stage in ("tokens", "delta", "samples", "scores"):
         assert not (tmp_path / "clone" / "out" / stage).exists()
     finished.dvc(tmp_path / "clone", "pull", "--quiet")
-    for stage in ("tokens", "delta", "shots", "scores"):
+    for stage in ("tokens", "delta", "samples", "scores"):
         own = digests(project / "out" / stage)
         assert own
         assert digests(tmp_path / "clone" / "out" / stage) == own
 
 
-def test_a_version_lies_in_the_bucket_and_is_taken_back(project: Path, servers: Stack) -> None:
+def test_version_in_the_bucket_is_verified_and_rolled_back(project: Path, servers: Stack) -> None:
     for limit in (-5.0, -4.0):
         judged_by(limit)
     settings = Settings.load()
-    own = registry_of(settings)
-    assert own.aliases() == {CHAMPION: "2", LAST: "1"}
+    own = open_registry(settings)
+    assert own.aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
     with psycopg.connect(**servers.postgres, dbname="mlflow") as database:
         rows = database.execute("SELECT alias, version FROM registered_model_aliases WHERE name = %s", [own.model])
-        assert dict(rows) == {CHAMPION: 2, LAST: 1}
-    model_id = place_of(f"models:/{own.model}/2").rstrip("/").split("/")[-2]
+        assert dict(rows) == {CHAMPION: 2, LAST_KNOWN_GOOD: 1}
+    model_id = artifact_location(f"models:/{own.model}/2").rstrip("/").split("/")[-2]
     assert any(key.endswith(".safetensors") for key in keys("mlflow/") if model_id in key)
-    assert digests(Path(mlflow_client.local(f"models:/{own.model}@champion", "delta"))) == digests(Path("out/delta"))
+    assert digests(Path(model_files.local_folder(f"models:/{own.model}@champion", "delta"))) == digests(
+        Path("out/delta")
+    )
     verify(settings, "2", ledger.read(settings.register_.ledger).entries, fetch=True)
     rollback.rollback(settings, "Ada", "it draws swords")
     assert own.aliases() == {CHAMPION: "1", QUARANTINED: "2"}
     assert history(settings).problems == []
 
 
-def test_servers_that_lost_power_know_all_that_was_decided(project: Path, servers: Stack) -> None:
+def test_servers_killed_without_warning_keep_all_decisions(project: Path, servers: Stack) -> None:
     judged_by(-5.0)
     settings = Settings.load()
     for name in ("mlflow", "s3", "postgres"):
         servers.kill(name)
-    with pytest.raises(ServiceError, match="did not do it"):
+    with pytest.raises(ServiceError, match="failed"):
         judged_by(-4.0)
     servers.start("postgres", "s3", "mlflow")
-    assert registry_of(settings).aliases() == {CHAMPION: "1"}
+    assert open_registry(settings).aliases() == {CHAMPION: "1"}
     verify(settings, "1", ledger.read(settings.register_.ledger).entries, fetch=True)
     judged_by(-4.0)
-    assert registry_of(settings).aliases() == {CHAMPION: "2", LAST: "1"}
-    assert len(registry_of(settings).client.search_runs([registry_of(settings).experiment_id])) == 2
+    assert open_registry(settings).aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
+    assert len(open_registry(settings).client.search_runs([open_registry(settings).runs.experiment_id])) == 2
 
 
-def test_a_set_goes_from_these_stores_into_any_other(project: Path, tmp_path: Path) -> None:
+def test_backup_is_restored_into_another_store(project: Path, tmp_path: Path) -> None:
     for limit in (-5.0, -4.0):
         judged_by(limit)
     settings = Settings.load()
@@ -125,34 +128,34 @@ def test_a_set_goes_from_these_stores_into_any_other(project: Path, tmp_path: Pa
         }
     )
     restore(other, tmp_path / "set")
-    assert registry_of(other).aliases() == registry_of(settings).aliases()
+    assert open_registry(other).aliases() == open_registry(settings).aliases()
     verify(other, "2", ledger.read(tmp_path / "ledger.jsonl").entries, fetch=True)
 
 
-def test_feedback_and_saved_states_go_through_the_bucket(project: Path, tmp_path: Path) -> None:
+def test_feedback_and_checkpoints_go_through_the_bucket(project: Path, tmp_path: Path) -> None:
     export = f"s3://{BUCKET}/{tmp_path.name}/export"
     for file in Path("feedback").iterdir():
-        remote.put(file, f"{export}/{file.name}")
+        remote.upload(file, f"{export}/{file.name}")
     remote.fetch(export, tmp_path / "inbox")
     assert digests(tmp_path / "inbox") == digests(project / "feedback")
 
     state = f"s3://{BUCKET}/{tmp_path.name}/state"
 
     def stopped() -> None:
-        with carried([Path("out/state")], state):
-            Path("out/state/erase.safetensors").write_bytes(b"half of it")
+        with synced([Path("out/checkpoints")], state):
+            Path("out/checkpoints/erase.safetensors").write_bytes(b"half of it")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
-    Path("out/state/erase.safetensors").unlink()
-    with carried([Path("out/state")], state):
-        assert Path("out/state/erase.safetensors").read_bytes() == b"half of it"
+    Path("out/checkpoints/erase.safetensors").unlink()
+    with synced([Path("out/checkpoints")], state):
+        assert Path("out/checkpoints/erase.safetensors").read_bytes() == b"half of it"
     remote.remove(state)
     assert not list(keys(f"{tmp_path.name}/state"))
 
 
-def test_nobody_gets_in_without_a_password(project: Path, servers: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_server_requires_credentials(project: Path, servers: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HTTPError, match="401"):
         urlopen(f"{servers.clients['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search?max_results=1")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "guessed")
@@ -167,7 +170,7 @@ def test_nobody_gets_in_without_a_password(project: Path, servers: Stack, monkey
         psycopg.connect(wrong, port=servers.ports["postgres"], dbname="mlflow")
 
 
-def test_a_scheduler_on_postgresql_knows_its_schedules_after_a_loss_of_power(
+def test_scheduler_on_postgresql_keeps_schedules_after_a_kill(
     project: Path, servers: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged_by(-5.0)
@@ -181,11 +184,11 @@ def test_a_scheduler_on_postgresql_knows_its_schedules_after_a_loss_of_power(
         servers.kill(name)
     servers.start("postgres", "prefect")
     monkeypatch.setenv("PREFECT_API_URL", servers.clients["PREFECT_API_URL"])
-    found = {(line.about, line.state) for line in doctor.look(Path("params.yaml"))}
+    found = {(line.topic, line.status) for line in doctor.diagnose(Path("params.yaml"))}
     assert {(about, "ok") for about in ("registry", "results", "scheduler", "schedules", "aliases", "clock")} <= found
     assert {about for about, state in found if state == "fail"} == {"pools"}, "nobody works here"
-    scheduler, deadline = Scheduler.named(), time.monotonic() + 90
+    scheduler, deadline = PrefectClient.from_environment(), time.monotonic() + 90
     assert scheduler
-    while not scheduler.runs("Scheduled"):
+    while not scheduler.count_runs("Scheduled"):
         assert time.monotonic() < deadline, "no schedule has made a run"
         time.sleep(1)

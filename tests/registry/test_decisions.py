@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 import registry
-from registry import asking, fails, passes
+from registry import register_fail, register_pass, requiring_approval
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from deleatur.artifacts.export import export
 from deleatur.config.settings import Settings
-from deleatur.registry import approval, history, ledger, mlflow_client, rollback
-from deleatur.registry.decisions import registry_of
-from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION, LAST, QUARANTINED
+from deleatur.registry import approval, history, ledger, model_files, rollback
+from deleatur.registry.decisions import open_registry
+from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION, LAST_KNOWN_GOOD, QUARANTINED
 from deleatur.stages import register
 from deleatur.storage import dvc
 
@@ -32,16 +32,16 @@ STORES = ("mlflow.db", "mlflow.db-journal", "mlruns", "ledger.jsonl")
 
 
 class Killer:
-    """Counts the steps that leave something behind: commits to the registry's database, before each of which, and lines
-    of the ledger, in the middle of each of which, it can end the process.
+    """Counts the steps that persist something, and can kill the process at one of them: before a commit to the
+    registry's database, or in the middle of a line of the ledger.
     """
 
     def __init__(self, at: int = 0) -> None:
         self.at, self.steps, self._writes = at, 0, False
-        self._put = ledger._put
+        self._put = ledger._write_all
         event.listen(Engine, "before_cursor_execute", self._executing)
         event.listen(Engine, "commit", self._committing)
-        ledger._put = self._writing
+        ledger._write_all = self._writing
 
     def _step(self) -> bool:
         self.steps += 1
@@ -62,8 +62,8 @@ class Killer:
         self._put(file, data)
 
 
-def apart(work: Callable[[], object]) -> Any:
-    """What it returns, done in a process of its own, so that ours never opens the registry; None if that was killed."""
+def in_child_process(work: Callable[[], object]) -> Any:
+    """The result of `work` in a forked process, so that this one never opens the registry; None if it was killed."""
     answer = Path("answer.json")
     answer.unlink(missing_ok=True)
     if (child := os.fork()) == 0:
@@ -80,83 +80,89 @@ def apart(work: Callable[[], object]) -> Any:
 
 @dataclass(frozen=True)
 class Decision:
-    """A command, what comes before it, and what it leads to."""
+    """A command, the steps before it, and its result."""
 
     before: tuple[Callable[[Settings], object], ...]
     command: Callable[[Settings], object]
     after: dict[str, str]
     events: str
-    """Initials of the ledger's lines, when it is done."""
+    """Initials of the ledger's events afterwards."""
 
 
-def by_hand(settings: Settings) -> None:
-    registry_of(settings).client.set_registered_model_alias("deleatur", CHAMPION, "1")
+def move_alias_by_hand(settings: Settings) -> None:
+    open_registry(settings).client.set_registered_model_alias("deleatur", CHAMPION, "1")
 
 
-def released(*evidence: str) -> tuple[Callable[[Settings], object], ...]:
-    return tuple(lambda s, e=e: passes(s, e) for e in evidence)
+def release_all(*evidence: str) -> tuple[Callable[[Settings], object], ...]:
+    return tuple(lambda s, e=e: register_pass(s, e) for e in evidence)
 
 
 DECISIONS = {
-    "pass": Decision(released("a"), lambda s: passes(s, "b"), {CHAMPION: "2", LAST: "1"}, "rprp"),
-    "wait": Decision(released("a"), lambda s: passes(asking(s), "b"), {CHAMPION: "1", CHALLENGER: "2"}, "rpr"),
+    "pass": Decision(release_all("a"), lambda s: register_pass(s, "b"), {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}, "rprp"),
+    "wait": Decision(
+        release_all("a"), lambda s: register_pass(requiring_approval(s), "b"), {CHAMPION: "1", CHALLENGER: "2"}, "rpr"
+    ),
     "void": Decision(
-        (*released("a"), lambda s: passes(asking(s), "b")),
-        lambda s: passes(asking(s), "c"),
+        (*release_all("a"), lambda s: register_pass(requiring_approval(s), "b")),
+        lambda s: register_pass(requiring_approval(s), "c"),
         {CHAMPION: "1", CHALLENGER: "3"},
         "rprvr",
     ),
     "renew": Decision(
-        (*released("a"), lambda s: passes(asking(s), "b"), lambda s: passes(asking(s), "c")),
-        lambda s: passes(asking(s), "b"),
+        (
+            *release_all("a"),
+            lambda s: register_pass(requiring_approval(s), "b"),
+            lambda s: register_pass(requiring_approval(s), "c"),
+        ),
+        lambda s: register_pass(requiring_approval(s), "b"),
         {CHAMPION: "1", CHALLENGER: "2"},
         "rprvrvr",
     ),
-    "fail": Decision(released("a"), lambda s: fails(s, "b"), {CHAMPION: "1"}, "rpr"),
+    "fail": Decision(release_all("a"), lambda s: register_fail(s, "b"), {CHAMPION: "1"}, "rpr"),
     "approve": Decision(
-        (*released("a"), lambda s: passes(asking(s), "b")),
+        (*release_all("a"), lambda s: register_pass(requiring_approval(s), "b")),
         lambda s: approval.promote(s, "2", "Ada", reason="seen"),
-        {CHAMPION: "2", LAST: "1"},
+        {CHAMPION: "2", LAST_KNOWN_GOOD: "1"},
         "rprap",
     ),
     "decline": Decision(
-        (*released("a"), lambda s: passes(asking(s), "b")),
+        (*release_all("a"), lambda s: register_pass(requiring_approval(s), "b")),
         lambda s: approval.decline(s, "2", "Ada"),
         {CHAMPION: "1"},
         "rprd",
     ),
     "rollback": Decision(
-        released("a", "b", "c"),
+        release_all("a", "b", "c"),
         lambda s: rollback.rollback(s, "Ada", "seen in the wild"),
-        {CHAMPION: "2", LAST: "1", QUARANTINED: "3"},
+        {CHAMPION: "2", LAST_KNOWN_GOOD: "1", QUARANTINED: "3"},
         "rprprpr",
     ),
     "quarantine": Decision(
-        released("a", "b"),
+        release_all("a", "b"),
         lambda s: rollback.quarantine(s, "2", "Ada", "seen in the wild"),
         {CHAMPION: "1", QUARANTINED: "2"},
         "rprpq",
     ),
     "settle": Decision(
-        (*released("a", "b"), by_hand),
+        (*release_all("a", "b"), move_alias_by_hand),
         lambda s: history.settle(s, "Ada", "who was that?"),
-        {CHAMPION: "2", LAST: "1"},
+        {CHAMPION: "2", LAST_KNOWN_GOOD: "1"},
         "rprps",
     ),
     "adopt": Decision(
-        (*released("a", "b"), by_hand),
+        (*release_all("a", "b"), move_alias_by_hand),
         lambda s: history.settle(s, "Ada", "it was me", adopt=True),
-        {CHAMPION: "1", LAST: "1"},
+        {CHAMPION: "1", LAST_KNOWN_GOOD: "1"},
         "rprpa",
     ),
 }
 
 
 @contextmanager
-def restoring(root: Path) -> Iterator[Callable[[], None]]:
-    """Registry and ledger as they are now, as often as wanted."""
-    kept = root / "kept"
-    kept.mkdir()
+def snapshot(root: Path) -> Iterator[Callable[[], None]]:
+    """Saves registry and ledger; yields a function that restores them."""
+    saved = root / "kept"
+    saved.mkdir()
 
     def move(source: Path, target: Path) -> None:
         for name in STORES:
@@ -166,27 +172,29 @@ def restoring(root: Path) -> Iterator[Callable[[], None]]:
             elif (source / name).is_file():
                 shutil.copy(source / name, target / name)
 
-    move(root, kept)
-    yield lambda: move(kept, root)
+    move(root, saved)
+    yield lambda: move(saved, root)
 
 
-def look(settings: Settings) -> dict[str, Any]:
-    """What there is in the end."""
-    registry, known = registry_of(settings), ledger.read(settings.register_.ledger)
-    assert known.problem == ""
-    runs = registry.client.search_runs([registry.experiment_id])
+def state_of(settings: Settings) -> dict[str, Any]:
+    """The state of registry and ledger, comparable with ==."""
+    registry, recorded = open_registry(settings), ledger.read(settings.register_.ledger)
+    assert recorded.problem == ""
+    runs = registry.client.search_runs([registry.runs.experiment_id])
     return {
         "aliases": registry.aliases(),
-        "events": "".join(e.event[0] for e in known.entries),
-        "decided": dict(known.aliases),
+        "events": "".join(e.event[0] for e in recorded.entries),
+        "decided": dict(recorded.aliases),
         "problems": [str(p) for p in history.history(settings).problems],
         "runs": [run.info.status for run in runs],
         "versions": len(registry.client.search_model_versions("name = 'deleatur'")),
     }
 
 
-def kill_at_every_step(settings: Settings, decision: Decision, whole: Callable[[], None] = lambda: None) -> int:
-    """How many steps there are; `whole` looks whether what is live is."""
+def kill_at_every_step(
+    settings: Settings, decision: Decision, check_champion: Callable[[], None] = lambda: None
+) -> int:
+    """Returns the number of steps. check_champion: raises where the champion is not complete."""
 
     def killed(at: int) -> int:
         killer = Killer(at)
@@ -194,22 +202,22 @@ def kill_at_every_step(settings: Settings, decision: Decision, whole: Callable[[
         return killer.steps
 
     def again() -> tuple[Any, Any]:
-        whole()
-        left = look(settings)
+        check_champion()
+        left = state_of(settings)
         decision.command(settings)
-        return left, look(settings)
+        return left, state_of(settings)
 
     for step in decision.before:
-        apart(lambda step=step: step(settings) and None)
-    with restoring(Path.cwd()) as restore:
-        old = apart(lambda: look(settings))
-        steps = int(apart(lambda: killed(0)))
-        new = apart(lambda: look(settings))
+        in_child_process(lambda step=step: step(settings) and None)
+    with snapshot(Path.cwd()) as restore:
+        old = in_child_process(lambda: state_of(settings))
+        steps = int(in_child_process(lambda: killed(0)))
+        new = in_child_process(lambda: state_of(settings))
         assert (new["aliases"], new["events"], new["problems"]) == (decision.after, decision.events, [])
         for step in range(1, steps + 1):
             restore()
-            assert apart(lambda step=step: killed(step)) is None, "it was killed"
-            left, end = apart(again)
+            assert in_child_process(lambda step=step: killed(step)) is None, "it was killed"
+            left, end = in_child_process(again)
             live = left["aliases"].get(CHAMPION)
             assert live in (old["aliases"].get(CHAMPION), decision.after[CHAMPION])
             if left["events"] == old["events"]:
@@ -221,38 +229,38 @@ def kill_at_every_step(settings: Settings, decision: Decision, whole: Callable[[
 
 
 @pytest.fixture
-def warm(shared: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow imports most of itself when it is first asked for something: our children need not, each anew."""
+def warm_mlflow(shared: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes MLflow import its lazy modules here, so that forked processes need not."""
     elsewhere = tmp_path_factory.mktemp("warm")
     monkeypatch.chdir(elsewhere)
-    passes(registry.make(shared, elsewhere), "a")
+    register_pass(registry.create(shared, elsewhere), "a")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECISIONS)
-def test_killed_at_any_step_nothing_is_half_decided_and_the_same_command_finishes(
+def test_kill_at_any_step_of_a_decision_leaves_no_half_and_rerun_finishes(
     warm: None, name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    steps = kill_at_every_step(registry.make(shared, tmp_path), DECISIONS[name])
+    steps = kill_at_every_step(registry.create(shared, tmp_path), DECISIONS[name])
     assert steps > 2
     record_property("steps", steps)
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_of_registering_nothing_is_half_released(
+def test_kill_at_any_step_of_registering_leaves_no_half_release(
     warm: None, done: Settings, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
-    """From the first run in an empty store to the model that is live."""
-    monkeypatch.setattr(dvc, "status", lambda root: {})  # it takes seconds to ask DVC
+    """From the first run in an empty store to the champion."""
+    monkeypatch.setattr(dvc, "status", lambda root: {})  # takes seconds
     export(done, Path("exported"))
     monkeypatch.setattr(register, "export", lambda _, folder: shutil.copytree("exported", folder))
 
     def whole() -> None:
-        if live := registry_of(done).alias(CHAMPION):
-            assert registry_of(done).tags(live)["outcome"] == "pass"
+        if live := open_registry(done).alias(CHAMPION):
+            assert open_registry(done).tags(live)["outcome"] == "pass"
             for part, source in (("delta", done.paths.delta), ("pipeline", Path("exported"))):
-                stored = Path(mlflow_client.local(f"models:/deleatur/{live}", part))
+                stored = Path(model_files.local_folder(f"models:/deleatur/{live}", part))
                 names = {p.relative_to(source) for p in source.rglob("*") if p.is_file()}
                 assert {p.relative_to(stored) for p in stored.rglob("*") if p.is_file()} == names
                 assert all((stored / name).read_bytes() == (source / name).read_bytes() for name in names)

@@ -1,4 +1,4 @@
-"""One verdict, one run; aliases in an order that survives a kill; faults that say what to do."""
+"""Runs, versions and aliases in MLflow, and its errors."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from registry import tables
+from registry import empty_store
 from safetensors.torch import save_file
 
 from deleatur.errors import DataError, ServiceError, SettingsError
-from deleatur.registry import mlflow_client
-from deleatur.registry.ledger import Mark
-from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION, LAST, QUARANTINED, Evidence, Registry, local
+from deleatur.registry import mlflow_client, mlflow_registry
+from deleatur.registry.ledger import LedgerPosition
+from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION, LAST_KNOWN_GOOD, QUARANTINED, Registry
+from deleatur.registry.mlflow_runs import Evidence
+from deleatur.registry.model_files import local_folder
 from deleatur.registry.signing import Keys
 
 
 @pytest.fixture
 def registry(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.chdir(tmp_path)
-    shutil.copy(tables(shared), tmp_path / "mlflow.db")
+    shutil.copy(empty_store(shared), tmp_path / "mlflow.db")
     return Registry(f"sqlite:///{tmp_path}/mlflow.db", "erasing", "guard")
 
 
@@ -42,7 +44,7 @@ def evidence(tmp_path: Path) -> Evidence:
         tags={"outcome": "pass", "delta": "d" * 64},
         settings={"erase": {"lr": 1e-3, "train": ["a", "b"]}, "seed": 42, "word": "<x>"},
         scores={"concept_rate/concept/candidate": 0.1},
-        curves=[("erase/loss", step, 1 / step) for step in range(1, 1502)],  # more than one request holds
+        curves=[("erase/loss", step, 1 / step) for step in range(1, 1502)],  # exceeds one request
         files={"report": tmp_path / "report", "lock": tmp_path / "none"},
         feedback=pd.DataFrame({"answer": ["yes", "no"], "seed": [1, 2]}),
         feedback_digest="f" * 64,
@@ -52,17 +54,17 @@ def evidence(tmp_path: Path) -> Evidence:
 
 def add(registry: Registry, evidence: Evidence) -> str:
     place = Path.cwd()
-    with registry.running(evidence) as run_id:
+    with registry.runs.recording(evidence) as run_id:
         return registry.add_version(run_id, evidence, place / "pipeline", place / "delta", "about", Keys(None, ()))
 
 
-def test_a_run_holds_settings_numbers_curves_files_and_lineage(registry: Registry, evidence: Evidence) -> None:
-    assert not registry.finished(evidence.digest)
-    for _ in range(2):  # the second time as after a kill: nothing is doubled
-        with registry.running(evidence) as run_id:
-            registry.log(run_id, evidence)
-    assert registry.finished(evidence.digest)
-    [run] = registry.client.search_runs([registry.experiment_id])
+def test_run_holds_settings_scores_curves_files_and_lineage(registry: Registry, evidence: Evidence) -> None:
+    assert not registry.runs.finished(evidence.digest)
+    for _ in range(2):  # the second time as after a kill: nothing is duplicated
+        with registry.runs.recording(evidence) as run_id:
+            registry.runs.log(run_id, evidence)
+    assert registry.runs.finished(evidence.digest)
+    [run] = registry.client.search_runs([registry.runs.experiment_id])
     assert run.data.params == {"erase.lr": "0.001", "erase.train": '["a", "b"]', "seed": "42", "word": "<x>"}
     assert run.data.metrics["concept_rate/concept/candidate"] == 0.1
     curve = registry.client.get_metric_history(run.info.run_id, "erase/loss")
@@ -73,87 +75,90 @@ def test_a_run_holds_settings_numbers_curves_files_and_lineage(registry: Registr
     assert (given.dataset.name, given.dataset.digest) == ("feedback", "f" * 36)
 
 
-def test_a_run_that_raised_is_failed_and_taken_up_again(registry: Registry, evidence: Evidence) -> None:
-    with pytest.raises(ZeroDivisionError), registry.running(evidence):
+def test_failed_run_is_resumed(registry: Registry, evidence: Evidence) -> None:
+    with pytest.raises(ZeroDivisionError), registry.runs.recording(evidence):
         raise ZeroDivisionError
-    assert not registry.finished(evidence.digest)
-    with registry.running(evidence):
+    assert not registry.runs.finished(evidence.digest)
+    with registry.runs.recording(evidence):
         pass
-    assert registry.finished(evidence.digest)
-    assert len(registry.client.search_runs([registry.experiment_id])) == 1
+    assert registry.runs.finished(evidence.digest)
+    assert len(registry.client.search_runs([registry.runs.experiment_id])) == 1
 
 
-def test_a_version_is_found_by_its_evidence_and_its_folders_by_its_address(
-    registry: Registry, evidence: Evidence
-) -> None:
+def test_version_is_found_by_evidence_and_its_files_by_address(registry: Registry, evidence: Evidence) -> None:
     assert registry.version(evidence.digest) is None
     version = add(registry, evidence)
     assert registry.version(evidence.digest) == version
     assert registry.tags(version)["delta"] == "d" * 64
     registry.set_aliases({CHAMPION: version})
     for address in (f"models:/guard/{version}", "models:/guard@champion"):
-        stored = Path(local(address, "delta")) / "delta.safetensors"
+        stored = Path(local_folder(address, "delta")) / "delta.safetensors"
         assert stored.read_bytes() == Path("delta/delta.safetensors").read_bytes()
-        assert (Path(local(address)) / "model_index.json").is_file()
+        assert (Path(local_folder(address)) / "model_index.json").is_file()
     with pytest.raises(DataError, match="no such model"):
-        local("models:/guard@nobody")
+        local_folder("models:/guard@nobody")
 
 
-def test_runs_that_nobody_needs_are_found_on_every_page(
+def test_disposable_runs_are_found_on_all_pages(
     registry: Registry, evidence: Evidence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_client, "PAGE", 1)
+    monkeypatch.setattr(mlflow_client, "PAGE_SIZE", 1)
     add(registry, evidence)
     for name in ("one", "two"):
-        run = registry.client.create_run(registry.experiment_id, run_name=name)
+        run = registry.client.create_run(registry.runs.experiment_id, run_name=name)
         registry.client.set_terminated(run.info.run_id, "FAILED", end_time=1000)
-    registry.client.create_run(registry.experiment_id, run_name="at work")
-    assert sorted(registry.spent(before=2.0).values()) == ["one", "two"]
-    assert sorted(registry.spent(before=2e9).values()) == ["one", "two"], "what a version came from stays"
+    registry.client.create_run(registry.runs.experiment_id, run_name="at work")
+    assert sorted(registry.disposable_runs(before=2.0).values()) == ["one", "two"]
+    assert sorted(registry.disposable_runs(before=2e9).values()) == ["one", "two"], "runs of versions stay"
 
 
-def test_aliases_are_as_wanted_and_the_mark_is_kept(registry: Registry, evidence: Evidence) -> None:
-    assert (registry.aliases(), registry.alias(CHAMPION), registry.mark()) == ({}, None, None), "no model yet"
-    registry.set_mark(Mark(1, "a" * 64))
+def test_aliases_and_ledger_position_are_set(registry: Registry, evidence: Evidence) -> None:
+    assert (registry.aliases(), registry.alias(CHAMPION), registry.ledger_position()) == ({}, None, None), (
+        "no model yet"
+    )
+    registry.set_ledger_position(LedgerPosition(1, "a" * 64))
     first, second = (add(registry, replace(evidence, digest=letter * 64)) for letter in "ab")
-    assert registry.aliases() == {}, "a version is not live by being there"
+    assert registry.aliases() == {}, "adding a version sets no alias"
     registry.client.set_registered_model_alias("guard", "theirs", first)
-    for wanted in ({CHAMPION: first, CHALLENGER: second}, {CHAMPION: second, LAST: first}, {QUARANTINED: second}):
+    for wanted in (
+        {CHAMPION: first, CHALLENGER: second},
+        {CHAMPION: second, LAST_KNOWN_GOOD: first},
+        {QUARANTINED: second},
+    ):
         for _ in range(2):  # the second time changes nothing
             registry.set_aliases(wanted)
             assert registry.aliases() == wanted
     assert registry.client.get_model_version_by_alias("guard", "theirs").version == int(first)
-    registry.set_mark(Mark(2, "b" * 64))
-    assert registry.mark() == Mark(2, "b" * 64)
+    registry.set_ledger_position(LedgerPosition(2, "b" * 64))
+    assert registry.ledger_position() == LedgerPosition(2, "b" * 64)
 
 
-def test_what_a_store_refuses_or_does_not_answer_is_said_without_passwords(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_a_store_hide_passwords(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     gone = Registry("http://me:secret@127.0.0.1:9", "erasing", "guard")
     with pytest.raises(ServiceError, match="MLflow at http") as refused:
-        gone.finished("e" * 64)
+        gone.runs.finished("e" * 64)
     assert "127.0.0.1:9" in str(refused.value)
     assert "secret" not in str(refused.value)
     assert refused.value.hint
     with pytest.raises(SettingsError, match="register"):
-        Registry(registry.uri, "erasing", "with/slash").set_mark(Mark(1, "a" * 64))
+        Registry(registry.uri, "erasing", "with/slash").set_ledger_position(LedgerPosition(1, "a" * 64))
 
 
 @pytest.mark.slow
-def test_it_says_nothing_by_itself(tmp_path: Path) -> None:
+def test_mlflow_prints_nothing(tmp_path: Path) -> None:
     code = (
-        "from deleatur.registry.mlflow_client import Evidence, Registry\n"
+        "from deleatur.registry.mlflow_registry import Registry\n"
+        "from deleatur.registry.mlflow_runs import Evidence\n"
         "r = Registry('sqlite:///mlflow.db', 'erasing', 'guard')\n"
         "e = Evidence('e' * 64, 'name', {}, {'a': 1})\n"
-        "with r.running(e) as run_id: r.log(run_id, e)\n"
+        "with r.runs.recording(e) as run_id: r.runs.log(run_id, e)\n"
     )
     told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (told.stdout, told.stderr) == ("", "")
 
 
-def test_the_signature_is_the_one_the_model_code_answers_to() -> None:
-    names = [c.name for c in mlflow_client.SIGNATURE.inputs.inputs]
+def test_model_signature_matches_model_code() -> None:
+    names = [c.name for c in mlflow_registry.MODEL_SIGNATURE.inputs.inputs]
     assert names == ["prompt", "seed"]
-    assert {p.name for p in mlflow_client.SIGNATURE.params.params} == {"steps", "guidance"}
+    assert {p.name for p in mlflow_registry.MODEL_SIGNATURE.params.params} == {"steps", "guidance"}

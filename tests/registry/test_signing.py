@@ -1,4 +1,4 @@
-"""What was signed is what is loaded: another byte, file or key is refused, and so is whatever could run."""
+"""Signed statements: changed bytes, files and keys are refused, and so is executable content."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 from deleatur.errors import ModelError, SettingsError
 from deleatur.registry import signing
-from deleatur.registry.safe_files import demand_plain
-from deleatur.registry.signing import KEY, Keys
+from deleatur.registry.safe_files import require_safe_file
+from deleatur.registry.signing import KEY_VARIABLE, Keys
 
-SAYS = {"evidence": "e" * 64, "delta": "d" * 64}
+PREDICATE = {"evidence": "e" * 64, "delta": "d" * 64}
 
 
-def key(name: str, *more: str) -> tuple[Path, Path]:
+def make_key(name: str, *more: str) -> tuple[Path, Path]:
     """A key pair as people make one."""
     private, public = Path(f"{name}.pem"), Path(f"{name}.pub.pem")
     if not private.exists():
@@ -45,44 +45,44 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def sealed(model: Path, keys: Keys) -> signing.Statement:
-    envelope, statement = signing.seal(model, SAYS, keys)
-    (model / signing.PLACE).mkdir(parents=True, exist_ok=True)
-    (model / signing.PLACE / signing.NAME).write_bytes(envelope)
+def sign(model: Path, keys: Keys) -> signing.Statement:
+    envelope, statement = signing.create_statement(model, PREDICATE, keys)
+    (model / signing.STATEMENT_FOLDER).mkdir(parents=True, exist_ok=True)
+    (model / signing.STATEMENT_FOLDER / signing.STATEMENT_FILE).write_bytes(envelope)
     return statement
 
 
-def opened(model: Path, *trusted: Path) -> signing.Statement:
-    found = signing.read(model / signing.PLACE / signing.NAME, Keys.load(trusted))
+def verify(model: Path, *trusted: Path) -> signing.Statement:
+    found = signing.read_statement(model / signing.STATEMENT_FOLDER / signing.STATEMENT_FILE, Keys.load(trusted))
     assert found is not None
-    found.demand(model)
-    found.demand(model / "artifacts" / "pipeline", "artifacts/pipeline")
+    found.verify_files(model)
+    found.verify_files(model / "artifacts" / "pipeline", "artifacts/pipeline")
     return found
 
 
-def test_what_was_signed_is_what_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    private, public = key("release")
+def test_signed_statement_round_trip(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = make_key("release")
     with pytest.raises(SettingsError, match="names no key"):
-        Keys.load([public]).demand_signer()
-    monkeypatch.setenv(KEY, str(private))
-    said = sealed(model, Keys.load([public]))
+        Keys.load([public]).require_signer()
+    monkeypatch.setenv(KEY_VARIABLE, str(private))
+    said = sign(model, Keys.load([public]))
     assert sorted(said.files) == [
         "MLmodel",
         "artifacts/pipeline/model_index.json",
         "artifacts/pipeline/unet/w.safetensors",
     ]
-    monkeypatch.delenv(KEY)
+    monkeypatch.delenv(KEY_VARIABLE)
     (model / "registered_model_meta").write_text("left by MLflow when it loads")
-    assert opened(model, public) == said
-    assert (said.says, said.signed_by) == (SAYS, Keys.load([public]).trusted[0].keyid)
+    assert verify(model, public) == said
+    assert (said.predicate, said.signed_by) == (PREDICATE, Keys.load([public]).trusted[0].keyid)
 
 
-def test_openssl_alone_can_check_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openssl_verifies_the_signature(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The formats are the published ones: payload type and payload with their lengths, and a plain signature."""
-    private, public = key("release")
-    monkeypatch.setenv(KEY, str(private))
-    sealed(model, Keys.load([public]))
-    envelope = json.loads((model / signing.PLACE / signing.NAME).read_bytes())
+    private, public = make_key("release")
+    monkeypatch.setenv(KEY_VARIABLE, str(private))
+    sign(model, Keys.load([public]))
+    envelope = json.loads((model / signing.STATEMENT_FOLDER / signing.STATEMENT_FILE).read_bytes())
     payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"].encode()
     Path("signed").write_bytes(b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload))
     Path("signature").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
@@ -107,91 +107,94 @@ WEIGHTS = Path("artifacts/pipeline/unet/w.safetensors")
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda m: _flip(m / WEIGHTS), "w.safetensors is not what was signed"),
-        (lambda m: (m / "MLmodel").write_text("flavors: {python_function: evil}\n"), "MLmodel is not what was signed"),
+        (lambda m: _flip(m / WEIGHTS), "w.safetensors is not the file that was signed"),
+        (
+            lambda m: (m / "MLmodel").write_text("flavors: {python_function: evil}\n"),
+            "MLmodel is not the file that was signed",
+        ),
         (lambda m: (m / WEIGHTS).unlink(), "is missing"),
         (lambda m: (m / "artifacts" / "pipeline" / "more.py").write_text(""), "was added"),
-        (lambda m: (m / signing.PLACE / signing.NAME).unlink(), "there is none"),
-        (lambda m: (m / signing.PLACE / signing.NAME).write_text("{}"), "no statement"),
-        (lambda m: sealed(m, Keys(None, ())), "no key"),
-        (lambda m: sealed(m, Keys.load([key("stranger")[1]])), "no key"),
+        (lambda m: (m / signing.STATEMENT_FOLDER / signing.STATEMENT_FILE).unlink(), "it is missing"),
+        (lambda m: (m / signing.STATEMENT_FOLDER / signing.STATEMENT_FILE).write_text("{}"), "not a statement"),
+        (lambda m: sign(m, Keys(None, ())), "no key"),
+        (lambda m: sign(m, Keys.load([make_key("stranger")[1]])), "no key"),
     ],
 )
-def test_what_was_changed_is_not_read(
+def test_changed_model_is_refused(
     model: Path, change: Callable[[Path], object], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    private, public = key("release")
-    monkeypatch.setenv(KEY, str(private))
-    sealed(model, Keys.load([public]))
-    assert opened(model, public)
-    monkeypatch.setenv(KEY, str(key("stranger")[0]))  # whoever changes it has a key, and not ours
+    private, public = make_key("release")
+    monkeypatch.setenv(KEY_VARIABLE, str(private))
+    sign(model, Keys.load([public]))
+    assert verify(model, public)
+    monkeypatch.setenv(KEY_VARIABLE, str(make_key("stranger")[0]))  # the attacker has a key that is not trusted
     change(model)
-    monkeypatch.delenv(KEY)
+    monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(ModelError, match=said):
-        opened(model, public)
+        verify(model, public)
 
 
-def test_a_payload_under_another_payloads_signature_is_not_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    private, public = key("release")
-    monkeypatch.setenv(KEY, str(private))
-    sealed(model, Keys.load([public]))
-    place = model / signing.PLACE / signing.NAME
+def test_signature_of_another_payload_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = make_key("release")
+    monkeypatch.setenv(KEY_VARIABLE, str(private))
+    sign(model, Keys.load([public]))
+    place = model / signing.STATEMENT_FOLDER / signing.STATEMENT_FILE
     envelope = json.loads(place.read_bytes())
     _flip(model / WEIGHTS)
-    forged = json.loads(signing.seal(model, SAYS, Keys(None, ()))[0])
+    forged = json.loads(signing.create_statement(model, PREDICATE, Keys(None, ()))[0])
     place.write_text(json.dumps(envelope | {"payload": forged["payload"]}))
     with pytest.raises(ModelError, match="no key"):
-        opened(model, public)
+        verify(model, public)
 
 
-def test_without_a_key_it_is_unsigned_and_changes_are_found_all_the_same(model: Path) -> None:
-    said = sealed(model, Keys.load([]))
-    assert (opened(model).signed, said.signed_by) == (False, "nobody")
+def test_unsigned_statement_still_detects_changes(model: Path) -> None:
+    said = sign(model, Keys.load([]))
+    assert (verify(model).signed, said.signed_by) == (False, "nobody")
     _flip(model / WEIGHTS)
     with pytest.raises(ModelError, match="was changed"):
-        opened(model)
+        verify(model)
 
 
 @pytest.mark.parametrize("kind", [("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"), ("-algorithm", "RSA")])
-def test_other_keys_and_several_of_them_sign_too(
+def test_ecdsa_rsa_and_several_trusted_keys(
     model: Path, kind: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    private, public = key("other", *kind)
-    old = key("old")[1]
-    monkeypatch.setenv(KEY, str(private))
-    sealed(model, Keys.load([old, public]))
-    monkeypatch.delenv(KEY)
-    assert opened(model, old, public).signed, "as while keys are changed"
+    private, public = make_key("other", *kind)
+    old = make_key("old")[1]
+    monkeypatch.setenv(KEY_VARIABLE, str(private))
+    sign(model, Keys.load([old, public]))
+    monkeypatch.delenv(KEY_VARIABLE)
+    assert verify(model, old, public).signed, "as while keys are changed"
 
 
-def test_keys_that_are_none_are_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    private, public = key("release")
+def test_invalid_keys_are_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = make_key("release")
     for bad in (private, Path("none.pem")):
-        with pytest.raises(SettingsError, match="no public key") as refused:
+        with pytest.raises(SettingsError, match="not a public key") as refused:
             Keys.load([bad])
         assert "openssl genpkey" in refused.value.hint
-    monkeypatch.setenv(KEY, str(public))
-    with pytest.raises(SettingsError, match="no private key"):
+    monkeypatch.setenv(KEY_VARIABLE, str(public))
+    with pytest.raises(SettingsError, match="not a private key"):
         Keys.load([])
-    monkeypatch.setenv(KEY, str(key("stranger")[0]))
+    monkeypatch.setenv(KEY_VARIABLE, str(make_key("stranger")[0]))
     with pytest.raises(SettingsError, match=r"none of register\.trusted_keys"):
         Keys.load([public])
 
 
-def test_the_command_of_the_hint_makes_a_key(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subprocess.run(signing.MAKE, shell=True, check=True, capture_output=True)
-    monkeypatch.setenv(KEY, "release.pem")
+def test_command_in_the_hint_creates_a_key(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(signing.MAKE_KEY_COMMAND, shell=True, check=True, capture_output=True)
+    monkeypatch.setenv(KEY_VARIABLE, "release.pem")
     assert Keys.load([Path("release.pub.pem")]).signer is not None
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.json", "w.bin", "w.txt"])
-def test_what_could_run_is_refused_whatever_its_name(model: Path, name: str) -> None:
+def test_executable_content_is_refused_under_any_name(model: Path, name: str) -> None:
     folder = model / "artifacts"
     torch.save({"w": torch.ones(3)}, folder / "torch")
     (folder / "pickle").write_bytes(pickle.dumps({"w": [1.0]}))
     for made in ("torch", "pickle"):
         shutil.move(folder / made, folder / name)
         with pytest.raises(ModelError, match="not loaded"):
-            demand_plain(folder / name)
+            require_safe_file(folder / name)
         with pytest.raises(ModelError, match="not loaded"):
-            signing.seal(model, SAYS, Keys(None, ()))
+            signing.create_statement(model, PREDICATE, Keys(None, ()))

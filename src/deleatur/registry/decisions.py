@@ -1,9 +1,9 @@
-"""A decision about a version: a line of the ledger, then the registry's tags and aliases, then its mark of that line.
+"""Decisions about versions: first a line of the ledger, then the registry's tags and aliases, then its ledger position.
 
-The line is the decision. Killed before it is whole, nothing was decided; killed after it, whoever has the ledger in
-hand next carries it out first. Between the two the registry still shows what was live, whole. What is live changes in
-one call. A mark that is the ledger's last line says that all is carried out: an alias that then says something else
-was moved by hand. Light: loads no weights.
+The line is the decision. A process that is killed before the line is complete has decided nothing; where it is killed
+after it, the next process that locks the ledger applies the line first. In between, the registry still shows the
+previous champion: the champion changes in one call. Once the registry's ledger position is the ledger's last line,
+everything is applied, and an alias that differs was moved by hand. Loads no weights.
 """
 
 from __future__ import annotations
@@ -19,230 +19,252 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.records.report import Outcome
 from deleatur.registry import ledger
-from deleatur.registry.ledger import Book, Entry, Event, Ledger, Subject
-from deleatur.registry.mlflow_client import ALIASES, CHALLENGER, CHAMPION, LAST, QUARANTINED, Registry
-from deleatur.storage import dvc
+from deleatur.registry.ledger import Entry, Event, Ledger, LedgerWriter, Subject
+from deleatur.registry.mlflow_registry import ALIASES, CHALLENGER, CHAMPION, LAST_KNOWN_GOOD, QUARANTINED, Registry
+from deleatur.storage import git
 
 STARTED_BY = "DELEATUR_STARTED_BY"
-"""Environment variable with the name of who started the run, where that is known better than from git."""
+"""Environment variable with the name of who started the run; takes precedence over git's user."""
 
 
 @dataclass(frozen=True)
-class Moved:
-    """An alias that says something else than the ledger does."""
+class AliasMismatch:
+    """An alias whose version in the registry is not the one that the ledger has."""
 
     alias: str
     ledger: str | None
     registry: str | None
 
     def __str__(self) -> str:
-        wanted, found = (f"version {v}" if v else "no version" for v in (self.ledger, self.registry))
-        return f"{self.alias} is {found}, and by the ledger {wanted}"
+        decided, registered = (f"version {v}" if v else "no version" for v in (self.ledger, self.registry))
+        return f"{self.alias} is {registered}, and by the ledger {decided}"
 
 
 @dataclass(frozen=True)
-class Release:
-    """Ledger and registry in one hand."""
+class LockedRegistry:
+    """The registry, and its ledger locked for writing."""
 
-    book: Book
+    writer: LedgerWriter
     registry: Registry
 
     @property
     def ledger(self) -> Ledger:
-        return self.book.ledger
+        return self.writer.ledger
 
     def subject(self, version: str) -> Subject:
-        """A version as the registry has it. Raises DataError where the ledger knows another one by this number."""
+        """A version's digests in the registry. Raises DataError where they are not those in the ledger."""
         tags = self.registry.tags(version)
-        found = Subject(version, tags.get("delta", ""), tags.get("evidence", ""), tags.get("files", ""))
+        registered = Subject(version, tags.get("delta", ""), tags.get("evidence", ""), tags.get("files", ""))
         for entry in self.ledger.entries:
-            if entry.version == version and _subject(entry) != found:
+            if entry.version == version and _subject_of(entry) != registered:
                 raise DataError(
                     f"version {version} of {self.registry.model} has other weights or other evidence than line "
                     f"{entry.number} of the ledger says: it was changed, or this is the ledger of another registry",
-                    hint=ledger.ANEW,
+                    hint=ledger.RECOVERY_HINT,
                 )
-        return found
+        return registered
 
-    def decide(self, event: Event, about: Subject, who: str, why: str, moves: Mapping[str, str | None]) -> None:
-        """moves: the aliases that change, None for one that goes."""
+    def decide(self, event: Event, subject: Subject, who: str, why: str, moves: Mapping[str, str | None]) -> None:
+        """Appends a decision and applies it. moves: the aliases that change; None removes one."""
         aliases = {name: version for name, version in {**self.ledger.aliases, **moves}.items() if version}
-        self.book.append(event, about, who, why, aliases)
-        self.carry_out()
+        self.writer.append(event, subject, who, why, aliases)
+        self.apply_pending()
 
-    def carry_out(self) -> None:
-        """What was decided and the registry does not show yet."""
-        undone = self.ledger.after(self.registry.mark())
-        if undone:
+    def apply_pending(self) -> None:
+        """Applies the decisions that the registry does not show yet, and promotes a version that was approved."""
+        pending = self.ledger.entries_after(self.registry.ledger_position())
+        if pending:
             for version in sorted(set(self.ledger.aliases.values())):
                 self.subject(version)
-            for entry in undone:
-                _tag(self.registry, entry)
+            for entry in pending:
+                _tag_version(self.registry, entry)
             self.registry.set_aliases(self.ledger.aliases)
-            self.registry.set_mark(self.ledger.head)
+            self.registry.set_ledger_position(self.ledger.head)
         if self.ledger.entries and (last := self.ledger.entries[-1]).event == "approval":
-            self.promote(_subject(last), last.who, last.why)
+            self.promote(_subject_of(last), last.who, last.why)
 
-    def promote(self, about: Subject, who: str, why: str) -> None:
-        """The version is live, and the one that was is the last known good."""
-        moves: dict[str, str | None] = {CHAMPION: about.version, LAST: good(self.ledger.entries, but={about.version})}
-        if self.ledger.aliases.get(CHALLENGER) == about.version:
+    def promote(self, subject: Subject, who: str, why: str) -> None:
+        """Makes a version champion, and the previous champion the last known good version."""
+        moves: dict[str, str | None] = {
+            CHAMPION: subject.version,
+            LAST_KNOWN_GOOD: last_good_version(self.ledger.entries, exclude={subject.version}),
+        }
+        if self.ledger.aliases.get(CHALLENGER) == subject.version:
             moves[CHALLENGER] = None
-        self.decide("promotion", about, who, why, moves)
+        self.decide("promotion", subject, who, why, moves)
 
-    def moved(self) -> list[Moved]:
-        """Aliases that somebody moved by hand, once all that was decided is carried out."""
-        wanted, found = self.ledger.aliases, self.registry.aliases()
-        return [Moved(n, wanted.get(n), found.get(n)) for n in ALIASES if wanted.get(n) != found.get(n)]
-
-
-def registry_of(settings: Settings) -> Registry:
-    r = settings.register_
-    return Registry(r.tracking_uri, r.experiment, r.model)
+    def alias_mismatches(self) -> list[AliasMismatch]:
+        """Aliases that were moved by hand, provided that every decision is applied."""
+        return alias_mismatches(self.ledger.aliases, self.registry.aliases())
 
 
-@contextmanager
-def in_hand(settings: Settings) -> Iterator[Release]:
-    """Inside, nobody else decides anything; what was decided before is carried out.
+def alias_mismatches(decided: Mapping[str, str], registered: Mapping[str, str]) -> list[AliasMismatch]:
+    pairs = ((name, decided.get(name), registered.get(name)) for name in ALIASES)
+    return [AliasMismatch(*pair) for pair in pairs if pair[1] != pair[2]]
 
-    Raises DataError where the ledger was changed, or is not this registry's.
-    """
-    with ledger.opened(settings.register_.ledger) as book:
-        release = Release(book, registry_of(settings))
-        book.ledger.demand_whole()
-        if not book.ledger.entries and release.registry.mark() is None and (older := release.registry.aliases()):
-            live = older.get(CHAMPION)
-            about = release.subject(live) if live else Subject(None, "", "")
-            release.decide("adoption", about, "deleatur", "the aliases are older than the ledger", older)
-        release.carry_out()
-        yield release
+
+def open_registry(settings: Settings) -> Registry:
+    section = settings.register_
+    return Registry(section.tracking_uri, section.experiment, section.model)
 
 
 @contextmanager
-def deciding(settings: Settings) -> Iterator[Release]:
-    """As `in_hand`. Raises DataError also where somebody has moved an alias by hand: who decides now would build on
-    what nobody has decided.
+def locked_registry(settings: Settings) -> Iterator[LockedRegistry]:
+    """Locks the ledger, and applies the decisions that are pending.
+
+    Raises DataError where the ledger was changed, or belongs to another registry.
     """
-    with in_hand(settings) as release:
-        if moved := release.moved():
+    with ledger.locked(settings.register_.ledger) as writer:
+        locked = LockedRegistry(writer, open_registry(settings))
+        writer.ledger.require_intact()
+        if not writer.ledger.entries and locked.registry.ledger_position() is None:
+            _adopt_existing_aliases(locked)
+        locked.apply_pending()
+        yield locked
+
+
+def _adopt_existing_aliases(locked: LockedRegistry) -> None:
+    """Begins the ledger of a registry that is older than the ledger."""
+    if existing := locked.registry.aliases():
+        champion = existing.get(CHAMPION)
+        subject = locked.subject(champion) if champion else Subject(None, "", "")
+        locked.decide("adoption", subject, "deleatur", "the aliases are older than the ledger", existing)
+
+
+@contextmanager
+def locked_for_decision(settings: Settings) -> Iterator[LockedRegistry]:
+    """As `locked_registry`. Also raises DataError where an alias was moved by hand: a new decision would be based on
+    a state that was never decided.
+    """
+    with locked_registry(settings) as locked:
+        if mismatches := locked.alias_mismatches():
             raise DataError(
-                f"somebody has moved aliases by hand: {'; '.join(map(str, moved))}",
+                f"aliases were moved by hand: {'; '.join(map(str, mismatches))}",
                 hint="deleatur settle --as NAME --reason WHY (puts them back; with --adopt, puts them into the ledger)",
             )
-        yield release
+        yield locked
 
 
-def enter(settings: Settings, about: Subject, outcome: Outcome, headline: str, beyond: str = "") -> str:
-    """Registers a verdict. On a pass its version waits for a person or, where the policy asks nobody, is live.
+def record_verdict(
+    settings: Settings, subject: Subject, outcome: Outcome, headline: str, unreleasable: str = ""
+) -> str:
+    """Enters a verdict into the ledger, and returns a message with the result.
 
-    Another version that waits, or the same weights, are void from then on. Entered again, the same verdict changes
-    nothing, unless its version has waited too long or was void. What came of it, in words. beyond: why a pass has no
-    version.
+    On a pass its version becomes challenger and, unless a person has to approve it, champion. A previous challenger, or
+    one of the same weights, is voided. Entering the same verdict again changes nothing, unless its version has expired
+    or was voided. unreleasable: why a pass has no version.
     """
-    version, who = about.version, person()
-    with deciding(settings) as release:
-        if (waits := release.ledger.aliases.get(CHALLENGER)) == version and waits:
-            expire(settings, release, waits, who)
-        known = [e for e in release.ledger.entries if e.evidence == about.evidence]
-        if not known or known[-1].event in ("expiry", "voiding"):
-            _void(release, about, who)
-            release.decide("registration", about, who, headline, {CHALLENGER: version} if version else {})
+    version, who = subject.version, started_by()
+    with locked_for_decision(settings) as locked:
+        if (challenger := locked.ledger.aliases.get(CHALLENGER)) == version and challenger:
+            expire_challenger(settings, locked, challenger, who)
+        recorded = [e for e in locked.ledger.entries if e.evidence == subject.evidence]
+        if not recorded or recorded[-1].event in ("expiry", "voiding"):
+            _void_challenger(locked, subject, who)
+            locked.decide("registration", subject, who, headline, {CHALLENGER: version} if version else {})
         if version is None:
             if outcome == "pass":
-                # Whoever loads a version draws plainly, and would get what nobody has judged.
-                return f"pass, with {beyond}, which a version cannot hold: what is live stays"
-            return f"verdict {outcome}: no version made, what is live stays"
-        if release.ledger.aliases.get(CHALLENGER) != version:
+                # A version is sampled from without guide: that is not what was evaluated.
+                return f"pass, with {unreleasable}, which a version cannot hold: the champion stays"
+            return f"verdict {outcome}: no version made, the champion stays"
+        if locked.ledger.aliases.get(CHALLENGER) != version:
             return f"version {version} was decided about already: deleatur history"
-        entries = release.ledger.entries
-        if bad := {e.version for e in entries if e.weights == about.weights} & {*quarantined(entries)}:
-            return f"version {version} is challenger: its weights are quarantined as version {bad.pop()}"
+        entries = locked.ledger.entries
+        same_weights = {e.version for e in entries if e.weights == subject.weights}
+        if quarantined_twins := same_weights & {*quarantine_reasons(entries)}:
+            return f"version {version} is challenger: its weights are quarantined as version {quarantined_twins.pop()}"
         if settings.register_.approval:
             return f"version {version} is challenger"
-        if why := hesitation(settings, release, version):
-            return f"version {version} is challenger: {why}"
-        release.promote(about, who, "a pass, and the policy asks nobody")
+        if reason := approval_required_reason(settings, locked, version):
+            return f"version {version} is challenger: {reason}"
+        locked.promote(subject, who, "a pass, and the policy asks for no approval")
         return f"version {version} is champion"
 
 
-def hesitation(settings: Settings, release: Release, version: str) -> str:
-    """Why a pass does not replace what is live before a person has said so; empty: it does."""
-    live = release.ledger.aliases.get(CHAMPION)
-    if live in (None, version):
+def approval_required_reason(settings: Settings, locked: LockedRegistry, version: str) -> str:
+    """Why a version that passed needs a person's approval all the same; empty: it needs none."""
+    champion = locked.ledger.aliases.get(CHAMPION)
+    if champion in (None, version):
         return ""
-    own, its = release.registry.tags(version), release.registry.tags(str(live))
-    if lost := {*its.get("concepts", "").split("+")} - {*own.get("concepts", "").split("+"), ""}:
-        return f"{', '.join(sorted(lost))} would be back, which version {live} has erased; name all of them in targets"
-    address = f"models:/{settings.register_.model}/{live}"
-    if any("champion" in rule.sides for rule in settings.gate.rules.values()) and own.get("champion") != address:
-        return f"the policy compares with what is live, and it was not; name sample.champion: {address} in params.yaml"
+    tags, champion_tags = locked.registry.tags(version), locked.registry.tags(str(champion))
+    if lost := {*champion_tags.get("concepts", "").split("+")} - {*tags.get("concepts", "").split("+"), ""}:
+        names = ", ".join(sorted(lost))
+        return f"{names} would be back, which version {champion} has erased; name all of them in targets"
+    address = f"models:/{settings.register_.model}/{champion}"
+    if any("champion" in rule.variants for rule in settings.gate.rules.values()) and tags.get("champion") != address:
+        return (
+            "the policy compares with the champion, and it was not compared with; set sample.champion: "
+            f"{address} in params.yaml"
+        )
     return ""
 
 
-def expire(settings: Settings, release: Release, version: str, who: str) -> bool:
-    """Whether the challenger has waited too long; it does not wait any longer then."""
+def expire_challenger(settings: Settings, locked: LockedRegistry, version: str, who: str) -> bool:
+    """Ends the wait of a challenger that has waited too long, and returns whether it has."""
     days = settings.register_.approval_days
-    since = registration(release.ledger.entries, version).time
+    since = registration_entry(locked.ledger.entries, version).time
     if ledger.now() - datetime.fromisoformat(since) <= timedelta(days=days):
         return False
-    why = f"waited since {since[:10]}, and approvals are for {days} days"
-    release.decide("expiry", release.subject(version), who, why, {CHALLENGER: None})
+    reason = f"waited since {since[:10]}, and approvals expire after {days} days"
+    locked.decide("expiry", locked.subject(version), who, reason, {CHALLENGER: None})
     return True
 
 
-def _void(release: Release, about: Subject, who: str) -> None:
-    waits = release.ledger.aliases.get(CHALLENGER)
-    if waits is None:
+def _void_challenger(locked: LockedRegistry, subject: Subject, who: str) -> None:
+    challenger = locked.ledger.aliases.get(CHALLENGER)
+    if challenger is None:
         return
-    old = release.subject(waits)
-    if about.version or old.weights == about.weights:
-        instead = f"version {about.version} was made since" if about.version else "the same weights were judged anew"
-        release.decide("voiding", old, who, instead, {CHALLENGER: None})
+    voided = locked.subject(challenger)
+    if subject.version or voided.weights == subject.weights:
+        newer = f"version {subject.version} was made since"
+        reason = newer if subject.version else "the same weights were evaluated again"
+        locked.decide("voiding", voided, who, reason, {CHALLENGER: None})
 
 
-def registration(entries: Sequence[Entry], version: str) -> Entry:
-    """The line by which a version came to wait; of one that is older than the ledger, the one that took it over."""
-    own = [e for e in entries if e.event == "registration" and e.version == version]
-    return (own or [e for e in entries if e.event == "adoption" and version in e.aliases.values()])[-1]
+def registration_entry(entries: Sequence[Entry], version: str) -> Entry:
+    """The entry that made a version challenger; of a version that is older than the ledger, its adoption."""
+    registrations = [e for e in entries if e.event == "registration" and e.version == version]
+    return (registrations or [e for e in entries if e.event == "adoption" and version in e.aliases.values()])[-1]
 
 
-def quarantined(entries: Sequence[Entry]) -> dict[str, str]:
-    """Version → why it must not be used."""
-    found: dict[str, str] = {}
+def quarantine_reasons(entries: Sequence[Entry]) -> dict[str, str]:
+    """Version → why it was quarantined."""
+    reasons: dict[str, str] = {}
     for entry in entries:
         if version := entry.aliases.get(QUARANTINED):
-            found.setdefault(version, entry.why)
-    return found
+            reasons.setdefault(version, entry.why)
+    return reasons
 
 
-def good(entries: Sequence[Entry], but: Collection[str | None]) -> str | None:
-    """The version that was live last, quarantined ones and those of `but` aside."""
-    bad = {*but, *quarantined(entries)}
-    return next((v for e in reversed(entries) if (v := e.aliases.get(CHAMPION)) and v not in bad), None)
+def last_good_version(entries: Sequence[Entry], exclude: Collection[str | None]) -> str | None:
+    """The most recent champion that is neither quarantined nor in `exclude`."""
+    excluded = {*exclude, *quarantine_reasons(entries)}
+    return next((v for e in reversed(entries) if (v := e.aliases.get(CHAMPION)) and v not in excluded), None)
 
 
-def person() -> str:
-    """Who started this run: whoever a scheduler names, or git's user, or the account."""
-    return os.environ.get(STARTED_BY) or dvc.author(Path()) or ledger.account()
+def started_by() -> str:
+    """Who started this run: the name in the environment, git's user, or the account."""
+    return os.environ.get(STARTED_BY) or git.user_name(Path()) or ledger.account()
 
 
-def _subject(entry: Entry) -> Subject:
+def _subject_of(entry: Entry) -> Subject:
     return Subject(entry.version, entry.weights, entry.evidence, entry.files)
 
 
-def _tag(registry: Registry, entry: Entry) -> None:
-    """What a version says of itself for good, to whoever looks at it in MLflow."""
-    version, said = entry.version, {}
+def _tag_version(registry: Registry, entry: Entry) -> None:
+    """Shows a decision in the tags of its version, for readers of MLflow's pages."""
+
+    version, tags = entry.version, {}
     match entry.event:
         case "registration":
-            said = {"started_by": entry.who}
+            tags = {"started_by": entry.who}
         case "approval":
-            said = {"approved_by": entry.who, "approved_because": entry.why}
-            said |= {"approved_evidence": entry.evidence, "approved_delta": entry.weights}
+            tags = {"approved_by": entry.who, "approved_because": entry.why}
+            tags |= {"approved_evidence": entry.evidence, "approved_delta": entry.weights}
         case "decline":
-            said = {"declined_by": entry.who, "declined_because": entry.why}
+            tags = {"declined_by": entry.who, "declined_because": entry.why}
         case "rollback" | "quarantine":
             version = entry.aliases[QUARANTINED]
-            said = {"quarantined_by": entry.who, "quarantined_because": entry.why}
-    if version and said:
-        registry.tag(version, said)
+            tags = {"quarantined_by": entry.who, "quarantined_because": entry.why}
+    if version and tags:
+        registry.tag(version, tags)

@@ -1,4 +1,4 @@
-"""Who released what, who took it back, and whether ledger and registry still say the same. Light: loads no weights."""
+"""History of releases, consistency of ledger and registry, and how to settle differences. Loads no weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.text import Text
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.registry import ledger
-from deleatur.registry.decisions import Moved, Release, in_hand, registry_of
+from deleatur.registry.decisions import LockedRegistry, alias_mismatches, locked_registry, open_registry
 from deleatur.registry.ledger import Entry, Subject
-from deleatur.registry.mlflow_client import ALIASES, CHAMPION
+from deleatur.registry.mlflow_registry import ALIASES, CHAMPION
 
-PUT_RIGHT = "deleatur settle --as NAME --reason WHY"
+SETTLE_HINT = "deleatur settle --as NAME --reason WHY"
 
 
 @dataclass(frozen=True)
@@ -24,117 +24,106 @@ class History:
     entries: Sequence[Entry]
     table: Table
     problems: Sequence[DataError]
-    """What is wrong, each with the command that puts it right."""
-    torn: int
-    """Bytes of a last line that was never finished."""
+    """Inconsistencies, each with the command that mends it."""
+    torn_bytes: int
+    """Length of a last line without a newline."""
 
     @property
-    def standing(self) -> str:
-        """In a line, for people."""
-        torn = f" A last line of {self.torn} bytes was never finished: nothing was decided by it." if self.torn else ""
+    def summary(self) -> str:
+        """One line, for people."""
+        torn = f" A last line of {self.torn_bytes} bytes is incomplete: it decided nothing." if self.torn_bytes else ""
         if self.problems:
-            return f"Not in order.{torn}"
-        return f"The chain is whole, {len(self.entries)} lines, and the registry's aliases are what it says.{torn}"
+            return f"Not consistent.{torn}"
+        return f"The chain is intact, {len(self.entries)} lines, and the registry's aliases match it.{torn}"
 
     @property
-    def plain(self) -> dict[str, Any]:
-        found = [{"problem": str(p), "next": p.hint} for p in self.problems]
+    def as_dict(self) -> dict[str, Any]:
+        problems = [{"problem": str(p), "next": p.hint} for p in self.problems]
         return {
             "whole": not self.problems,
-            "problems": found,
-            "torn": self.torn,
+            "problems": problems,
+            "torn": self.torn_bytes,
             "lines": [asdict(e) for e in self.entries],
         }
 
 
 def history(settings: Settings) -> History:
-    """Reads only."""
-    known = ledger.read(settings.register_.ledger)
-    return History(known.entries, _table(known), list(_problems(settings, known)), known.torn)
+    """Reads ledger and registry; changes nothing."""
+    recorded = ledger.read(settings.register_.ledger)
+    return History(recorded.entries, _table(recorded), list(_problems(settings, recorded)), recorded.torn_bytes)
 
 
-def _problems(settings: Settings, known: ledger.Ledger) -> Iterator[DataError]:
-    if known.problem:
-        yield DataError(known.problem, hint=ledger.ANEW)
+def _problems(settings: Settings, recorded: ledger.Ledger) -> Iterator[DataError]:
+    if recorded.problem:
+        yield DataError(recorded.problem, hint=ledger.RECOVERY_HINT)
         return
-    registry = registry_of(settings)
+    registry = open_registry(settings)
     try:
-        undone = known.after(registry.mark())
+        pending = recorded.entries_after(registry.ledger_position())
     except DataError as e:
         yield e
         return
-    if undone:
-        names = f"line {undone[0].number}" + (f" to {undone[-1].number}" if len(undone) > 1 else "")
-        yield DataError(f"{names}: decided, and the registry does not show it yet", hint=PUT_RIGHT)
+    if pending:
+        lines = f"line {pending[0].number}" + (f" to {pending[-1].number}" if len(pending) > 1 else "")
+        yield DataError(f"{lines}: decided, and the registry does not show it yet", hint=SETTLE_HINT)
         return
-    wanted, found = known.aliases, registry.aliases()
-    for name in ALIASES:
-        if wanted.get(name) != found.get(name):
-            yield DataError(f"moved by hand: {Moved(name, wanted.get(name), found.get(name))}", hint=PUT_RIGHT)
+    for mismatch in alias_mismatches(recorded.aliases, registry.aliases()):
+        yield DataError(f"moved by hand: {mismatch}", hint=SETTLE_HINT)
 
 
 def settle(settings: Settings, who: str, reason: str, *, adopt: bool = False) -> list[str]:
-    """Puts the registry's aliases back to what the ledger says; what was wrong.
+    """Resets the registry's aliases to those of the ledger, and returns what was inconsistent.
 
-    adopt: the other way round, the ledger takes over what the registry says; one that was changed or lost is begun
-    anew, behind the last line that the registry knows of.
+    adopt: takes the registry's aliases into the ledger instead. A ledger that was changed or lost starts again, behind
+    the last line that the registry has applied.
     """
     if not (who.strip() and reason.strip()):
-        raise DataError("a decision has a name and a reason to it", hint=f"{PUT_RIGHT} {'--adopt' * adopt}".strip())
+        raise DataError("a decision needs a name and a reason", hint=f"{SETTLE_HINT} {'--adopt' * adopt}".strip())
     if adopt:
         return _adopt(settings, who, reason)
-    with in_hand(settings) as release:
-        if moved := release.moved():
-            release.decide("settlement", _live(release), who, _with(reason, *moved), {})
-        return list(map(str, moved))
+    with locked_registry(settings) as locked:
+        if mismatches := locked.alias_mismatches():
+            locked.decide("settlement", _champion_subject(locked), who, _reason_with(reason, *mismatches), {})
+        return list(map(str, mismatches))
 
 
 def _adopt(settings: Settings, who: str, reason: str) -> list[str]:
-    with ledger.opened(settings.register_.ledger) as book:
-        release = Release(book, registry := registry_of(settings))
-        lost = []
+    with ledger.locked(settings.register_.ledger) as writer:
+        locked = LockedRegistry(writer, registry := open_registry(settings))
+        problems = []
         try:
-            book.ledger.demand_whole()
-            release.carry_out()
+            writer.ledger.require_intact()
+            locked.apply_pending()
         except DataError as e:
-            lost = [str(e)]
-            book.restart(registry.mark() or ledger.NONE)
-        found = [*lost, *map(str, release.moved())]
-        if found:
+            problems = [str(e)]
+            writer.restart(registry.ledger_position() or ledger.GENESIS)
+        findings = [*problems, *map(str, locked.alias_mismatches())]
+        if findings:
             aliases = registry.aliases()
             moves = {name: aliases.get(name) for name in ALIASES}
-            release.decide("adoption", _live(release), who, _with(reason, *found), moves)
-        return found
+            locked.decide("adoption", _champion_subject(locked), who, _reason_with(reason, *findings), moves)
+        return findings
 
 
-def _live(release: Release) -> Subject:
-    live = release.registry.alias(CHAMPION)
-    return release.subject(live) if live else Subject(None, "", "")
+def _champion_subject(locked: LockedRegistry) -> Subject:
+    champion = locked.registry.alias(CHAMPION)
+    return locked.subject(champion) if champion else Subject(None, "", "")
 
 
-def _with(reason: str, *found: object) -> str:
-    return f"{reason} ({'; '.join(map(str, found))})"
+def _reason_with(reason: str, *findings: object) -> str:
+    return f"{reason} ({'; '.join(map(str, findings))})"
 
 
-def _table(known: ledger.Ledger) -> Table:
+def _table(recorded: ledger.Ledger) -> Table:
     table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
     for name in ("line", "when, UTC", "what", "version", "live"):
         table.add_column(name, no_wrap=True)
     for name in ("who", "why"):
         table.add_column(name, overflow="fold")
-    for entry in known.entries:
-        live = entry.aliases.get(CHAMPION, "none")
-        # Not as markup: reasons are people's own words.
-        cells = (
-            str(entry.number),
-            entry.time[:16].replace("T", " "),
-            entry.event,
-            entry.version or "",
-            live,
-            entry.who,
-            entry.why,
-        )
-        table.add_row(*map(Text, cells))
-    if known.base.number:
-        table.caption = f"Lines 1 to {known.base.number} were lost; {known.path} goes on behind them."
+    for entry in recorded.entries:
+        time, champion = entry.time[:16].replace("T", " "), entry.aliases.get(CHAMPION, "none")
+        cells = (str(entry.number), time, entry.event, entry.version or "", champion, entry.who, entry.why)
+        table.add_row(*map(Text, cells))  # as Text, not as markup: reasons are free text
+    if recorded.start.number:
+        table.caption = f"Lines 1 to {recorded.start.number} were lost; {recorded.path} continues behind them."
     return table

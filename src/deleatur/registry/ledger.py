@@ -1,10 +1,10 @@
-"""The ledger: one line of JSON for each decision about a release, each with the SHA-256 of the line before.
+"""The ledger: an append-only hash chain, one line of JSON per decision about a release.
 
-    sed -n 3p ledger.jsonl | tr -d '\\n' | sha256sum     is what `previous` says in line 4
+    sed -n 3p ledger.jsonl | tr -d '\\n' | sha256sum     equals `previous` in line 4
 
-Lines are only ever appended, by one process at a time. A line counts when its end is there: what a killed process left
-without one was never decided, and the next writer cuts it off. That lines are missing at the end, or that the last one
-was changed, no chain can tell: the registry keeps the hash of the last line, see `tracking.Registry.mark`.
+One process at a time appends. A line counts once its newline is written: a line that a killed process left without one
+was never decided, and the next writer truncates it. A chain cannot show that its last lines were removed or changed, so
+the registry stores number and hash of the last line, see `Registry.ledger_position`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from typing import Literal
 from deleatur.errors import DataError
 from deleatur.storage import json_records
 
-ANEW = "restore it from the backup or, where it is lost: deleatur settle --adopt --as NAME --reason WHY"
-
+RECOVERY_HINT = "restore it from the backup or, where it is lost: deleatur settle --adopt --as NAME --reason WHY"
 
 Event = Literal[
     "registration",
@@ -45,21 +44,21 @@ Event = Literal[
 
 @dataclass(frozen=True)
 class Subject:
-    """What a decision about a release is about."""
+    """What a decision is about: a version, by the digests of what it consists of."""
 
     version: str | None
-    """None: the verdict made none."""
+    """None: the verdict made no version."""
     weights: str
     """Digest of the delta."""
     evidence: str
-    """Digest of the verdict, which names all it rests on."""
+    """Digest of the verdict, which holds the digests of its inputs."""
     files: str = ""
-    """Digest of the statement that names the version's files, see `signing`; empty: there is none."""
+    """Digest of the statement of the version's files, see `signing`; empty: there is none."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the ledger: what was decided about a version, and what the aliases say from then on."""
+    """One line of the ledger: a decision, and the aliases that follow from it."""
 
     number: int
     time: str
@@ -67,23 +66,23 @@ class Entry:
     event: Event
     version: str | None
     who: str
-    """Whose word it is, as they gave it. Of a registration: who started the run."""
+    """Name of the person who decided, as given. Of a registration: who started the run."""
     account: str
-    """Account and machine that wrote the line."""
+    """Account and host that wrote the line."""
     why: str
     weights: str
     evidence: str
     files: str
-    """Like weights and evidence as in `Subject`."""
+    """Weights, evidence and files as in `Subject`."""
     aliases: Mapping[str, str]
-    """Alias → version: all of ours, whether this line moved them or not."""
+    """Alias → version, for every alias that is set, changed by this line or not."""
     previous: str
-    """SHA-256 of the line before, of its bytes without the line's end."""
+    """SHA-256 of the previous line's bytes, without its newline."""
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A line, by number and SHA-256."""
+class LedgerPosition:
+    """A line of the ledger, by number and SHA-256."""
 
     number: int
     hash: str
@@ -92,123 +91,123 @@ class Mark:
         return f"{self.number}:{self.hash}"
 
     @classmethod
-    def read(cls, text: str) -> Mark:
+    def parse(cls, text: str) -> LedgerPosition:
         number, _, digest = text.partition(":")
         return cls(int(number), digest)
 
 
-NONE = Mark(0, "0" * 64)
+GENESIS = LedgerPosition(0, "0" * 64)
 """Before the first line."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the file holds."""
+    """The content of a ledger file."""
 
     path: Path
-    base: Mark
-    """The line that the first one follows: none, or the last of a ledger that was lost."""
+    start: LedgerPosition
+    """Position before the first entry: GENESIS, or the last line of a ledger that was lost."""
     entries: tuple[Entry, ...]
-    """Up to the first that is not as it was written."""
-    marks: tuple[Mark, ...]
+    """Up to the first line that is invalid."""
+    positions: tuple[LedgerPosition, ...]
     """Of each entry."""
-    torn: int = 0
-    """Bytes of a last line that was never finished."""
+    torn_bytes: int = 0
+    """Length of a last line without a newline."""
     problem: str = ""
-    """Where the chain does not hold, and how; empty: it is whole."""
+    """Where and how the chain is broken; empty: it is intact."""
 
     @property
-    def head(self) -> Mark:
-        return self.marks[-1] if self.marks else self.base
+    def head(self) -> LedgerPosition:
+        return self.positions[-1] if self.positions else self.start
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """What the aliases are to say."""
+        """Alias → version, by the last decision."""
         return self.entries[-1].aliases if self.entries else {}
 
-    def demand_whole(self) -> None:
-        """Raises DataError where the chain does not hold."""
+    def require_intact(self) -> None:
+        """Raises DataError where the chain is broken."""
         if self.problem:
-            raise DataError(self.problem, hint=ANEW)
+            raise DataError(self.problem, hint=RECOVERY_HINT)
 
-    def after(self, mark: Mark | None) -> tuple[Entry, ...]:
-        """What was decided since the line that the registry knows as the last; None: it knows of no ledger.
+    def entries_after(self, position: LedgerPosition | None) -> tuple[Entry, ...]:
+        """The entries behind the line that the registry last applied; position None: it has applied none.
 
-        Raises DataError where that line is not here, or is another one.
+        Raises DataError where that line is not in this ledger.
         """
-        if mark in (None, self.base):
+        if position is None or position == self.start:
             return self.entries
-        if mark not in self.marks:
-            assert mark is not None
-            held = f"it ends with line {self.head.number}" if mark.number > self.head.number else "it holds another one"
+        if position not in self.positions:
+            missing = position.number > self.head.number
+            actual = f"it ends with line {self.head.number}" if missing else "that line is another one"
             raise DataError(
-                f"the registry knows line {mark.number} of {self.path} as {mark.hash[:12]}…, and {held}: lines were "
-                "removed or changed, or this is the ledger of another registry",
-                hint=ANEW,
+                f"the registry has applied line {position.number} of {self.path}, {position.hash[:12]}…, and {actual}: "
+                "lines were removed or changed, or this is the ledger of another registry",
+                hint=RECOVERY_HINT,
             )
-        return self.entries[self.marks.index(mark) + 1 :]
+        return self.entries[self.positions.index(position) + 1 :]
 
 
-class Book:
-    """The ledger in the hands of the one process that may append to it."""
+class LedgerWriter:
+    """The locked ledger of the one process that may append to it."""
 
     def __init__(self, file: FileIO, ledger: Ledger) -> None:
         self._file, self.ledger = file, ledger
 
-    def append(self, event: Event, about: Subject, who: str, why: str, aliases: Mapping[str, str]) -> None:
-        """On the disk when this returns: from then on it is decided. Raises DataError where the chain does not hold."""
-        self.ledger.demand_whole()
+    def append(self, event: Event, subject: Subject, who: str, why: str, aliases: Mapping[str, str]) -> None:
+        """Appends a line; it is on disk when this returns. Raises DataError where the chain is broken."""
+        self.ledger.require_intact()
         head = self.ledger.head
         entry = Entry(
             number=head.number + 1,
             time=now().isoformat(timespec="seconds"),
             event=event,
-            version=about.version,
+            version=subject.version,
             who=who,
             account=f"{account()}@{gethostname()}",
             why=why,
-            weights=about.weights,
-            evidence=about.evidence,
-            files=about.files,
+            weights=subject.weights,
+            evidence=subject.evidence,
+            files=subject.files,
             aliases=dict(sorted(aliases.items())),
             previous=head.hash,
         )
         line = json.dumps(asdict(entry), ensure_ascii=False, separators=(",", ":")).encode()
-        _put(self._file, line + b"\n")
-        entries, marks = (*self.ledger.entries, entry), (*self.ledger.marks, _mark(entry.number, line))
-        self.ledger = replace(self.ledger, entries=entries, marks=marks)
+        _write_all(self._file, line + b"\n")
+        entries, positions = (*self.ledger.entries, entry), (*self.ledger.positions, _position(entry.number, line))
+        self.ledger = replace(self.ledger, entries=entries, positions=positions)
 
-    def restart(self, base: Mark) -> None:
-        """Puts aside what cannot be gone on with; the next line follows the one that the registry knows as the last."""
+    def restart(self, start: LedgerPosition) -> None:
+        """Copies a broken ledger aside and empties it; the next line follows `start`."""
         self._file.seek(0)
         if data := self._file.read():
             path = self.ledger.path
             aside = path.with_name(f"{path.name}.{hashlib.sha256(data).hexdigest()[:12]}")
             with aside.open("wb", buffering=0) as copy:
-                _put(copy, data)
+                _write_all(copy, data)
         self._file.truncate(0)
-        self.ledger = Ledger(self.ledger.path, base, (), ())
+        self.ledger = Ledger(self.ledger.path, start, (), ())
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Book]:
-    """Inside, nobody else writes. Waits for whoever does; a line that was never finished is cut off."""
+def locked(path: Path) -> Iterator[LedgerWriter]:
+    """Locks the ledger for writing, once no other process does, and truncates a torn last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("ab+", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends, however it ends
         if new:
             _sync_folder(path.parent)
         ledger = _read(path, file)
-        if ledger.torn:
-            file.truncate(os.fstat(file.fileno()).st_size - ledger.torn)
-        yield Book(file, replace(ledger, torn=0))
+        if ledger.torn_bytes:
+            file.truncate(os.fstat(file.fileno()).st_size - ledger.torn_bytes)
+        yield LedgerWriter(file, replace(ledger, torn_bytes=0))
 
 
 def read(path: Path) -> Ledger:
-    """As it is on the disk. A ledger that nobody has written to is empty."""
+    """The ledger as it is on disk; a missing file is an empty ledger."""
     if not path.exists():
-        return Ledger(path, NONE, (), ())
+        return Ledger(path, GENESIS, (), ())
     with path.open("rb", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         return _read(path, file)
@@ -219,19 +218,19 @@ def now() -> datetime:
 
 
 def account() -> str:
-    """Whose account this process runs under."""
+    """Name of the account that this process runs under."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # in a container, accounts may have no name
+    except (KeyError, OSError):  # an account in a container may have no name
         return f"uid {os.getuid()}"
 
 
 def _read(path: Path, file: FileIO) -> Ledger:
     file.seek(0)
-    *lines, rest = (file.readall() or b"").split(b"\n")
+    *lines, torn = (file.readall() or b"").split(b"\n")
     entries: list[Entry] = []
-    marks: list[Mark] = []
-    base, problem = NONE, ""
+    positions: list[LedgerPosition] = []
+    start, problem = GENESIS, ""
     for i, line in enumerate(lines):
         try:
             entry = json_records.decode(line, Entry, f"{path}, line {i + 1}")
@@ -239,32 +238,33 @@ def _read(path: Path, file: FileIO) -> Ledger:
             problem = f"{e}: it was changed"
             break
         if i == 0 and entry.event == "adoption":
-            base = Mark(entry.number - 1, entry.previous)
-        before = marks[-1] if marks else base
-        if (entry.number, entry.previous) != (before.number + 1, before.hash):
+            start = LedgerPosition(entry.number - 1, entry.previous)
+        previous = positions[-1] if positions else start
+        if (entry.number, entry.previous) != (previous.number + 1, previous.hash):
             problem = (
                 f"{path}, line {i + 1}: does not follow the line before it; one of them was changed, or lines between "
                 "them were removed"
             )
             break
         entries.append(entry)
-        marks.append(_mark(entry.number, line))
-    return Ledger(path, base, tuple(entries), tuple(marks), len(rest), problem)
+        positions.append(_position(entry.number, line))
+    return Ledger(path, start, tuple(entries), tuple(positions), len(torn), problem)
 
 
-def _mark(number: int, line: bytes) -> Mark:
-    return Mark(number, hashlib.sha256(line).hexdigest())
+def _position(number: int, line: bytes) -> LedgerPosition:
+    return LedgerPosition(number, hashlib.sha256(line).hexdigest())
 
 
-def _put(file: FileIO, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
+def _write_all(file: FileIO, data: bytes) -> None:
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]
     os.fsync(file)
 
 
 def _sync_folder(folder: Path) -> None:
-    """The file's name is on the disk as well."""
+    """Flushes the folder, so that a new file's name is on disk as well."""
+
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""The registered model as anybody serves it: prompts and seeds in, PNG pictures out.
+"""The registered model as MLflow serves it: prompts and seeds in, PNG images out.
 
-MLflow copies this file into the model and runs it from there ("models from code"), so it stands alone: it never
-imports deleatur, and the folder it loads is one that plain diffusers loads just as well.
+MLflow copies this file into the model and executes the copy ("models from code"). It therefore never imports deleatur,
+and the folder that it loads is a plain diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 
 
-class Drawer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has no types for its base class
-    """Input columns: prompt, seed. Params: steps, guidance. Output: one PNG a row, as base64 text."""
+class ImageGenerator(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has no types for its base class
+    """Input columns: prompt, seed. Params: steps, guidance. Output: one PNG per row, as base64 text."""
 
     def load_context(self, context: Any) -> None:
         from diffusers import StableDiffusionPipeline
@@ -24,7 +24,7 @@ class Drawer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has no 
         from transformers.utils import logging as transformers_logging
 
         for log in (diffusers_logging, transformers_logging):
-            log.disable_progress_bar()  # reading a few files is not worth a bar in a server's log
+            log.disable_progress_bar()  # it would end up in the server's log
         self.pipeline = StableDiffusionPipeline.from_pretrained(
             context.artifacts["pipeline"],
             use_safetensors=True,
@@ -35,21 +35,22 @@ class Drawer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has no 
         self.pipeline.set_progress_bar_config(disable=True)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
-        """Draws each row by itself, from a CPU generator of its own seed: no answer depends on who else asked."""
-        numbers = params or {}
-        rows = zip(model_input["prompt"], model_input["seed"], strict=True)
-        return [self._draw(str(prompt), int(seed), **numbers) for prompt, seed in rows]
+        """Generates each row on its own, from a CPU generator of its seed: batching never changes an image."""
 
-    def _draw(self, prompt: str, seed: int, steps: int = 30, guidance: float = 7.5) -> str:
-        [picture] = self.pipeline(
+        options = params or {}
+        rows = zip(model_input["prompt"], model_input["seed"], strict=True)
+        return [self._generate(str(prompt), int(seed), **options) for prompt, seed in rows]
+
+    def _generate(self, prompt: str, seed: int, steps: int = 30, guidance: float = 7.5) -> str:
+        [image] = self.pipeline(
             prompt,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=torch.Generator("cpu").manual_seed(seed),
         ).images
         png = BytesIO()
-        picture.save(png, "PNG")
+        image.save(png, "PNG")
         return base64.b64encode(png.getvalue()).decode()
 
 
-mlflow.models.set_model(Drawer())
+mlflow.models.set_model(ImageGenerator())

@@ -1,11 +1,11 @@
-"""What a registry holds, as files in a folder, and back: by MLflow's own interface, so from any kind of store into any.
+"""Dumps a registry into a folder, and loads it back, through MLflow's API: from any kind of store into any other.
 
     runs/ID/run.json, artifacts/       every run with evidence
-    models/ID/model.json, artifacts/   what versions are made of
+    models/ID/model.json, artifacts/   the model of each version
     versions.json                      number, run, model, tags, description
 
-In the other store runs and models get new ids; numbers of versions, tags and all bytes of files stay. What is there
-already is found by its evidence, so a copy that was killed goes on where it was.
+In the target store runs and models get new ids; version numbers, tags and the bytes of files are preserved. Runs and
+models that exist already are recognised by their evidence, so an interrupted load resumes.
 """
 
 from __future__ import annotations
@@ -16,62 +16,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModelStatus,
-    Metric,
-    Param,
-    Run,
-    RunTag,
-)
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Run
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
 from deleatur.errors import DataError
-from deleatur.registry.mlflow_client import EVIDENCE, Registry, answering, files_of, use
+from deleatur.registry.mlflow_client import ignore_existing, translated_errors, use_tracking_uri
+from deleatur.registry.mlflow_registry import Registry
+from deleatur.registry.mlflow_runs import EVIDENCE_TAG, log_batches
+from deleatur.registry.model_files import model_files
 from deleatur.storage import files
-from deleatur.storage.cache import parts
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A registry and the folder with its copy."""
+class RegistryDump:
+    """A registry and the folder with its dump."""
 
     registry: Registry
     folder: Path
 
     def save(self) -> None:
-        use(self.registry.uri)
-        with answering(self.registry.uri):
-            found = self.registry.versions()
-            for run in self.registry.runs():
-                if EVIDENCE in run.data.tags:
+        use_tracking_uri(self.registry.uri)
+        with translated_errors(self.registry.uri):
+            versions = self.registry.versions()
+            for run in self.registry.runs.search():
+                if EVIDENCE_TAG in run.data.tags:
                     self._save_run(run)
-            for model in dict.fromkeys(map(_model_of, found)):
+            for model in dict.fromkeys(map(_model_id, versions)):
                 self._save_model(model)
-            files.write_json(self.folder / "versions.json", [_plain(version) for version in found])
+            files.write_json(self.folder / "versions.json", [_version_record(version) for version in versions])
 
     def load(self) -> None:
-        """Raises DataError, before anything is changed, where the registry has versions that the copy lacks."""
-        wanted = self.listed
-        with answering(self.registry.uri):
-            self._demand_part_of(wanted)
-            runs = {path.parent.name: self._load_run(path.parent) for path in self._sorted_runs()}
-            self._demand_model()
-            models: dict[str, str] = {}
-            for version in wanted:
-                run = runs[version["run_id"]]
-                if version["model_id"] not in models:
-                    models[version["model_id"]] = self._load_model(version["model_id"], run)
-                self._load_version(version, run, models[version["model_id"]])
+        """Raises DataError, before anything is changed, where the registry has versions that the dump lacks."""
+        records = self.version_records
+        with translated_errors(self.registry.uri):
+            self._require_known_versions(records)
+            run_ids = {path.parent.name: self._load_run(path.parent) for path in self._run_files()}
+            with ignore_existing():
+                self.registry.client.create_registered_model(self.registry.model)
+            model_ids: dict[str, str] = {}
+            for version in records:
+                run_id = run_ids[version["run_id"]]
+                if version["model_id"] not in model_ids:
+                    model_ids[version["model_id"]] = self._load_model(version["model_id"], run_id)
+                self._load_version(version, run_id, model_ids[version["model_id"]])
 
     @property
-    def listed(self) -> list[dict[str, Any]]:
-        """The copy's versions, in the order of their numbers."""
-        found: list[dict[str, Any]] = files.read_json(self.folder / "versions.json")
-        return found
+    def version_records(self) -> list[dict[str, Any]]:
+        """The dumped versions, by number."""
+        records: list[dict[str, Any]] = files.read_json(self.folder / "versions.json")
+        return records
 
     def _save_run(self, run: Run) -> None:
         folder, client = self.folder / "runs" / run.info.run_id, self.registry.client
@@ -95,108 +88,94 @@ class Copy:
 
     def _save_model(self, model_id: str) -> None:
         folder, model = self.folder / "models" / model_id, self.registry.client.get_logged_model(model_id)
-        about = {"name": model.name, "type": model.model_type, "tags": model.tags, "params": model.params}
-        files.write_json(folder / "model.json", about)
-        with files_of(f"models:/{model_id}") as downloaded:
+        record = {"name": model.name, "type": model.model_type, "tags": model.tags, "params": model.params}
+        files.write_json(folder / "model.json", record)
+        with model_files(f"models:/{model_id}") as downloaded:
             shutil.copytree(downloaded, folder / "artifacts")
 
-    def _sorted_runs(self) -> list[Path]:
+    def _run_files(self) -> list[Path]:
         return sorted(self.folder.glob("runs/*/run.json"), key=lambda path: files.read_json(path)["start"])
 
     def _load_run(self, folder: Path) -> str:
-        """Id of the run in this store."""
-        given, client, experiment = (
-            files.read_json(folder / "run.json"),
-            self.registry.client,
-            self.registry.experiment_id,
-        )
-        evidence = given["tags"][EVIDENCE]
-        for run in client.search_runs([experiment], f"tags.`{EVIDENCE}` = '{evidence}'"):
-            if run.info.status == given["status"]:
+        """Returns the run's id in this store."""
+        record, client = files.read_json(folder / "run.json"), self.registry.client
+        experiment, evidence = self.registry.runs.experiment_id, record["tags"][EVIDENCE_TAG]
+        for run in client.search_runs([experiment], f"tags.`{EVIDENCE_TAG}` = '{evidence}'"):
+            if run.info.status == record["status"]:
                 return str(run.info.run_id)
-            client.delete_run(run.info.run_id)  # half of it
-        run = client.create_run(experiment, start_time=given["start"], run_name=given["name"])
+            client.delete_run(run.info.run_id)  # incomplete: an earlier load was interrupted
+        run = client.create_run(experiment, start_time=record["start"], run_name=record["name"])
         run_id = str(run.info.run_id)
-        for own in parts([RunTag(k, v) for k, v in given["tags"].items()], 100):
-            client.log_batch(run_id, tags=own)
-        for some in parts([Param(k, v) for k, v in given["params"].items()], 100):
-            client.log_batch(run_id, params=some)
-        for many in parts([Metric(*m) for m in given["metrics"]], 1000):
-            client.log_batch(run_id, metrics=many)
-        if given["inputs"]:
-            client.log_inputs(run_id, [_input(i) for i in given["inputs"]])
+        log_batches(client, run_id, record["tags"], record["params"], [Metric(*m) for m in record["metrics"]])
+        if record["inputs"]:
+            client.log_inputs(run_id, [_dataset_input(i) for i in record["inputs"]])
         if (folder / "artifacts").is_dir():
             client.log_artifacts(run_id, str(folder / "artifacts"))
-        client.set_terminated(run_id, given["status"], given["end"])
+        client.set_terminated(run_id, record["status"], record["end"])
         return run_id
 
-    def _load_model(self, old: str, run_id: str) -> str:
-        """Id of the model in this store."""
-        folder, client = self.folder / "models" / old, self.registry.client
-        given, experiment = files.read_json(folder / "model.json"), self.registry.experiment_id
-        there = client.search_logged_models([experiment], f"tags.`{EVIDENCE}` = '{given['tags'][EVIDENCE]}'")
-        for model in (m for m in there if m.source_run_id == run_id):
+    def _load_model(self, dumped_id: str, run_id: str) -> str:
+        """Returns the model's id in this store."""
+        folder, client = self.folder / "models" / dumped_id, self.registry.client
+        record, experiment = files.read_json(folder / "model.json"), self.registry.runs.experiment_id
+        evidence = record["tags"][EVIDENCE_TAG]
+        existing = client.search_logged_models([experiment], f"tags.`{EVIDENCE_TAG}` = '{evidence}'")
+        for model in (m for m in existing if m.source_run_id == run_id):
             if model.status == LoggedModelStatus.READY:
                 return str(model.model_id)
             client.delete_logged_model(model.model_id)
         model = client.create_logged_model(
-            experiment, given["name"], run_id, tags=given["tags"], params=given["params"], model_type=given["type"]
+            experiment, record["name"], run_id, tags=record["tags"], params=record["params"], model_type=record["type"]
         )
         client.log_model_artifacts(model.model_id, str(folder / "artifacts"))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return str(model.model_id)
 
-    def _load_version(self, given: dict[str, Any], run_id: str, model_id: str) -> None:
-        """As the number that it had: in between are numbers of versions that were deleted."""
+    def _load_version(self, record: dict[str, Any], run_id: str, model_id: str) -> None:
+        """Creates the version under its old number, by creating and deleting versions for the numbers in between."""
         client, name, source = self.registry.client, self.registry.model, f"models:/{model_id}"
-        if given["number"] in {int(v.version) for v in self.registry.versions()}:
+        if record["number"] in {int(v.version) for v in self.registry.versions()}:
             return
         while True:
-            made = client.create_model_version(
-                name, source, run_id, tags=given["tags"], description=given["about"], model_id=model_id
+            created = client.create_model_version(
+                name, source, run_id, tags=record["tags"], description=record["about"], model_id=model_id
             )
-            if int(made.version) == given["number"]:
+            if int(created.version) == record["number"]:
                 return
-            client.delete_model_version(name, str(made.version))
-            if int(made.version) > given["number"]:
+            client.delete_model_version(name, str(created.version))
+            if int(created.version) > record["number"]:
                 raise DataError(
-                    f"version {given['number']} of {name} was there and was deleted: its number cannot be had again",
+                    f"version {record['number']} of {name} existed and was deleted: MLflow never reuses a number",
                     hint="restore into an empty registry, or under another name (register.model)",
                 )
 
-    def _demand_model(self) -> None:
-        try:
-            self.registry.client.create_registered_model(self.registry.model)
-        except MlflowException as e:
-            if e.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-
-    def _demand_part_of(self, wanted: list[dict[str, Any]]) -> None:
-        known = {v["number"]: v["tags"].get(EVIDENCE) for v in wanted}
+    def _require_known_versions(self, records: list[dict[str, Any]]) -> None:
+        evidence = {v["number"]: v["tags"].get(EVIDENCE_TAG) for v in records}
         for version in self.registry.versions():
-            if known.get(int(version.version)) != version.tags.get(EVIDENCE):
+            if evidence.get(int(version.version)) != version.tags.get(EVIDENCE_TAG):
                 raise DataError(
-                    f"{self.registry.model} has a version {version.version} here that is not the copy's",
+                    f"{self.registry.model} has a version {version.version} here that is not the dump's",
                     hint="restore into an empty registry, or under another name (register.model)",
                 )
 
 
-def _model_of(version: ModelVersion) -> str:
-    """Its source is models:/ID."""
+def _model_id(version: ModelVersion) -> str:
+    """The source of a version is models:/ID."""
+
     return str(version.source).rpartition("/")[2]
 
 
-def _plain(version: ModelVersion) -> dict[str, Any]:
+def _version_record(version: ModelVersion) -> dict[str, Any]:
     return {
         "number": int(version.version),
         "run_id": version.run_id,
-        "model_id": _model_of(version),
+        "model_id": _model_id(version),
         "tags": version.tags,
         "about": version.description,
     }
 
 
-def _input(given: dict[str, Any]) -> DatasetInput:
+def _dataset_input(record: dict[str, Any]) -> DatasetInput:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return DatasetInput(Dataset(**given["dataset"]), [InputTag(k, v) for k, v in given["tags"].items()])
+        return DatasetInput(Dataset(**record["dataset"]), [InputTag(k, v) for k, v in record["tags"].items()])

@@ -1,7 +1,7 @@
-"""Taking a release back: the version before it is live again, and the one that was is quarantined.
+"""Rollback: an earlier version becomes champion again, and the previous champion is quarantined.
 
-No network is loaded and no GPU is needed. A quarantined version never goes live again: its weights may, as another
-version, on another verdict and a person's word.
+Loads no network and needs no GPU. A quarantined version never goes live again. Its weights may, as another version,
+after another verdict and a person's approval.
 """
 
 from __future__ import annotations
@@ -12,100 +12,107 @@ from itertools import pairwise
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError, ModelError
-from deleatur.registry.decisions import Release, deciding, good, quarantined
+from deleatur.registry.decisions import LockedRegistry, last_good_version, locked_for_decision, quarantine_reasons
 from deleatur.registry.ledger import Entry
-from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION, LAST, QUARANTINED
+from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION, LAST_KNOWN_GOOD, QUARANTINED
 from deleatur.registry.verify import verify
 
 
 @dataclass(frozen=True)
-class TakenBack:
-    left: str
-    """The version that is quarantined now."""
-    live: str | None
-    """The champion, if there is one."""
+class RollbackResult:
+    quarantined: str
+    champion: str | None
+    """The champion from now on, if there is one."""
     already: bool
-    """Whether it had been done before."""
+    """Whether an earlier command had done it."""
 
 
-def rollback(settings: Settings, who: str, reason: str, to: str | None = None) -> TakenBack:
-    """Takes the last release back: to the last known good version, or to the one named.
+def rollback(settings: Settings, who: str, reason: str, to: str | None = None) -> RollbackResult:
+    """Rolls back to the last known good version, or to version `to`.
 
-    A release is taken back once: asked again, this changes nothing, and to go further back wants a version named.
-    Raises DataError where there is nothing to go back to, or the version may not be live; ModelError where its files
-    are not those that were judged.
+    Idempotent: called again without `to`, it changes nothing. Raises DataError where there is no earlier version, or
+    the version may not go live; ModelError where its files are not those that were evaluated.
     """
-    _demand(who, reason)
-    with deciding(settings) as release:
-        aliases = release.ledger.aliases
-        live, turn = aliases.get(CHAMPION), _turn(release.ledger.entries)
-        if turn and turn.event in ("rollback", "quarantine") and to in (None, live):
-            return TakenBack(turn.aliases[QUARANTINED], live, already=True)
-        if live is None:
-            raise DataError("nothing is live that could be taken back", hint="deleatur history")
-        back_to = to or aliases.get(LAST)
-        if back_to is None:
+    _require_actor_and_reason(who, reason)
+    with locked_for_decision(settings) as locked:
+        aliases = locked.ledger.aliases
+        champion, last_change = aliases.get(CHAMPION), _last_champion_change(locked.ledger.entries)
+        if last_change and last_change.event in ("rollback", "quarantine") and to in (None, champion):
+            return RollbackResult(last_change.aliases[QUARANTINED], champion, already=True)
+        if champion is None:
+            raise DataError("nothing is live that could be rolled back", hint="deleatur history")
+        target = to or aliases.get(LAST_KNOWN_GOOD)
+        if target is None:
             raise DataError(
-                f"version {live} is the first that was ever live: there is none to go back to",
-                hint=f"deleatur quarantine {live} --as NAME --reason WHY (then nothing is live)",
+                f"version {champion} is the first that was ever live: there is none to roll back to",
+                hint=f"deleatur quarantine {champion} --as NAME --reason WHY (then nothing is live)",
             )
-        _may_be_live(settings, release, back_to)
-        moves = {QUARANTINED: live, CHAMPION: back_to, LAST: good(release.ledger.entries, but={live, back_to})}
-        release.decide("rollback", release.subject(back_to), who, reason, moves)
-        return TakenBack(live, back_to, already=False)
+        _require_releasable(settings, locked, target)
+        moves = {
+            QUARANTINED: champion,
+            CHAMPION: target,
+            LAST_KNOWN_GOOD: last_good_version(locked.ledger.entries, exclude={champion, target}),
+        }
+        locked.decide("rollback", locked.subject(target), who, reason, moves)
+        return RollbackResult(champion, target, already=False)
 
 
-def quarantine(settings: Settings, version: str, who: str, reason: str) -> TakenBack:
-    """The version must not be used any more. If it is live, the last known good one is instead, or none: also where
-    the files of that one are not those that were judged.
+def quarantine(settings: Settings, version: str, who: str, reason: str) -> RollbackResult:
+    """Quarantines a version. If it is champion, the last known good version replaces it, or none where that one may not
+    go live or its files are not those that were evaluated.
     """
-    _demand(who, reason)
-    with deciding(settings) as release:
-        about, aliases = release.subject(version), release.ledger.aliases
-        if version in quarantined(release.ledger.entries):
-            return TakenBack(version, aliases.get(CHAMPION), already=True)
-        live, bad = aliases.get(CHAMPION), {version}
-        if live == version and (live := aliases.get(LAST)):
+    _require_actor_and_reason(who, reason)
+    with locked_for_decision(settings) as locked:
+        subject, aliases = locked.subject(version), locked.ledger.aliases
+        if version in quarantine_reasons(locked.ledger.entries):
+            return RollbackResult(version, aliases.get(CHAMPION), already=True)
+        champion, excluded = aliases.get(CHAMPION), {version}
+        if champion == version and (champion := aliases.get(LAST_KNOWN_GOOD)):
             try:
-                _may_be_live(settings, release, live)
+                _require_releasable(settings, locked, champion)
             except (DataError, ModelError) as e:
-                reason, bad, live = f"{reason} (and nothing instead: {e})", {version, live}, None
-        moves = {QUARANTINED: version, CHAMPION: live, LAST: good(release.ledger.entries, but={*bad, live})}
+                reason, excluded, champion = f"{reason} (and nothing instead: {e})", {version, champion}, None
+        moves = {
+            QUARANTINED: version,
+            CHAMPION: champion,
+            LAST_KNOWN_GOOD: last_good_version(locked.ledger.entries, exclude={*excluded, champion}),
+        }
         if aliases.get(CHALLENGER) == version:
             moves[CHALLENGER] = None
-        release.decide("quarantine", about, who, reason, moves)
-        return TakenBack(version, live, already=False)
+        locked.decide("quarantine", subject, who, reason, moves)
+        return RollbackResult(version, champion, already=False)
 
 
-def _turn(entries: Sequence[Entry]) -> Entry | None:
-    """The decision by which what is live is live."""
-    live = [None, *(e.aliases.get(CHAMPION) for e in entries)]
-    return next((e for e, (a, b) in zip(reversed(entries), reversed([*pairwise(live)]), strict=True) if a != b), None)
+def _last_champion_change(entries: Sequence[Entry]) -> Entry | None:
+    """The decision that made the current champion champion, or removed the last one."""
+    champions = [None, *(e.aliases.get(CHAMPION) for e in entries)]
+    changes = [e for e, (before, after) in zip(entries, pairwise(champions), strict=True) if before != after]
+    return changes[-1] if changes else None
 
 
-def _demand(who: str, reason: str) -> None:
+def _require_actor_and_reason(who: str, reason: str) -> None:
     if not (who.strip() and reason.strip()):
         raise DataError(
-            "who takes a release back says who it is, and why", hint="the same command with --as NAME --reason WHY"
+            "a rollback or quarantine needs a name and a reason", hint="the same command with --as NAME --reason WHY"
         )
 
 
-def _may_be_live(settings: Settings, release: Release, version: str) -> None:
-    """Raises DataError for a version that has not passed, is quarantined, or has not been through a person's hands."""
-    why = ""
-    about = [e.event for e in release.ledger.entries if e.version == version]
-    if version == release.ledger.aliases.get(CHAMPION):
-        why = "is live"
-    elif version in (bad := quarantined(release.ledger.entries)):
-        why = f"is quarantined: {bad[version]}"
-    elif (tags := release.registry.tags(version)).get("outcome") != "pass":
-        why = "has not passed"
-    elif "quarantined_because" in tags:  # by a ledger that was lost
-        why = f"is quarantined: {tags['quarantined_because']}"
-    elif "decline" in about:
-        why = "was declined"
-    elif settings.register_.approval and not {"promotion", "adoption", "rollback"} & set(about):
-        why = "was never live, and the policy asks a person first"
-    if why:
-        raise DataError(f"version {version} {why}", hint="deleatur history")
-    verify(settings, version, release.ledger.entries, fetch=False)
+def _require_releasable(settings: Settings, locked: LockedRegistry, version: str) -> None:
+    """Raises DataError for a version that has not passed, is quarantined, or lacks a person's approval."""
+    refusal = ""
+    events = [e.event for e in locked.ledger.entries if e.version == version]
+    if version == locked.ledger.aliases.get(CHAMPION):
+        refusal = "is live"
+    elif version in (reasons := quarantine_reasons(locked.ledger.entries)):
+        refusal = f"is quarantined: {reasons[version]}"
+    elif (tags := locked.registry.tags(version)).get("outcome") != "pass":
+        refusal = "has not passed"
+    elif "quarantined_because" in tags:  # decided in a ledger that was lost
+        refusal = f"is quarantined: {tags['quarantined_because']}"
+    elif "decline" in events:
+        refusal = "was declined"
+    elif settings.register_.approval and not {"promotion", "adoption", "rollback"} & set(events):
+        refusal = "was never live, and the policy asks for a person's approval first"
+    if refusal:
+        raise DataError(f"version {version} {refusal}", hint="deleatur history")
+    verify(settings, version, locked.ledger.entries, fetch=False)

@@ -1,7 +1,7 @@
-"""Which files a version has, by digest, and who says so: an in-toto statement in a DSSE envelope.
+"""Signed statements of a version's files: their SHA-256 digests as an in-toto statement in a DSSE envelope.
 
-Signed with a key in a file (PEM; Ed25519, ECDSA, RSA), without a network. Whoever knows the public key checks it, with
-any tool that reads these two formats. Without a key the statement is there all the same, with nobody's signature.
+Signed offline with a key from a file (PEM; Ed25519, ECDSA, RSA). Anyone with the public key can check a signature, with
+any tool that reads these two formats. Without a key, the statement is stored unsigned.
 
     https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
     https://github.com/secure-systems-lab/dsse/blob/master/envelope.md
@@ -24,157 +24,157 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from deleatur.errors import ModelError, SettingsError
-from deleatur.registry.safe_files import demand_plain
+from deleatur.registry.safe_files import require_safe_file
 
-KEY, PASSWORD = "DELEATUR_SIGNING_KEY", "DELEATUR_SIGNING_PASSWORD"
-"""Environment variables: path of the private key, and its password if it has one."""
-MAKE = (
+KEY_VARIABLE, PASSWORD_VARIABLE = "DELEATUR_SIGNING_KEY", "DELEATUR_SIGNING_PASSWORD"
+"""Environment variables: path of the private key, and its password."""
+MAKE_KEY_COMMAND = (
     "openssl genpkey -algorithm ed25519 -out release.pem && openssl pkey -in release.pem -pubout -out release.pub.pem"
 )
 
-PAYLOAD = "application/vnd.in-toto+json"
-STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATE = "urn:deleatur:release:v1"
-NOBODY = "nobody"
-"""Who signed what is unsigned."""
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:deleatur:release:v1"
+UNSIGNED = "nobody"
+"""`signed_by` of an unsigned statement."""
+
+STATEMENT_FOLDER = "artifacts/statement"
+STATEMENT_FILE = "statement.json"
+EXCLUDED = (f"{STATEMENT_FOLDER}/", "registered_model_meta")
+"""Files that a statement does not cover, because they are added later: the statement itself, and a file that MLflow
+writes when it loads the model."""
+
+UNTRUSTED_HINT = "deleatur history (who made this version); deleatur quarantine VERSION --as NAME --reason WHY"
 
 
 @dataclass(frozen=True)
 class Keys:
     signer: CryptoSigner | None
-    """Who signs here."""
+    """Signs new versions."""
     trusted: tuple[Key, ...]
-    """Whose word counts. None: no key is configured, and unsigned versions are let through."""
+    """Public keys whose signatures are accepted. Empty: unsigned versions are accepted."""
 
     @classmethod
     def load(cls, trusted: Iterable[Path]) -> Keys:
-        """The public keys named and, where the environment names a private one, that one too.
+        """Reads the public keys, and the private key that the environment names.
 
-        Raises SettingsError where a file holds no such key.
+        Raises SettingsError where a file is not a key in PEM.
         """
-        known = [_public(path) for path in trusted]
-        if not (place := os.environ.get(KEY)):
-            return cls(None, tuple(known))
-        signer = _private(Path(place))
-        if known and signer.public_key.keyid not in {key.keyid for key in known}:
+        public_keys = [_load_public_key(path) for path in trusted]
+        if not (private_key_path := os.environ.get(KEY_VARIABLE)):
+            return cls(None, tuple(public_keys))
+        signer = _load_private_key(Path(private_key_path))
+        if public_keys and signer.public_key.keyid not in {key.keyid for key in public_keys}:
             raise SettingsError(
-                f"the key of {KEY} is none of register.trusted_keys: nobody would trust what it signs",
-                hint=f"openssl pkey -in {place} -pubout -out release.pub.pem, and name that there",
+                f"the key of {KEY_VARIABLE} is none of register.trusted_keys: its signatures would not be accepted",
+                hint=f"openssl pkey -in {private_key_path} -pubout -out release.pub.pem, and list that file there",
             )
-        return cls(signer, tuple(known) or (signer.public_key,))
+        return cls(signer, tuple(public_keys) or (signer.public_key,))
 
-    def demand_signer(self) -> None:
-        """Raises SettingsError where versions have to be signed, and there is nothing to sign with."""
+    def require_signer(self) -> None:
+        """Raises SettingsError where versions have to be signed, and no private key is configured."""
         if self.trusted and self.signer is None:
             raise SettingsError(
-                f"register.trusted_keys wants versions signed, and {KEY} names no key", hint=f"export {KEY}=release.pem"
+                f"register.trusted_keys requires signed versions, and {KEY_VARIABLE} names no key",
+                hint=f"export {KEY_VARIABLE}=release.pem",
             )
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What is said of a version's files."""
+    """The files of a version, by digest."""
 
     digest: str
-    """SHA-256 of what was signed."""
+    """SHA-256 of the signed payload."""
     files: Mapping[str, str]
-    """Place below the model's folder → SHA-256."""
-    says: Mapping[str, str]
-    """What the version is: the digests of its evidence and all it rests on."""
+    """Path relative to the model's folder → SHA-256."""
+    predicate: Mapping[str, str]
+    """Digests of the version's evidence and of its inputs."""
     signed_by: str
-    """Id of the key, or nobody."""
+    """Id of the key, or UNSIGNED."""
 
-    def demand(self, folder: Path, part: str = "") -> None:
-        """Raises ModelError unless the folder, which is this part of the model, holds these files and no others, each
-        as it was, and none that could run.
+    def verify_files(self, folder: Path, part: str = "") -> None:
+        """Raises ModelError unless the folder, which is this part of the model, holds exactly these files, unchanged,
+        and none that could execute code when it is loaded.
         """
         prefix = f"{part}/" if part else ""
-        wanted = {name.removeprefix(prefix): d for name, d in self.files.items() if name.startswith(prefix)}
-        found = {name: path for name, path in _files(folder) if prefix or not name.startswith(UNSIGNED)}
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in found:
-                raise _changed(folder / name, "is missing")
-            if name not in wanted:
-                raise _changed(folder / name, "was added")
-            if _sha256(found[name]) != wanted[name]:
-                raise _changed(folder / name, "is not what was signed" if self.signed else "was changed")
-            demand_plain(found[name])
+        expected = {name.removeprefix(prefix): d for name, d in self.files.items() if name.startswith(prefix)}
+        actual = {name: path for name, path in _files(folder) if prefix or not name.startswith(EXCLUDED)}
+        for name in sorted(expected.keys() | actual.keys()):
+            if name not in actual:
+                raise _mismatch(folder / name, "is missing")
+            if name not in expected:
+                raise _mismatch(folder / name, "was added")
+            if _sha256(actual[name]) != expected[name]:
+                raise _mismatch(folder / name, "is not the file that was signed" if self.signed else "was changed")
+            require_safe_file(actual[name])
 
     @property
     def signed(self) -> bool:
-        return self.signed_by != NOBODY
+        return self.signed_by != UNSIGNED
 
 
-PLACE = "artifacts/statement"
-NAME = "statement.json"
-UNSIGNED = (f"{PLACE}/", "registered_model_meta")
-"""What comes into the folder later: the statement itself, and a note that MLflow leaves when it loads the model."""
-
-
-def seal(folder: Path, says: Mapping[str, str], keys: Keys) -> tuple[bytes, Statement]:
-    """The envelope of a statement about all files of a folder. Raises ModelError where one of them could run."""
+def create_statement(folder: Path, predicate: Mapping[str, str], keys: Keys) -> tuple[bytes, Statement]:
+    """Creates the envelope and statement of a folder's files. Raises ModelError where a file could execute code."""
     files = {}
     for name, path in _files(folder):
-        if not name.startswith(UNSIGNED):
-            demand_plain(path)
+        if not name.startswith(EXCLUDED):
+            require_safe_file(path)
             files[name] = _sha256(path)
     payload = _json(
         {
-            "_type": STATEMENT,
+            "_type": STATEMENT_TYPE,
             "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in files.items()],
-            "predicateType": PREDICATE,
-            "predicate": dict(says),
+            "predicateType": PREDICATE_TYPE,
+            "predicate": dict(predicate),
         }
     )
-    envelope = Envelope(payload, PAYLOAD, {})
+    envelope = Envelope(payload, PAYLOAD_TYPE, {})
     if keys.signer:
         envelope.sign(keys.signer)
-    by = keys.signer.public_key.keyid if keys.signer else NOBODY
-    return _json(envelope.to_dict()), Statement(hashlib.sha256(payload).hexdigest(), files, says, by)
+    signer = keys.signer.public_key.keyid if keys.signer else UNSIGNED
+    return _json(envelope.to_dict()), Statement(hashlib.sha256(payload).hexdigest(), files, predicate, signer)
 
 
-def read(path: Path, keys: Keys) -> Statement | None:
-    """The statement, if the signature is one of a trusted key; None where there is none, and none is asked for.
+def read_statement(path: Path, keys: Keys) -> Statement | None:
+    """Reads a statement and checks its signature; None where the file is missing and no key is configured.
 
-    Raises ModelError where there is no signature that counts, and one is asked for.
+    Raises ModelError where a key is configured and no trusted key has signed.
     """
     if not path.is_file():
         if keys.trusted:
-            raise ModelError(f"{path}: expected the signature of a version, and there is none", hint=UNTRUSTED)
+            raise ModelError(f"{path}: expected the signature of a version, but it is missing", hint=UNTRUSTED_HINT)
         return None
     try:
         envelope = Envelope.from_dict(json.loads(path.read_bytes()))
-        by = next(iter(envelope.verify(list(keys.trusted), 1))) if keys.trusted else NOBODY
-        told: dict[str, Any] = json.loads(envelope.payload)
-        files = {subject["name"]: subject["digest"]["sha256"] for subject in told["subject"]}
-        kind = (envelope.payload_type, told["_type"], told["predicateType"])
-        says = {str(k): str(v) for k, v in told["predicate"].items()}
+        signer = next(iter(envelope.verify(list(keys.trusted), 1))) if keys.trusted else UNSIGNED
+        payload: dict[str, Any] = json.loads(envelope.payload)
+        files = {subject["name"]: subject["digest"]["sha256"] for subject in payload["subject"]}
+        types = (envelope.payload_type, payload["_type"], payload["predicateType"])
+        predicate = {str(k): str(v) for k, v in payload["predicate"].items()}
     except VerificationError as e:
-        raise ModelError(f"{path}: no key of register.trusted_keys has signed this version", hint=UNTRUSTED) from e
+        raise ModelError(f"{path}: no key of register.trusted_keys has signed this version", hint=UNTRUSTED_HINT) from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ModelError(f"{path} is no statement about a version's files: {e!r}", hint=UNTRUSTED) from e
-    if kind != (PAYLOAD, STATEMENT, PREDICATE):
-        raise ModelError(f"{path} is a statement about something else: {kind}", hint=UNTRUSTED)
-    return Statement(hashlib.sha256(envelope.payload).hexdigest(), files, says, by)
+        raise ModelError(f"{path} is not a statement of a version's files: {e!r}", hint=UNTRUSTED_HINT) from e
+    if types != (PAYLOAD_TYPE, STATEMENT_TYPE, PREDICATE_TYPE):
+        raise ModelError(f"{path} is a statement of another type: {types}", hint=UNTRUSTED_HINT)
+    return Statement(hashlib.sha256(envelope.payload).hexdigest(), files, predicate, signer)
 
 
-UNTRUSTED = "deleatur history (who made this version); deleatur quarantine VERSION --as NAME --reason WHY"
-
-
-def _public(path: Path) -> SSlibKey:
+def _load_public_key(path: Path) -> SSlibKey:
     try:
         return SSlibKey.from_crypto(load_pem_public_key(path.read_bytes()))
     except (OSError, ValueError, UnsupportedAlgorithm) as e:
-        raise SettingsError(f"{path} is no public key in PEM: {e}", hint=MAKE) from e
+        raise SettingsError(f"{path} is not a public key in PEM: {e}", hint=MAKE_KEY_COMMAND) from e
 
 
-def _private(path: Path) -> CryptoSigner:
-    password = os.environ.get(PASSWORD)
+def _load_private_key(path: Path) -> CryptoSigner:
+    password = os.environ.get(PASSWORD_VARIABLE)
     try:
         key = load_pem_private_key(path.read_bytes(), password.encode() if password else None)
         return CryptoSigner(key)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as e:
-        raise SettingsError(f"{KEY}={path} is no private key in PEM: {e}", hint=MAKE) from e
+        raise SettingsError(f"{KEY_VARIABLE}={path} is not a private key in PEM: {e}", hint=MAKE_KEY_COMMAND) from e
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -192,5 +192,5 @@ def _json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
-def _changed(path: Path, how: str) -> ModelError:
-    return ModelError(f"{path} {how}: the version is not loaded", hint=UNTRUSTED)
+def _mismatch(path: Path, difference: str) -> ModelError:
+    return ModelError(f"{path} {difference}: the version is not loaded", hint=UNTRUSTED_HINT)
