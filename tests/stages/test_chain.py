@@ -64,10 +64,10 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
     report = json_records.read(root / "out/report/report.json", Report)
     verdict = json_records.read(root / "out/verdict/verdict.json", Verdict)
-    assert report.identity.simulated
+    assert report.provenance.simulated
     assert verdict.simulated
     assert verdict.report == json_records.digest(report)
-    assert {s.side for s in report.scores} == {"base", "candidate"}
+    assert {s.variant for s in report.scores} == {"base", "candidate"}
     for ours in (
         "tokens stand alone",
         "no longer than words",
@@ -79,11 +79,11 @@ def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
     ):
         assert sum(ours in note for note in report.notes) == 1, f"what is not the papers' is named: {ours}"
     assert any(Settings.load().concepts["weapon"].guideline in note for note in report.notes)
-    assert gate.SIMULATED in (root / "out/verdict/report.html").read_text("utf-8")
+    assert gate.SIMULATED_NOTICE in (root / "out/verdict/report.html").read_text("utf-8")
 
 
 def test_base_and_candidate_start_from_the_same_noise(root: Path) -> None:
-    base, candidate = (samples.read(root / "out/shots", side) for side in ("base", "candidate"))
+    base, candidate = (samples.read(root / "out/samples", side) for side in ("base", "candidate"))
     pd.testing.assert_frame_equal(base[["id", "index", "noise_seed"]], candidate[["id", "index", "noise_seed"]])
     assert base["weights"].nunique() == candidate["weights"].nunique() == 1
     assert base["weights"][0] != candidate["weights"][0]
@@ -93,7 +93,7 @@ def test_base_and_candidate_start_from_the_same_noise(root: Path) -> None:
 @pytest.mark.parametrize("name", ["reward", "invert", "erase", "attack", "sample", "evaluate"])
 def test_a_stage_run_again_writes_the_same_bytes(root: Path, name: str) -> None:
     settings = Settings.load()
-    folder = {"invert": "tokens", "erase": "delta", "attack": "attacks", "sample": "shots", "evaluate": "report"}
+    folder = {"invert": "tokens", "erase": "delta", "attack": "attacks", "sample": "samples", "evaluate": "report"}
     place = root / "out" / folder.get(name, name)
     before = files(place)
     shutil.rmtree(place)
@@ -102,12 +102,12 @@ def test_a_stage_run_again_writes_the_same_bytes(root: Path, name: str) -> None:
 
 
 def test_a_guide_steers_the_candidate_alone(root: Path) -> None:
-    before = samples.read(root / "out/shots", "base")
+    before = samples.read(root / "out/samples", "base")
     guide = {"method": "sld", "sld": {"preset": "max", "scale": json.loads(before["guidance"][0])["scale"]}}
     settings = change(root, guide=guide)
     for name in ("sample", "evaluate"):
         stages.run(name, settings)
-    base, candidate = (samples.read(root / "out/shots", side) for side in ("base", "candidate"))
+    base, candidate = (samples.read(root / "out/samples", side) for side in ("base", "candidate"))
     pd.testing.assert_frame_equal(base, before)
     assert {json.loads(g)["method"] for g in candidate["guidance"]} == {"sld"}
     assert not set(base["image"]) & set(candidate["image"])
@@ -138,8 +138,8 @@ def test_another_method_runs_by_its_name_alone(root: Path) -> None:
     for name in ("invert", "erase", "attack", "sample", "evaluate", "gate"):
         stages.run(name, change(root, invert={"method": "textual_inversion"}, erase={"method": "keep"}))
     report = json_records.read(root / "out/report/report.json", Report)
-    assert report.identity.method == "keep"
-    moved = [s for s in report.scores if s.metric == "perceptual" and s.side == "candidate" and s.versus is None]
+    assert report.provenance.method == "keep"
+    moved = [s for s in report.scores if s.metric == "perceptual" and s.variant == "candidate" and s.versus is None]
     assert moved
     assert all(s.value == 0 for s in moved)
 
@@ -154,10 +154,10 @@ def test_an_exported_folder_is_plain_diffusers_and_draws_what_we_draw(root: Path
     assert result.exit_code == 0, result.output
     pipe = StableDiffusionPipeline.from_pretrained("model")
     pipe.set_progress_bar_config(disable=True)
-    shot = samples.read(root / "out/shots", "candidate").query("role == 'unseen'").iloc[0]
+    shot = samples.read(root / "out/samples", "candidate").query("role == 'unseen'").iloc[0]
     from deleatur.diffusion.model import load
 
-    z = sampler.noise(load("model"), [int(shot["noise_seed"])])
+    z = sampler.initial_noise(load("model"), [int(shot["noise_seed"])])
     scale = json.loads(shot["guidance"])["scale"]
     theirs = pipe(shot["text"], num_inference_steps=2, guidance_scale=scale, latents=z).images[0]
     ours = images.decode(shot["image"])

@@ -15,7 +15,7 @@ from deleatur.errors import SettingsError
 from deleatur.operations.preflight import check
 from deleatur.storage import files, tensors
 
-LOOP: dict[str, Any] = {"iterations": 4, "lr": 1e-3, "batch": 2, "check_every": 2, "guard": 10.0}
+LOOP: dict[str, Any] = {"iterations": 4, "lr": 1e-3, "batch_size": 2, "eval_every": 2, "max_preserved_drop": 10.0}
 
 
 def made(root: Path, method: str, **numbers: Any) -> Settings:
@@ -27,10 +27,10 @@ def test_safegen_learns_from_what_raters_marked_and_passed(tmp_path: Path, monke
     settings = made(tmp_path, "safegen", loop=LOOP)
     for name in ("ingest", "reward"):
         stages.run(name, settings)
-    pool = rated_images.RatedImages(settings, "weapon")
-    rated = pool.rated()
-    asked = dict(zip(map(id, pool.pictures), pool.prompt, strict=True))
-    assert len(rated.marked) + len(rated.passed) == len(pool.pictures) == 24
+    pool = rated_images.RatedPool(settings, "weapon")
+    rated = pool.labelled()
+    asked = dict(zip(map(id, pool.images), pool.prompts, strict=True))
+    assert len(rated.marked) + len(rated.passed) == len(pool.images) == 24
     for pictures, shown in ((rated.marked, {"a gun", "a sword"}), (rated.passed, {"a cat", "a dog"})):
         right = [asked[id(p)] in shown for p in pictures]
         assert sum(right) > 0.7 * len(right), "raters err now and then"

@@ -8,7 +8,7 @@ import pytest
 import workspace
 
 from deleatur import stages
-from deleatur.config.settings import Erase
+from deleatur.config.sections import EraseSection
 from deleatur.records.model import LowRank
 from deleatur.storage import files, tensors
 
@@ -19,7 +19,7 @@ def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pyt
     for name in ("ingest", "reward"):
         stages.run(name, settings)
     for method in ("uce", "rece"):
-        stages.run("erase", settings.model_copy(update={"erase": Erase(method=method, source="words")}))
+        stages.run("erase", settings.model_copy(update={"erase": EraseSection(method=method, source="words")}))
         delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
         assert isinstance(delta.tensors, LowRank)
         assert (delta.method, delta.concepts) == (method, ("weapon",))

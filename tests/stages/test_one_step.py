@@ -16,12 +16,12 @@ from deleatur.errors import SettingsError
 from deleatur.operations.preflight import check
 from deleatur.storage import files, samples
 
-LOOP: dict[str, Any] = {"iterations": 2, "lr": 1e-4, "batch": 2, "check_every": 1}
+LOOP: dict[str, Any] = {"iterations": 2, "lr": 1e-4, "batch_size": 2, "eval_every": 1}
 RULES = {"fit": {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": -5.0, "min_n": 2}}
 
 
 def made(root: Path, **changes: Any) -> Settings:
-    erase = {"method": "sfd", "source": "words", "sfd": {"loop": LOOP}}
+    erase = {"method": "sfd", "source": "words", "sfd": {"training": LOOP}}
     fits: dict[str, Any] = {"erase": erase, "attack": {"methods": {}}, "gate": {"rules": RULES}}
     return workspace.make(root, **fits | changes)
 
@@ -34,7 +34,7 @@ def test_the_candidate_is_drawn_in_one_call_and_the_base_model_in_all_steps(
     assert check(settings)
     for name in ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate"):
         stages.run(name, settings)
-    drawn = samples.listed(settings.paths.shots)
+    drawn = samples.read_listing(settings.paths.samples)
     by_side = {side: own for side, own in drawn.groupby("side")}
     assert set(by_side["base"]["steps"]) == {settings.sample.steps}
     assert set(by_side["candidate"]["steps"]) == {1}
@@ -44,7 +44,7 @@ def test_the_candidate_is_drawn_in_one_call_and_the_base_model_in_all_steps(
     notes = files.read_json(settings.paths.delta / "record.json")["notes"]
     assert any("one step" in note for note in notes)
     assert methods.requires_custom_sampler(settings) == "a sampler of one step"
-    with pytest.raises(SettingsError, match="in one call of its own"):
+    with pytest.raises(SettingsError, match="generate an image in one step"):
         export(settings, tmp_path / "erased")
     assert not (tmp_path / "erased").exists()
 
@@ -52,7 +52,7 @@ def test_the_candidate_is_drawn_in_one_call_and_the_base_model_in_all_steps(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"guide": {"method": "sld", "sld": {"warm_up": 0}}}, "guide.method: expected cfg"),
+        ({"guide": {"method": "sld", "sld": {"warmup_steps": 0}}}, "guide.method: expected cfg"),
         ({"attack": {"methods": {"concept_inversion": {}}}}, "attack.methods: expected none"),
     ],
 )

@@ -24,8 +24,9 @@ from deleatur.cli import app
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.registry import approval
-from deleatur.registry.decisions import registry_of
-from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION, LAST, Registry, local
+from deleatur.registry.decisions import open_registry
+from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION, LAST_KNOWN_GOOD, Registry
+from deleatur.registry.model_files import local_folder
 from deleatur.runtime import models
 from deleatur.stages import gate, register, sample
 from deleatur.storage import dvc, samples, tensors
@@ -63,13 +64,13 @@ def asking(settings: Settings) -> Settings:
 
 
 def aliases(settings: Settings) -> dict[str, str]:
-    return registry_of(settings).aliases()
+    return open_registry(settings).aliases()
 
 
 def counts(settings: Settings) -> tuple[int, int]:
     """Runs, versions."""
-    registry = registry_of(settings)
-    runs = registry.client.search_runs([registry.experiment_id])
+    registry = open_registry(settings)
+    runs = registry.client.search_runs([registry.runs.experiment_id])
     return len(runs), len(registry.client.search_model_versions(f"name = '{registry.model}'"))
 
 
@@ -101,27 +102,27 @@ def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> No
     stored = tensors.load_delta(
         Path(models.local_path(fresh, "models:/deleatur@champion", "delta")) / tensors.DELTA_FILE
     )
-    assert stored.base == models.base_model(fresh).digest
+    assert stored.base == models.base_model(fresh).unet_digest
     assert all(
         torch.equal(stored.tensors[n], t)
         for n, t in tensors.load_delta(Path("out/delta") / tensors.DELTA_FILE).tensors.items()
     )
-    place = Path(local("models:/deleatur@champion"))
+    place = Path(local_folder("models:/deleatur@champion"))
     assert (place / "model_index.json").is_file()
-    assert registry_of(fresh).tags("1")["report"] in (place / "README.md").read_text("utf-8")
+    assert open_registry(fresh).tags("1")["report"] in (place / "README.md").read_text("utf-8")
     assert json.loads((place / "bom.cdx.json").read_text("utf-8"))["metadata"]["component"]["name"] == "deleatur"
 
     against = fresh.model_copy(update={"sample": fresh.sample.model_copy(update={"champion": "models:/deleatur/1"})})
     sample.run(against)
-    champion, candidate = (samples.read(against.paths.shots, side) for side in ("champion", "candidate"))
+    champion, candidate = (samples.read(against.paths.samples, side) for side in ("champion", "candidate"))
     assert len(champion) > 0
     assert champion["image"].tolist() == candidate["image"].tolist(), "the same weights, the same noise"
 
 
 def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
     register.run(fresh)
-    registry = registry_of(fresh)
-    [run] = registry.client.search_runs([registry.experiment_id])
+    registry = open_registry(fresh)
+    [run] = registry.client.search_runs([registry.runs.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["erase.sdd.loop.lr"] == "0.001"
     assert not any(name.startswith("register") for name in run.data.params)
@@ -130,7 +131,7 @@ def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
     [given] = run.inputs.dataset_inputs
     tags = registry.tags("1")
     assert tags["feedback"].startswith(given.dataset.digest)
-    assert tags["base"] == models.base_model(fresh).digest, "which model was changed"
+    assert tags["base"] == models.base_model(fresh).unet_digest, "which model was changed"
     assert run.data.tags["deleatur.base"] == tags["base"]
     assert run.data.params["base.model"] == "models/pipeline"
     assert (tags["outcome"], tags["simulated"], tags["git_dirty"]) == ("pass", "true", "true")  # params.yaml was edited
@@ -151,7 +152,7 @@ def test_the_same_verdict_is_registered_once_even_after_somebody_took_it_back(fr
     register.run(fresh)
     register.run(fresh)
     assert counts(fresh) == (1, 1)
-    registry = registry_of(fresh)
+    registry = open_registry(fresh)
     registry.client.delete_registered_model_alias("deleatur", CHAMPION)
     register.run(fresh)
     assert aliases(fresh) == {}
@@ -166,7 +167,7 @@ def test_only_a_pass_moves_aliases_and_the_old_champion_is_remembered(fresh: Set
     assert aliases(fresh) == {CHAMPION: "1"}
     register.run(judged_by(fresh, finished.passing(limit=-6.0)))
     assert counts(fresh) == (3, 2)
-    assert aliases(fresh) == {CHAMPION: "2", LAST: "1"}
+    assert aliases(fresh) == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
 
 
 def test_a_pass_that_a_guide_had_a_part_in_is_logged_and_releases_nothing(fresh: Settings) -> None:
@@ -179,7 +180,7 @@ def test_a_pass_that_a_guide_had_a_part_in_is_logged_and_releases_nothing(fresh:
 def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
     register.run(asking(fresh))
     assert aliases(fresh) == {CHALLENGER: "1"}
-    found = approval.waiting(fresh)
+    found = approval.pending_approval(fresh)
     assert found is not None
     version, evidence = found
     with pytest.raises(DataError, match="other evidence"):
@@ -189,10 +190,10 @@ def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
     approval.promote(fresh, version, "Ada", reason="seen the sheet", evidence=evidence)
     approval.promote(fresh, version, "Ada", evidence=evidence)  # changes nothing
     assert aliases(fresh) == {CHAMPION: "1"}
-    tags = registry_of(fresh).tags("1")
+    tags = open_registry(fresh).tags("1")
     assert (tags["approved_by"], tags["approved_because"]) == ("Ada", "seen the sheet")
     assert (tags["approved_evidence"], tags["approved_delta"]) == (evidence, tags["delta"])
-    assert approval.waiting(fresh) is None
+    assert approval.pending_approval(fresh) is None
     with pytest.raises(DataError, match="no version 9"):
         approval.promote(fresh, "9", "Ada")
 
@@ -217,7 +218,7 @@ def test_a_person_decides_on_the_command_line(fresh: Settings) -> None:
     assert CliRunner().invoke(app, ["approve", "1"]).exit_code == 2, "no decision without a name"
     done = CliRunner().invoke(app, ["approve", "1", "--as", "Ada", "--reason", "seen the sheet"])
     assert done.exit_code == 0, done.output
-    tags = registry_of(fresh).tags("1")
+    tags = open_registry(fresh).tags("1")
     assert (tags["approved_by"], tags["approved_because"]) == ("Ada", "seen the sheet")
     assert tags["evidence"] in done.output
     assert aliases(fresh) == {CHAMPION: "1"}
@@ -228,7 +229,7 @@ def test_a_person_decides_on_the_command_line(fresh: Settings) -> None:
     assert "deleatur approve 2 --as NAME" in astray.output
     assert CliRunner().invoke(app, ["decline", "2", "--as", "Ada", "--reason", "too blurred"]).exit_code == 0
     assert aliases(fresh) == {CHAMPION: "1"}
-    assert registry_of(fresh).tags("2")["declined_because"] == "too blurred"
+    assert open_registry(fresh).tags("2")["declined_because"] == "too blurred"
 
 
 def _forged(name: str, key: str, value: Any) -> Callable[[], None]:

@@ -35,18 +35,19 @@ from deleatur.guides.cfg import CFG
 from deleatur.records.report import Report
 from deleatur.records.sampling import Recipe
 from deleatur.runtime import models, provenance
-from deleatur.stages import evaluate, sample
+from deleatur.evaluation import cache
+from deleatur.stages import sample
 from deleatur.storage import json_records, samples, tensors
 
 SIDES, STEPS, BATCH, SHARD, PART = 2, 2, 4, 8, 8
-PLACES = ("shots", "scores", "report")
+PLACES = ("samples", "scores", "report")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     """Several parts even of so few pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "PART", PART)
+        patch.setattr(cache, "SHARD_SIZE", PART)
         yield
 
 
@@ -95,7 +96,7 @@ def forget(*places: str) -> None:
 
 
 def listed() -> pd.DataFrame:
-    return samples.listed(Path("out/shots"))
+    return samples.read_listing(Path("out/samples"))
 
 
 def report() -> Report:
@@ -107,18 +108,18 @@ def calls_for(pictures: int, size: int) -> int:
 
 
 def test_nothing_new_asks_no_network(root: Path) -> None:
-    before, times = files(*PLACES), {p: p.stat().st_mtime_ns for p in Path("out/shots/pictures").iterdir()}
+    before, times = files(*PLACES), {p: p.stat().st_mtime_ns for p in Path("out/samples/images").iterdir()}
     counts = look(Settings.load())
     assert (counts[UNET], counts[JUDGE], counts[VISION]) == (0, 0, 0)
     assert files(*PLACES) == before
-    assert {p: p.stat().st_mtime_ns for p in Path("out/shots/pictures").iterdir()} == times
+    assert {p: p.stat().st_mtime_ns for p in Path("out/samples/images").iterdir()} == times
 
 
 def test_a_new_prompt_is_drawn_and_looked_at_alone(root: Path) -> None:
     with Path("prompts/neutral.csv").open("a", newline="", encoding="utf-8") as f:
         csv.writer(f).writerow(("a-first", "a dog in ink", "judge:dog", "unseen", "test"))  # sorts before the others
     old = set(listed()["key"])
-    per_prompt = Settings.load().sample.per_prompt["unseen"]
+    per_prompt = Settings.load().sample.images_per_prompt["unseen"]
     counts = look(Settings.load())
     assert len(set(listed()["key"]) - old) == SIDES * per_prompt
     assert old < set(listed()["key"])
@@ -157,7 +158,7 @@ def test_another_label_draws_nothing_and_is_another_number(root: Path) -> None:
 
 
 def test_a_new_candidate_leaves_the_base_models_pictures(root: Path) -> None:
-    times = {p: p.stat().st_mtime_ns for p in Path("out/shots/pictures").iterdir()}
+    times = {p: p.stat().st_mtime_ns for p in Path("out/samples/images").iterdir()}
     base, candidate = (set(listed().query(f"side == '{side}'")["key"]) for side in ("base", "candidate"))
     settings = change(root, erase={"source": "words"})
     stages.run("erase", settings)
@@ -172,13 +173,13 @@ def test_a_new_candidate_leaves_the_base_models_pictures(root: Path) -> None:
 
 
 def test_a_new_metric_asks_for_itself_alone(root: Path) -> None:
-    before, old = files("shots", "scores"), report()
+    before, old = files("samples", "scores"), report()
     metrics = yaml.safe_load((root / "params.yaml").read_text())["evaluate"]["metrics"]
     new = {"prefixed": {"method": "clip_score", "prefix": "a "}}
     counts = look(change(root, evaluate={"metrics": {**metrics, **new}}))
     assert (counts[UNET], counts[JUDGE], counts[VISION]) == (0, 0, 0)
     assert counts[TEXT] > 0
-    after = files("shots", "scores")
+    after = files("samples", "scores")
     assert {p for p in before if before[p] != after.get(p)} == {"out/scores/values.parquet"}
     assert [s for s in report().scores if s.metric != "prefixed"] == list(old.scores)
     assert "prefixed" in {s.metric for s in report().scores}
@@ -212,19 +213,19 @@ def test_the_same_judge_elsewhere_is_not_asked_again(root: Path) -> None:
 
 
 def test_other_batches_draw_and_look_at_nothing(root: Path) -> None:
-    before = files("shots", "scores")
+    before = files("samples", "scores")
     judge = {"method": "classifier", "path": "models/judge", "batch": 5}
-    counts = look(change(root, sample={"batch": 3}, evaluate={"detectors": {"judge": judge}}))
+    counts = look(change(root, sample={"batch_size": 3}, evaluate={"detectors": {"judge": judge}}))
     assert (counts[UNET], counts[JUDGE], counts[VISION]) == (0, 0, 0)
-    assert files("shots", "scores") == before
+    assert files("samples", "scores") == before
 
 
 def test_other_batches_and_shards_draw_the_same_pictures(root: Path) -> None:
-    before = [samples.read(Path("out/shots"), side) for side in ("base", "candidate")]
-    forget("shots")
-    stages.run("sample", change(root, sample={"batch": 3, "shard": 5}))
+    before = [samples.read(Path("out/samples"), side) for side in ("base", "candidate")]
+    forget("samples")
+    stages.run("sample", change(root, sample={"batch_size": 3, "shard_size": 5}))
     for side, old in zip(("base", "candidate"), before, strict=True):
-        pd.testing.assert_frame_equal(samples.read(Path("out/shots"), side), old)  # type: ignore[arg-type]
+        pd.testing.assert_frame_equal(samples.read(Path("out/samples"), side), old)  # type: ignore[arg-type]
 
 
 def test_a_candidate_that_became_the_champion_is_not_drawn_again(root: Path) -> None:
@@ -244,7 +245,7 @@ MOMENTS = [("sample", UNET, 6), ("evaluate", JUDGE, 3), ("evaluate", VISION, 2),
 def test_killed_in_a_network_it_goes_on_with_the_part_it_was_in(
     stage: str, network: str, moment: int, root: Path
 ) -> None:
-    settings, place = Settings.load(), "shots" if stage == "sample" else "scores"
+    settings, place = Settings.load(), "samples" if stage == "sample" else "scores"
     before = files(*PLACES)
 
     def killer(counts: Counter[str]) -> None:
@@ -283,17 +284,17 @@ def test_another_part_of_the_model_is_drawn_with_and_judged_anew(
     part: str, alter: Callable[[Path], None], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deleatur.storage.dvc.status", lambda folder: {})
-    old, keys = report().identity, set(listed()["key"])
+    old, keys = report().provenance, set(listed()["key"])
     alter(root / "models" / "pipeline" / part)
     with pytest.raises(DataError, match="another pipeline than"):
         stages.run("register", Settings.load())
     counts = look(Settings.load())
     assert counts[UNET] > 0
     assert not keys & set(listed()["key"])
-    new = report().identity
+    new = report().provenance
     assert (new.base, new.delta) == (old.base, old.delta), "the delta still fits"
     assert new.pipeline != old.pipeline
-    assert new.pictures != old.pictures
+    assert new.images != old.images
 
 
 def test_a_picture_is_named_by_all_that_its_row_says_of_it(root: Path) -> None:
@@ -307,7 +308,7 @@ def test_the_concept_that_a_guide_steers_away_from_is_part_of_the_name(root: Pat
     names, scale = set(), methods.guide(Settings.load()).scale
     for guide, source in itertools.product(("cfg", "negative"), ("words", "token")):
         settings = change(root, guide={"method": guide, guide: {"scale": scale}}, erase={"source": source})
-        ways = sample._ways(settings, models.base_model(settings))
+        ways = sample.sampling_configs(settings, models.base_model(settings))
         names |= {(side, way.recipe.key) for side, way in ways.items()}
     assert len(names) == 1 + 3, "plain guidance has no concept"
 
@@ -319,9 +320,9 @@ def test_a_corrected_method_is_another_one(tmp_path: Path) -> None:
         shutil.copytree(dependencies.PACKAGE, source, dirs_exist_ok=True)
         with (source / "guides" / "cfg.py").open("a") as file:
             file.write(f"\n\nclass CFG:\n    {text}")
-        digests.add(json.dumps(dependencies.of(CFG, source=source)))
+        digests.add(json.dumps(dependencies.code_digests(CFG, source=source)))
     assert len(digests) == 2
-    assert len({provenance.code_digest(of, libraries=names) for of in (CFG, Guide) for names in ((), ("torch",))}) == 4
+    assert len({provenance.digest_code(of, libraries=names) for of in (CFG, Guide) for names in ((), ("torch",))}) == 4
 
 
 def test_the_whole_chain_in_bfloat16_ends_in_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,9 +336,9 @@ def test_the_whole_chain_in_bfloat16_ends_in_a_model(tmp_path: Path, monkeypatch
     for name in stages.STAGES[:-1]:
         stages.run(name, settings)
     export(settings, Path("model"))
-    assert "bfloat16" in report().identity.sampler
+    assert "bfloat16" in report().provenance.sampler
     delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
-    assert delta.base == models.base_model(settings).digest
+    assert delta.base == models.base_model(settings).unet_digest
     plain = StableDiffusionPipeline.from_pretrained("models/pipeline").unet.state_dict()
     erased = StableDiffusionPipeline.from_pretrained("model").unet.state_dict()
     moved = {n for n in plain if not torch.equal(plain[n], erased[n])}

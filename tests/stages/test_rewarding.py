@@ -54,7 +54,7 @@ def root(ingested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_feedback_that_teaches_nothing_is_refused_in_words(
     root: Path, change: Callable[[pd.DataFrame], pd.DataFrame], said: str
 ) -> None:
-    files.write_table(ANSWERS, change(files.read_table(ANSWERS)), events.SCHEMA)
+    files.write_table(ANSWERS, change(files.read_table(ANSWERS)), events.EVENT_SCHEMA)
     result = CliRunner().invoke(app, ["stage", "reward"])
     assert (result.exit_code, type(result.exception)) == (3, SystemExit), result.output
     assert said in result.output
@@ -71,7 +71,7 @@ def test_prompts_that_are_each_all_yes_or_all_no_leave_the_quality_open(root: Pa
     answers = files.read_table(ANSWERS)
     answers = answers[answers["prompt"].isin(["a gun", "a cat"])]
     said = answers["prompt"].map({"a gun": "yes", "a cat": "no"})
-    files.write_table(ANSWERS, answers.assign(answer=said), events.SCHEMA)
+    files.write_table(ANSWERS, answers.assign(answer=said), events.EVENT_SCHEMA)
     result = CliRunner().invoke(app, ["stage", "reward"])
     assert result.exit_code == 0, result.output
     found = json.loads(Path("out/reward/metrics.json").read_text())["weapon"]

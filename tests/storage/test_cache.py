@@ -13,7 +13,7 @@ import pytest
 from counting import die, killed
 
 from deleatur.errors import DataError
-from deleatur.storage.cache import Kept, parts
+from deleatur.storage.cache import RowCache, chunked
 
 SCHEMA = pa.schema({"key": pa.string(), "numbers": pa.list_(pa.float32())})
 SIZE = 3
@@ -27,13 +27,13 @@ def rows(keys: Iterable[str]) -> pd.DataFrame:
 
 def work(folder: Path, *groups: str, make: Callable[[str], Any] = lambda key: None) -> None:
     """What a stage does: groups of keys, a letter each."""
-    kept = Kept(folder, SCHEMA)
+    kept = RowCache(folder, SCHEMA)
     for group in groups:
-        for part in parts(kept.missing(group), SIZE):
+        for part in chunked(kept.missing(group), SIZE):
             for key in part:
                 make(key)
             kept.add(rows(part))
-    kept.settle(*groups, size=SIZE)
+    kept.compact(*groups, size=SIZE)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -42,10 +42,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_rows_come_in_the_order_asked_for(tmp_path: Path) -> None:
     work(tmp_path, "abcdefgh")
-    found = Kept(tmp_path, SCHEMA).read("hbbd")
+    found = RowCache(tmp_path, SCHEMA).read("hbbd")
     assert found["key"].tolist() == list("hbbd")
     assert [n.tolist() for n in found["numbers"]] == [pytest.approx(n, rel=1e-6) for n in rows("hbbd")["numbers"]]
-    assert len(Kept(tmp_path, SCHEMA).read("")) == 0
+    assert len(RowCache(tmp_path, SCHEMA).read("")) == 0
 
 
 def test_only_what_is_missing_is_made(tmp_path: Path) -> None:
@@ -71,16 +71,16 @@ def test_a_group_that_stays_keeps_its_files_untouched(tmp_path: Path) -> None:
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     work(tmp_path, "abcd", "ijklm")
     same = [path for path in tmp_path.iterdir() if times.get(path.name) == path.stat().st_mtime_ns]
-    assert sorted(Kept(tmp_path, SCHEMA).missing("abcd")) == []
+    assert sorted(RowCache(tmp_path, SCHEMA).missing("abcd")) == []
     assert len(same) == 2, "the shards of abcd"
 
 
 @pytest.mark.parametrize(("stays", "goes"), [("abc", "cab"), ("cab", "abc")])  # whichever name sorts first
 def test_a_row_in_two_shards_is_read_from_the_one_that_stays(stays: str, goes: str, tmp_path: Path) -> None:
     for keys in (stays, goes):
-        Kept(tmp_path, SCHEMA).add(rows(keys))
-    kept = Kept(tmp_path, SCHEMA)
-    kept.settle(stays, size=SIZE)
+        RowCache(tmp_path, SCHEMA).add(rows(keys))
+    kept = RowCache(tmp_path, SCHEMA)
+    kept.compact(stays, size=SIZE)
     assert len(files(tmp_path)) == 1
     assert list(kept.read("bca")["key"]) == list("bca")
 
@@ -111,7 +111,9 @@ def test_killed_before_any_change_on_disk_it_loses_one_shard_and_ends_the_same(
                 monkeypatch.setattr(Path, name, change)
 
         died = killed(lambda folder=folder: work(folder, "abXcdefgh", "Yij"), arrange)
-        assert not Kept(folder, SCHEMA).missing("abcdefgh"), "what was there and is asked for is there at any moment"
+        assert not RowCache(folder, SCHEMA).missing("abcdefgh"), (
+            "what was there and is asked for is there at any moment"
+        )
         made: list[str] = []
         work(folder, "abXcdefgh", "Yij", make=made.append)
         assert set(made) <= set("XYij"), "never made again"
@@ -123,12 +125,12 @@ def test_killed_before_any_change_on_disk_it_loses_one_shard_and_ends_the_same(
 
 def test_what_is_no_shard_is_named_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"half a shard")
-    with pytest.raises(DataError, match=r"x\.parquet is not a shard of ours") as caught:
-        Kept(tmp_path, SCHEMA)
+    with pytest.raises(DataError, match=r"x\.parquet is not a readable shard of the cache") as caught:
+        RowCache(tmp_path, SCHEMA)
     assert "rm " in (caught.value.hint or "")
 
 
 def test_a_row_that_is_missing_is_said(tmp_path: Path) -> None:
     work(tmp_path, "ab")
-    with pytest.raises(DataError, match="lacks 1 of the rows"):
-        Kept(tmp_path, SCHEMA).read("abc")
+    with pytest.raises(DataError, match="lacks 1 of the requested rows"):
+        RowCache(tmp_path, SCHEMA).read("abc")

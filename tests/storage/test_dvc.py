@@ -16,15 +16,15 @@ import pytest
 import yaml
 from killed import running
 
-from deleatur.errors import ContinueMe, DataError, ErasureRefused, ModelError, ServiceError, SettingsError
-from deleatur.storage import dvc, dvc_remote
-from deleatur.storage.dvc import Progress
+from deleatur.errors import DataError, ErasureRefused, Interrupted, ModelError, ServiceError, SettingsError
+from deleatur.storage import dvc, dvc_remote, git, processes
+from deleatur.storage.processes import StageProgress
 
 WORK = """
 import json, os, pathlib, sys
 for done in (1, 2):
     with open(os.environ["DELEATUR_PROGRESS"], "a") as f:
-        f.write(json.dumps({"what": "work", "done": done, "total": 2, "note": ""}) + "\\n")
+        f.write(json.dumps({"task": "work", "done": done, "total": 2, "note": ""}) + "\\n")
 print("working")
 pathlib.Path("made").write_text(pathlib.Path("given").read_text())
 """
@@ -39,7 +39,7 @@ def run(settings):
     finally:
         pathlib.Path("saved").write_text("state")
 stages.import_module = lambda name: types.SimpleNamespace(run=run)
-stages.run("erase", types.SimpleNamespace(paths=types.SimpleNamespace(state=pathlib.Path("state"))))
+stages.run("erase", types.SimpleNamespace(paths=types.SimpleNamespace(checkpoints=pathlib.Path("state"))))
 """
 
 SLEEP = """
@@ -69,7 +69,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "missing": ends(3, "DataError: no file\n"),
         "other": ends(4, "ModelError: not this one\n"),
         "refused": ends(5, "ErasureRefused: it did nothing\n"),
-        "stopped": ends(75, "ContinueMe: saved at step 3\n"),
+        "stopped": ends(75, "Interrupted: saved at step 3\n"),
         "broken": ends(1, "Traceback\nKeyError: 'x'\n"),
     }
     for name, code in scripts.items():
@@ -91,11 +91,11 @@ def root(project: Path, tmp_path: Path) -> Path:
 
 def test_a_stage_runs_once_and_tells_how_far_it_is(root: Path) -> None:
     lines: list[str] = []
-    progress: list[Progress] = []
+    progress: list[StageProgress] = []
     assert dvc.lock_digest(root) is None
     assert "work" in dvc.status(root)
     assert dvc.reproduce("work", root, lines.append, progress.append)
-    assert progress == [Progress("work", 1, 2, ""), Progress("work", 2, 2, "")]
+    assert progress == [StageProgress("work", 1, 2, ""), StageProgress("work", 2, 2, "")]
     assert "working" in lines
     assert "work" not in dvc.status(root)
     first = dvc.lock_digest(root)
@@ -113,7 +113,7 @@ def test_a_stage_runs_once_and_tells_how_far_it_is(root: Path) -> None:
         ("missing", DataError, "no file"),
         ("other", ModelError, "not this one"),
         ("refused", ErasureRefused, "it did nothing"),
-        ("stopped", ContinueMe, "saved at step 3"),
+        ("stopped", Interrupted, "saved at step 3"),
         ("broken", ServiceError, "exit code 1"),
         ("lost", DataError, "nowhere"),
     ],
@@ -165,7 +165,7 @@ def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, t
     for place in (whole, root):
         finished.copy(shared, place)
         params = yaml.safe_load((place / "params.yaml").read_text())
-        params["erase"]["sdd"]["loop"] |= {"iterations": 60, "check_every": 0}
+        params["erase"]["sdd"]["training"] |= {"iterations": 60, "eval_every": 0}
         (place / "params.yaml").write_text(yaml.safe_dump(params))
     assert dvc.reproduce("erase", whole)
 
@@ -179,17 +179,17 @@ def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, t
         time.sleep(0.01)
     us.terminate()
     said, _ = us.communicate(timeout=120)
-    assert us.returncode == ContinueMe.exit_code
+    assert us.returncode == Interrupted.exit_code
     assert "saved after step" in said, "the stage's last words are heard"
 
     done: list[int] = []
 
-    def stop_the_stage(progress: Progress) -> None:
+    def stop_the_stage(progress: StageProgress) -> None:
         done.append(progress.done)
         for stage in running("erase", os.getpid()) if len(done) == 1 else ():  # a second one would not wait
             stage.terminate()
 
-    with pytest.raises(ContinueMe, match="saved after step"):
+    with pytest.raises(Interrupted, match="saved after step"):
         dvc.reproduce("erase", root, on_progress=stop_the_stage)
     first = done[0]
     done.clear()
@@ -209,15 +209,15 @@ def awaited(path: Path) -> str:
 
 
 def test_which_code_it_was(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert dvc.commit(tmp_path_factory.mktemp("bare")).hash is None
-    assert dvc.commit(root).hash is None, "no commit yet"
+    assert git.current_commit(tmp_path_factory.mktemp("bare")).hash is None
+    assert git.current_commit(root).hash is None, "no commit yet"
     finished.git(root, "add", "--all")
     finished.git(root, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "all")
-    clean = dvc.commit(root)
+    clean = git.current_commit(root)
     assert clean.hash is not None
     assert not clean.dirty
     (root / "given").write_text("3")
-    assert dvc.commit(root) == dvc.Commit(clean.hash, True)
+    assert git.current_commit(root) == git.Commit(clean.hash, True)
 
 
 def test_where_there_is_no_dvc_nothing_is_stale(tmp_path: Path) -> None:
@@ -232,10 +232,10 @@ def two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     (root / ".gitignore").write_text("/made\n")
     finished.git(root, "add", "--all")
     finished.git(root, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "all")
-    assert dvc_remote.published(root), "nobody clones it"
-    commit = dvc.commit(root).hash
+    assert git.is_pushed(root), "nobody clones it"
+    commit = git.current_commit(root).hash
     assert commit
-    dvc_remote.check_out(root, commit, place / "clone")
+    git.clone_at_commit(root, commit, place / "clone")
     return root, place / "clone"
 
 
@@ -243,10 +243,10 @@ def test_a_stage_that_was_done_here_is_done_there(two: tuple[Path, Path]) -> Non
     here, there = two
     assert dvc.reproduce("work", here)
     dvc_remote.push(here, "work")
-    with pytest.raises(DataError, match="does not know the stage other"):
-        dvc_remote.entry("other", here)
+    with pytest.raises(DataError, match="no entry for the stage other"):
+        dvc_remote.lock_entry("other", here)
     assert dvc.status(there, "work")
-    dvc_remote.enter("work", dvc_remote.entry("work", here), there)
+    dvc_remote.set_lock_entry("work", dvc_remote.lock_entry("work", here), there)
     assert dvc.status(there, "work"), "its product is not there yet"
     dvc_remote.pull(there, "work")
     assert dvc.status(there, "work") == {}
@@ -255,43 +255,43 @@ def test_a_stage_that_was_done_here_is_done_there(two: tuple[Path, Path]) -> Non
 
     (there / "dvc.lock").unlink()
     (there / "made").unlink()
-    assert not dvc.reproduce("work", there, how=dvc.PULL), "the memory of what it was made from came along"
+    assert not dvc.reproduce("work", there, options=dvc.PULL), "the memory of what it was made from came along"
     assert (there / "made").read_text() == "1"
 
     (here / "given").write_text("2")
     assert dvc.reproduce("work", here)
     text = (there / "dvc.lock").read_text() + '  zebra:\n    cmd: "true"\n'
     (there / "dvc.lock").write_text(text)
-    dvc_remote.enter("work", dvc_remote.entry("work", here), there)
+    dvc_remote.set_lock_entry("work", dvc_remote.lock_entry("work", here), there)
     assert (there / "dvc.lock").read_text().endswith('  zebra:\n    cmd: "true"\n'), "other stages stay as they are"
-    assert dvc_remote.entry("work", there) == dvc_remote.entry("work", here)
+    assert dvc_remote.lock_entry("work", there) == dvc_remote.lock_entry("work", here)
 
 
 def test_another_machine_takes_what_lies_at_another_place(two: tuple[Path, Path], tmp_path: Path) -> None:
     here, there = two
-    dvc_remote.use_store(there, str(tmp_path / "other"))
-    assert dvc_remote.store(there) == str(tmp_path / "other")
-    assert dvc.commit(there) == dvc.commit(here), "the commit has not changed"
+    dvc_remote.use_remote(there, str(tmp_path / "other"))
+    assert dvc_remote.remote_url(there) == str(tmp_path / "other")
+    assert git.current_commit(there) == git.current_commit(here), "the commit has not changed"
     finished.dvc(here, "remote", "remove", "store")
     with pytest.raises(SettingsError, match="expected a DVC remote"):
-        dvc_remote.store(here)
+        dvc_remote.remote_url(here)
     with pytest.raises(ServiceError, match="dvc push failed"):
         dvc_remote.push(here, "work")
 
 
 def test_what_others_would_not_get_is_known(two: tuple[Path, Path]) -> None:
     here, there = two
-    assert dvc_remote.origin(here) == str(here)
-    assert dvc_remote.origin(there) == str(here)
-    assert dvc_remote.published(there)
+    assert git.origin_url(here) == str(here)
+    assert git.origin_url(there) == str(here)
+    assert git.is_pushed(there)
     (there / "work.py").write_text("changed")
     (there / "new.py").write_text("new")
-    assert dvc_remote.uncommitted(there, "work.py", "new.py", "given") == ["work.py", "new.py"]
+    assert git.uncommitted_files(there, "work.py", "new.py", "given") == ["work.py", "new.py"]
     finished.git(there, "add", "--all")
     finished.git(there, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "mine")
-    assert not dvc_remote.published(there)
+    assert not git.is_pushed(there)
     with pytest.raises(DataError, match="cannot be checked out"):
-        dvc_remote.check_out(here, "0" * 40, there / "deeper")
+        git.clone_at_commit(here, "0" * 40, there / "deeper")
 
 
 def test_what_no_commit_and_no_lock_needs_is_cleared_away(two: tuple[Path, Path]) -> None:
@@ -302,10 +302,12 @@ def test_what_no_commit_and_no_lock_needs_is_cleared_away(two: tuple[Path, Path]
     assert dvc.reproduce("work", root)
     dvc_remote.push(root, "work")
     for dry in (True, False):
-        assert "Removed 1 objects from repo cache." not in dvc_remote.collect(root, [first], dry=dry, remote=False)
-    assert "Removed 1 objects from repo cache." in dvc_remote.collect(root, [], dry=True, remote=False)
-    assert "Removed 1 objects from repo cache." in dvc_remote.collect(root, [], dry=False, remote=True)
-    assert "Removed 1 objects from repo cache." not in dvc_remote.collect(root, [], dry=True, remote=True)
+        assert "Removed 1 objects from repo cache." not in dvc_remote.collect_garbage(
+            root, [first], dry_run=dry, remote=False
+        )
+    assert "Removed 1 objects from repo cache." in dvc_remote.collect_garbage(root, [], dry_run=True, remote=False)
+    assert "Removed 1 objects from repo cache." in dvc_remote.collect_garbage(root, [], dry_run=False, remote=True)
+    assert "Removed 1 objects from repo cache." not in dvc_remote.collect_garbage(root, [], dry_run=True, remote=True)
     assert dvc.status(root, "work") == {}
 
 
@@ -314,17 +316,17 @@ def test_a_folder_is_known_as_a_stage_last_read_it(root: Path) -> None:
     stages["work"]["deps"] = ["given", "read"]
     stages["writes"] = {"cmd": "mkdir -p read && cp given read/file", "deps": ["given"], "outs": ["read"]}
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
-    assert dvc_remote.last_read("work", Path("read"), "file", root) is None
+    assert dvc_remote.file_at_last_run("work", Path("read"), "file", root) is None
     dvc.reproduce("writes", root)
     dvc.reproduce("work", root)
     (root / "given").write_text("2")
     dvc.reproduce("writes", root)
     assert (root / "read/file").read_text() == "2"
-    assert dvc_remote.last_read("work", Path("read"), "file", root) == b"1"
-    assert dvc_remote.last_read("work", Path("read"), "nothing", root) is None
+    assert dvc_remote.file_at_last_run("work", Path("read"), "file", root) == b"1"
+    assert dvc_remote.file_at_last_run("work", Path("read"), "nothing", root) is None
 
 
 def test_the_code_that_lies_there_is_the_code_that_runs(tmp_path: Path) -> None:
     (tmp_path / "src" / "deleatur").mkdir(parents=True)
-    assert dvc.environment(tmp_path)["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path / "src")
-    assert dvc.environment(tmp_path / "src").get("PYTHONPATH") == os.environ.get("PYTHONPATH")
+    assert processes.environment(tmp_path)["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path / "src")
+    assert processes.environment(tmp_path / "src").get("PYTHONPATH") == os.environ.get("PYTHONPATH")

@@ -19,10 +19,10 @@ def test_what_git_keeps_is_not_emptied(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "page.md").write_text("text")
     subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
-    assert list(files.emptied(ours).iterdir()) == []
-    with pytest.raises(SettingsError, match=r"git keeps page\.md there"):
-        files.emptied(theirs)
-    with pytest.raises(SettingsError, match=r"git keeps page\.md there"):
+    assert list(files.empty_folder(ours).iterdir()) == []
+    with pytest.raises(SettingsError, match=r"git tracks page\.md"):
+        files.empty_folder(theirs)
+    with pytest.raises(SettingsError, match=r"git tracks page\.md"):
         files.keep_only(theirs, [])
     assert (theirs / "page.md").read_text() == "text"
 
@@ -36,7 +36,7 @@ def test_in_a_git_hook_it_is_the_folders_own_repository_that_counts(
     subprocess.run(["git", "-C", hooked, "add", "."], check=True)
     plain.mkdir(parents=True)
     monkeypatch.setenv("GIT_DIR", str(hooked / ".git"))
-    assert list(files.emptied(plain).iterdir()) == []
+    assert list(files.empty_folder(plain).iterdir()) == []
 
 
 def test_nothing_is_emptied_where_git_cannot_tell(tmp_path: Path) -> None:
@@ -44,6 +44,6 @@ def test_nothing_is_emptied_where_git_cannot_tell(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("text")
     subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
     (tmp_path / ".git/index").write_bytes(b"broken")
-    with pytest.raises(DataError, match="git cannot tell what it keeps"):
-        files.emptied(tmp_path)
+    with pytest.raises(DataError, match="git cannot list the files it tracks"):
+        files.empty_folder(tmp_path)
     assert (tmp_path / "page.md").exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evidence import PROVENANCE, JUDGE
+from evidence import JUDGE, PROVENANCE
 
 from deleatur.errors import DataError
 from deleatur.gate import Rule

@@ -36,15 +36,15 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def test_what_was_put_comes_back_and_what_is_there_is_not_fetched_again(address: str, tmp_path: Path) -> None:
-    remote.put(written(tmp_path / "one", "1"), f"{address}/one")
-    remote.put(written(tmp_path / "two", "22"), f"{address}/deep/two")
-    remote.put(written(tmp_path / "other", "3"), f"{address}-other/three")
+    remote.upload(written(tmp_path / "one", "1"), f"{address}/one")
+    remote.upload(written(tmp_path / "two", "22"), f"{address}/deep/two")
+    remote.upload(written(tmp_path / "other", "3"), f"{address}-other/three")
     here = tmp_path / "here"
     remote.fetch(address, here)
     assert files(here) == {"one": "1", "deep/two": "22"}
     before = (here / "one").stat().st_mtime_ns
     for text in ("changed", "another"):  # the second in the size of the first
-        remote.put(written(tmp_path / "two", text), f"{address}/deep/two")
+        remote.upload(written(tmp_path / "two", text), f"{address}/deep/two")
         remote.fetch(address, here)
         assert files(here) == {"one": "1", "deep/two": text}
     assert (here / "one").stat().st_mtime_ns == before
@@ -64,12 +64,12 @@ def test_half_a_file_is_never_found_under_its_name(tmp_path: Path, monkeypatch: 
         Path(target).write_text(Path(source).read_text()[:2])
         raise OSError(28, "No space left on device")
 
-    remote.put(written(tmp_path / "one", "old"), str(store / "one"))
+    remote.upload(written(tmp_path / "one", "old"), str(store / "one"))
     newer = written(tmp_path / "one", "newer")
     with monkeypatch.context() as full:
         full.setattr("shutil.copyfile", torn)
         with pytest.raises(ServiceError, match="No space left"):
-            remote.put(newer, str(store / "one"))
+            remote.upload(newer, str(store / "one"))
     assert files(store) == {"one": "old"}
     written(store / ".one.77.partial", "ha")  # of a process that was killed
     remote.fetch(str(store), tmp_path / "here")
@@ -80,13 +80,13 @@ def test_what_nobody_has_touched_for_long_is_found(tmp_path: Path) -> None:
     for name, age in (("old/state", 100.0), ("old/deep/state", 90.0), ("young/state", 100.0), ("young/other", 1.0)):
         path = written(tmp_path / name, "x")
         os.utime(path, (time.time() - age, time.time() - age))
-    assert remote.older(str(tmp_path), time.time() - 50) == [f"{tmp_path}/old"]
+    assert remote.list_older(str(tmp_path), time.time() - 50) == [f"{tmp_path}/old"]
 
 
 def test_an_address_that_cannot_be_reached_is_worth_another_try(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ServiceError, match="could not be reached") as raised:
-        remote.put(tmp_path / "file", str(tmp_path / "file" / "inner"))
+        remote.upload(tmp_path / "file", str(tmp_path / "file" / "inner"))
     assert raised.value.hint == f"ls {tmp_path}/file/inner"
     with pytest.raises(ServiceError, match="nowhere://"):
         remote.fetch("nowhere://bucket/x", tmp_path / "here")

@@ -14,15 +14,15 @@ import pytest
 from deleatur.errors import ServiceError
 from deleatur.storage import remote
 from deleatur.storage import sync as module
-from deleatur.storage.sync import carried
+from deleatur.storage.sync import synced
 
-STATE = Path("out/state")
+STATE = Path("out/checkpoints")
 
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The first machine."""
-    monkeypatch.setattr(module, "LOOK", 0.01)
+    monkeypatch.setattr(module, "POLL_INTERVAL", 0.01)
     monkeypatch.chdir(tmp_path)
     STATE.mkdir(parents=True)
     return tmp_path
@@ -41,7 +41,7 @@ def test_what_is_written_goes_along_and_comes_to_the_next_machine(
 ) -> None:
     store = tmp_path_factory.mktemp("store")
     (STATE / "before").write_text("was here")
-    with carried([STATE, Path("out/shots")], str(store)):
+    with synced([STATE, Path("out/samples")], str(store)):
         (STATE / "erase").write_text("step 1")
         awaited(store / STATE / "erase", "step 1")
         (STATE / ".erase.1.partial").write_text("half")
@@ -50,17 +50,17 @@ def test_what_is_written_goes_along_and_comes_to_the_next_machine(
     assert not (store / STATE / "before").exists(), "nothing that was there already"
     assert {p.name for p in (store / STATE).iterdir()} == {"erase"}
     monkeypatch.chdir(tmp_path_factory.mktemp("second"))
-    with carried([STATE], str(store)):
+    with synced([STATE], str(store)):
         assert (STATE / "erase").read_text() == "step 20"
 
 
 def test_what_is_written_last_goes_along_when_the_block_is_left_in_a_hurry(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOOK", 1000.0)
+    monkeypatch.setattr(module, "POLL_INTERVAL", 1000.0)
 
     def hurried() -> None:
-        with carried([STATE], str(tmp_path / "store")):
+        with synced([STATE], str(tmp_path / "store")):
             (STATE / "erase").write_text("saved on request")
             raise KeyboardInterrupt
 
@@ -73,15 +73,15 @@ def test_an_address_that_does_not_answer_stops_nothing_and_is_tried_again(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    plain = remote.put
+    plain = remote.upload
 
     def put(file: Path, address: str) -> None:
         if len(told) < 2:
             raise ServiceError("no answer")
         plain(file, address)
 
-    monkeypatch.setattr(remote, "put", put)
-    with carried([STATE], str(tmp_path / "store"), told.append):
+    monkeypatch.setattr(remote, "upload", put)
+    with synced([STATE], str(tmp_path / "store"), told.append):
         (STATE / "erase").write_text("step 1")
         awaited(tmp_path / "store" / STATE / "erase", "step 1")
     assert told == ["no answer"] * 2
@@ -90,8 +90,8 @@ def test_an_address_that_does_not_answer_stops_nothing_and_is_tried_again(
 def test_killed_at_any_moment_it_leaves_whole_files(root: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     code = (
-        "from pathlib import Path; from deleatur.storage import files, sync; sync.LOOK = 0\n"
-        f"with sync.carried([Path({str(STATE)!r})], {str(store)!r}):\n"
+        "from pathlib import Path; from deleatur.storage import files, sync; sync.POLL_INTERVAL = 0\n"
+        f"with sync.synced([Path({str(STATE)!r})], {str(store)!r}):\n"
         "    for i in range(100_000):\n"
         f"        files.write_lines(Path({str(STATE)!r}) / 'erase', [f'{{i:09d}}'] * 20_000)\n"
     )

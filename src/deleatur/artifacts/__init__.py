@@ -1,1 +1,1 @@
-"""What stages hand to each other: prompts, rated images, tokens, reward heads, and the model that is exported."""
+"""Inputs and outputs of stages, loaded: prompts, rated images, tokens, reward heads, the exported model."""

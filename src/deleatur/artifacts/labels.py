@@ -1,4 +1,4 @@
-"""Detectors and labels that concepts, metrics and prompts name."""
+"""Validation of the detectors and labels that concepts, metrics and prompts refer to."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from deleatur.errors import SettingsError
 
 
 def demand_labels(settings: Settings) -> None:
-    """Raises SettingsError where a concept, a metric or a prompt asks for a detector, or for a label of one, that there
-    is not.
-    """
-    known = {name: detector.peek() for name, detector in methods.detectors(settings).items()}
-    counts = {n: (s.found.detector, s.found.labels) for n, s in settings.concepts.items() if n in settings.targets}
-    for name, (detector, labels) in counts.items():
+    """Raises SettingsError when a concept, a metric or a prompt refers to a detector or label that does not exist."""
+    labels_of = {name: detector.read_labels() for name, detector in methods.detectors(settings).items()}
+    detections = {n: s.detection for n, s in settings.concepts.items() if n in settings.targets}
+    concept_labels = {n: (d.detector, d.labels) for n, d in detections.items()}
+    for name, (detector, labels) in concept_labels.items():
         for label in labels:
-            _demand(known, detector, label, f"concepts.{name}.found")
-    asked = [p for name in ("", *settings.targets) for p in prompts.for_evaluation(settings, name)]
-    of_prompt = {metrics.labelled(p): p.id for p in reversed(asked)}
+            _demand_label(labels_of, detector, label, f"concepts.{name}.detection")
+    evaluated = [p for name in ("", *settings.targets) for p in prompts.evaluation_prompts(settings, name)]
+    first_prompt = {metrics.split_label(p): p.id for p in reversed(evaluated)}
     for name, metric in methods.metrics(settings).items():
-        for detector, label in sorted(metric.needs(asked, counts)):
-            prompt = f", for the prompt {found}" if (found := of_prompt.get((detector, label))) else ""
-            _demand(known, detector, label, f"evaluate.metrics.{name}{prompt}")
+        for detector, label in sorted(metric.required_labels(evaluated, concept_labels)):
+            prompt_id = first_prompt.get((detector, label))
+            prompt = f", for the prompt {prompt_id}" if prompt_id else ""
+            _demand_label(labels_of, detector, label, f"evaluate.metrics.{name}{prompt}")
 
 
-def _demand(known: Mapping[str, Sequence[str] | None], detector: str, label: str, where: str) -> None:
-    if detector not in known:
+def _demand_label(labels_of: Mapping[str, Sequence[str] | None], detector: str, label: str, setting: str) -> None:
+    if detector not in labels_of:
         raise SettingsError(
-            f"{where}: expected a detector of evaluate.detectors ({', '.join(known)}), got {detector!r}",
+            f"{setting}: expected a detector of evaluate.detectors ({', '.join(labels_of)}), got {detector!r}",
             hint="correct it or add the detector, then: deleatur check",
         )
-    labels = known[detector]
+    labels = labels_of[detector]
     if labels is not None and label not in labels:
         near = get_close_matches(label, labels, 3) or sorted(labels)[:5]
         raise SettingsError(
-            f"{where}: {detector} has no label {label!r}; near are {', '.join(near)}",
+            f"{setting}: {detector} has no label {label!r}; closest: {', '.join(near)}",
             hint="correct the label, then: deleatur check",
         )

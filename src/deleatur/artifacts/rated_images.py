@@ -7,32 +7,33 @@ from numpy.typing import NDArray
 
 from deleatur.config.settings import Settings
 from deleatur.feedback import votes
-from deleatur.records.model import Pictures
+from deleatur.records.model import RatedImages
 from deleatur.storage import files, images
 
 
-class RatedImages:
-    """The rated pictures of one concept, in the order of their digests."""
+class RatedPool:
+    """All rated images of one concept with their answers and prompts, ordered by digest."""
 
     def __init__(self, settings: Settings, name: str) -> None:
         answers = files.read_table(settings.paths.feedback / "answers.parquet")
         self.answers = answers[answers["concept"] == name]
-        # A ranking screen's pictures share its prompt.
-        asked = zip(self.answers["items"], self.answers["prompt"], strict=True)
-        prompt = {d: p for items, p in asked for d in items}
-        found = {p.sha256: p for p in images.read_shards(settings.paths.feedback) if p.sha256 in prompt}
-        digests = sorted(found)
-        self.row = {d: i for i, d in enumerate(digests)}
-        self.pictures = [images.decode(found[d].image) for d in digests]
-        self.prompt = [prompt[d] for d in digests]
+        # All images of a ranking screen have its prompt.
+        screens = zip(self.answers["items"], self.answers["prompt"], strict=True)
+        prompt_of = {d: p for items, p in screens for d in items}
+        encoded = {p.sha256: p for p in images.read_shards(settings.paths.feedback) if p.sha256 in prompt_of}
+        digests = sorted(encoded)
+        self.row_of = {d: i for i, d in enumerate(digests)}
+        self.images = [images.decode(encoded[d].image) for d in digests]
+        self.prompts = [prompt_of[d] for d in digests]
 
-    def rated(self) -> Pictures:
-        """What most raters marked, and what most of them passed."""
-        share = votes.seen(self.answers, votes.raters(self.answers)).reindex(list(self.row))
-        both = (share >= 0.5, share < 0.5)
-        marked, passed = ([p for p, its in zip(self.pictures, rows, strict=True) if its] for rows in both)
-        return Pictures(marked, passed)
+    def labelled(self) -> RatedImages:
+        """Images split by majority vote: the concept is visible (positive) or not (negative)."""
+        vote_share = votes.vote_shares(self.answers, votes.rater_table(self.answers)).reindex(list(self.row_of))
+        # An image without a vote has the share NaN, and belongs to neither.
+        positive = [image for image, share in zip(self.images, vote_share, strict=True) if share >= 0.5]
+        negative = [image for image, share in zip(self.images, vote_share, strict=True) if share < 0.5]
+        return RatedImages(positive, negative)
 
     def groups(self) -> NDArray[np.int64]:
-        """(n,) the number of each picture's prompt, for cross-validation that keeps a prompt together."""
-        return np.unique(self.prompt, return_inverse=True)[1]
+        """(n,) prompt index of each image, for cross-validation folds that do not split a prompt."""
+        return np.unique(self.prompts, return_inverse=True)[1]

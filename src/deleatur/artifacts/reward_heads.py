@@ -1,20 +1,20 @@
-"""Reward heads that `reward` wrote."""
+"""Reward heads, as the stage `reward` wrote them."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from deleatur.config.settings import Settings
-from deleatur.feedback.reward import Head
+from deleatur.feedback.reward import RewardHead
 from deleatur.storage import tensors
 
 
-def load_head(settings: Settings, concept: str, which: str) -> Head:
-    """r_ψ: "train" made the token, "held_out" may judge."""
-    found, facts = tensors.load(settings.paths.reward / f"{concept}.safetensors")
-    return Head({n.split("/", 1)[1]: t for n, t in found.items() if n.startswith(f"{which}/")}, facts["rank"])
+def load_head(settings: Settings, concept: str, split: str) -> RewardHead:
+    """r_ψ of one half of the raters: "train" guides inversion and erasure, "held_out" is for evaluation only."""
+    loaded, metadata = tensors.load(settings.paths.reward / f"{concept}.safetensors")
+    return RewardHead({n.split("/", 1)[1]: t for n, t in loaded.items() if n.startswith(f"{split}/")}, metadata["rank"])
 
 
-def shows_concept(head: Head, features: Tensor) -> Tensor:
-    """Whether raters would see the concept: vote share of at least one half, or above the mean of the ranked pool."""
+def shows_concept(head: RewardHead, features: Tensor) -> Tensor:
+    """(n,) bool: predicted vote share of at least one half or, of a ranking head, above the mean of the rated pool."""
     return head(features) >= (0.0 if head.rank else 0.5)

@@ -1,4 +1,4 @@
-"""Soft tokens that `invert` wrote, and concepts as erasers and guides take them."""
+"""Soft tokens of the stage `invert`, and concepts as erasers and guides take them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def load_token(settings: Settings, concept: str) -> SoftToken:
 
 
 def load_concept(settings: Settings, model: Model, name: str) -> Concept:
-    """The concept as `erase.source` says: by its soft tokens, or by its words."""
+    """The concept, specified by its soft tokens or by its words as `erase.source` selects."""
     spec = settings.concepts[name]
     if settings.erase.source == "words":
-        return encode.concept_from_words(model, name, spec.words, spec.sentences)
-    return encode.concept_from_token(model, load_token(settings, name), spec.sentences)
+        return encode.concept_from_words(model, name, spec.words, spec.prompt_templates)
+    return encode.concept_from_token(model, load_token(settings, name), spec.prompt_templates)

@@ -1,4 +1,4 @@
-"""Feedback sources → validated, append-only tables; bad rows are kept aside with their reason."""
+"""Feedback sources → validated, append-only tables; invalid rows are quarantined with the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.feedback import events, expectations, votes
-from deleatur.feedback.events import Rejected, Row
+from deleatur.feedback.events import EventRow, QuarantineRow
 from deleatur.runtime.progress import bar
 from deleatur.storage import files, images
 
@@ -21,50 +21,53 @@ from deleatur.storage import files, images
 def run(settings: Settings) -> None:
     """Writes the folders `paths.feedback` and `paths.data_docs`, functions of the sources and the settings alone.
 
-    events     every valid event, in the order of the sources and their lines, replaced and withdrawn ones included
-    answers    the events that count today       votes, pairs, raters   what they say (`feedback.votes`)
-    images-…   every picture that is what its digest says
-    quarantine every row and picture that cannot be used, with reason and remedy (also as CSV, when there are any)
-    summary    counts, agreement, expectations, and the digest that identifies this feedback
+    events      every valid event in the order of sources and lines, replaced and withdrawn ones included
+    answers     the events in effect, without replaced and withdrawn ones
+    votes, pairs, raters   aggregated from the answers (`feedback.votes`), for people: stages aggregate for themselves
+    images-…    every image whose bytes match its digest
+    quarantine  every unusable row and image, with reason and remedy (also as CSV, when there are any)
+    summary     counts, agreement, expectations, and the digest that identifies this feedback
 
-    Raises DataError, after writing all that, when a target concept has no usable answer left.
+    Raises DataError, after writing all of these, when a target concept has no usable answer.
     """
     with bar("ingest", 1) as advance:
         summary, rejected = _ingest(settings)
         note = f"{summary['events']} events, {summary['answers']} answers"
-        if aside := summary["quarantined"]["rows"]:
-            note += f"; {aside} rows could not be used: {settings.paths.feedback / 'quarantine.csv'}"
+        if quarantined := summary["quarantined"]["rows"]:
+            note += f"; {quarantined} rows could not be used: {settings.paths.feedback / 'quarantine.csv'}"
         advance(note=note)
     _demand_answers(settings, summary["concepts"], rejected)
 
 
-def _ingest(settings: Settings) -> tuple[dict[str, Any], list[Rejected]]:
-    """Writes everything; the summary, and what is in quarantine."""
-    sources = find(settings.ingest.sources)
-    out, docs = files.emptied(settings.paths.feedback), files.emptied(settings.paths.data_docs)
+def _ingest(settings: Settings) -> tuple[dict[str, Any], list[QuarantineRow]]:
+    """Writes everything; returns the summary and the quarantined rows."""
+    sources = find_sources(settings.ingest.sources)
+    out, docs = files.empty_folder(settings.paths.feedback), files.empty_folder(settings.paths.data_docs)
     parsed = events.parse({path.as_posix(): files.read_lines(path) for path in sources})
     rejected, digests = list(parsed.rejected), set[str]()
-    images.write_shards(out, pictures(sources, digests, rejected))
+    images.write_shards(out, valid_images(sources, digests, rejected))
 
     kinds = {name: concept.kind for name, concept in settings.concepts.items()}
-    checked = expectations.validate(events.table(parsed.rows), kinds, digests, docs)
-    rejected += [_refuse(parsed.rows[v.place], v) for v in checked.violations]
-    broken = {v.place for v in checked.violations}
-    refused = {r.event_id for r in rejected if r.event_id}
-    valid, unlinked = events.link([r for i, r in enumerate(parsed.rows) if i not in broken], refused)
+    checked = expectations.validate(events.to_frame(parsed.rows), kinds, digests, docs)
+    rejected += [_quarantine_row(parsed.rows[v.position], v) for v in checked.violations]
+    violating = {v.position for v in checked.violations}
+    rejected_ids = {r.event_id for r in rejected if r.event_id}
+    conforming = [row for i, row in enumerate(parsed.rows) if i not in violating]
+    valid, unlinked = events.resolve_replacements(conforming, rejected_ids)
     rejected += unlinked
 
-    current = events.current(valid)
-    answers = events.table(current)
-    raters = votes.raters(answers)
-    found, ordered = votes.votes(answers, raters), votes.pairs(answers, raters)
-    files.write_table(out / "events.parquet", events.table(valid), events.SCHEMA)
-    files.write_table(out / "answers.parquet", answers, events.SCHEMA)
-    files.write_table(out / "votes.parquet", found, votes.VOTES)
-    files.write_table(out / "pairs.parquet", ordered, votes.PAIRS)
-    files.write_table(out / "raters.parquet", raters, votes.RATERS)
+    current = events.current_answers(valid)
+    answers = events.to_frame(current)
+    raters = votes.rater_table(answers)
+    vote_table, pair_table = votes.vote_table(answers, raters), votes.pair_table(answers, raters)
+    files.write_table(out / "events.parquet", events.to_frame(valid), events.EVENT_SCHEMA)
+    files.write_table(out / "answers.parquet", answers, events.EVENT_SCHEMA)
+    files.write_table(out / "votes.parquet", vote_table, votes.VOTE_SCHEMA)
+    files.write_table(out / "pairs.parquet", pair_table, votes.PAIR_SCHEMA)
+    files.write_table(out / "raters.parquet", raters, votes.RATER_SCHEMA)
     _write_quarantine(out, rejected)
-    concepts = {name: _count(name, settings, valid, answers, found, ordered, raters) for name in settings.concepts}
+    tables = (answers, vote_table, pair_table, raters)
+    concepts = {name: _concept_summary(settings, name, valid, *tables) for name in settings.concepts}
     summary = {
         "feedback": events.digest(valid),
         "simulated": any(c["simulated"] for c in concepts.values()),
@@ -82,115 +85,118 @@ def _ingest(settings: Settings) -> tuple[dict[str, Any], list[Rejected]]:
 
 
 def demand_rated(settings: Settings, concept: str) -> None:
-    """Raises DataError where no picture of a concept was marked by most raters, or none passed, in the sources as they
-    lie there: then a method that learns from rated pictures cannot.
+    """Raises DataError when the sources hold no positive or no negative image of a concept by majority vote: a method
+    that learns from rated images needs both.
     """
-    parsed = events.parse({path.as_posix(): files.read_lines(path) for path in find(settings.ingest.sources)})
-    sound = [row for row in parsed.rows if row.event.concept == concept and events.utc(row.event.created_at)]
-    answers = events.table(events.current(events.link(sound, set())[0]))
-    share = votes.seen(answers, votes.raters(answers))
-    marked, passed = int((share >= 0.5).sum()), int((share < 0.5).sum())
-    if not (marked and passed):
+    parsed = events.parse({path.as_posix(): files.read_lines(path) for path in find_sources(settings.ingest.sources)})
+    of_concept = [row for row in parsed.rows if row.event.concept == concept and events.parse_utc(row.event.created_at)]
+    answers = events.to_frame(events.current_answers(events.resolve_replacements(of_concept, set())[0]))
+    share = votes.vote_shares(answers, votes.rater_table(answers))
+    positive, negative = int((share >= 0.5).sum()), int((share < 0.5).sum())
+    if not (positive and negative):
         raise DataError(
-            f"the eraser learns from rated pictures, and of {concept} raters marked {marked} and passed {passed}",
+            f"the eraser learns from rated images: expected positive and negative ones of {concept}, got {positive} "
+            f"positive and {negative} negative",
             hint="bring feedback (docs/feedback.md), or choose an erase.method that works from words or tokens",
         )
 
 
-def find(patterns: Sequence[str]) -> list[Path]:
-    """The sources, pattern by pattern, sorted by name within each. Raises DataError when a pattern finds none."""
-    found = dict[Path, None]()
+def find_sources(patterns: Sequence[str]) -> list[Path]:
+    """The source files, by pattern, sorted by name within each. Raises DataError when a pattern matches no file."""
+    sources = dict[Path, None]()
     for pattern in patterns:
         paths = sorted(path for path in map(Path, glob(pattern, recursive=True)) if path.is_file())
         if not paths:
             hint = "put JSON-lines files there or correct ingest.sources in params.yaml, then: deleatur stage ingest"
             raise DataError(f"expected feedback at {pattern}, found no file", hint=hint)
-        found |= dict.fromkeys(paths)
-    return list(found)
+        sources |= dict.fromkeys(paths)
+    return list(sources)
 
 
-def archive(source: Path) -> Path:
-    """The pictures of a source lie beside it: answers.jsonl → answers.images.parquet."""
+def archive_path(source: Path) -> Path:
+    """The image archive beside a source: answers.jsonl → answers.images.parquet."""
     return source.with_name(f"{source.stem}.images.parquet")
 
 
-def pictures(sources: Iterable[Path], digests: set[str], rejected: list[Rejected]) -> Iterator[images.Picture]:
-    """Every sound picture once; fills in `digests` and, with what is wrong, `rejected`.
+def valid_images(
+    sources: Iterable[Path], digests: set[str], rejected: list[QuarantineRow]
+) -> Iterator[images.EncodedImage]:
+    """Yields every valid image once; adds its digest to `digests`, and invalid ones to `rejected`.
 
-    A source without an archive is fine as long as other archives hold its pictures; if not, its events say so.
+    A source needs no archive when others hold its images; events about missing images are quarantined later.
     """
-    for path in filter(Path.exists, map(archive, sources)):
+    for path in filter(Path.exists, map(archive_path, sources)):
         line = 0
         try:
-            for line, picture in enumerate(images.read(path), 1):
-                if problem := images.problem(picture):
-                    rejected.append(_spoilt(path, line, picture.sha256, "picture bytes", *problem))
-                elif picture.sha256 not in digests:
-                    digests.add(picture.sha256)
-                    yield picture
+            for line, image in enumerate(images.read_archive(path), 1):
+                if problem := images.problem(image):
+                    rejected.append(_invalid_image(path, line, image.sha256, "image bytes", *problem))
+                elif image.sha256 not in digests:
+                    digests.add(image.sha256)
+                    yield image
         except DataError as e:
             expected = "a Parquet file with sha256, image, width, height"
-            rejected.append(_spoilt(path, line + 1, "", "picture archive", expected, str(e)))
+            rejected.append(_invalid_image(path, line + 1, "", "image archive", expected, str(e)))
 
 
-def _spoilt(path: Path, line: int, row: str, rule: str, expected: str, got: str) -> Rejected:
-    remedy = "write the archive anew from the pictures that were shown"
-    return Rejected(path.as_posix(), line, None, rule, expected, got, remedy, row)
+def _invalid_image(path: Path, line: int, row: str, rule: str, expected: str, got: str) -> QuarantineRow:
+    remedy = "write the archive anew from the images that were shown"
+    return QuarantineRow(path.as_posix(), line, None, rule, expected, got, remedy, row)
 
 
-def _refuse(row: Row, v: expectations.Violation) -> Rejected:
+def _quarantine_row(row: EventRow, v: expectations.Violation) -> QuarantineRow:
     return events.reject(row, v.rule, v.expected, v.got, v.remedy)
 
 
-def _write_quarantine(out: Path, rejected: Sequence[Rejected]) -> None:
-    table = events.quarantine(rejected)
-    files.write_table(out / "quarantine.parquet", table, events.QUARANTINE)
+def _write_quarantine(out: Path, rejected: Sequence[QuarantineRow]) -> None:
+    table = events.quarantine_frame(rejected)
+    files.write_table(out / "quarantine.parquet", table, events.QUARANTINE_SCHEMA)
     if rejected:
         files.write_csv(out / "quarantine.csv", table)
 
 
-def _by_rule(rejected: Sequence[Rejected]) -> dict[str, int]:
+def _by_rule(rejected: Sequence[QuarantineRow]) -> dict[str, int]:
     return dict(sorted(Counter(r.rule for r in rejected).items()))
 
 
-def _count(
-    name: str,
+def _concept_summary(
     settings: Settings,
-    valid: Sequence[Row],
+    name: str,
+    valid: Sequence[EventRow],
     answers: pd.DataFrame,
-    found: pd.DataFrame,
-    ordered: pd.DataFrame,
+    vote_table: pd.DataFrame,
+    pair_table: pd.DataFrame,
     raters: pd.DataFrame,
 ) -> dict[str, Any]:
-    """What there is about one concept. `few_raters`: pictures with a vote, but from fewer than `min_raters`."""
-    own = [row.event for row in valid if row.event.concept == name]
-    mine, people = answers[answers["concept"] == name], raters[raters["concept"] == name]
-    voted = found[(found["concept"] == name) & (found["raters"] > 0)]
+    """Counts of one concept. `few_raters`: images with a vote, but from fewer raters than `min_raters`."""
+    of_concept = [row.event for row in valid if row.event.concept == name]
+    answers, raters = answers[answers["concept"] == name], raters[raters["concept"] == name]
+    voted = vote_table[(vote_table["concept"] == name) & (vote_table["raters"] > 0)]
     return {
         "kind": settings.concepts[name].kind,
         "target": name in settings.targets,
-        "simulated": any(e.source.startswith("simulated") for e in own),
-        "events": len(own),
-        "withdrawals": sum(e.answer == "withdrawn" for e in own),
-        "answers": {str(k): int(v) for k, v in mine["answer"].value_counts().sort_index().items()},
-        "raters": len(people),
-        "simulated_raters": int(people["simulated"].sum()),
+        "simulated": any(e.source.startswith("simulated") for e in of_concept),
+        "events": len(of_concept),
+        "withdrawals": sum(e.answer == "withdrawn" for e in of_concept),
+        "answers": {str(k): int(v) for k, v in answers["answer"].value_counts().sort_index().items()},
+        "raters": len(raters),
+        "simulated_raters": int(raters["simulated"].sum()),
         "voted_pictures": len(voted),
         "few_raters": int((voted["raters"] < settings.ingest.min_raters).sum()),
-        "pairs": int((ordered["concept"] == name).sum()),
-        "agreement": votes.agreement(answers, name),
+        "pairs": int((pair_table["concept"] == name).sum()),
+        "agreement": votes.rater_agreement(answers, name),
     }
 
 
-def _demand_answers(settings: Settings, concepts: dict[str, Any], rejected: Sequence[Rejected]) -> None:
-    bare = [name for name in settings.targets if not concepts[name]["voted_pictures"] + concepts[name]["pairs"]]
-    if not bare:
+def _demand_answers(settings: Settings, concepts: dict[str, Any], rejected: Sequence[QuarantineRow]) -> None:
+    unrated = [name for name in settings.targets if not concepts[name]["voted_pictures"] + concepts[name]["pairs"]]
+    if not unrated:
         return
-    counts = "; ".join(f"{name}: {concepts[name]['events']} valid events, no vote and no pair" for name in bare)
-    aside = ", ".join(f"{rule} {n}" for rule, n in _by_rule(rejected).items()) or "none"
+    counts = "; ".join(f"{name}: {concepts[name]['events']} valid events, no vote and no pair" for name in unrated)
+    quarantined = ", ".join(f"{rule} {n}" for rule, n in _by_rule(rejected).items()) or "none"
     csv = settings.paths.feedback / "quarantine.csv"
-    first = f"read {csv}, append the mended rows" if rejected else "collect answers and append them to a source"
+    first = f"read {csv}, append the corrected rows" if rejected else "collect answers and append them to a source"
     raise DataError(
-        f"expected usable answers about every target, got {counts}. Rows in quarantine: {aside}",
+        f"expected usable answers about every target, got {counts}. Rows in quarantine: {quarantined}",
         hint=f"{first}, then: deleatur stage ingest",
     )

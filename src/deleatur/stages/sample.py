@@ -1,10 +1,10 @@
-"""delta, prompts, tokens, attacks → shots/: base, champion and candidate drawn from the same noise.
+"""delta, prompts, tokens, attacks → samples: base, champion and candidate sampled from the same noise.
 
-Only the candidate is steered by the guide. The base is the model as it is, a champion is a version of the registry,
-which holds weights alone: both are drawn with plain guidance of the same scale.
+Only the candidate is sampled with the guide. The base is the unmodified model and a champion a version of the registry,
+which holds weights alone: both are sampled with plain guidance of the same scale.
 
-A picture is named by the digest of everything that decides it, so one that is there is never drawn again: a killed run
-goes on at the shard it was in, a new prompt adds its own pictures, and the base model's survive a new candidate.
+An image is identified by the digest of everything that determines it and is never sampled twice: a killed run resumes
+at the current shard, a new prompt adds its own images, and a new candidate leaves the base model's in place.
 """
 
 from __future__ import annotations
@@ -24,165 +24,176 @@ from deleatur.config import methods
 from deleatur.config.settings import Settings
 from deleatur.diffusion import encode
 from deleatur.diffusion import sample as sampler
-from deleatur.diffusion.model import Model, digest
-from deleatur.diffusion.overlay import weights_of
+from deleatur.diffusion.model import Model, digest_tensors
+from deleatur.diffusion.overlay import edited_weights
 from deleatur.diffusion.predict import Weights
 from deleatur.errors import ModelError
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
 from deleatur.maths.seeds import derive
 from deleatur.records.model import Concept
-from deleatur.records.sampling import Prompt, Recipe, Role, Shot, Side
+from deleatur.records.sampling import Prompt, Recipe, Role, Sample, Variant
 from deleatur.runtime import models, provenance
-from deleatur.runtime.distributed import hands, own, spread
+from deleatur.runtime.distributed import dask_client, map_batches, worker_cache
 from deleatur.runtime.progress import bar
 from deleatur.storage import files, images, samples, tensors
-from deleatur.storage.cache import parts
+from deleatur.storage.cache import chunked
 
 
 @dataclass(frozen=True)
-class Way:
-    """How one side is drawn."""
+class SamplingConfig:
+    """How one variant is sampled."""
 
     weights: Weights
-    """Laid over the base model."""
+    """Edited tensors, in place of the base model's."""
     guide: Guide
     conditions: dict[str, Tensor]
     one_step: int | None
-    """As `Delta.one_step`; guide and conditions then play no part."""
+    """As `Delta.one_step`; guide and conditions are then unused."""
     recipe: Recipe
-    """What all its pictures have in common."""
+    """The fields that all its samples share."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """One picture to draw."""
+class SampleRequest:
+    """One sample to generate, with its prompt's text-encoder states (L, d)."""
 
-    shot: Shot
+    sample: Sample
     states: Tensor
 
     @property
     def key(self) -> str:
-        return self.shot.recipe.key
+        return self.sample.recipe.key
 
 
 def run(settings: Settings) -> None:
     model = models.base_model(settings)
-    ways, asked = _ways(settings, model), list(_asked(settings, model))
-    plan = {side: list(_jobs(settings, side, way.recipe, asked)) for side, way in ways.items()}
-    keys = {side: [job.key for job in jobs] for side, jobs in plan.items()}
-    kept, size = samples.pictures(settings.paths.shots), settings.sample.shard
-    with hands(settings.workers) as others, bar("sample", sum(map(len, plan.values()))) as advance:
-        for side, way in ways.items():
-            missing, jobs = kept.missing(keys[side]), dict(zip(keys[side], plan[side], strict=True))
-            advance.reused(len(plan[side]) - len(missing))
-            todo = parts([jobs[key] for key in missing], size)
-            if others:
-                for part, rows in spread(others, _draw_there, (settings, way), todo, list):
-                    kept.add(rows)
-                    advance(len(part))
+    configs, prompt_states = sampling_configs(settings, model), list(_encoded_prompts(settings, model))
+    requests = {v: list(_requests(settings, v, config.recipe, prompt_states)) for v, config in configs.items()}
+    keys = {v: [request.key for request in of_variant] for v, of_variant in requests.items()}
+    cache, size = samples.image_cache(settings.paths.samples), settings.sample.shard_size
+    with dask_client(settings.workers) as client, bar("sample", sum(map(len, requests.values()))) as advance:
+        for variant, config in configs.items():
+            missing, request_of = cache.missing(keys[variant]), dict(zip(keys[variant], requests[variant], strict=True))
+            advance.reused(len(keys[variant]) - len(missing))
+            shards = chunked([request_of[key] for key in missing], size)
+            if client:
+                for shard, rows in map_batches(client, sample_on_worker, (settings, config), shards, list):
+                    cache.add(rows)
+                    advance(len(shard))
             else:
-                for part in todo:
-                    kept.add(_draw(settings, model, way, part, advance))
-    # Listed before anything is deleted: what the list names is there at any moment.
-    samples.write(settings.paths.shots, pd.DataFrame([_row(job.shot) for jobs in plan.values() for job in jobs]))
-    kept.settle(*keys.values(), size=size)
-    files.keep_only(settings.paths.shots, {settings.paths.shots / samples.LIST, kept.folder})
+                for shard in shards:
+                    cache.add(_sample_shard(settings, model, config, shard, advance))
+    # The listing is written before anything is deleted, so that the images it names exist at every moment.
+    listing = pd.DataFrame([_listing_row(r.sample) for of_variant in requests.values() for r in of_variant])
+    samples.write_listing(settings.paths.samples, listing)
+    cache.compact(*keys.values(), size=size)
+    files.keep_only(settings.paths.samples, {settings.paths.samples / samples.LISTING, cache.folder})
 
 
-def _ways(settings: Settings, model: Model) -> dict[Side, Way]:
+def sampling_configs(settings: Settings, model: Model) -> dict[Variant, SamplingConfig]:
+    """The base model and the champion with plain guidance, the candidate with the guide of the settings."""
     concepts = [tokens.load_concept(settings, model, name) for name in settings.targets]
     guide = methods.guide(settings)
-    plain, steered = (methods.PLAIN_GUIDE, CFG(scale=guide.scale)), (settings.guide.method, guide)
+    plain, guided = (methods.PLAIN_GUIDE, CFG(scale=guide.scale)), (settings.guide.method, guide)
 
-    def way(folder: Path | None, method: str, guide: Guide) -> Way:
-        delta = tensors.load_delta(folder / tensors.DELTA_FILE) if folder else None
-        weights, one_step = (weights_of(model, delta), delta.one_step) if delta else ({}, None)
+    def config(delta_folder: Path | None, method: str, guide: Guide) -> SamplingConfig:
+        delta = tensors.load_delta(delta_folder / tensors.DELTA_FILE) if delta_folder else None
+        weights, one_step = (edited_weights(model, delta), delta.one_step) if delta else ({}, None)
         conditions = guide.conditions(model, concepts)
         recipe = Recipe(
-            pipeline=model.pipeline,
+            pipeline=model.pipeline_digest,
             precision=settings.base.dtype,
-            weights=digest(dict(weights)),
+            weights=digest_tensors(dict(weights)),
             states="",
-            conditions=digest(conditions),
+            conditions=digest_tensors(conditions),
             guidance=json.dumps({"method": method, **guide.model_dump()} if one_step is None else {"from": one_step}),
             steps=settings.sample.steps if one_step is None else 1,
             noise_seed=0,
-            code=provenance.code_digest(sampler.sample, type(guide), libraries=provenance.DRAWING),
+            code=provenance.digest_code(sampler.sample, type(guide), libraries=provenance.SAMPLING_LIBRARIES),
         )
-        return Way(weights, guide, conditions, one_step, recipe)
+        return SamplingConfig(weights, guide, conditions, one_step, recipe)
 
-    ways: dict[Side, Way] = {"base": way(None, *plain)}
+    configs: dict[Variant, SamplingConfig] = {"base": config(None, *plain)}
     if settings.sample.champion:
-        ways["champion"] = way(Path(models.local_path(settings, settings.sample.champion, "delta")), *plain)
-    return ways | {"candidate": way(settings.paths.delta, *steered)}
+        configs["champion"] = config(Path(models.local_path(settings, settings.sample.champion, "delta")), *plain)
+    return configs | {"candidate": config(settings.paths.delta, *guided)}
 
 
-def _asked(settings: Settings, model: Model) -> Iterator[tuple[Prompt, Tensor]]:
+def _encoded_prompts(settings: Settings, model: Model) -> Iterator[tuple[Prompt, Tensor]]:
     """Every prompt of the evaluation with its text-encoder states (L, d)."""
-    for prompt, pieces in _prompts(settings, model):
-        # One at a time: in company, its states could differ in the last bits, and a new prompt would rename the others.
+    for prompt, parts in _prompts(settings, model):
+        # One at a time: in a batch, states can differ in the last bits, and a new prompt would rename all images.
         with torch.no_grad():
-            yield prompt, encode.encode(model, [pieces]).states[0]
+            yield prompt, encode.encode(model, [parts]).states[0]
 
 
-def _prompts(settings: Settings, model: Model) -> Iterator[tuple[Prompt, encode.Prompt]]:
+def _prompts(settings: Settings, model: Model) -> Iterator[tuple[Prompt, encode.PromptParts]]:
     split = settings.sample.split
-    written = [p for n in settings.targets for p in prompts.read(settings.concepts[n].prompts, split, n)]
-    written += [p for p in prompts.read(settings.paths.prompts, split, "")]
-    yield from ((p, (p.text,)) for p in written)
+    from_files = [p for n in settings.targets for p in prompts.read(settings.concepts[n].prompts, split, n)]
+    from_files += prompts.read(settings.paths.prompts, split, "")
+    yield from ((p, (p.text,)) for p in from_files)
     for name in settings.targets:
-        # Whichever of the two was erased: a word that the token took along, or left behind, is worth knowing.
-        alone: dict[Role, Concept] = {"word": encode.concept_from_words(model, name, settings.concepts[name].words)}
-        if settings.sample.per_prompt.get("token", 1):
-            alone["token"] = encode.concept_from_token(model, tokens.load_token(settings, name))
-        for role, c in alone.items():
-            for i, (text, pieces) in enumerate(zip(c.texts, c.pieces, strict=True)):
-                yield Prompt(f"{name}-{role}-{i}", text, role, "", name), pieces
+        # Both, whichever was erased: the report shows whether a word survives its token, or the other way round.
+        concepts: dict[Role, Concept] = {"word": encode.concept_from_words(model, name, settings.concepts[name].words)}
+        if settings.sample.images_per_prompt.get("token", 1):
+            concepts["token"] = encode.concept_from_token(model, tokens.load_token(settings, name))
+        for role, concept in concepts.items():
+            for i, (text, parts) in enumerate(zip(concept.prompts, concept.prompt_parts, strict=True)):
+                yield Prompt(f"{name}-{role}-{i}", text, role, "", name), parts
     for path in sorted(settings.paths.attacks.glob("*.safetensors")):
-        found, facts = tensors.load(path)
-        for i, rows in enumerate(found["vectors"]):
+        loaded, metadata = tensors.load(path)
+        for i, rows in enumerate(loaded["vectors"]):
             name = f"{path.stem}-{i}"
-            yield Prompt(name, f"<{name}>", "attack", "", facts["concept"]), (rows,)
+            yield Prompt(name, f"<{name}>", "attack", "", metadata["concept"]), (rows,)
 
 
-def _jobs(settings: Settings, side: Side, common: Recipe, asked: Sequence[tuple[Prompt, Tensor]]) -> Iterator[Job]:
-    for prompt, states in asked:
-        c = digest({"c": states})
-        for i in range(settings.sample.per_prompt.get(prompt.role, 1)):
+def _requests(
+    settings: Settings, variant: Variant, shared: Recipe, prompt_states: Sequence[tuple[Prompt, Tensor]]
+) -> Iterator[SampleRequest]:
+    for prompt, states in prompt_states:
+        states_digest = digest_tensors({"c": states})
+        for i in range(settings.sample.images_per_prompt.get(prompt.role, 1)):
             seed = derive(settings.seed, "sample", prompt.id, i)
-            yield Job(Shot(side, prompt, i, replace(common, states=c, noise_seed=seed)), states)
+            recipe = replace(shared, states=states_digest, noise_seed=seed)
+            yield SampleRequest(Sample(variant, prompt, i, recipe), states)
 
 
-def _draw(
-    settings: Settings, model: Model, way: Way, jobs: Sequence[Job], advance: Callable[[int], None]
+def _sample_shard(
+    settings: Settings,
+    model: Model,
+    config: SamplingConfig,
+    requests: Sequence[SampleRequest],
+    advance: Callable[[int], None],
 ) -> pd.DataFrame:
-    drawn = sampler.sample(
+    """Rows of the image cache."""
+    sampled = sampler.sample(
         model,
-        torch.stack([job.states for job in jobs]),
-        [job.shot.recipe.noise_seed for job in jobs],
-        guide=way.guide,
-        conditions=way.conditions,
+        torch.stack([request.states for request in requests]),
+        [request.sample.recipe.noise_seed for request in requests],
+        guide=config.guide,
+        conditions=config.conditions,
         steps=settings.sample.steps,
-        weights=way.weights,
-        one_step=way.one_step,
-        batch=settings.sample.batch,
+        weights=config.weights,
+        one_step=config.one_step,
+        batch=settings.sample.batch_size,
         on_batch=advance,
     )
-    return pd.DataFrame({"key": [job.key for job in jobs], "image": [images.encode(p) for p in drawn]})
+    return pd.DataFrame({"key": [r.key for r in requests], "image": [images.encode(image) for image in sampled]})
 
 
-def _draw_there(common: tuple[Settings, Way], jobs: Sequence[Job]) -> pd.DataFrame:
-    """In another process, with the base model as it lies there."""
-    settings, way = common
-    model = own("model", settings.base.model_dump_json(), lambda: models.base_model(settings))
-    if model.pipeline != way.recipe.pipeline:
+def sample_on_worker(common: tuple[Settings, SamplingConfig], requests: Sequence[SampleRequest]) -> pd.DataFrame:
+    """Runs in a worker process, which loads the base model itself. Raises ModelError when it is another one."""
+    settings, config = common
+    model = worker_cache("model", settings.base.model_dump_json(), lambda: models.base_model(settings))
+    if model.pipeline_digest != config.recipe.pipeline:
+        host = socket.gethostname()
         raise ModelError(
-            f"{settings.base.model} is another model on {socket.gethostname()} than here", hint="deleatur check, there"
+            f"{settings.base.model} is another model on {host} than here", hint=f"deleatur check, on {host}"
         )
-    return _draw(settings, model, way, jobs, lambda n: None)
+    return _sample_shard(settings, model, config, requests, lambda n: None)
 
 
-def _row(shot: Shot) -> dict[str, object]:
-    recipe = {"key": shot.recipe.key, **asdict(shot.recipe)}
-    return {"side": shot.side, **asdict(shot.prompt), "index": shot.index, **recipe}
+def _listing_row(sample: Sample) -> dict[str, object]:
+    recipe = {"key": sample.recipe.key, **asdict(sample.recipe)}
+    return {"side": sample.variant, **asdict(sample.prompt), "index": sample.index, **recipe}

@@ -1,8 +1,8 @@
-"""Rows by key in Parquet shards: what somebody paid for once is not paid for again.
+"""Content-addressed cache of rows in Parquet shards.
 
-A shard is named by the digest of its keys and never changes. Work adds shards; at its end `settle` brings the rows that
-are still asked for into shards that nothing but their keys decides, and only then deletes the others. So a process
-killed at any moment loses the one shard it was at, and the folder in the end does not tell how it came about.
+A shard is named by the digest of its keys and is immutable. A run adds shards; at its end `compact` rewrites the rows
+in use into shards that depend on their keys alone, and only then deletes the others. A process killed at any moment
+loses at most the shard it was computing, and the final folder is a function of the requested keys, not of its history.
 """
 
 from __future__ import annotations
@@ -22,62 +22,64 @@ from deleatur.storage import files
 T = TypeVar("T")
 
 
-def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Stretches of at most `size`, in order."""
+def chunked(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive slices of at most `size` items."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-class Kept:
-    """The rows of one folder. `schema` has the column `key`; a row is a function of its key."""
+class RowCache:
+    """The cached rows of one folder. `schema` has the column `key`; a row is a function of its key."""
 
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
         self.folder, self._schema = folder, schema
-        self._place = {key: path for path in sorted(folder.glob("*.parquet")) for key in _keys(path)}
+        self._shard_of = {key: path for path in sorted(folder.glob("*.parquet")) for key in _read_keys(path)}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys that have no row yet, each once, in the order given."""
-        return [key for key in dict.fromkeys(keys) if key not in self._place]
+        """The keys without a cached row, each once, in the order of `keys`."""
+        return [key for key in dict.fromkeys(keys) if key not in self._shard_of]
 
     def add(self, rows: pd.DataFrame) -> Path:
-        """One shard, whole or not at all."""
-        path = self._shard(rows["key"])
+        """Writes the rows as one shard, atomically."""
+        path = self._shard_path(rows["key"])
         files.write_table(path, rows, self._schema)
-        self._place |= dict.fromkeys(rows["key"], path)
+        self._shard_of |= dict.fromkeys(rows["key"], path)
         return path
 
     def read(self, keys: Sequence[str]) -> pd.DataFrame:
-        """Their rows, in the order given. Raises DataError when one is missing."""
+        """The rows of `keys`, in that order. Raises DataError when one is missing."""
         if missing := self.missing(keys):
-            raise DataError(f"{self.folder} lacks {len(missing)} of the rows asked for", hint="dvc repro")
-        asked, found = set(keys), [pd.DataFrame(columns=self._schema.names)]
-        for path in dict.fromkeys(self._place[key] for key in keys):
+            raise DataError(f"{self.folder} lacks {len(missing)} of the requested rows", hint="dvc repro")
+        requested, frames = set(keys), [pd.DataFrame(columns=self._schema.names)]
+        for path in dict.fromkeys(self._shard_of[key] for key in keys):
             rows = files.read_table(path)
-            found.append(rows[rows["key"].isin(asked)])
-        return pd.concat(found[1:] or found).drop_duplicates("key").set_index("key").loc[list(keys)].reset_index()
+            frames.append(rows[rows["key"].isin(requested)])
+        return pd.concat(frames[1:] or frames).drop_duplicates("key").set_index("key").loc[list(keys)].reset_index()
 
-    def settle(self, *groups: Sequence[str], size: int) -> None:
-        """Keeps exactly these rows. Each group is cut for itself, so one that stays keeps its shards."""
+    def compact(self, *groups: Sequence[str], size: int) -> None:
+        """Keeps exactly the rows of these keys. Groups are sharded separately: an unchanged group keeps its files."""
         seen: set[str] = set()
-        wanted: set[Path] = set()
+        shards: set[Path] = set()
         for group in groups:
-            own = [key for key in dict.fromkeys(group) if key not in seen]
-            seen.update(own)
-            for part in parts(own, size):
-                path = self._shard(part)
-                wanted.add(path)
+            new_keys = [key for key in dict.fromkeys(group) if key not in seen]
+            seen.update(new_keys)
+            for chunk in chunked(new_keys, size):
+                path = self._shard_path(chunk)
+                shards.add(path)
                 if path.is_file():
-                    self._place |= dict.fromkeys(part, path)  # the same row may lie in a shard that goes, too
+                    self._shard_of |= dict.fromkeys(chunk, path)  # a row may also be in a shard that is deleted below
                 else:
-                    self.add(self.read(part))
-        files.keep_only(self.folder, wanted)
+                    self.add(self.read(chunk))
+        files.keep_only(self.folder, shards)
 
-    def _shard(self, keys: Iterable[str]) -> Path:
+    def _shard_path(self, keys: Iterable[str]) -> Path:
         return self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:24]}.parquet"
 
 
-def _keys(path: Path) -> list[str]:
+def _read_keys(path: Path) -> list[str]:
     try:
         keys: list[str] = pq.read_table(path, columns=["key"])["key"].to_pylist()
     except (pa.ArrowException, KeyError) as e:
-        raise DataError(f"{path} is not a shard of ours: {e}", hint=f"rm {path}: its rows are made again") from e
+        raise DataError(
+            f"{path} is not a readable shard of the cache: {e}", hint=f"rm {path}: its rows are recomputed"
+        ) from e
     return keys

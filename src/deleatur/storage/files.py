@@ -1,4 +1,4 @@
-"""Tables, lines and JSON on disk. Written whole or not at all, and the same bytes for the same content."""
+"""Tables, lines and JSON on disk: atomic writes, and the same bytes for the same content."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deleatur.errors import DataError, SettingsError
-from deleatur.storage.dvc import tracked
+from deleatur.storage.git import first_tracked_file
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A place to write; what lies there takes the name `path` at once, and only if the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to; when the block succeeds, the file there replaces `path` atomically.
 
-    It is on the disk by then: a machine that goes down leaves what was there before, or the whole of what is new.
+    It is synced before, so that after a power failure `path` holds either the old or the complete new content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -35,43 +35,43 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def emptied(folder: Path) -> Path:
-    """The folder, with nothing in it. Raises SettingsError where git keeps files there, which a stage never makes."""
+def empty_folder(folder: Path) -> Path:
+    """Deletes the content of a folder, or creates it. Raises SettingsError when git tracks files in it."""
     if folder.exists():
-        demand_free(folder)
+        demand_untracked(folder)
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
 
 
-def keep_only(folder: Path, wanted: Collection[Path]) -> None:
-    """Deletes whatever else lies in the folder, what a killed process left half written included."""
-    demand_free(folder)
+def keep_only(folder: Path, keep: Collection[Path]) -> None:
+    """Deletes everything in the folder but `keep`, including temporary files of killed processes."""
+    demand_untracked(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in set(folder.iterdir()).difference(wanted):
+    for path in set(folder.iterdir()).difference(keep):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def demand_free(folder: Path) -> None:
-    """Raises SettingsError where git keeps files in what a stage is about to empty."""
-    if folder.is_dir() and (kept := tracked(folder)):
+def demand_untracked(folder: Path) -> None:
+    """Raises SettingsError when git tracks files in a folder that a stage is about to empty."""
+    if folder.is_dir() and (tracked_file := first_tracked_file(folder)):
         raise SettingsError(
-            f"a stage empties {folder}, and git keeps {kept} there",
+            f"a stage empties {folder}, where git tracks {tracked_file}",
             hint="name another folder in the section paths of params.yaml, then: deleatur check",
         )
 
 
 def write_table(path: Path, frame: pd.DataFrame, schema: pa.Schema) -> None:
-    """Parquet with exactly the schema's columns; an empty table keeps its types."""
+    """Writes Parquet with exactly the columns of the schema; an empty table keeps its types."""
     table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
-    with replacing(path) as partial:
-        # Without the notes of pandas, which name its version: content alone decides the bytes.
+    with atomic_write(path) as partial:
+        # Without pandas' metadata, which contains its version: equal tables give equal bytes.
         pq.write_table(table.replace_schema_metadata(None), partial, compression="zstd")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Lists come as arrays, a missing number or truth value as NaN or None."""
-    _there(path)
+    """Reads Parquet. Lists become arrays; missing numbers and booleans NaN or None."""
+    _demand_file(path)
     try:
         frame: pd.DataFrame = pq.read_table(path).to_pandas()
     except pa.ArrowException as e:
@@ -80,13 +80,13 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         frame.to_csv(partial, index=False, lineterminator="\n")
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Everything as text, an empty cell as an empty text: a prompt "None" or "007" stays what it is."""
-    _there(path)
+    """Reads every cell as text, an empty one as "": a prompt "None" or "007" is not converted."""
+    _demand_file(path)
     try:
         return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (ValueError, pd.errors.ParserError) as e:  # UnicodeDecodeError and EmptyDataError are ValueErrors
@@ -94,14 +94,14 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented, in the order given; NaN is refused because it is not JSON."""
+    """Writes indented JSON, keys in their order. Raises ValueError for NaN, which is not JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text + "\n", "utf-8")
 
 
 def read_json(path: Path) -> Any:
-    _there(path)
+    _demand_file(path)
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as e:
@@ -109,17 +109,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Line by line, as bytes: what is not UTF-8 is the reader's finding, not a crash."""
-    _there(path)
+    """Lines as bytes: the caller decides what to do with a line that is not UTF-8."""
+    _demand_file(path)
     with path.open("rb") as file:
         yield from file
 
 
-def _there(path: Path) -> None:
+def _demand_file(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"no file {path}", hint="dvc status")

@@ -1,4 +1,4 @@
-"""Pictures as bytes, as Parquet shards, and as one sheet to look at."""
+"""Images as encoded bytes, as Parquet archives, and as contact sheets."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from deleatur.errors import DataError
 from deleatur.storage import files
 
-PICTURES = pa.schema(
+SCHEMA = pa.schema(
     {"sha256": pa.string(), "image": pa.binary(), "width": pa.int64(), "height": pa.int64()},
 )
 FORMATS = ("PNG", "WEBP")
-SHARD = 1000  # pictures a file: half a gigabyte at 512 pixels
+SHARD_SIZE = 1000  # images per file: half a gigabyte at 512 pixels
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An encoded picture and its name: the SHA-256 of its bytes."""
+class EncodedImage:
+    """An encoded image, identified by the SHA-256 of its bytes."""
 
     sha256: str
     image: bytes
@@ -35,94 +35,94 @@ class Picture:
 
 
 def encode(image: Image.Image) -> bytes:
-    """PNG without metadata: the same pixels give the same bytes."""
+    """Encodes as PNG without metadata: the same pixels give the same bytes."""
     buffer = BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def decode(data: bytes) -> Image.Image:
-    """Encoded bytes as an RGB image. Raises DataError when they are neither PNG nor WebP."""
+    """Decodes PNG or WebP to RGB. Raises DataError for anything else."""
     try:
         return Image.open(BytesIO(data), formats=FORMATS).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise DataError(f"expected a PNG or WebP picture, got {len(data)} bytes that are neither") from e
+        raise DataError(f"expected a PNG or WebP image, got {len(data)} bytes that are neither") from e
 
 
-def picture(image: Image.Image) -> Picture:
+def encode_image(image: Image.Image) -> EncodedImage:
     data = encode(image)
-    return Picture(hashlib.sha256(data).hexdigest(), data, image.width, image.height)
+    return EncodedImage(hashlib.sha256(data).hexdigest(), data, image.width, image.height)
 
 
-def problem(found: Picture) -> tuple[str, str] | None:
-    """What was expected and what came, when a picture is not what it says it is."""
-    digest = hashlib.sha256(found.image).hexdigest()
-    if digest != found.sha256:
+def problem(image: EncodedImage) -> tuple[str, str] | None:
+    """(expected, got) when digest, format or size of an image contradict its record; None when they agree."""
+    digest = hashlib.sha256(image.image).hexdigest()
+    if digest != image.sha256:
         return "bytes whose SHA-256 is the one given", f"SHA-256 {digest}"
     try:
-        size = decode(found.image).size
+        size = decode(image.image).size
     except DataError as e:
-        return "a PNG or WebP picture that can be read", str(e)
-    if size != (found.width, found.height):
-        return f"{found.width}×{found.height} pixels, as given", f"{size[0]}×{size[1]} pixels"
+        return "a readable PNG or WebP image", str(e)
+    if size != (image.width, image.height):
+        return f"{image.width}×{image.height} pixels, as given", f"{size[0]}×{size[1]} pixels"
     return None
 
 
-def write(path: Path, pictures: Iterable[Picture]) -> None:
-    """One Parquet file; the encoded bytes are compressed already."""
-    table = pa.Table.from_pandas(pd.DataFrame(map(asdict, pictures), columns=PICTURES.names), schema=PICTURES)
-    with files.replacing(path) as partial:
+def write_archive(path: Path, images: Iterable[EncodedImage]) -> None:
+    """Writes one Parquet file, uncompressed: the encoded images already are compressed."""
+    table = pa.Table.from_pandas(pd.DataFrame(map(asdict, images), columns=SCHEMA.names), schema=SCHEMA)
+    with files.atomic_write(path) as partial:
         pq.write_table(table.replace_schema_metadata(None), partial, compression="none")
 
 
-def read(path: Path) -> Iterator[Picture]:
-    """Pictures in the order of the file, a few in memory at a time. Raises DataError when it is not such a file."""
+def read_archive(path: Path) -> Iterator[EncodedImage]:
+    """Yields the images of an archive in order, a batch in memory at a time. Raises DataError for any other file."""
     if not path.is_file():
-        raise DataError(f"no picture archive {path}")
+        raise DataError(f"no image archive {path}")
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64, columns=PICTURES.names):
-                for row in pa.Table.from_batches([batch]).select(PICTURES.names).cast(PICTURES).to_pylist():
-                    yield Picture(row["sha256"] or "", row["image"] or b"", row["width"] or 0, row["height"] or 0)
+            for batch in file.iter_batches(batch_size=64, columns=SCHEMA.names):
+                for row in pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA).to_pylist():
+                    yield EncodedImage(row["sha256"] or "", row["image"] or b"", row["width"] or 0, row["height"] or 0)
     except (pa.ArrowException, KeyError) as e:
-        raise DataError(f"{path} is not a picture archive ({', '.join(PICTURES.names)}): {e}") from e
+        raise DataError(f"{path} is not an image archive ({', '.join(SCHEMA.names)}): {e}") from e
 
 
-def write_shards(folder: Path, pictures: Iterable[Picture]) -> int:
-    """`images-0000.parquet`, … of at most `SHARD` pictures each, in the order given; returns how many pictures.
+def write_shards(folder: Path, images: Iterable[EncodedImage]) -> int:
+    """Writes `images-0000.parquet`, … of at most SHARD_SIZE images each, in order; returns the number of images.
 
-    New pictures come last, so a growing collection leaves the full shards as they were. There is always a first one.
+    A collection that grows at its end leaves full shards unchanged. There is always a first shard, if need be empty.
     """
-    rest, total = iter(pictures), 0
+    remaining, total = iter(images), 0
     for number in range(10_000):
-        shard = list(islice(rest, SHARD))
+        shard = list(islice(remaining, SHARD_SIZE))
         if shard or number == 0:
-            write(folder / f"images-{number:04d}.parquet", shard)
+            write_archive(folder / f"images-{number:04d}.parquet", shard)
         total += len(shard)
-        if len(shard) < SHARD:
+        if len(shard) < SHARD_SIZE:
             return total
-    raise DataError(f"more than {total} pictures", hint="split the sources")
+    raise DataError(f"more than {total} images", hint="split the sources")
 
 
-def read_shards(folder: Path) -> Iterator[Picture]:
+def read_shards(folder: Path) -> Iterator[EncodedImage]:
     for path in sorted(folder.glob("images-*.parquet")):
-        yield from read(path)
+        yield from read_archive(path)
 
 
-def grid(
+def contact_sheet(
     rows: Sequence[Sequence[Image.Image]],
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     *,
     corner: str = "",
-    cell: int | None = None,
+    cell_size: int | None = None,
 ) -> Image.Image:
-    """A contact sheet: rows may differ in length, every picture is scaled to fit a square cell.
+    """A contact sheet: rows may differ in length; every image is scaled to fit a square cell.
 
-    corner: what is said above the row labels. cell: side in pixels; the largest picture's when left out.
+    corner: header of the row labels. cell_size: in pixels; by default the largest side of any image.
     """
     assert len(row_labels) in (0, len(rows)), "a label for every row, or none"
-    gap, side = 4, cell or max(max(image.size) for row in rows for image in row)
+    gap, side = 4, cell_size or max(max(image.size) for row in rows for image in row)
     font = ImageFont.load_default(size=max(10, side // 10))
     ascent = font.getbbox("Ág")[3]
     left = int(max((font.getlength(label) for label in (*row_labels, corner) if label), default=-gap)) + gap

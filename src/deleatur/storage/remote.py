@@ -1,4 +1,4 @@
-"""Addresses → local folders, and back: s3://… by fsspec, models:/name@alias by MLflow, all else as it is."""
+"""Files at remote addresses (s3://… and whatever else fsspec reaches), downloaded and uploaded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from deleatur.storage import files
 CACHE = Path.home() / ".cache" / "deleatur"
 
 
-def local(address: str) -> str:
-    """A path or hub id that the libraries load themselves. Downloads are kept and not repeated."""
+def local_path(address: str) -> str:
+    """A path or hub id that libraries can load: s3://… is downloaded once to CACHE, anything else returned as it is."""
     if address.startswith("s3://"):
         target = CACHE / hashlib.sha256(address.encode()).hexdigest()[:16]
         fetch(address, target)
@@ -27,67 +27,68 @@ def local(address: str) -> str:
 
 
 def fetch(address: str, target: Path) -> None:
-    """Every file below an address, a folder or s3://bucket/prefix, into `target`; nothing where there is nothing.
+    """Downloads every file below an address, a folder or s3://bucket/prefix, into `target`.
 
-    What is there in the same size, and no older, is not fetched again. Raises ServiceError when the address cannot be
-    reached, DataError for a name that leads out of `target`: whoever may write there may not write anywhere here.
+    A local file of the same size that is no older is not downloaded again. Raises ServiceError when the address cannot
+    be reached, and DataError for a name that leads out of `target`: write access to the store must not become write
+    access to this machine.
     """
-    with _reached(address) as (fs, root):
-        for place, facts in fs.find(root, detail=True).items():
-            file = target / place.removeprefix(root).lstrip("/")
+    with _filesystem(address) as (fs, root):
+        for remote_path, info in fs.find(root, detail=True).items():
+            file = target / remote_path.removeprefix(root).lstrip("/")
             if not file.resolve().is_relative_to(target.resolve()):
                 raise DataError(
-                    f"{address}: the name {place!r} leads out of the folder", hint=f"remove it from {address}"
+                    f"{address}: the name {remote_path!r} leads out of the folder", hint=f"remove it from {address}"
                 )
-            if file.name.startswith("."):  # what a process left that was killed while it wrote
+            if file.name.startswith("."):  # a temporary file of a process killed while it wrote
                 continue
-            made = int(fs.modified(place).timestamp() * 1e9)
-            here = file.stat() if file.is_file() else None
-            if here is None or here.st_size != facts["size"] or here.st_mtime_ns < made:
-                with files.replacing(file) as partial:
-                    fs.get_file(place, str(partial))
-                    os.utime(partial, ns=(made, made))
+            modified_ns = int(fs.modified(remote_path).timestamp() * 1e9)
+            local_stat = file.stat() if file.is_file() else None
+            if local_stat is None or local_stat.st_size != info["size"] or local_stat.st_mtime_ns < modified_ns:
+                with files.atomic_write(file) as partial:
+                    fs.get_file(remote_path, str(partial))
+                    os.utime(partial, ns=(modified_ns, modified_ns))
 
 
-def put(file: Path, address: str) -> None:
-    """One file to an address, whole or not at all."""
+def upload(file: Path, address: str) -> None:
+    """Uploads one file, atomically."""
     from fsspec.implementations.local import LocalFileSystem
 
-    with _reached(address) as (fs, place):
+    with _filesystem(address) as (fs, remote_path):
         if isinstance(fs, LocalFileSystem):
-            with files.replacing(Path(place)) as partial:
+            with files.atomic_write(Path(remote_path)) as partial:
                 shutil.copyfile(file, partial)
         else:
-            fs.put_file(str(file), place)
+            fs.put_file(str(file), remote_path)
 
 
-def older(address: str, than: float) -> list[str]:
-    """What lies right below an address, a folder's files all older than a time in seconds since 1970."""
-    with _reached(address) as (fs, root):
+def list_older(address: str, before: float) -> list[str]:
+    """Entries directly below an address whose files were all modified before a time in Unix seconds."""
+    with _filesystem(address) as (fs, root):
         newest: dict[str, float] = {}
-        for place in fs.find(root):
-            name = place.removeprefix(root).lstrip("/").partition("/")[0]
-            newest[name] = max(newest.get(name, 0.0), fs.modified(place).timestamp())
-        return [f"{address.rstrip('/')}/{name}" for name, at in sorted(newest.items()) if at < than]
+        for remote_path in fs.find(root):
+            name = remote_path.removeprefix(root).lstrip("/").partition("/")[0]
+            newest[name] = max(newest.get(name, 0.0), fs.modified(remote_path).timestamp())
+        return [f"{address.rstrip('/')}/{name}" for name, modified in sorted(newest.items()) if modified < before]
 
 
 def remove(address: str) -> None:
-    """All that lies below an address."""
-    with _reached(address) as (fs, root):
+    """Deletes everything below an address."""
+    with _filesystem(address) as (fs, root):
         if fs.exists(root):
             fs.rm(root, recursive=True)
 
 
 @contextmanager
-def _reached(address: str) -> Iterator[tuple[Any, str]]:
-    """File system and place of an address; what goes wrong inside is a ServiceError."""
+def _filesystem(address: str) -> Iterator[tuple[Any, str]]:
+    """Yields the file system and path of an address; errors inside become ServiceErrors."""
     import fsspec
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        fs, place = fsspec.core.url_to_fs(address)
-        fs.invalidate_cache()  # others write there too
-        yield fs, place.rstrip("/")
+        fs, remote_path = fsspec.core.url_to_fs(address)
+        fs.invalidate_cache()  # other machines write there, too
+        yield fs, remote_path.rstrip("/")
     except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as e:
         hint = "check AWS_ENDPOINT_URL_S3 and AWS_*" if address.startswith("s3://") else f"ls {address}"
         raise ServiceError(f"{address} could not be reached: {e}", hint=hint) from e

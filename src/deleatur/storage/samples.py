@@ -1,7 +1,7 @@
-"""Pictures with their recipes: what `sample` writes, `evaluate` looks at and `gate` shows.
+"""Sampled images with their recipes, written by `sample` and read by `evaluate` and `gate`.
 
-`pictures/` has every picture once, by the digest of its recipe; `shots.parquet` says which shots they are. So a prompt
-that gets another label, and a candidate that becomes the champion, draw nothing.
+`images/` stores every image once, by the digest of its recipe; `samples.parquet` lists the samples. Another label for a
+prompt, or a candidate that becomes the champion, therefore samples nothing anew.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import pandas as pd
 import pyarrow as pa
 from PIL import Image
 
-from deleatur.records.sampling import Side
+from deleatur.records.sampling import Variant
 from deleatur.storage import files, images
-from deleatur.storage.cache import Kept
+from deleatur.storage.cache import RowCache
 
-LIST = "shots.parquet"
+LISTING = "samples.parquet"
 SCHEMA = pa.schema(
     {
         "side": pa.string(),
@@ -39,28 +39,28 @@ SCHEMA = pa.schema(
         "code": pa.string(),
     }
 )
-PICTURE = pa.schema({"key": pa.string(), "image": pa.binary()})
+IMAGE_SCHEMA = pa.schema({"key": pa.string(), "image": pa.binary()})
 
 
-def pictures(folder: Path) -> Kept:
-    return Kept(folder / "pictures", PICTURE)
+def image_cache(folder: Path) -> RowCache:
+    return RowCache(folder / "images", IMAGE_SCHEMA)
 
 
-def decoded(kept: Kept, keys: Sequence[str]) -> list[Image.Image]:
-    return [images.decode(data) for data in kept.read(keys)["image"]]
+def load_images(cache: RowCache, keys: Sequence[str]) -> list[Image.Image]:
+    return [images.decode(data) for data in cache.read(keys)["image"]]
 
 
-def write(folder: Path, frame: pd.DataFrame) -> None:
-    files.write_table(folder / LIST, frame, SCHEMA)
+def write_listing(folder: Path, frame: pd.DataFrame) -> None:
+    files.write_table(folder / LISTING, frame, SCHEMA)
 
 
-def listed(folder: Path) -> pd.DataFrame:
-    """All shots without their pictures: side by side, in the order of prompt and index."""
-    return files.read_table(folder / LIST).sort_values(["side", "id", "index"]).reset_index(drop=True)
+def read_listing(folder: Path) -> pd.DataFrame:
+    """All samples without their images, ordered by variant, prompt and index."""
+    return files.read_table(folder / LISTING).sort_values(["side", "id", "index"]).reset_index(drop=True)
 
 
-def read(folder: Path, side: Side) -> pd.DataFrame:
-    """All shots of one side with their pictures as encoded bytes; empty when the side was not drawn."""
-    shots = listed(folder)
-    own = shots[shots["side"] == side].reset_index(drop=True)
-    return own.assign(image=pictures(folder).read(list(own["key"]))["image"])
+def read(folder: Path, variant: Variant) -> pd.DataFrame:
+    """All samples of one variant with their encoded images; empty when the variant was not sampled."""
+    listing = read_listing(folder)
+    rows = listing[listing["side"] == variant].reset_index(drop=True)
+    return rows.assign(image=image_cache(folder).read(list(rows["key"]))["image"])

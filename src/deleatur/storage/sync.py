@@ -1,7 +1,7 @@
-"""What a running stage leaves on disk goes along to an address that other machines reach, and comes from there first.
+"""Synchronizes the files of a running stage with a remote address, from which another machine resumes it.
 
-A stage writes whole files only, so whatever has arrived there is something to go on from: a machine that vanishes costs
-what it had written since the last look.
+A stage writes files atomically, so every uploaded file is usable: a machine that fails loses only what it wrote since
+the last poll.
 """
 
 from __future__ import annotations
@@ -14,61 +14,61 @@ from pathlib import Path
 
 from deleatur.storage import remote
 
-LOOK = 1.0
-"""Seconds between two looks for new files."""
+POLL_INTERVAL = 1.0
+"""Seconds between two scans for new files."""
 
-Stamp = tuple[int, int]
+FileVersion = tuple[int, int]
 
 
 @contextmanager
-def carried(
+def synced(
     folders: Iterable[Path], address: str, on_problem: Callable[[str], None] = lambda problem: None
 ) -> Iterator[None]:
-    """Inside, every new or changed file of the folders is put to `address`, under the name it has here.
+    """Downloads the folders from `address`, then uploads every new or changed file of them while the block runs.
 
-    What lies there is fetched at first. If the block raises, the newest files are put before the error goes on; an
-    address that does not answer meanwhile is told to `on_problem` and tried again.
+    If the block raises, the newest files are uploaded before the error propagates. Failed uploads are reported to
+    `on_problem` and retried.
     """
     folders = list(folders)
     for folder in folders:
         remote.fetch(f"{address}/{folder.as_posix()}", folder)
-    known = _files(folders)
-    ended = threading.Event()
+    uploaded = _file_versions(folders)
+    stop = threading.Event()
 
-    def look() -> None:
-        for file, stamp in _files(folders).items():
-            if known.get(file) != stamp:
+    def upload_changes() -> None:
+        for file, version in _file_versions(folders).items():
+            if uploaded.get(file) != version:
                 try:
-                    remote.put(file, f"{address}/{file.as_posix()}")
-                    known[file] = stamp
-                except Exception as e:  # whatever it is, the stage goes on, and the next look tries again
-                    if file.is_file():  # or the stage has removed it meanwhile
+                    remote.upload(file, f"{address}/{file.as_posix()}")
+                    uploaded[file] = version
+                except Exception as e:  # whatever it is, the stage continues, and the next scan retries
+                    if file.is_file():  # otherwise the stage has deleted it meanwhile
                         on_problem(str(e))
 
-    def keep_looking() -> None:
-        while not ended.wait(LOOK):
-            look()
+    def poll() -> None:
+        while not stop.wait(POLL_INTERVAL):
+            upload_changes()
 
-    watcher = threading.Thread(target=keep_looking, daemon=True)
+    watcher = threading.Thread(target=poll, daemon=True)
     watcher.start()
     try:
         yield
     except BaseException:
-        ended.set()
+        stop.set()
         watcher.join()
-        look()
+        upload_changes()
         raise
     finally:
-        ended.set()
+        stop.set()
         watcher.join()
 
 
-def _files(folders: Iterable[Path]) -> dict[Path, Stamp]:
-    """Whole files with their time and size; a name with a dot in front is one that is being written."""
-    found = {}
-    for place, _, names in (entry for folder in folders for entry in os.walk(folder)):
-        for file in (Path(place, name) for name in names if not name.startswith(".")):
-            with suppress(FileNotFoundError):  # gone since it was listed
-                facts = file.stat()
-                found[file] = (facts.st_mtime_ns, facts.st_size)
-    return found
+def _file_versions(folders: Iterable[Path]) -> dict[Path, FileVersion]:
+    """Files with modification time and size; a name with a leading dot is a file still being written."""
+    versions = {}
+    for directory, _, names in (entry for folder in folders for entry in os.walk(folder)):
+        for file in (Path(directory, name) for name in names if not name.startswith(".")):
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                info = file.stat()
+                versions[file] = (info.st_mtime_ns, info.st_size)
+    return versions

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from deleatur.records.sampling import Prompt
-from deleatur.stages.evaluate import _slices
+from deleatur.evaluation.scores import report_slices
 
 WEAPON = [Prompt("1", "a gun", "concept", "", "weapon"), Prompt("2", "weapon", "word", "", "weapon")]
 CALM = [Prompt("3", "a cat", "unseen", ""), Prompt("4", "a hammer", "neighbour", "")]
@@ -9,8 +9,8 @@ VICE = [Prompt("5", "a beer", "concept", "", "vice")]
 
 
 def test_each_role_is_a_slice_and_each_concept_of_it_where_there_are_several() -> None:
-    assert {*_slices([*WEAPON, *CALM])} == {"concept", "word", "unseen", "neighbour"}
-    both = _slices([*WEAPON, *CALM, *VICE])
+    assert {*report_slices([*WEAPON, *CALM])} == {"concept", "word", "unseen", "neighbour"}
+    both = report_slices([*WEAPON, *CALM, *VICE])
     assert {*both} == {"concept", "word", "unseen", "neighbour", "concept/weapon", "concept/vice"}
     assert both["concept"].tolist() == [True, False, False, False, True]
     assert both["concept/vice"].tolist() == [False, False, False, False, True]

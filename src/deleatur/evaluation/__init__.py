@@ -1,0 +1,1 @@
+"""Evaluation of sampled images: predictions of frozen networks, metric values, scores with intervals."""

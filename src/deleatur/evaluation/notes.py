@@ -1,0 +1,47 @@
+"""Notes of a report: what a reader must know to interpret its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deleatur.config import methods
+from deleatur.config.settings import Settings
+from deleatur.diffusion.encode import BARE_TEMPLATE
+from deleatur.storage import files
+
+
+def report_notes(settings: Settings) -> list[str]:
+    return [
+        f"Intervals ({settings.evaluate.confidence_level:.0%}): Wilson for rates, Bonett–Price for paired yes/no "
+        "differences, t for means; images of one prompt count as one cluster, and few prompts widen every interval.",
+        f"Tokens are {'the learned soft tokens' if settings.erase.source == 'token' else 'the given words'}.",
+        *files.read_json(settings.paths.delta / "record.json")["notes"],
+        *_template_notes(settings),
+        *_feedback_notes(settings),
+        *_sampling_notes(settings),
+    ]
+
+
+def _template_notes(settings: Settings) -> Iterator[str]:
+    for name in settings.targets:
+        if settings.concepts[name].prompt_templates != BARE_TEMPLATE:
+            templates = ", ".join(f"“{template}”" for template in settings.concepts[name].prompt_templates)
+            yield f"Words and tokens of {name} were erased in {templates}; the papers erase them alone: “{{}}”."
+
+
+def _feedback_notes(settings: Settings) -> Iterator[str]:
+    for name in settings.targets:
+        yield f"What raters of {name} were asked: {settings.concepts[name].guideline}"
+    summary = files.read_json(settings.paths.feedback / "summary.json")
+    if quarantined := summary["quarantined"]["rows"]:
+        yield f"{quarantined} rows of feedback could not be used; quarantine.csv beside it lists the reasons."
+
+
+def _sampling_notes(settings: Settings) -> Iterator[str]:
+    if settings.guide.method != methods.PLAIN_GUIDE:
+        yield (
+            f"The candidate is sampled with the guide {settings.guide.method}, base and champion with plain guidance. "
+            "Its scores hold for sampling with this guide: an exported model does not include it."
+        )
+    if "nudenet" in settings.evaluate.detectors:
+        yield "NudeNet was trained on photographs: on drawings its rates are near zero and mean little."

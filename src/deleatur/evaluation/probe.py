@@ -1,0 +1,109 @@
+"""Evaluations during training: the validation probe of an eraser, and the token evaluator of an inversion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deleatur.artifacts import prompts, reward_heads
+from deleatur.config import methods
+from deleatur.config.settings import Settings
+from deleatur.diffusion import encode
+from deleatur.diffusion.clip import Clip
+from deleatur.diffusion.model import Model
+from deleatur.diffusion.predict import Weights
+from deleatur.diffusion.sample import sample
+from deleatur.feedback.reward import RewardHead
+from deleatur.maths.distances import cosine_similarity
+from deleatur.maths.seeds import derive
+from deleatur.records.model import Concept
+from deleatur.training.loop import Evaluation, Probe
+from deleatur.training.textual_inversion import TokenEvaluator
+
+EVAL_PROMPTS = 20
+"""Prompts of each kind per evaluation: few enough to be cheap, and fixed, so that evaluations are comparable."""
+
+IMAGES_PER_TOKEN = 4
+"""Images sampled from each bare token per evaluation of an inversion."""
+
+
+def validation_probe(
+    settings: Settings,
+    model: Model,
+    clip: Clip,
+    concepts: Sequence[Concept],
+    preserved: Sequence[str],
+    one_step: int | None,
+) -> Probe:
+    """Samples concept prompts, the concept's own words or tokens, and preserved prompts, always from the same noise,
+    and scores them with r_ψ and CLIP. Prompts are of the dev split only: those of the report take no part.
+    """
+    guide = methods.guide(settings)
+    conditions = guide.conditions(model, concepts)
+    concept_states: list[tuple[RewardHead, Tensor]] = []
+    for concept in concepts:
+        spec = settings.concepts[concept.name]
+        texts = [p.text for p in prompts.read(spec.prompts, "dev", concept.name, "concept")][:EVAL_PROMPTS]
+        states = torch.cat([encode.encode_text(model, texts), concept.states])
+        concept_states.append((reward_heads.load_head(settings, concept.name, "train"), states))
+    preserved_texts = list(preserved[:: max(1, len(preserved) // EVAL_PROMPTS)])[:EVAL_PROMPTS]
+    preserved_states = encode.encode_text(model, preserved_texts)
+    text_features = clip.embed_texts(preserved_texts)
+
+    def sample_images(states: Tensor, purpose: str, weights: Weights) -> list[Image.Image]:
+        return sample(
+            model,
+            states,
+            [derive(settings.seed, "erase", "look", purpose, i) for i in range(len(states))],
+            guide=guide,
+            conditions=conditions,
+            steps=settings.sample.steps,
+            weights=weights,
+            one_step=one_step if weights else None,
+            batch=settings.sample.batch_size,
+        )
+
+    def probe(weights: Weights) -> Evaluation:
+        shown = [
+            reward_heads.shows_concept(head, clip.embed_images(sample_images(states, "concept", weights)))
+            for head, states in concept_states
+        ]
+        images = sample_images(preserved_states, "kept", weights)
+        similarity = cosine_similarity(clip.embed_images(images), text_features).mean()
+        concept_rate = torch.cat(shown).float().mean()
+        return Evaluation(float(concept_rate), float(similarity), float(np.mean([contrast(image) for image in images])))
+
+    return probe
+
+
+def token_evaluator(settings: Settings, model: Model, clip: Clip, head: RewardHead, name: str) -> TokenEvaluator:
+    """Samples images from each bare token, always from the same noise, and returns their mean r_ψ per token."""
+    guide = methods.guide(settings)
+    seeds = [derive(settings.seed, "invert", "look", name, i) for i in range(IMAGES_PER_TOKEN)]
+    conditions = guide.conditions(model, [])  # no concept to steer away from: the token itself is under test
+
+    def evaluate(vectors: Tensor) -> list[float]:
+        with torch.no_grad():
+            states = encode.encode(model, [(rows,) for rows in vectors]).states
+        images = sample(
+            model,
+            states.repeat_interleave(IMAGES_PER_TOKEN, 0),
+            seeds * len(vectors),
+            guide=guide,
+            conditions=conditions,
+            steps=settings.sample.steps,
+            batch=settings.sample.batch_size,
+        )
+        rewards: list[float] = head(clip.embed_images(images)).reshape(-1, IMAGES_PER_TOKEN).mean(1).tolist()
+        return rewards
+
+    return evaluate
+
+
+def contrast(image: Image.Image) -> float:
+    """Standard deviation of the pixels of an 8 × 8 thumbnail, 0 … 127: near 0 for a blank image, and for noise too."""
+    return float(np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float64).std((0, 1)).mean())
