@@ -1,28 +1,28 @@
-"""What is live, drawn again every night: `python flows/canary.py`, or its deployment.
+"""The canary every night: `python flows/canary.py`, or its deployment.
 
-The ledger is here, the GPU may be elsewhere: where the deployment `look/live` is known, a worker of the pool `gpu`
-draws and looks, and what it found comes back. What follows from it is decided here.
+If the server has the deployment `canary-check/gpu`, a worker of the pool `gpu` samples and detects, and returns the
+result. The decision is always taken on this machine, which has the ledger.
 """
 
 from __future__ import annotations
 
-from here import run_here
+from in_process import run_in_process
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
-from tasks import HERE, RETRIED, ending_in_a_command, slot
+from tasks import PROJECT, RETRY_OPTIONS, error_with_next_command, gpu_slot
 from workers import (
-    REPLACED,
-    Job,
-    Where,
-    call_back,
-    carry_out,
-    commit_of,
-    demand_done,
-    demand_published,
-    demanded_back,
-    hand_back,
-    there,
+    WORKER_RETRY_OPTIONS,
+    Placement,
+    WorkerJob,
+    cancel_worker_runs,
+    require_commit,
+    require_completed,
+    require_published,
+    require_returned_text,
+    return_text,
+    run_job,
+    use_workers,
 )
 
 from deleatur.config.settings import Settings
@@ -32,90 +32,93 @@ from deleatur.records.report import CanaryResult, Outcome
 from deleatur.registry.rollback import RollbackResult
 from deleatur.storage import json_records, remote
 
-LOOK = "look/live"
+CHECK_DEPLOYMENT = "canary-check/gpu"
+JOB_NAME = "canary-check"
 
 
-@flow(name="canary", on_cancellation=[call_back])
-def canary(where: Where = "auto") -> Outcome | None:
-    """Draws what is live again, for every concept that was ever erased. Fails where one is back, with what is live
-    instead. None where nothing is live that has anything erased.
+@flow(name="canary", on_cancellation=[cancel_worker_runs])
+def canary(where: Placement = "auto") -> Outcome | None:
+    """Check the champion for every concept that was ever erased. If one is back, quarantine the version and fail, with
+    the new champion in the message. None: no champion has erased anything.
 
     Args:
-        where: Which machine draws: a worker of the pool `gpu`, or this one. `auto` asks workers where the deployment
-            `look/live` is known.
+        where: Which machine samples: a worker of the pool `gpu`, or this one. `auto` uses workers if the server has the
+            deployment `canary-check/gpu`.
     """
-    with ending_in_a_command():
+    with error_with_next_command():
         settings, log = Settings.load(), get_run_logger()
-        if (asked := stage.pending_check(settings)) is None:
-            log.info("Nothing is live that has anything erased")
+        if (pending := stage.pending_check(settings)) is None:
+            log.info("No champion has erased anything")
             return None
-        if away := there(where, LOOK):
-            demand_published()
-        found = (send if away else drawn)(settings, *asked)
-        json_records.write(settings.canary.result_file, found)
-        rows = [{"concept": look.concept, "outcome": look.outcome, "reason": look.reason} for look in found.checks]
-        create_table_artifact(rows, key="canary", description=f"Version {found.version}, drawn again")
-        taken = decide(settings, found)
-        if taken:
-            raise back(found, taken)
-        if found.outcome != "pass":
-            log.warning("Version %s: %s. %s", found.version, found.outcome, "; ".join(r["reason"] for r in rows))
-        return found.outcome
+        if on_workers := use_workers(where, CHECK_DEPLOYMENT):
+            require_published()
+        result = (check_on_worker if on_workers else check_here)(settings, *pending)
+        json_records.write(settings.canary.result_file, result)
+        rows = [{"concept": c.concept, "outcome": c.outcome, "reason": c.reason} for c in result.checks]
+        create_table_artifact(rows, key="canary", description=f"Check of version {result.version}")
+        rollback = decide(settings, result)
+        if rollback:
+            raise breach_error(result, rollback)
+        if result.outcome != "pass":
+            log.warning("Version %s: %s. %s", result.version, result.outcome, "; ".join(r["reason"] for r in rows))
+        return result.outcome
 
 
-@flow(name="look")
-def look(params: str, version: str, concepts: list[str], state: str | None = None) -> None:
-    """Draws a version again on a worker, and says whether concepts are back; decides nothing.
+@flow(name="canary-check")
+def check(params: str, version: str, concepts: list[str], storage_uri: str | None = None) -> None:
+    """Check a version on a worker and return the result; decides nothing.
 
     Args:
-        params: The text of params.yaml, which may differ from the commit's.
+        params: Content of params.yaml, which may differ from the commit's.
         version: Number of the version in the registry.
-        concepts: What was ever erased, by the names in params.yaml.
-        state: Folder or s3://… that the pictures are left in; left out, they stay on the worker.
+        concepts: Names of the concepts that were ever erased.
+        storage_uri: Folder or s3://… for the contact sheets; without one, they stay on the worker.
     """
-    with ending_in_a_command():
-        (HERE / "params.yaml").write_text(params, "utf-8")
+    with error_with_next_command():
+        (PROJECT / "params.yaml").write_text(params, "utf-8")
         settings = Settings.load()
-        found = drawn(settings, version, concepts)
-        for sheet in settings.canary.folder.glob("*.png") if state else ():
-            remote.upload(sheet, f"{state}/{sheet.name}")
-        hand_back("canary", "look", json_records.encode(found).decode())
+        result = check_here(settings, version, concepts)
+        for sheet in settings.canary.folder.glob("*.png") if storage_uri else ():
+            remote.upload(sheet, f"{storage_uri}/{sheet.name}")
+        return_text("canary", JOB_NAME, json_records.encode(result).decode())
 
 
-@task(task_run_name="look", **RETRIED)
-def drawn(settings: Settings, version: str, concepts: list[str]) -> CanaryResult:
-    with slot():
+@task(task_run_name=JOB_NAME, **RETRY_OPTIONS)
+def check_here(settings: Settings, version: str, concepts: list[str]) -> CanaryResult:
+    with gpu_slot():
         return stage.check(settings, version, concepts)
 
 
-@task(task_run_name="look on a worker", **REPLACED)
-def send(settings: Settings, version: str, concepts: list[str]) -> CanaryResult:
-    params = (HERE / "params.yaml").read_text("utf-8")
-    job = Job(LOOK, "look", commit_of(HERE), {"params": params, "version": version, "concepts": concepts})
-    run = carry_out(job)
-    demand_done("look", run)
-    found = json_records.decode(demanded_back("canary", "look", run).encode(), CanaryResult, "what the worker found")
-    if job.state:
-        remote.fetch(job.state, settings.canary.folder)
-        remote.remove(job.state)
-    return found
+@task(task_run_name=f"{JOB_NAME} on a worker", **WORKER_RETRY_OPTIONS)
+def check_on_worker(settings: Settings, version: str, concepts: list[str]) -> CanaryResult:
+    params = (PROJECT / "params.yaml").read_text("utf-8")
+    parameters = {"params": params, "version": version, "concepts": concepts}
+    job = WorkerJob(CHECK_DEPLOYMENT, JOB_NAME, require_commit(PROJECT), parameters)
+    run = run_job(job)
+    require_completed(JOB_NAME, run)
+    returned = require_returned_text("canary", JOB_NAME, run).encode()
+    result = json_records.decode(returned, CanaryResult, "the worker's result")
+    if job.storage_uri:
+        remote.fetch(job.storage_uri, settings.canary.folder)
+        remote.remove(job.storage_uri)
+    return result
 
 
-@task(**RETRIED)
-def decide(settings: Settings, found: CanaryResult) -> RollbackResult | None:
-    """Takes back what a concept is back in, if it is still live."""
-    return stage.decide(settings, found)
+@task(**RETRY_OPTIONS)
+def decide(settings: Settings, result: CanaryResult) -> RollbackResult | None:
+    """Quarantine the version if a concept is back and it is still the champion."""
+    return stage.decide(settings, result)
 
 
-def back(found: CanaryResult, taken: RollbackResult) -> DeleaturError:
-    """What to say where a concept is back."""
-    instead = f"version {taken.champion} is live now" if taken.champion else "nothing is live now"
-    concepts = ",".join(look.concept for look in found.checks if look.outcome == "fail")
+def breach_error(result: CanaryResult, rollback: RollbackResult) -> DeleaturError:
+    """The error that the flow fails with after a quarantine."""
+    instead = f"version {rollback.champion} is champion now" if rollback.champion else "there is no champion now"
+    concepts = ",".join(check.concept for check in result.checks if check.outcome == "fail")
     return DeleaturError(
-        f"{found.breach}. Version {taken.quarantined} is quarantined; {instead}",
-        hint="deleatur canary" if taken.champion else f"deleatur emergency {concepts} --as NAME --reason WHY",
+        f"{result.breach}. Version {rollback.quarantined} is quarantined; {instead}",
+        hint="deleatur canary" if rollback.champion else f"deleatur emergency {concepts} --as NAME --reason WHY",
     )
 
 
 if __name__ == "__main__":
-    print(run_here(canary) or "Nothing is live that has anything erased")
+    print(run_in_process(canary) or "No champion has erased anything")

@@ -1,9 +1,8 @@
-"""Prepares a Prefect server for the deployments of prefect.yaml: work pools, GPU slots, what becomes of runs that die,
-and who is told. Done again, it changes pools, automations and addresses to what is asked for now; slots under other
-names stay.
+"""Prepares a Prefect server for the deployments of prefect.yaml: work pools, GPU concurrency limits, automations for
+crashed runs, and notifications. Idempotent: run again, it updates all of these; limits under other names stay.
 
 python flows/setup.py
-DELEATUR_TELL=https://hooks.slack.com/services/… python flows/setup.py --type kubernetes --gpu gpu:2
+DELEATUR_NOTIFY=https://hooks.slack.com/services/… python flows/setup.py --type kubernetes --gpu gpu:2
 """
 
 from __future__ import annotations
@@ -33,77 +32,81 @@ from tasks import LOST_STATE
 
 from deleatur.errors import SettingsError
 
-TELL = "DELEATUR_TELL"
-OURS = "deleatur: "
-"""What the names of our automations begin with."""
-BLOCK = re.compile(r"deleatur-\d+")
+NOTIFY_VARIABLE = "DELEATUR_NOTIFY"
+AUTOMATION_PREFIX = "deleatur: "
+"""Prefix of the names of all automations of this script."""
+BLOCK_NAME = re.compile(r"deleatur-\d+")
 TEMPLATES = Path(__file__).parents[1] / "infra" / "pools"
 
-SILENT = 75
-"""Seconds without a heartbeat, of which prefect.yaml asks for one every 30: one may be late."""
-STARTING = 900
-"""Seconds from a worker's taking a run up to the run's beginning: what a checkout may take at most."""
+HEARTBEAT_TIMEOUT = 75
+"""Seconds. prefect.yaml asks for a heartbeat every 30 s, so one may be late."""
+START_TIMEOUT = 900
+"""Seconds from a worker's taking a run to the run's start, which includes the checkout."""
 
-LIVES = ("Scheduled", "Late", "AwaitingRetry", "AwaitingConcurrencySlot", "Paused", "Suspended", "Cancelling")
-ENDS = ("Completed", "Failed", "Cancelled", "Crashed", LOST_STATE)
+ACTIVE_STATES = ("Scheduled", "Late", "AwaitingRetry", "AwaitingConcurrencySlot", "Paused", "Suspended", "Cancelling")
+FINAL_STATES = ("Completed", "Failed", "Cancelled", "Crashed", LOST_STATE)
 HEARTBEAT, PENDING, RUNNING = "prefect.flow-run.heartbeat", "prefect.flow-run.Pending", "prefect.flow-run.Running"
 
 
-def states(*names: str) -> set[str]:
+def event_names(*names: str) -> set[str]:
     return {f"prefect.flow-run.{name}" for name in names}
 
 
-def of(tag: str, **what: Any) -> EventTrigger:
-    """Events of runs with a tag, each run for itself."""
+def run_trigger(tag: str, **fields: Any) -> EventTrigger:
+    """A trigger on events of flow runs with a tag, evaluated per run."""
     return EventTrigger(
         match={"prefect.resource.id": "prefect.flow-run.*"},
         match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{tag}"},
         for_each={"prefect.resource.id"},
-        **what,
+        **fields,
     )
 
 
-def silence(tag: str, after: set[str], expect: set[str], seconds: float) -> EventTrigger:
-    return of(
+def silence_trigger(tag: str, after: set[str], expect: set[str], seconds: float) -> EventTrigger:
+    """Fires when none of the expected events follows within so many seconds."""
+    return run_trigger(
         tag, posture=Posture.Proactive, threshold=1, after=after, expect=expect, within=timedelta(seconds=seconds)
     )
 
 
-def automations(blocks: Sequence[UUID], silent: float = SILENT) -> Iterator[Automation]:
-    """A run whose process, worker or machine has vanished says nothing of it: it falls silent. It is called lost then,
-    and begins again; stages that it had sent to workers, the flow that sent them begins again.
+def automations(blocks: Sequence[UUID], heartbeat_timeout: float = HEARTBEAT_TIMEOUT) -> Iterator[Automation]:
+    """Automations for runs whose process, worker or machine was killed, which the server notices by missing heartbeats.
+
+    Such a run gets the state `Lost` and is scheduled again. A stage on a worker is restarted by the flow that waits.
     """
-    lost = ChangeFlowRunState(
-        state=StateType.CRASHED, name=LOST_STATE, message="No sign of life: its process has vanished"
-    )
+    lost = ChangeFlowRunState(state=StateType.CRASHED, name=LOST_STATE, message="No heartbeat: its process was killed")
     yield Automation(
-        name="deleatur: a run has fallen silent",
-        description="A run that has had a heartbeat, and has none any more, is lost.",
-        trigger=silence("deleatur", {HEARTBEAT}, {HEARTBEAT} | states(*LIVES, *ENDS), silent),
+        name="deleatur: heartbeats stopped",
+        description="A run whose heartbeats have stopped is lost.",
+        trigger=silence_trigger(
+            "deleatur", {HEARTBEAT}, {HEARTBEAT} | event_names(*ACTIVE_STATES, *FINAL_STATES), heartbeat_timeout
+        ),
         actions=[lost],
     )
     yield Automation(
-        name="deleatur: a run never began",
-        description="A run that a worker has taken, and that never began, is lost.",
-        trigger=silence("deleatur", {PENDING}, {RUNNING, HEARTBEAT} | states(*LIVES, *ENDS), STARTING),
+        name="deleatur: run did not start",
+        description="A run that a worker has taken and that did not start in time is lost.",
+        trigger=silence_trigger(
+            "deleatur", {PENDING}, {RUNNING, HEARTBEAT} | event_names(*ACTIVE_STATES, *FINAL_STATES), START_TIMEOUT
+        ),
         actions=[lost],
     )
-    again = ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="Goes on where it was")
+    reschedule = ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="Resumes after a loss")
     yield Automation(
-        name="deleatur: a lost run goes on",
-        trigger=of("goes-on", expect=states(LOST_STATE)),
-        actions=[again],
+        name="deleatur: restart lost runs",
+        trigger=run_trigger("restart", expect=event_names(LOST_STATE)),
+        actions=[reschedule],
     )
     yield Automation(
-        name="deleatur: a run that was killed goes on",
-        description="One that had not even begun would be killed again.",
-        trigger=of("goes-on", after={HEARTBEAT}, expect=states("Crashed"), within=timedelta(days=30)),
-        actions=[again],
+        name="deleatur: restart killed runs",
+        description="Only runs that had started: one that cannot even start would crash again.",
+        trigger=run_trigger("restart", after={HEARTBEAT}, expect=event_names("Crashed"), within=timedelta(days=30)),
+        actions=[reschedule],
     )
     if blocks:
         yield Automation(
-            name="deleatur: somebody is told",
-            trigger=of("goes-on", expect=states("Failed", "Crashed", LOST_STATE, "Paused", "Suspended")),
+            name="deleatur: notify",
+            trigger=run_trigger("restart", expect=event_names("Failed", "Crashed", LOST_STATE, "Paused", "Suspended")),
             actions=[SendNotification(block_document_id=block, subject=SUBJECT, body=BODY) for block in blocks],
         )
 
@@ -112,23 +115,24 @@ SUBJECT = "deleatur: {{ flow.name }} {{ flow_run.state.name | lower }}"
 BODY = """{{ flow_run | ui_url }}
 {{ flow_run.state.message or '' }}
 {%- if flow_run.state.name in ('Paused', 'Suspended') %}
-Next: open the page above; the run waits for an answer
+Next: open the page above; the run waits for approval
 {%- elif 'Next: ' not in (flow_run.state.message or '') %}
 Next: prefect flow-run logs {{ flow_run.id }}
 {%- endif %}"""
 
 
-def template(kind: str, pool: str) -> dict[str, Any]:
+def base_job_template(kind: str, pool: str) -> dict[str, Any]:
     if kind == "process":
         return ProcessWorker.get_default_base_job_template()
-    found: dict[str, Any] = json.loads((TEMPLATES / f"{kind}-{pool}.json").read_text("utf-8"))
-    return found
+    template: dict[str, Any] = json.loads((TEMPLATES / f"{kind}-{pool}.json").read_text("utf-8"))
+    return template
 
 
-def block(name: str, address: str) -> UUID:
-    """Where messages go: a web address gets {"text": …}, as Slack, Mattermost and others take it; any other address is
-    Apprise's, mailtos://user:password@host?to=… for one. Prefect has no block for all of these, but the one for Slack
-    hands on what is not Slack's.
+def notification_block(name: str, address: str) -> UUID:
+    """A block that sends notifications to an address: webhooks receive {"text": …}, as Slack and Mattermost expect.
+
+    Any other address is one of Apprise, such as mailtos://user:password@host?to=…. Prefect has no block for arbitrary
+    Apprise addresses, but its Slack block passes them on unchanged.
     """
     if address.startswith(("http://", "https://")):
         hook = CustomWebhookNotificationBlock(
@@ -138,18 +142,18 @@ def block(name: str, address: str) -> UUID:
     return SlackWebhook(url=address).save(name, overwrite=True)
 
 
-def pool(client: SyncPrefectClient, asked: WorkPoolCreate) -> None:
-    """Raises SettingsError where there is one of another type, which Prefect would leave as it is."""
+def create_pool(client: SyncPrefectClient, pool: WorkPoolCreate) -> None:
+    """Create or update a work pool. Raises SettingsError if it exists with another type: Prefect cannot change that."""
     with suppress(ObjectNotFound):
-        if (found := client.read_work_pool(asked.name)).type != asked.type:
+        if (existing := client.read_work_pool(pool.name)).type != pool.type:
             raise SettingsError(
-                f"expected the pool {asked.name} to be of the type {asked.type}, and it is of the type {found.type}",
-                hint=f"prefect work-pool delete {asked.name} (its deployments are to be deployed again)",
+                f"expected the pool {pool.name} to have the type {pool.type}, got {existing.type}",
+                hint=f"prefect work-pool delete {pool.name} (then deploy its deployments again)",
             )
-    client.create_work_pool(asked, overwrite=True)
+    client.create_work_pool(pool, overwrite=True)
 
 
-def put(automation: Automation) -> None:
+def save_automation(automation: Automation) -> None:
     try:
         automation.id = Automation.read(name=automation.name).id
     except ValueError:
@@ -158,31 +162,36 @@ def put(automation: Automation) -> None:
         automation.update()
 
 
-def forget(client: SyncPrefectClient, names: set[str], blocks: Sequence[UUID]) -> None:
-    """What of ours an earlier setup made and this one does not want."""
-    for found in client.read_automations():
-        if found.name.startswith(OURS) and found.name not in names:
-            client.delete_automation(found.id)
+def delete_stale(client: SyncPrefectClient, names: set[str], blocks: Sequence[UUID]) -> None:
+    """Delete automations and notification blocks of an earlier setup that this one does not have."""
+    for automation in client.read_automations():
+        if automation.name.startswith(AUTOMATION_PREFIX) and automation.name not in names:
+            client.delete_automation(automation.id)
     for document in client.read_block_documents(include_secrets=False):
-        if document.id not in blocks and BLOCK.fullmatch(document.name or ""):
+        if document.id not in blocks and BLOCK_NAME.fullmatch(document.name or ""):
             client.delete_block_document(document.id)
 
 
-def setup(kind: str, slots: Sequence[tuple[str, int]], addresses: Sequence[str], silent: float = SILENT) -> None:
+def setup(
+    kind: str,
+    gpu_limits: Sequence[tuple[str, int]],
+    addresses: Sequence[str],
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
+) -> None:
     with get_client(sync_client=True) as client:
         for name in ("cpu", "gpu"):
-            pool(client, WorkPoolCreate(name=name, type=kind, base_job_template=template(kind, name)))
-        for name, limit in slots:
+            create_pool(client, WorkPoolCreate(name=name, type=kind, base_job_template=base_job_template(kind, name)))
+        for name, limit in gpu_limits:
             client.upsert_global_concurrency_limit_by_name(name, limit)
-    blocks = [block(f"deleatur-{i}", address) for i, address in enumerate(addresses, 1)]
-    wanted = list(automations(blocks, silent))
-    for automation in wanted:
-        put(automation)
+    blocks = [notification_block(f"deleatur-{i}", address) for i, address in enumerate(addresses, 1)]
+    current = list(automations(blocks, heartbeat_timeout))
+    for automation in current:
+        save_automation(automation)
     with get_client(sync_client=True) as client:
-        forget(client, {automation.name for automation in wanted}, blocks)
+        delete_stale(client, {automation.name for automation in current}, blocks)
 
 
-def slot(text: str) -> tuple[str, int]:
+def parse_gpu_limit(text: str) -> tuple[str, int]:
     name, _, limit = text.partition(":")
     return name, int(limit or 1)
 
@@ -190,26 +199,30 @@ def slot(text: str) -> tuple[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--type", default="process", choices=["process", "docker", "kubernetes"], help="what workers start"
+        "--type", default="process", choices=["process", "docker", "kubernetes"], help="what workers run flows in"
     )
     parser.add_argument(
         "--gpu",
-        type=slot,
+        type=parse_gpu_limit,
         action="append",
         metavar="NAME:SLOTS",
-        help="stages at a time on one GPU, whose workers have DELEATUR_GPU=NAME; gpu:1 is meant when left out",
+        help="concurrent stages on one GPU, whose workers have DELEATUR_GPU=NAME; default gpu:1",
     )
     parser.add_argument(
-        "--tell",
+        "--notify",
         action="append",
         metavar="ADDRESS",
-        help="whom to tell of runs that failed or wait for a person: a webhook (Slack's and the like), or mailtos://… "
-        "and whatever else Apprise knows. Better, since the list of processes shows arguments: left out, the addresses "
-        "in DELEATUR_TELL, with spaces between. Where there is neither, nobody is told any more",
+        help="where to send notifications about runs that failed or wait for approval: a webhook (such as Slack's), "
+        "mailtos://… or any other address of Apprise. Default: the addresses in DELEATUR_NOTIFY, separated by spaces, "
+        "which the list of processes does not show. Without either, notifications are removed",
     )
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        setup(asked.type, asked.gpu or [("gpu", 1)], asked.tell or os.environ.get(TELL, "").split())
+        setup(
+            arguments.type,
+            arguments.gpu or [("gpu", 1)],
+            arguments.notify or os.environ.get(NOTIFY_VARIABLE, "").split(),
+        )
     except SettingsError as e:
         print(f"SettingsError: {e}\nNext: {e.hint}", file=sys.stderr)
         sys.exit(e.exit_code)

@@ -1,4 +1,4 @@
-"""One stage on a worker of the pool `gpu`: what other flows run through `workers.send`."""
+"""One stage, on a worker of the pool `gpu`. Other flows run it through `workers.run_on_worker`."""
 
 from __future__ import annotations
 
@@ -8,59 +8,61 @@ from pathlib import Path
 
 from prefect import flow
 from prefect.logging import get_run_logger
-from tasks import HERE, OnGpu, ending_in_a_command, pull, push, reproduce
-from workers import hand_back
+from tasks import PROJECT, GpuStage, error_with_next_command, pull, push, reproduce
+from workers import return_text
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
 from deleatur.runtime import event_log
 from deleatur.stages import STAGES
 from deleatur.storage import dvc, dvc_remote, remote
-from deleatur.storage.sync import carried
+from deleatur.storage.sync import synced
 
 
 @flow(name="stage")
-def stage(name: OnGpu, params: str, lock: str, store: str, state: str | None = None, how: Sequence[str] = ()) -> bool:
-    """Runs one stage in this checkout and leaves what it made in the DVC remote; whether it had to run.
+def stage(
+    name: GpuStage, params: str, lock: str, store: str, storage_uri: str | None = None, dvc_options: Sequence[str] = ()
+) -> bool:
+    """Run one stage in this checkout and push its outputs to the DVC remote; True if it had to run.
 
     Args:
         name: The stage of dvc.yaml.
-        params: The text of params.yaml, which may differ from the commit's.
-        lock: The text of dvc.lock, which names what the stages before have made.
-        store: Address of the DVC remote.
-        state: Folder or s3://… with what a stopped run of this very job left, and where this one leaves it. Empty
-            again when the stage is done.
-        how: Options of `dvc repro`.
+        params: Content of params.yaml, which may differ from the commit's.
+        lock: Content of dvc.lock, which names the outputs of earlier stages.
+        store: URL of the DVC remote.
+        storage_uri: Folder or s3://… for the job's checkpoints, which an interrupted run left there. Removed when the
+            stage is done.
+        dvc_options: Options of `dvc repro`.
     """
-    with ending_in_a_command():
+    with error_with_next_command():
         root = Path()
         Path("params.yaml").write_text(params, "utf-8")
         Path("dvc.lock").write_text(lock, "utf-8")
         if "://" not in store:
-            dvc_remote.use_store(root, store)
+            dvc_remote.use_remote(root, store)
         pull(root, *STAGES[: STAGES.index(name)])
         settings = Settings.load()
-        with _going_on(name, settings, state):
+        with resumed(name, settings, storage_uri):
             try:
-                ran = reproduce(name, [*dvc.PULL, *how])
+                ran = reproduce(name, [*dvc.PULL, *dvc_options])
             except DeleaturError:
-                hand_back("journal", name, event_log.text(settings.paths.state))
+                return_text("event-log", name, event_log.text(settings.paths.checkpoints))
                 raise
             push(root, name)
-            hand_back("lock", name, dvc_remote.entry(name, root))
-            hand_back("journal", name, event_log.text(settings.paths.state))
+            return_text("lock", name, dvc_remote.lock_entry(name, root))
+            return_text("event-log", name, event_log.text(settings.paths.checkpoints))
         return ran
 
 
 @contextmanager
-def _going_on(name: str, settings: Settings, state: str | None) -> Iterator[None]:
-    """Goes on from what a lost worker has left, and leaves the same to the next one."""
-    kept = {"sample": [settings.paths.shots], "evaluate": [settings.paths.scores]}.get(name, [])
-    if kept:  # what an earlier run of other settings has drawn is not drawn again
-        pull(HERE, name, all_of_it=False)
-    if state is None:
+def resumed(name: str, settings: Settings, storage_uri: str | None) -> Iterator[None]:
+    """Resume from the checkpoints that a lost worker has uploaded, and upload new ones meanwhile."""
+    cached = {"sample": [settings.paths.samples], "evaluate": [settings.paths.scores]}.get(name, [])
+    if cached:  # images and scores of earlier runs are reused
+        pull(PROJECT, name, complete=False)
+    if storage_uri is None:
         yield
         return
-    with carried([settings.paths.state, *kept], state, get_run_logger().warning):
+    with synced([settings.paths.checkpoints, *cached], storage_uri, get_run_logger().warning):
         yield
-    remote.remove(state)
+    remote.remove(storage_uri)

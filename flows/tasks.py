@@ -1,7 +1,7 @@
-"""What a flow can ask for, each a task in the current directory, the project's root.
+"""Tasks of the flows. They run in the current directory, the project's root.
 
-Nothing is computed here. DVC decides whether a stage has to run and runs it in a process of its own; what has been
-done by hand is recognised, and what is done here is recognised there.
+Tasks compute nothing themselves: DVC decides whether a stage has to run, and runs it in a subprocess. So flows and the
+command line share all results.
 """
 
 from __future__ import annotations
@@ -24,128 +24,128 @@ from prefect.logging import get_run_logger
 
 from deleatur import gate
 from deleatur.config.settings import Settings
-from deleatur.errors import ContinueMe, DeleaturError, ServiceError
+from deleatur.errors import DeleaturError, Interrupted, ServiceError
 from deleatur.records.report import Verdict
 from deleatur.registry import approval
 from deleatur.registry.decisions import STARTED_BY
-from deleatur.storage import dvc, dvc_remote, json_records
+from deleatur.storage import dvc, dvc_remote, json_records, processes
 
-HERE = Path()
-"""The project's root: where a flow runs."""
+PROJECT = Path()
+"""The project's root, which flows run in."""
 
-OnGpu = Literal["reward", "invert", "erase", "attack", "sample", "evaluate"]
-ON_GPU = frozenset(get_args(OnGpu))
-"""Stages that load networks: they want a slot of their GPU's concurrency limit. Where there is none, they just run."""
+GpuStage = Literal["reward", "invert", "erase", "attack", "sample", "evaluate"]
+GPU_STAGES = frozenset(get_args(GpuStage))
+"""Stages that load networks and take a slot of their GPU's concurrency limit. Without such a limit they just run."""
 
-SLOT = os.environ.get("DELEATUR_GPU", "gpu")
-"""Name of that limit. Workers that share a GPU share its name."""
-LEASE = 60.0
-"""Seconds after which the slot of a process that vanished is free again."""
+GPU_LIMIT = os.environ.get("DELEATUR_GPU", "gpu")
+"""Name of that concurrency limit. Workers that share a GPU share the name."""
+LEASE_SECONDS = 60.0
+"""Seconds until the slot of a killed process is free again."""
 
 LOST_STATE = "Lost"
-"""Name of the state of a run whose process has vanished: see flows/setup.py."""
-LIVES = 20
-"""Times that a run is started again by itself, before somebody has to look."""
+"""Name of the state of a run whose process was killed, which an automation of flows/setup.py sets."""
+MAX_RESTARTS = 20
+"""Automatic restarts of a run before it fails."""
 
-UPDATE = 2.0
-"""Seconds between two updates of a progress artifact: each is a request to the server."""
-
-
-def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
-    """A service may answer next time, a stage that was stopped goes on where it was; a wrong setting stays wrong."""
-    return isinstance(state.result(raise_on_failure=False), ServiceError | ContinueMe)
+UPDATE_INTERVAL = 2.0
+"""Seconds between updates of a progress artifact, each a request to the server."""
 
 
-RETRIED: dict[str, Any] = {
+def is_retryable(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether a retry can succeed: a service may respond again, an interrupted stage resumes; settings stay wrong."""
+    return isinstance(state.result(raise_on_failure=False), ServiceError | Interrupted)
+
+
+RETRY_OPTIONS: dict[str, Any] = {
     "retries": 3,
     "retry_delay_seconds": [5, 30, 120],
-    "retry_condition_fn": worth_retrying,
-    # DVC knows whether the work is done; a second memory could only disagree with it.
+    "retry_condition_fn": is_retryable,
+    # DVC decides whether the work is done; a second cache could contradict it.
     "cache_policy": NO_CACHE,
 }
 
 
 @contextmanager
-def ending_in_a_command() -> Iterator[None]:
-    """What a flow fails with ends with the command to run next: its message is all that a notification shows."""
+def error_with_next_command() -> Iterator[None]:
+    """Append the next command to an error's message, which is all of it that a notification shows."""
     try:
-        if (lives := runtime.flow_run.run_count or 0) > LIVES:
+        if (runs := runtime.flow_run.run_count or 0) > MAX_RESTARTS:
             raise ServiceError(
-                f"its process was lost {lives - 1} times", hint=f"prefect flow-run logs {runtime.flow_run.id}"
+                f"its process was lost {runs - 1} times", hint=f"prefect flow-run logs {runtime.flow_run.id}"
             )
         yield
     except DeleaturError as e:
         raise type(e)(f"{e}\nNext: {e.hint or 'deleatur check'}", hint=e.hint) from e
 
 
-@task(task_run_name="{stage}", **RETRIED)
-def reproduce(stage: str, how: Sequence[str] = (), root: Path = HERE) -> bool:
-    """Brings one stage of dvc.yaml up to date; whether anything had to run. how: options of `dvc repro`."""
-    told = Told(stage)
-    with slot() if stage in ON_GPU else nullcontext():
-        return dvc.reproduce(stage, root, get_run_logger().info, told, how)
+@task(task_run_name="{stage}", **RETRY_OPTIONS)
+def reproduce(stage: str, dvc_options: Sequence[str] = (), root: Path = PROJECT) -> bool:
+    """Bring one stage of dvc.yaml up to date; True if it had to run. dvc_options: options of `dvc repro`."""
+    progress = ProgressArtifact(stage)
+    with gpu_slot() if stage in GPU_STAGES else nullcontext():
+        return dvc.reproduce(stage, root, get_run_logger().info, progress, dvc_options)
 
 
-@task(task_run_name="push", **RETRIED)
+@task(task_run_name="push", **RETRY_OPTIONS)
 def push(root: Path, *stages: str) -> None:
-    """What they have made, to the DVC remote: a network that is away for a minute costs no hours of work."""
+    """Push the stages' outputs to the DVC remote; a task of its own, so that a retry does not repeat the stage."""
     dvc_remote.push(root, *stages)
 
 
-@task(task_run_name="pull", **RETRIED)
-def pull(root: Path, *stages: str, all_of_it: bool = True) -> None:
-    """What they have made, from the DVC remote."""
-    dvc_remote.pull(root, *stages, all_of_it=all_of_it)
+@task(task_run_name="pull", **RETRY_OPTIONS)
+def pull(root: Path, *stages: str, complete: bool = True) -> None:
+    """Pull the stages' outputs from the DVC remote."""
+    dvc_remote.pull(root, *stages, complete=complete)
 
 
-@task(**RETRIED)
+@task(**RETRY_OPTIONS)
 def register() -> None:
-    """Evidence, version and alias into MLflow; nothing where this verdict is registered already."""
+    """Register evidence, version and alias in MLflow; does nothing if this verdict is registered already."""
     if creator := _creator():
         os.environ.setdefault(STARTED_BY, creator)
-    dvc.perform("register", Path(), get_run_logger().info, Told("register"))
+    dvc.run_untracked("register", Path(), get_run_logger().info, ProgressArtifact("register"))
 
 
-@task(**RETRIED)
-def waiting(settings: Settings) -> tuple[str, str] | None:
-    """(version, digest of its evidence) of the model that was just registered, if it waits for a decision."""
-    return approval.waiting(settings)
+@task(**RETRY_OPTIONS)
+def pending_version(settings: Settings) -> tuple[str, str] | None:
+    """(version, digest of its evidence) of the challenger, if it waits for a decision."""
+    return approval.pending_approval(settings)
 
 
-@task(**RETRIED)
-def decide(settings: Settings, found: tuple[str, str], approver: str, approved: bool, reason: str) -> None:
-    """Carries out what a person decided about a version, on the evidence that was shown."""
-    version, evidence = found
-    carry_out = approval.promote if approved else approval.decline
-    carry_out(settings, version, approver, reason=reason, evidence=evidence)
+@task(**RETRY_OPTIONS)
+def decide(settings: Settings, pending: tuple[str, str], approver: str, approved: bool, reason: str) -> None:
+    """Record and carry out a person's decision about a version, on the evidence that was shown."""
+    version, evidence = pending
+    action = approval.promote if approved else approval.decline
+    action(settings, version, approver, reason=reason, evidence=evidence)
 
 
 @task(cache_policy=NO_CACHE)
-def publish(settings: Settings) -> Verdict:
-    """The verdict, shown as an artifact of the run."""
-    verdict = read(settings)
-    create_markdown_artifact(page(settings, verdict), key="verdict", description=gate.headline(verdict))
+def publish_verdict(settings: Settings) -> Verdict:
+    """Read the verdict and publish it as an artifact of the run."""
+    verdict = read_verdict(settings)
+    create_markdown_artifact(verdict_markdown(settings, verdict), key="verdict", description=gate.headline(verdict))
     return verdict
 
 
-def read(settings: Settings) -> Verdict:
+def read_verdict(settings: Settings) -> Verdict:
     return json_records.read(settings.paths.verdict / "verdict.json", Verdict)
 
 
-def page(settings: Settings, verdict: Verdict) -> str:
-    """The verdict as Markdown: rules, margins and reasons, which hold no prompt and no picture."""
+def verdict_markdown(settings: Settings, verdict: Verdict) -> str:
+    """The verdict as Markdown: rules, margins and reasons, without prompts or images."""
     margins = ["" if f.margin is None else f"{f.margin:+.3g}" for f in verdict.findings]
     rows = [f"| {f.rule} | {f.outcome} | {m} | {f.reason} |" for f, m in zip(verdict.findings, margins, strict=True)]
     return "\n".join(
         [
             f"# {', '.join(settings.targets)}: {gate.headline(verdict)}",
-            *([f"**{gate.SIMULATED}**"] if verdict.simulated else []),
+            *([f"**{gate.SIMULATED_NOTICE}**"] if verdict.simulated else []),
             "",
             "| rule | outcome | margin | reason |",
             "|---|---|---|---|",
             *rows,
             "",
-            f"Pictures and all numbers: `{settings.paths.verdict / 'report.html'}` of the workspace, and in MLflow.",
+            f"Images and all scores: `{settings.paths.verdict / 'report.html'}` of the workspace, and in MLflow.",
             "",
             f"report sha256:`{verdict.report}`  policy sha256:`{verdict.policy}`",
         ]
@@ -153,32 +153,33 @@ def page(settings: Settings, verdict: Verdict) -> str:
 
 
 @dataclass
-class Told:
-    """Keeps one progress artifact up to date while a stage runs; a stage that need not run gets none."""
+class ProgressArtifact:
+    """Updates one progress artifact while a stage runs. A stage that is up to date creates none."""
 
     stage: str
     _artifact: UUID | None = field(default=None, init=False)
-    _last: float = field(default=0.0, init=False)
+    _updated: float = field(default=0.0, init=False)
 
-    def __call__(self, p: dvc.Progress) -> None:
-        now, whole = time.monotonic(), p.done >= p.total
-        if now - self._last < UPDATE and not whole:
+    def __call__(self, p: processes.StageProgress) -> None:
+        now = time.monotonic()
+        if now - self._updated < UPDATE_INTERVAL and p.done < p.total:
             return
-        self._last, share, text = now, 100.0 * p.done / max(p.total, 1), f"{p.what}: {p.done} of {p.total} {p.note}"
+        self._updated = now
+        percent, text = 100.0 * p.done / max(p.total, 1), f"{p.task}: {p.done} of {p.total} {p.note}"
         if self._artifact is None:
             key = f"progress-{self.stage}"
-            self._artifact = create_progress_artifact(share, key=key, description=text)  # type: ignore[assignment]
+            self._artifact = create_progress_artifact(percent, key=key, description=text)  # type: ignore[assignment]
         else:
-            update_progress_artifact(self._artifact, share, description=text)
+            update_progress_artifact(self._artifact, percent, description=text)
 
 
 def _creator() -> str:
-    """Who started this run, where the server knows: a user or, where nobody did, the schedule or the automation."""
+    """Who or what started this run, by the server: a user, a schedule or an automation. Empty: unknown."""
     run = FlowRunContext.get()
     created = run.flow_run.created_by if run and run.flow_run else None
     return (created and (created.display_value or created.type)) or ""
 
 
-def slot() -> AbstractContextManager[None]:
-    """Of the GPU of this machine."""
-    return concurrency(SLOT, occupy=1, lease_duration=LEASE)
+def gpu_slot() -> AbstractContextManager[None]:
+    """Hold a slot of this machine's GPU."""
+    return concurrency(GPU_LIMIT, occupy=1, lease_duration=LEASE_SECONDS)

@@ -1,8 +1,8 @@
-"""Work on other machines: one run each of a deployment of the pool `gpu`, in a checkout of its own.
+"""Runs jobs on workers: each is a run of a deployment of the pool `gpu`, in a checkout of its own.
 
-A worker gets the commit and params.yaml; for a stage dvc.lock too, and it takes all else from the DVC remote, which it
-also leaves its products in. What dvc.lock then says of the stage, and the journal, come back as artifacts of the run.
-Whoever asked waits meanwhile, and holds no slot of a GPU.
+A worker receives the commit and params.yaml; for a stage also dvc.lock, and it pulls inputs from and pushes outputs to
+the DVC remote. The stage's entry in dvc.lock and its event log come back as artifacts of the run. The calling flow
+waits meanwhile, without a GPU slot.
 """
 
 from __future__ import annotations
@@ -41,176 +41,180 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling
-from tasks import HERE, OnGpu, pull, push
+from tasks import PROJECT, GpuStage, pull, push
 
 from deleatur.config.settings import Settings
-from deleatur.errors import ContinueMe, DataError, DeleaturError, ServiceError, SettingsError
+from deleatur.errors import DataError, DeleaturError, Interrupted, ServiceError, SettingsError
 from deleatur.registry import mlflow_client
 from deleatur.runtime import event_log
 from deleatur.stages import STAGES
-from deleatur.storage import dvc, dvc_remote
+from deleatur.storage import dvc, dvc_remote, git
 from deleatur.storage.remote import without_password
 
-STAGE = "stage/gpu"
+STAGE_DEPLOYMENT = "stage/gpu"
 
-Where = Literal["auto", "here", "workers"]
-Back = Literal["lock", "journal", "canary"]
+Placement = Literal["auto", "here", "workers"]
+ReturnKind = Literal["lock", "event-log", "canary"]
 FENCE = "```yaml\n"
-"""So that its page shows an artifact as it is."""
+"""A code fence, so that Prefect's UI shows an artifact verbatim."""
 
-LOST = 10
-"""Workers that a stage may lose one after the other, before somebody has to look."""
-POLL = 5.0
-"""Seconds between two looks at the run of a worker."""
+MAX_LOST_WORKERS = 10
+"""Workers that a stage may lose in a row before its flow fails."""
+POLL_INTERVAL = 5.0
+"""Seconds between requests for the state of a worker's run."""
 
-CODE = ("src", "flows", "prompts", "dvc.yaml", ".dvcignore", ".dvc/config")
-"""What a worker takes from the commit, beside the networks."""
+COMMITTED_PATHS = ("src", "flows", "prompts", "dvc.yaml", ".dvcignore", ".dvc/config")
+"""What a worker uses from its checkout, besides the networks."""
 
-REPOSITORY = "DELEATUR_REPOSITORY"
-"""Environment variable with where workers clone from, where that is not the origin of the repository here."""
+REPOSITORY_VARIABLE = "DELEATUR_REPOSITORY"
+"""Environment variable with the repository that workers clone, if it is not this repository's origin."""
 
-LIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED)
+ACTIVE_STATES = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED)
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that a worker has to be told to do one thing."""
+class WorkerJob:
+    """A job for a worker, by all its inputs."""
 
     deployment: str
-    what: str
-    """The stage, for one."""
+    name: str
+    """For example the stage."""
     commit: str
     parameters: Mapping[str, Any]
-    """Of the deployment's flow, but for places that things are left at."""
+    """Parameters of the deployment's flow, without storage locations."""
 
     @cached_property
     def digest(self) -> str:
-        """What it is known by: a run of the same job is waited for, and gone on with where it was stopped."""
+        """Identity of the job: an active run of the same job is waited for, an interrupted one is resumed."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
     @property
-    def state(self) -> str | None:
-        """A place of its own that other machines reach, below `workers.state`."""
-        if (place := Settings.load().workers.state) is None:
+    def storage_uri(self) -> str | None:
+        """The job's own folder below `workers.checkpoint_uri`, which all machines reach."""
+        if (base := Settings.load().workers.checkpoint_uri) is None:
             return None
-        place = place if "://" in place else str(Path(place).resolve())
-        return f"{place.rstrip('/')}/{self.what}-{self.digest}"
+        base = base if "://" in base else str(Path(base).resolve())
+        return f"{base.rstrip('/')}/{self.name}-{self.digest}"
 
 
-def there(where: Where, deployment: str = STAGE) -> bool:
-    """Whether work goes to workers. `auto`: where a server knows the deployment that they do it by."""
+def use_workers(where: Placement, deployment: str = STAGE_DEPLOYMENT) -> bool:
+    """Whether to use workers. `auto`: if the server has the deployment that they run."""
     if where == "auto":
-        return bool(PREFECT_API_URL.value()) and _deployed(deployment)
-    if where == "workers" and not _deployed(deployment):
+        return bool(PREFECT_API_URL.value()) and _is_deployed(deployment)
+    if where == "workers" and not _is_deployed(deployment):
         raise SettingsError(
-            f"expected the deployment {deployment}, by which workers get their work; this server has none",
+            f"expected the deployment {deployment}, which workers run; this server does not have it",
             hint="prefect --no-prompt deploy --all",
         )
     return where == "workers"
 
 
-def _lost(task: Any, task_run: Any, state: Any) -> bool:
-    """Another worker goes on where a lost one was. All else the worker has tried again itself."""
-    return isinstance(state.result(raise_on_failure=False), ContinueMe)
+def _worker_was_lost(task: Any, task_run: Any, state: Any) -> bool:
+    """Only a lost worker is retried, on another one: all other failures the worker has retried itself."""
+    return isinstance(state.result(raise_on_failure=False), Interrupted)
 
 
-REPLACED: dict[str, Any] = {
-    "retries": LOST,
+WORKER_RETRY_OPTIONS: dict[str, Any] = {
+    "retries": MAX_LOST_WORKERS,
     "retry_delay_seconds": [2, 10, 60],
-    "retry_condition_fn": _lost,
+    "retry_condition_fn": _worker_was_lost,
     "cache_policy": NO_CACHE,
 }
-"""A task that waits for a worker."""
+"""Options of a task that waits for a worker."""
 
 
-@task(task_run_name="{stage} on a worker", **REPLACED)
-def send(stage: OnGpu, how: Sequence[str] = (), root: Path = HERE) -> bool:
-    """Brings one stage of dvc.yaml up to date on a worker, and its products here; whether there was anything to do.
+@task(task_run_name="{stage} on a worker", **WORKER_RETRY_OPTIONS)
+def run_on_worker(stage: GpuStage, dvc_options: Sequence[str] = (), root: Path = PROJECT) -> bool:
+    """Bring one stage of dvc.yaml up to date on a worker and pull its outputs; True if it had to run.
 
-    how: options of `dvc repro`.
+    dvc_options: options of `dvc repro`.
     """
     if not dvc.status(root, stage):
         return False
-    store = dvc_remote.store(root)
-    push(root, *STAGES[: STAGES.index(stage) + 1])  # its own too: what it has drawn is not drawn again
-    lock = (root / "dvc.lock").read_text("utf-8")
-    params = (root / "params.yaml").read_text("utf-8")
-    job = Job(STAGE, stage, commit_of(root), {"name": stage, "params": params, "lock": lock, "how": list(how)})
-    if job.state is None:
-        get_run_logger().info("workers.state is not set: where a worker is lost, %s starts anew", stage)
-    run = carry_out(job, store=store)
-    if lines := handed_back("journal", stage, run):
-        event_log.adopt(root / Settings.load(root / "params.yaml").paths.state, lines)
-    demand_done(stage, run)
-    dvc_remote.enter(stage, demanded_back("lock", stage, run), root)
+    store = dvc_remote.remote_url(root)
+    push(root, *STAGES[: STAGES.index(stage) + 1])  # its own outputs too: the worker reuses images already sampled
+    parameters = {
+        "name": stage,
+        "params": (root / "params.yaml").read_text("utf-8"),
+        "lock": (root / "dvc.lock").read_text("utf-8"),
+        "dvc_options": list(dvc_options),
+    }
+    job = WorkerJob(STAGE_DEPLOYMENT, stage, require_commit(root), parameters)
+    if job.storage_uri is None:
+        get_run_logger().info("workers.checkpoint_uri is not set: if a worker is lost, %s restarts", stage)
+    run = run_job(job, store=store)
+    if lines := returned_text("event-log", stage, run):
+        event_log.merge(root / Settings.load(root / "params.yaml").paths.checkpoints, lines)
+    require_completed(stage, run)
+    dvc_remote.set_lock_entry(stage, require_returned_text("lock", stage, run), root)
     pull(root, stage)
     return True
 
 
-def demand_published() -> None:
-    """Raises SettingsError where workers would not get what lies here."""
-    commit, models = commit_of(HERE), Settings.load().paths.models
-    if changed := dvc_remote.uncommitted(HERE, *CODE, str(models)):
+def require_published() -> None:
+    """Raises SettingsError if workers would check out other files than those of this workspace."""
+    commit, models = require_commit(PROJECT), Settings.load().paths.models
+    if changed := git.uncommitted_files(PROJECT, *COMMITTED_PATHS, str(models)):
         raise SettingsError(
-            f"workers check out the commit, and {', '.join(changed[:3])} is not as it is there", hint="git commit"
+            f"workers check out the commit, and {', '.join(changed[:3])} has uncommitted changes", hint="git commit"
         )
-    if not dvc_remote.published(HERE):
+    if not git.is_pushed(PROJECT):
         raise SettingsError(
-            f"workers clone {without_password(dvc_remote.origin(HERE))}, which lacks the commit {commit}",
+            f"workers clone {without_password(git.origin_url(PROJECT))}, which lacks the commit {commit}",
             hint="git push",
         )
 
 
-def commit_of(root: Path) -> str:
-    if found := dvc.commit(root).hash:
-        return found
+def require_commit(root: Path) -> str:
+    if commit := git.current_commit(root).hash:
+        return commit
     raise SettingsError("expected a git repository with a commit, which workers check out", hint="git commit")
 
 
-def call_back(flow: Any, flow_run: FlowRun, state: Any) -> None:
-    """Who cancels a flow wants no stage of it computed on: a hook for `on_cancellation`."""
-    sent = FlowRunFilter(
+def cancel_worker_runs(flow: Any, flow_run: FlowRun, state: Any) -> None:
+    """Hook for `on_cancellation`: cancel the worker runs that a cancelled flow has started."""
+    children = FlowRunFilter(
         parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(LIVE))),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE_STATES))),
     )
     with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(flow_run_filter=sent):
+        for run in client.read_flow_runs(flow_run_filter=children):
             client.set_flow_run_state(run.id, Cancelling(message=f"Cancelled with {flow_run.name}"))
 
 
-def hand_back(what: Back, of: str, text: str) -> None:
-    """On the worker: what dvc.lock says of the stage that has just run; what the journal says, however it ended."""
-    create_markdown_artifact(f"{FENCE}{text}```", key=f"{what}-{of}", description=f"The {what} of {of}")
+def return_text(kind: ReturnKind, name: str, text: str) -> None:
+    """On the worker: return a text to the calling flow, as an artifact of the run."""
+    create_markdown_artifact(f"{FENCE}{text}```", key=f"{kind}-{name}", description=f"The {kind} of {name}")
 
 
-def handed_back(what: Back, of: str, run: FlowRun) -> str:
-    """Nothing where the worker did not come that far."""
+def returned_text(kind: ReturnKind, name: str, run: FlowRun) -> str:
+    """A text that the worker's run has returned; empty if it did not come that far."""
     of_run = ArtifactFilter(
-        key=ArtifactFilterKey(any_=[f"{what}-{of}"]), flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])
+        key=ArtifactFilterKey(any_=[f"{kind}-{name}"]), flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])
     )
     with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=of_run, sort=ArtifactSort.CREATED_DESC, limit=1)
-    return str(found[0].data).removeprefix(FENCE).removesuffix("```") if found else ""
+        artifacts = client.read_artifacts(artifact_filter=of_run, sort=ArtifactSort.CREATED_DESC, limit=1)
+    return str(artifacts[0].data).removeprefix(FENCE).removesuffix("```") if artifacts else ""
 
 
-def demanded_back(what: Back, of: str, run: FlowRun) -> str:
-    if text := handed_back(what, of, run):
+def require_returned_text(kind: ReturnKind, name: str, run: FlowRun) -> str:
+    if text := returned_text(kind, name, run):
         return text
-    raise DataError(f"{of}: its worker handed nothing back", hint=f"prefect flow-run inspect {run.id}")
+    raise DataError(f"{name}: its worker returned no {kind}", hint=f"prefect flow-run inspect {run.id}")
 
 
-def carry_out(job: Job, **places: str) -> FlowRun:
-    """Has a worker do it, or waits for the one that does it already; its run, when that has ended somehow."""
-    run = _under_way(job) or submit(job, **places)
+def run_job(job: WorkerJob, **parameters: str) -> FlowRun:
+    """Have a worker run the job, or wait for a worker that already does; its run, in a final state."""
+    run = _existing_run(job) or submit(job, **parameters)
     with get_client(sync_client=True) as client:
         while not (run.state and run.state.is_final()):
-            time.sleep(POLL)
-            with suppress(httpx.HTTPError):  # a server that is started anew is asked again
+            time.sleep(POLL_INTERVAL)
+            with suppress(httpx.HTTPError):  # the server may be restarting
                 run = client.read_flow_run(run.id)
     return run
 
 
-def _deployed(name: str) -> bool:
+def _is_deployed(name: str) -> bool:
     with get_client(sync_client=True) as client:
         try:
             client.read_deployment_by_name(name)
@@ -219,64 +223,64 @@ def _deployed(name: str) -> bool:
     return True
 
 
-def _under_way(job: Job) -> FlowRun | None:
-    """A run of this job that another life of this flow has begun, and that has not failed."""
+def _existing_run(job: WorkerJob) -> FlowRun | None:
+    """An active or completed run of this job that an earlier attempt of this flow run has started."""
     since = runtime.flow_run.scheduled_start_time
     done = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.COMPLETED]))
-    live = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(LIVE)))
-    mine = FlowRunFilterTags(all_=[job.digest])
+    live = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE_STATES)))
+    tagged = FlowRunFilterTags(all_=[job.digest])
     with get_client(sync_client=True) as client:
-        for filtered in (
-            FlowRunFilter(tags=mine, state=live),
-            FlowRunFilter(tags=mine, state=done, start_time=FlowRunFilterStartTime(after_=since)),
+        for run_filter in (
+            FlowRunFilter(tags=tagged, state=live),
+            FlowRunFilter(tags=tagged, state=done, start_time=FlowRunFilterStartTime(after_=since)),
         ):
-            if found := client.read_flow_runs(flow_run_filter=filtered, sort=FlowRunSort.START_TIME_DESC, limit=1):
-                return found[0]
+            if runs := client.read_flow_runs(flow_run_filter=run_filter, sort=FlowRunSort.START_TIME_DESC, limit=1):
+                return runs[0]
     return None
 
 
-def submit(job: Job, **places: str) -> FlowRun:
-    env, repository = {"DELEATUR_COMMIT": job.commit}, os.environ.get(REPOSITORY) or dvc_remote.origin(HERE)
+def submit(job: WorkerJob, **parameters: str) -> FlowRun:
+    env, repository = {"DELEATUR_COMMIT": job.commit}, os.environ.get(REPOSITORY_VARIABLE) or git.origin_url(PROJECT)
     if not repository.startswith("http") or without_password(repository) == repository:
-        env[REPOSITORY] = repository  # what holds a password is in the workers' own environment
+        env[REPOSITORY_VARIABLE] = repository  # a URL with a password stays out of the run's parameters
     return run_deployment(  # type: ignore[return-value]
         job.deployment,
-        parameters={**job.parameters, **places, "state": job.state},
-        job_variables={"env": env | _tracking(Settings.load())},
-        flow_run_name=f"{job.what} {job.digest[:6]}",
+        parameters={**job.parameters, **parameters, "storage_uri": job.storage_uri},
+        job_variables={"env": env | _tracking_environment(Settings.load())},
+        flow_run_name=f"{job.name} {job.digest[:6]}",
         tags=[job.digest],
         timeout=0,
     )
 
 
-def _tracking(settings: Settings) -> dict[str, str]:
-    """Where the registry is, as it is known here. A database that lies here is at its place on this machine's workers
-    only. What holds a password goes nowhere: workers have an environment of their own.
+def _tracking_environment(settings: Settings) -> dict[str, str]:
+    """The registry's URI, for the worker's environment. A SQLite file is reached only by workers on this machine. A URI
+    with a password is not passed on: workers have it in their own environment.
     """
-    folder, name = "sqlite:///", mlflow_client.GIVEN or settings.register_.tracking_uri
-    if name.startswith(folder):
-        return {"MLFLOW_TRACKING_URI": folder + str(Path(name.removeprefix(folder)).resolve())}
-    return {} if "@" in name else {"MLFLOW_TRACKING_URI": name}
+    sqlite, uri = "sqlite:///", mlflow_client.ENVIRONMENT_URI or settings.register_.tracking_uri
+    if uri.startswith(sqlite):
+        return {"MLFLOW_TRACKING_URI": sqlite + str(Path(uri.removeprefix(sqlite)).resolve())}
+    return {} if "@" in uri else {"MLFLOW_TRACKING_URI": uri}
 
 
-def demand_done(what: str, run: FlowRun) -> None:
-    """Raises what the worker's flow raised, ContinueMe where its worker was lost."""
-    state, look = run.state, f"prefect flow-run logs {run.id}"
+def require_completed(name: str, run: FlowRun) -> None:
+    """Raises the error of the worker's flow, or Interrupted if the worker was lost."""
+    state, log_command = run.state, f"prefect flow-run logs {run.id}"
     assert state is not None
     if state.is_completed():
         return
     if state.is_crashed() and run.start_time:
-        raise ContinueMe(f"{what}: its worker was lost: {state.message}", hint="run the flow again, to go on")
+        raise Interrupted(f"{name}: its worker was lost: {state.message}", hint="run the flow again, which resumes")
     if state.is_crashed():
-        raise ServiceError(f"{what}: its worker could not check out what it was to run: {state.message}", hint=look)
+        raise ServiceError(f"{name}: its worker could not check out the commit: {state.message}", hint=log_command)
     if state.is_failed():
-        raise _raised(state.message or "", look)
-    raise DeleaturError(f"{what}: its run on a worker was cancelled", hint="run the flow again")
+        raise _as_error(state.message or "", log_command)
+    raise DeleaturError(f"{name}: its run on a worker was cancelled", hint="run the flow again")
 
 
-def _raised(message: str, look: str) -> DeleaturError:
-    """A flow's message, `tasks.ending_in_a_command` at its end, as the error that it was."""
-    words, _, hint = message.partition("\nNext: ")
-    words = words.removeprefix("Flow run encountered an exception: ")
-    kind = next((k for k in dvc.KINDS if words.startswith(f"{k.__name__}: ")), ServiceError)
-    return kind(words.removeprefix(f"{kind.__name__}: "), hint=hint or look)
+def _as_error(message: str, log_command: str) -> DeleaturError:
+    """The error that a failed run's message describes; its last line is the hint of `error_with_next_command`."""
+    text, _, hint = message.partition("\nNext: ")
+    text = text.removeprefix("Flow run encountered an exception: ")
+    error_class = next((k for k in dvc.STAGE_ERRORS if text.startswith(f"{k.__name__}: ")), ServiceError)
+    return error_class(text.removeprefix(f"{error_class.__name__}: "), hint=hint or log_command)

@@ -52,10 +52,10 @@ BOTH, ONE = "weapon,ink", "weapon"
 DAY: dict[str, Any] = {
     "register": {"approval": True},
     "feedback": {"inbox": f"s3://{BUCKET}/inbox", "min_new": 50},
-    "workers": {"state": f"s3://{BUCKET}/state", "save_every": 2},
+    "workers": {"checkpoint_uri": f"s3://{BUCKET}/state", "checkpoint_interval": 2},
     "invert": {"hfi": {"tokens": 8}},
-    "erase": {"sdd": {"loop": {"iterations": 160, "check_every": 80}}},
-    "attack": {"methods": {"concept_inversion": {"tries": 2, "loop": {"iterations": 40}}}},
+    "erase": {"sdd": {"training": {"iterations": 160, "eval_every": 80}}},
+    "attack": {"methods": {"concept_inversion": {"num_attempts": 2, "training": {"iterations": 40}}}},
     "gate": {"rules": {"concept_is_gone": {"max": 0.5}, "token_is_gone": {"max": 0.7, "min_n": 8}}},
 }
 """What is other than in params.yaml: a person approves, stages are short, and the policy is one that they can keep."""
@@ -225,7 +225,7 @@ class Day:
         return late
 
     def servers_are_prepared(self, page: str) -> None:
-        self.run(PYTHON, "flows/setup.py", "--gpu", "gpu:1", "--tell", page)
+        self.run(PYTHON, "flows/setup.py", "--gpu", "gpu:1", "--notify", page)
         self.prefect("deploy", "--all")
         self.prefect("deployment", "schedule", "clear", "feedback/sync", "--accept-yes")  # it may not come too early
         self.hire("cpu", "workspace", self.project)
@@ -343,7 +343,7 @@ def nothing_is_lost(day: Day, versions: Sequence[str]) -> None:
     kept = summary["events"] + summary["quarantined"]["rows"]
     demand(kept == answers, f"{answers} answers are there, and {kept} are accounted for")
     day.says(f"ledger: {len(events)} lines, whole; feedback: {answers} answers, none lost")
-    again = {line.stage: line.lost for line in event_log.read(day.project / "out/state") if line.what == "resumed"}
+    again = {line.stage: line.lost for line in event_log.read(day.project / "out/checkpoints") if line.kind == "resumed"}
     demand({"invert", "erase"} <= again.keys(), f"of the loops that were stopped only {sorted(again)} went on")
     day.says(f"steps done twice: {', '.join(f'{lost} of {stage}' for stage, lost in again.items())}")
 

@@ -17,8 +17,8 @@ from local import USUAL, Missing, Stack, free  # noqa: E402
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """One Prefect server with an empty database for the whole session: it takes its time to start. On PostgreSQL where
-    that is installed: writers of SQLite wait for each other.
+    """One Prefect server with an empty database per session, since it takes long to start; on PostgreSQL if installed,
+    where writers do not wait for each other.
     """
     with free(len(USUAL)) as ports:
         stack = Stack(tmp_path_factory.mktemp("prefect"), dict(zip(USUAL, ports, strict=True)))
@@ -36,7 +36,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def server(stack: Stack) -> Iterator[dict[str, str]]:
-    """The variables that make other processes use it; this one does."""
+    """The server, as environment variables for subprocesses; this process uses it too."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import (
@@ -47,24 +47,27 @@ def server(stack: Stack) -> Iterator[dict[str, str]]:
         temporary_settings,
     )
 
-    ours = {name: value for name, value in stack.clients.items() if name.startswith("PREFECT_")}
-    ours["PREFECT_HOME"] = str(stack.folder / "client")
+    variables = {name: value for name, value in stack.clients.items() if name.startswith("PREFECT_")}
+    variables["PREFECT_HOME"] = str(stack.folder / "client")
     others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    here = {
-        PREFECT_API_AUTH_STRING: ours["PREFECT_API_AUTH_STRING"],
-        PREFECT_API_URL: ours["PREFECT_API_URL"],
-        PREFECT_HOME: ours["PREFECT_HOME"],
+    settings = {
+        PREFECT_API_AUTH_STRING: variables["PREFECT_API_AUTH_STRING"],
+        PREFECT_API_URL: variables["PREFECT_API_URL"],
+        PREFECT_HOME: variables["PREFECT_HOME"],
         PREFECT_LOGGING_LEVEL: "ERROR",
     }
-    with temporary_settings(here):
-        yield others | ours
-        for told in (APILogWorker, EventsWorker):  # they would look for the server for a minute when it is gone
-            told.drain_all()
+    with temporary_settings(settings):
+        yield others | variables
+        for queue in (
+            APILogWorker,
+            EventsWorker,
+        ):  # at exit they would wait a minute for the server, which is gone then
+            queue.drain_all()
 
 
 @pytest.fixture
 def one_gpu(server: dict[str, str]) -> Iterator[None]:
-    """What `prefect gcl create gpu --limit 1` makes."""
+    """The concurrency limit that `prefect gcl create gpu --limit 1` creates."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 

@@ -1,4 +1,4 @@
-"""Machines of a deployment: real workers of a real server, each in a folder of its own, that can be taken away."""
+"""Workers of a real Prefect server, each in a folder of its own, that can be killed or evicted."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ import yaml
 from deleatur.config.settings import merged
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300.0
+TIMEOUT_SECONDS = 300.0
 
 
 def project(shared: Path, place: Path, **sections: Any) -> Path:
-    """A finished project with its flows, at a commit that workers can clone; a DVC remote and a folder for states that
-    they reach. sections: what is changed in params.yaml, after the commit.
+    """A finished project with its flows, at a commit that workers can clone, and a DVC remote that they reach.
+
+    sections: changes of params.yaml, after the commit.
     """
     root = place / "project"
     finished.copy(shared, root)
     finished.dvc(root, "remote", "add", "--quiet", "--default", "store", str(place / "store"))
     commit_flows(root)
-    change(root, **sections)
+    change_params(root, **sections)
     return root
 
 
 def commit_flows(root: Path) -> None:
-    """Into a project, with all else that lies there."""
+    """Commit everything in a project, and the flows."""
     for name in ("flows", "prefect.yaml"):
         copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copied(ROOT / name, root / name)
@@ -42,7 +43,7 @@ def commit_flows(root: Path) -> None:
     finished.git(root, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "flows")
 
 
-def change(root: Path, **sections: Any) -> None:
+def change_params(root: Path, **sections: Any) -> None:
     path = root / "params.yaml"
     params = yaml.safe_load(path.read_text("utf-8"))
     path.write_text(yaml.safe_dump(merged(params, sections), sort_keys=False), "utf-8")
@@ -65,35 +66,35 @@ class Worker:
     def log(self) -> str:
         return self._log.read_text()
 
-    def running(self) -> list[psutil.Process]:
-        """What it has started, down to the stage."""
+    def processes(self) -> list[psutil.Process]:
+        """Descendant processes, down to the stage."""
         with suppress(psutil.NoSuchProcess):
             return psutil.Process(self._process.pid).children(recursive=True)
         return []
 
-    def flow(self) -> psutil.Process:
+    def flow_process(self) -> psutil.Process:
         """The process of the run."""
         return psutil.Process(self._process.pid).children()[0]
 
-    def evicted(self) -> None:
-        """The machine is asked to go."""
+    def evict(self) -> None:
+        """Terminate the worker, as an eviction does."""
         self._process.terminate()
 
-    def vanishes(self) -> None:
-        """The machine is gone, and nothing of it says so."""
-        for process in [psutil.Process(self._process.pid), *self.running()]:
+    def kill(self) -> None:
+        """Kill the worker and all its descendants, as a power loss does."""
+        for process in [psutil.Process(self._process.pid), *self.processes()]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
 
     def stop(self) -> None:
         if self._process.poll() is None:
-            self.vanishes()
+            self.kill()
 
 
-def awaited(true: Callable[[], bool], what: str, still: Callable[[], None] = lambda: None) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        still()
-        assert time.monotonic() < deadline, f"{what} never came"
+def wait_until(condition: Callable[[], bool], description: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        meanwhile()
+        assert time.monotonic() < deadline, f"{description}: not within {TIMEOUT_SECONDS:.0f} s"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A run of a deployment that waits for a person is no process; an answer is about what was shown, and nothing else."""
+"""A run of a deployment that waits for approval is suspended, without a process; an answer is about one evidence."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from prefect.exceptions import Pause  # noqa: E402
 from prefect.flow_engine import run_flow  # noqa: E402
 from prefect.input import read_flow_run_input  # noqa: E402
 from prefect.states import AwaitingRetry, Crashed, Failed, Pending  # noqa: E402
-from test_deployments import cleared, prefect  # noqa: E402
+from test_deployments import clear_server, prefect  # noqa: E402
 
 from deleatur.config.settings import Settings  # noqa: E402
 from deleatur.errors import DataError  # noqa: E402
 from deleatur.registry import ledger  # noqa: E402
-from deleatur.registry.decisions import STARTED_BY, registry_of  # noqa: E402
-from deleatur.registry.mlflow_client import CHALLENGER, CHAMPION  # noqa: E402
+from deleatur.registry.decisions import STARTED_BY, open_registry  # noqa: E402
+from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION  # noqa: E402
 from deleatur.stages import STAGES, gate, register  # noqa: E402
 from deleatur.storage import dvc  # noqa: E402
 
 ADA = {"approver": "Ada", "decision": "approve", "reason": "looked at the sheet"}
 
 
-class Run:
-    """A run of the deployment erase/chain, each of its lives begun as a worker does it."""
+class ChainRun:
+    """A run of the deployment erase/chain, executed as a worker does."""
 
     def __init__(self, client: SyncPrefectClient) -> None:
         self._client = client
@@ -44,21 +44,21 @@ class Run:
 
     @property
     def slots(self) -> int:
-        """Of the deployment, which one run at a time may hold."""
+        """Active slots of the deployment's concurrency limit of one."""
         limit = self._client.read_deployment_by_name("erase/chain").global_concurrency_limit
         assert limit is not None
         return limit.active_slots
 
     @property
-    def asks_about(self) -> str:
-        """The digest that the form names, and the question is known by."""
+    def requested_evidence(self) -> str:
+        """The evidence digest in the form and in its key."""
         keys = self.state.state_details.run_input_keyset
         evidence: str = keys["response"].split("-")[1]
         assert f"evidence sha256:`{evidence}`" in read_flow_run_input(keys["description"], flow_run_id=self.id)
         return evidence
 
-    def lives(self) -> Any:
-        """Up to its end, which is the end of its process; what it gives back."""
+    def execute(self) -> Any:
+        """Run the flow until its process ends; its result."""
         from erase import erase
 
         assert self._client.set_flow_run_state(self.id, Pending()).status.value == "ACCEPT"
@@ -71,59 +71,59 @@ class Run:
         finally:
             assert self.slots == 0
 
-    def answered(self, answer: dict[str, str]) -> None:
+    def answer(self, answer: dict[str, str]) -> None:
         self._client.resume_flow_run(self.id, run_input=answer)
 
-    def begins_again(self) -> None:
+    def reschedule(self) -> None:
         self._client.set_flow_run_state(self.id, AwaitingRetry())
 
-    def ends(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         self._client.set_flow_run_state(self.id, state)
 
 
 @pytest.fixture
-def run(shared: Path, server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Its stages are done, and all but the gate left out, which is quicker; as is a registration in this process."""
+def run(shared: Path, server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChainRun]:
+    """A run whose stages are up to date; for speed it has only the last stage, and registers in this process."""
     from setup import setup
 
     root = tmp_path / "project"
     finished.copy(shared, root)
     for name in ("flows", "prefect.yaml"):
         (root / name).symlink_to(machines.ROOT / name)
-    machines.change(root, register={"approval": True})
+    machines.change_params(root, register={"approval": True})
     monkeypatch.chdir(root)
     monkeypatch.setenv(STARTED_BY, "Grace")
     monkeypatch.setattr("erase.STAGES", STAGES[-2:])
     monkeypatch.setattr(dvc, "status", lambda root: {})
     monkeypatch.setattr(dvc, "reproduce", lambda stage, *_: False)
-    monkeypatch.setattr(dvc, "perform", lambda stage, *_: register.run(Settings.load()))
+    monkeypatch.setattr(dvc, "run_untracked", lambda stage, *_: register.run(Settings.load()))
     setup("process", [], [])
     prefect(server, root, "--no-prompt", "deploy", "--name", "chain")
     try:
         with get_client(sync_client=True) as client:
-            yield Run(client)
+            yield ChainRun(client)
     finally:
-        cleared()
+        clear_server()
 
 
 def aliases() -> dict[str, str]:
-    return registry_of(Settings.load()).aliases()
+    return open_registry(Settings.load()).aliases()
 
 
-def test_no_process_waits_and_an_answer_is_void_where_the_candidate_was_made_anew(run: Run) -> None:
-    run.lives()
+def test_an_answer_is_void_if_the_candidate_has_changed(run: ChainRun) -> None:
+    run.execute()
     assert aliases() == {CHALLENGER: "1"}
-    first = run.asks_about
+    first = run.requested_evidence
 
-    machines.change(Path(), gate=finished.passing(limit=-4.0))
+    machines.change_params(Path(), gate=finished.passing(limit=-4.0))
     gate.run(Settings.load())
-    run.answered(ADA)
-    run.lives()
-    assert aliases() == {CHALLENGER: "2"}, "Ada has seen the first, and nobody the second"
-    assert run.asks_about != first
+    run.answer(ADA)
+    run.execute()
+    assert aliases() == {CHALLENGER: "2"}, "Ada has seen only the first"
+    assert run.requested_evidence != first
 
-    run.answered(ADA | {"reason": "looked at both"})
-    assert run.lives().decision == "approve"
+    run.answer(ADA | {"reason": "looked at both"})
+    assert run.execute().decision == "approve"
     assert run.state.is_completed()
     assert aliases() == {CHAMPION: "2"}
     entries = ledger.read(Settings.load().register_.ledger).entries
@@ -131,24 +131,24 @@ def test_no_process_waits_and_an_answer_is_void_where_the_candidate_was_made_ane
     assert decided == [("approval", "2", "looked at both"), ("promotion", "2", "looked at both")]
 
 
-def test_who_is_late_or_may_not_decide_is_asked_again_and_an_answer_outlives_a_lost_process(run: Run) -> None:
-    run.lives()
-    first = run.asks_about
-    run.ends(Failed(message="The flow was paused and never resumed."))  # as a server says after `approval_seconds`
-    run.begins_again()
-    run.lives()
-    assert run.asks_about == first
+def test_approval_is_requested_again_and_an_answer_survives_a_lost_process(run: ChainRun) -> None:
+    run.execute()
+    first = run.requested_evidence
+    run.set_state(Failed(message="The flow was paused and never resumed."))  # as a server says after `approval_seconds`
+    run.reschedule()
+    run.execute()
+    assert run.requested_evidence == first
 
-    run.answered(ADA | {"approver": "grace"})
+    run.answer(ADA | {"approver": "grace"})
     with pytest.raises(DataError, match=r"another person has to approve it\nNext: deleatur approve 1 --as NAME"):
-        run.lives()
+        run.execute()
     assert run.state.is_failed()
 
-    run.begins_again()
-    run.lives()
-    assert (run.asks_about, aliases()) == (first, {CHALLENGER: "1"})
-    run.answered(ADA)
-    run.ends(Crashed(name="Lost"))
-    machines.awaited(lambda: run.state.name == "AwaitingRetry", "another life, which the server gives")
-    assert run.lives().decision == "approve"
+    run.reschedule()
+    run.execute()
+    assert (run.requested_evidence, aliases()) == (first, {CHALLENGER: "1"})
+    run.answer(ADA)
+    run.set_state(Crashed(name="Lost"))
+    machines.wait_until(lambda: run.state.name == "AwaitingRetry", "the server's restart of the run")
+    assert run.execute().decision == "approve"
     assert aliases() == {CHAMPION: "1"}

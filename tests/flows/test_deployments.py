@@ -1,4 +1,4 @@
-"""One command deploys everything, by itself; what a person can set has a type and a meaning on the server's pages."""
+"""One command deploys everything; every parameter has a type and a description in the server's UI."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import yaml
 
 from deleatur.errors import SettingsError
 from deleatur.operations import doctor
-from deleatur.operations.http_clients import Scheduler
+from deleatur.operations.http_clients import PrefectClient
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text("utf-8"))
 DEPLOYMENTS = {deployment["entrypoint"]: deployment for deployment in CONFIG["deployments"]}
 
 
-def test_every_flow_of_ours_has_a_deployment() -> None:
+def test_every_flow_has_a_deployment() -> None:
     flows = {f"flows/{p.name}" for p in (ROOT / "flows").glob("*.py") if "@flow(" in p.read_text("utf-8")}
     assert {entrypoint.partition(":")[0] for entrypoint in DEPLOYMENTS} == flows
 
 
-def test_runs_that_are_started_again_are_those_that_nobody_waits_for() -> None:
+def test_runs_that_another_flow_waits_for_are_not_restarted_by_the_server() -> None:
     for entrypoint, deployment in DEPLOYMENTS.items():
-        on_workers = entrypoint in ("flows/stage.py:stage", "flows/canary.py:look")
-        assert ("goes-on" in deployment["tags"]) is not on_workers, "it is started again by the flow that sent it"
+        on_workers = entrypoint in ("flows/stage.py:stage", "flows/canary.py:check")
+        assert ("restart" in deployment["tags"]) is not on_workers, "it is started again by the flow that sent it"
         assert deployment["work_pool"]["name"] == ("gpu" if on_workers else "cpu")
         assert "deleatur" in deployment["tags"]
         assert int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) == 30
@@ -57,35 +57,37 @@ def prefect(env: dict[str, str], cwd: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_everything_is_deployed_by_one_command(
+def test_one_command_deploys_everything(
     server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect.automations import Automation
     from prefect.client.orchestration import get_client
-    from setup import TELL, automations, main, setup
+    from setup import NOTIFY_VARIABLE, automations, main, setup
 
-    monkeypatch.setenv(TELL, "https://hooks.example/services/x")
+    monkeypatch.setenv(NOTIFY_VARIABLE, "https://hooks.example/services/x")
     for name in ("flows", "prefect.yaml", "infra"):
         place = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         place(ROOT / name, tmp_path / name)
     try:
         for kind in ("docker", "kubernetes"):
             setup(kind, [], [])
-            with pytest.raises(SettingsError, match=f"of the type process, and it is of the type {kind}"):
+            with pytest.raises(SettingsError, match=f"have the type process, got {kind}"):
                 setup("process", [], [])
-            cleared()
+            clear_server()
         for slots in (2, 1):
             monkeypatch.setattr(sys, "argv", ["setup.py", "--gpu", f"gpu:{slots}"])
             main()
         prefect(server, tmp_path, "--no-prompt", "deploy", "--all")
         with get_client(sync_client=True) as client:
             assert client.read_global_concurrency_limit_by_name("gpu").limit == 1
-            for entrypoint, asked in DEPLOYMENTS.items():
-                flow = entrypoint.partition(":")[2]
-                found = client.read_deployment_by_name(f"{flow}/{asked['name']}")
-                assert found.work_pool_name == asked["work_pool"]["name"]
-                assert [s.schedule.cron for s in found.schedules] == [s["cron"] for s in asked.get("schedules", [])]
-                parameters = found.parameter_openapi_schema["properties"]
+            deployed = {deployment.entrypoint: deployment for deployment in client.read_deployments()}
+            for entrypoint, config in DEPLOYMENTS.items():
+                deployment = deployed[entrypoint]
+                assert deployment.name == config["name"]
+                assert deployment.work_pool_name == config["work_pool"]["name"]
+                crons = [s.schedule.cron for s in deployment.schedules]
+                assert crons == [s["cron"] for s in config.get("schedules", [])]
+                parameters = deployment.parameter_openapi_schema["properties"]
                 assert all(p.get("description") for p in parameters.values()), parameters
             stage = client.read_deployment_by_name("stage/gpu")
             assert stage.parameter_openapi_schema["properties"]["name"]["enum"][0] == "reward"
@@ -97,31 +99,31 @@ def test_everything_is_deployed_by_one_command(
         for name in names:
             assert Automation.read(name=name).name == name
         with get_client(sync_client=True) as client:
-            assert len(client.read_automations()) == len(names), "each once, however often it is set up"
+            assert len(client.read_automations()) == len(names), "setup is idempotent"
             monkeypatch.chdir(tmp_path)
             for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
                 monkeypatch.setenv(name, server[name])
-            assert complaints() == ["cpu has no worker", "gpu has no worker"], "nothing is missing but machines"
+            assert doctor_complaints() == ["cpu has no worker", "gpu has no worker"]
             sync = client.read_deployment_by_name("feedback/sync")
             client.update_deployment_schedule(sync.id, sync.schedules[0].id, active=False)
             client.delete_global_concurrency_limit_by_name("gpu")
-            assert set(complaints()) - {"cpu has no worker", "gpu has no worker"} == {
-                "no limit counts the slots of a GPU: two stages may meet on one",
-                "sync: the schedule */30 * * * * is off",
+            assert set(doctor_complaints()) - {"cpu has no worker", "gpu has no worker"} == {
+                "no concurrency limit for GPUs: two stages may share one",
+                "sync: the schedule */30 * * * * is disabled",
             }
     finally:
-        cleared()
+        clear_server()
 
 
-def complaints() -> list[str]:
-    """What `deleatur doctor` does not like about this server."""
-    scheduler = Scheduler.named()
-    found = (*doctor._scheduler(scheduler), *doctor._pools(scheduler), *doctor._schedules(scheduler))
-    return [line.what for line in found if line.state != "ok"]
+def doctor_complaints() -> list[str]:
+    """Warnings and failures of `deleatur doctor` about this server."""
+    scheduler = PrefectClient.from_environment()
+    diagnoses = (*doctor._scheduler(scheduler), *doctor._pools(scheduler), *doctor._schedules(scheduler))
+    return [line.message for line in diagnoses if line.status != "ok"]
 
 
-def cleared() -> None:
-    """Other tests share the server, and expect none of this."""
+def clear_server() -> None:
+    """Remove everything from the server, which the tests of a session share."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:

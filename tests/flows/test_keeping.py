@@ -1,4 +1,4 @@
-"""What is released can be made again, to the bit, and is kept; what nobody needs goes, once somebody has said so."""
+"""Audit reproduces a version bit by bit; housekeeping keeps what versions need and removes the rest."""
 
 from __future__ import annotations
 
@@ -22,52 +22,54 @@ from sqlalchemy import create_engine, text  # noqa: E402
 
 from deleatur.config.settings import Settings  # noqa: E402
 from deleatur.errors import DataError  # noqa: E402
-from deleatur.registry.decisions import registry_of  # noqa: E402
-from deleatur.registry.mlflow_client import Registry  # noqa: E402
+from deleatur.registry.decisions import open_registry  # noqa: E402
+from deleatur.registry.mlflow_registry import Registry  # noqa: E402
 from deleatur.stages import register  # noqa: E402
-from deleatur.storage import dvc  # noqa: E402
+from deleatur.storage import dvc, git  # noqa: E402
 
 
 @pytest.fixture
 def released(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
-    """A finished project, as the current directory, whose version 1 is live."""
+    """A finished project, as the current directory, with version 1 as champion."""
     finished.copy(shared, tmp_path)
     finished.dvc(tmp_path, "remote", "add", "--quiet", "--default", "store", "../store")
     monkeypatch.chdir(tmp_path)
     settings = Settings.load()
     register.run(settings)
-    return registry_of(settings)
+    return open_registry(settings)
 
 
-def test_a_released_result_is_made_again_and_compared(released: Registry) -> None:
+def test_audit_reproduces_a_version_and_compares_digests(released: Registry) -> None:
     from audit import audit
 
     released.tag("1", {"policy": "0" * 64})
     params = Path("params.yaml").read_text()
-    machines.change(Path(), seed=7, erase={"method": "keep"})  # what is done today is not what was done then
-    with pytest.raises(DataError, match=r"version 1, made again, has another digest of policy\."):
+    machines.change_params(Path(), seed=7, erase={"method": "keep"})  # an audit does not use today's settings
+    with pytest.raises(DataError, match=r"version 1 is not reproduced: other digests of policy\."):
         audit(where="here")
     Path("params.yaml").write_text(params)
-    assert dvc.status(Path()) == {}, "nothing here was touched"
+    assert dvc.status(Path()) == {}, "this workspace is unchanged"
 
 
-def test_a_version_whose_commit_holds_other_code_is_refused(released: Registry) -> None:
+def test_audit_refuses_a_version_whose_commit_holds_other_code(released: Registry) -> None:
     from audit import audit
 
     code = Path("src/deleatur/erasers/sdd.py")
     code.write_text(code.read_text() + "\n# corrected\n")
     finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "corrected")
-    released.tag("1", {"git_commit": str(dvc.commit(Path()).hash)})
-    with pytest.raises(DataError, match=r"made with other files than its commit holds: out/methods/erasers/sdd\.json"):
+    released.tag("1", {"git_commit": str(git.current_commit(Path()).hash)})
+    with pytest.raises(
+        DataError, match=r"produced with other files than its commit holds: out/methods/erasers/sdd\.json"
+    ):
         audit(where="here")
 
 
-def cached() -> set[Path]:
+def cache_files() -> set[Path]:
     return {p for p in Path(".dvc/cache/files").rglob("*") if p.is_file()}
 
 
-def ended_long_ago(stack: Stack) -> Any:
-    """A server takes nobody's word for when a run has ended: its database is told."""
+def old_flow_run(stack: Stack) -> Any:
+    """A flow run that ended 100 days ago; the API sets end times itself, so this edits the server's database."""
 
     @flow
     def old() -> None: ...
@@ -85,12 +87,14 @@ def ended_long_ago(stack: Stack) -> Any:
     return run
 
 
-def test_what_nobody_needs_goes_when_it_is_said(released: Registry, stack: Stack, tmp_path: Path) -> None:
+def test_housekeeping_removes_only_what_is_unneeded_and_only_for_real(
+    released: Registry, stack: Stack, tmp_path: Path
+) -> None:
     from erase import erase
     from housekeeping import housekeeping
 
     state = tmp_path.parent / "state"
-    machines.change(Path(), workers={"state": str(state)})
+    machines.change_params(Path(), workers={"checkpoint_uri": str(state)})
     for name in ("erase-old", "erase-young"):
         (state / name).mkdir(parents=True)
         (state / name / "erase.safetensors").write_text("x")
@@ -98,27 +102,27 @@ def test_what_nobody_needs_goes_when_it_is_said(released: Registry, stack: Stack
     finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "rm", "-q", "--cached", "dvc.lock")
     finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--amend", "-m", "all")
     finished.dvc(Path(), "gc", "--workspace", "--force", "--quiet")
-    of_version = cached()
+    of_version = cache_files()
     for limit in (-6.0, -7.0):
-        machines.change(Path(), gate=finished.passing(limit=limit))
+        machines.change_params(Path(), gate=finished.passing(limit=limit))
         dvc.reproduce("gate", Path())
-    run, tried = ended_long_ago(stack), released.client.create_run(released.experiment_id, run_name="tried")
+    run, tried = old_flow_run(stack), released.client.create_run(released.runs.experiment_id, run_name="tried")
     released.client.set_terminated(tried.info.run_id, "FAILED", end_time=int(1000 * (time.time() - 100 * 86400)))
-    before = cached()
+    before = cache_files()
 
-    said = housekeeping(days=90)
-    assert [line for line in said if "MLflow" in line] == ["run of MLflow: tried"]
-    assert f"state of a stopped stage: {state}/erase-old" in said
-    assert f"run of Prefect: {run.name}" in said
-    assert any(line.startswith("Removed") for line in said)
-    assert cached() == before, "only said"
+    items = housekeeping(days=90)
+    assert [line for line in items if "MLflow" in line] == ["MLflow run: tried"]
+    assert f"checkpoints of an abandoned job: {state}/erase-old" in items
+    assert f"Prefect run: {run.name}" in items
+    assert any(line.startswith("Removed") for line in items)
+    assert cache_files() == before, "a dry run removes nothing"
 
     with get_client(sync_client=True) as client:
         chain = client.create_flow_run(erase, state=Running())
-        kept = housekeeping(days=90)
+        active = housekeeping(days=90)
         client.delete_flow_run(chain.id)
-    assert [line for line in kept if line.startswith(("Removed", "no data"))] == [
-        "no data: a run of the chain is at work, and what it has made may not be named by any dvc.lock yet"
+    assert [line for line in active if line.startswith(("Removed", "no data"))] == [
+        "no data: a run of the chain is active, and no dvc.lock may refer to its outputs yet"
     ]
 
     housekeeping(dry_run=False, days=90)
@@ -127,5 +131,5 @@ def test_what_nobody_needs_goes_when_it_is_said(released: Registry, stack: Stack
     assert released.client.get_run(tried.info.run_id).info.lifecycle_stage == "deleted"
     with get_client(sync_client=True) as client:
         assert run.id not in {r.id for r in client.read_flow_runs()}
-    assert of_version < cached() < before, "that of the champion and of the workspace stays"
+    assert of_version < cache_files() < before, "data of champion and workspace stay"
     assert dvc.status(Path()) == {}

@@ -1,4 +1,4 @@
-"""What is live is drawn again by itself, here or on a worker; a concept that is back is taken back and told."""
+"""The canary flow checks the champion, in process or on a worker, and quarantines it if a concept is back."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from machines import Worker
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
 from prefect.client.orchestration import get_client  # noqa: E402
-from test_deployments import cleared, prefect  # noqa: E402
-from test_tasks import taken  # noqa: E402
+from test_deployments import clear_server, prefect  # noqa: E402
+from test_tasks import active_slots  # noqa: E402
 
 from deleatur.config.settings import Settings  # noqa: E402
 from deleatur.errors import DeleaturError  # noqa: E402
 from deleatur.operations import canary as stage  # noqa: E402
-from deleatur.records.report import Canary  # noqa: E402
-from deleatur.registry.decisions import registry_of  # noqa: E402
-from deleatur.registry.mlflow_client import CHAMPION, LAST, QUARANTINED  # noqa: E402
+from deleatur.records.report import CanaryResult  # noqa: E402
+from deleatur.registry.decisions import open_registry  # noqa: E402
+from deleatur.registry.mlflow_registry import CHAMPION, LAST_KNOWN_GOOD, QUARANTINED  # noqa: E402
 from deleatur.storage import json_records  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def twice(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("twice")
+def two_releases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("two_releases")
     canaries.make(shared, root)
     return root
 
 
 @pytest.fixture
-def released(twice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    canaries.copy(twice, root := tmp_path / "project")
+def released(two_releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    canaries.copy(two_releases, root := tmp_path / "project")
     monkeypatch.chdir(root)
     return root
 
 
 def aliases() -> dict[str, str]:
-    return registry_of(Settings.load()).aliases()
+    return open_registry(Settings.load()).aliases()
 
 
-def found() -> Canary:
-    return json_records.read(Path("out/canary/canary.json"), Canary)
+def canary_result() -> CanaryResult:
+    return json_records.read(Path("out/canary/canary.json"), CanaryResult)
 
 
-def test_a_concept_that_is_back_is_what_the_flow_fails_with_and_all_else_is_not(
+def test_the_flow_fails_only_if_a_concept_is_back(
     released: Path,
     one_gpu: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -57,79 +57,79 @@ def test_a_concept_that_is_back_is_what_the_flow_fails_with_and_all_else_is_not(
 ) -> None:
     from canary import canary
 
-    held: list[tuple[str, int]] = []
-    look, decide = stage.look, stage.decide
+    slots_held: list[tuple[str, int]] = []
+    check, decide = stage.check, stage.decide
 
-    def looking(*asked: Any) -> Canary:
-        held.append(("look", taken()))
-        return look(*asked)
+    def checking(*args: Any) -> CanaryResult:
+        slots_held.append(("check", active_slots()))
+        return check(*args)
 
-    def deciding(*asked: Any) -> Any:
-        held.append(("decide", taken()))
-        return decide(*asked)
+    def deciding(*args: Any) -> Any:
+        slots_held.append(("decide", active_slots()))
+        return decide(*args)
 
-    monkeypatch.setattr(stage, "look", looking)
+    monkeypatch.setattr(stage, "check", checking)
     monkeypatch.setattr(stage, "decide", deciding)
 
     counting(white())
     assert canary() == "pass"
-    assert held == [("look", 1), ("decide", 0)], "the slot is held while it draws"
+    assert slots_held == [("check", 1), ("decide", 0)], "the slot is slots_held while sampling"
     counting("axe")
     assert canary() == "not enough evidence"
     assert any(r.levelname == "WARNING" and "Version 2: not enough evidence" in r.message for r in caplog.records)
-    assert aliases() == {CHAMPION: "2", LAST: "1"}
+    assert aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
 
     counting(*ALL)
-    said = r"^weapon is back: (.|\n)*\. Version 2 is quarantined; version 1 is live now\nNext: deleatur canary$"
-    with pytest.raises(DeleaturError, match=said):
+    message = r"^weapon is back: (.|\n)*\. Version 2 is quarantined; version 1 is champion now\nNext: deleatur canary$"
+    with pytest.raises(DeleaturError, match=message):
         canary()
-    assert (found().version, found().outcome) == ("2", "fail")
+    assert (canary_result().version, canary_result().outcome) == ("2", "fail")
     assert aliases() == {CHAMPION: "1", QUARANTINED: "2"}
     with pytest.raises(
-        DeleaturError, match=r"nothing is live now\nNext: deleatur emergency weapon --as NAME --reason WHY$"
+        DeleaturError, match=r"there is no champion now\nNext: deleatur emergency weapon --as NAME --reason WHY$"
     ):
         canary()
-    assert canary() is None, "nothing is live"
+    assert canary() is None, "there is no champion"
 
 
 @pytest.fixture
 def worker(released: Path, server: dict[str, str], tmp_path: Path) -> Iterator[Worker]:
-    """Of the pool gpu, in checkouts of the project's commit. No ledger is in that."""
+    """A worker of the pool gpu, whose checkouts of the project's commit have no ledger."""
     from setup import setup
 
     machines.commit_flows(released)
     counting(*ALL)
-    machines.change(released, workers={"state": str(tmp_path / "state")})
+    machines.change_params(released, workers={"checkpoint_uri": str(tmp_path / "state")})
     setup("process", [("gpu", 1)], [])
-    prefect(server, released, "--no-prompt", "deploy", "--name", "live")
+    prefect(server, released, "--no-prompt", "deploy", "--name", "canary-check/gpu")
     worker = Worker(server, tmp_path / "worker", "w")
     try:
         yield worker
     finally:
         print(worker.log)
         worker.stop()
-        cleared()
+        clear_server()
 
 
-def test_a_worker_draws_and_what_follows_is_decided_here(
+def test_a_worker_checks_and_this_machine_decides(
     released: Path, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import workers
     from canary import canary
 
-    stage.look(Settings.load(), "2", ["weapon"])
-    here = found()
+    stage.check(Settings.load(), "2", ["weapon"])
+    here = canary_result()
     sheet = Path("out/canary/weapon.png").read_bytes()
     for file in Path("out/canary").iterdir():
         file.unlink()
-    monkeypatch.setattr(workers, "POLL", 0.5)
-    monkeypatch.setattr(stage, "look", None)  # nothing is drawn here
-    with pytest.raises(DeleaturError, match="Version 2 is quarantined; version 1 is live now"):
+    monkeypatch.setattr(workers, "POLL_INTERVAL", 0.5)
+    monkeypatch.setattr(stage, "check", None)  # nothing is sampled in this process
+    with pytest.raises(DeleaturError, match="Version 2 is quarantined; version 1 is champion now"):
         canary()
-    assert found().looks == here.looks, "the same noise"
+    assert canary_result().checks == here.checks, "the same seeds"
     assert Path("out/canary/weapon.png").read_bytes() == sheet
     assert not list((tmp_path / "state").rglob("*.png"))
     assert aliases() == {CHAMPION: "1", QUARANTINED: "2"}
     with get_client(sync_client=True) as client:
-        [run] = [r for r in client.read_flow_runs() if r.name.startswith("look ")]
+        [run] = [r for r in client.read_flow_runs() if r.name.startswith("canary-check ")]
     assert run.work_pool_name == "gpu"

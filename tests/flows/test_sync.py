@@ -13,11 +13,11 @@ from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
-from machines import awaited  # noqa: E402
+from machines import wait_until  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName  # noqa: E402
 from prefect.states import Failed, Pending, Running, Suspended  # noqa: E402
-from test_deployments import cleared, prefect  # noqa: E402
+from test_deployments import clear_server, prefect  # noqa: E402
 
 from deleatur.artifacts.simulated_feedback import simulate  # noqa: E402
 from deleatur.config.settings import Settings  # noqa: E402
@@ -31,13 +31,13 @@ from deleatur.storage import dvc  # noqa: E402
 def project(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "project"
     finished.copy(shared, root)
-    machines.change(root, feedback={"inbox": str(tmp_path / "inbox"), "min_new": 10})
+    machines.change_params(root, feedback={"inbox": str(tmp_path / "inbox"), "min_new": 10})
     monkeypatch.chdir(root)
     return root
 
 
-def arrives(inbox: Path, name: str, pictures: int) -> int:
-    """Answers about new pictures; how many."""
+def write_answers(inbox: Path, name: str, pictures: int) -> int:
+    """Write answers about new images; their number."""
     rng = np.random.default_rng(len(name))
     drawn = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(pictures)]
     spec = Settings.load().concepts["weapon"]
@@ -49,7 +49,7 @@ def arrives(inbox: Path, name: str, pictures: int) -> int:
     return len((inbox / f"{name}.jsonl").read_text().splitlines())
 
 
-def runs() -> list[Any]:
+def chain_runs() -> list[Any]:
     with get_client(sync_client=True) as client:
         return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["erase"])))
 
@@ -64,44 +64,46 @@ def test_enough_new_feedback_starts_the_chain_once(project: Path, tmp_path: Path
     inbox.mkdir()
     try:
         setup("process", [], [])
-        before = {run.id for run in runs()}
+        before = {run.id for run in chain_runs()}
         prefect(server, project, "--no-prompt", "deploy", "--name", "chain")
 
-        def begun() -> list[Any]:
-            return [r for r in runs() if r.id not in before and r.idempotency_key and "feedback" in r.idempotency_key]
+        def started() -> list[Any]:
+            return [
+                r for r in chain_runs() if r.id not in before and r.idempotency_key and "feedback" in r.idempotency_key
+            ]
 
-        awaited(lambda: bool({run.id for run in runs()} - before), "a run of the schedule, of a later day")
+        wait_until(lambda: bool({run.id for run in chain_runs()} - before), "a later run of the schedule")
         assert feedback.feedback() == 0
-        few = arrives(inbox, "some", 2)
+        few = write_answers(inbox, "some", 2)
         assert feedback.feedback() == few < 10
-        assert begun() == []
-        many = arrives(inbox, "others", 4)
+        assert started() == []
+        many = write_answers(inbox, "others", 4)
         assert feedback.feedback() == few + many >= 10
-        [run] = begun()
-        assert feedback.feedback() == 0, "one thing at a time"
+        [run] = started()
+        assert feedback.feedback() == 0, "one run at a time"
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(run.id, Failed(), force=True)
-        assert feedback.feedback() == few + many, "the last report does not know them yet"
-        assert [r.id for r in begun()] == [run.id], "once for the same answers"
+        assert feedback.feedback() == few + many, "still newer than the last report"
+        assert [r.id for r in started()] == [run.id], "one run per state of the feedback"
     finally:
-        cleared()
+        clear_server()
 
 
-def test_where_nothing_is_deployed_the_chain_runs_here(
+def test_without_a_deployment_the_chain_runs_in_process(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import feedback
 
-    begun: list[str] = []
-    monkeypatch.setattr(feedback, "erase", lambda: begun.append("here"))
-    monkeypatch.setattr(feedback, "chain_is_at_work", lambda: False)
+    started: list[str] = []
+    monkeypatch.setattr(feedback, "erase", lambda: started.append("here"))
+    monkeypatch.setattr(feedback, "chain_is_active", lambda: False)
     (tmp_path / "inbox").mkdir()
-    new = arrives(tmp_path / "inbox", "some", 2)
+    new = write_answers(tmp_path / "inbox", "some", 2)
     assert feedback.feedback(min_new=new) == new
-    assert begun == ["here"]
+    assert started == ["here"]
 
 
-def test_a_run_that_waits_for_an_answer_is_at_work_until_it_was_decided_elsewhere(
+def test_a_suspended_run_blocks_ingestion_until_its_version_is_decided(
     project: Path, server: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import feedback
@@ -109,13 +111,13 @@ def test_a_run_that_waits_for_an_answer_is_at_work_until_it_was_decided_elsewher
 
     for name in ("flows", "prefect.yaml"):
         (project / name).symlink_to(machines.ROOT / name)
-    machines.change(project, register={"approval": True})
+    machines.change_params(project, register={"approval": True})
     settings = Settings.load()
     with monkeypatch.context() as patch:
         patch.setattr(dvc, "status", lambda root: {})
         register.run(settings)
     (project.parent / "inbox").mkdir()
-    arrives(project.parent / "inbox", "some", 2)
+    write_answers(project.parent / "inbox", "some", 2)
     try:
         setup("process", [], [])
         prefect(server, project, "--no-prompt", "deploy", "--name", "chain")
@@ -125,9 +127,9 @@ def test_a_run_that_waits_for_an_answer_is_at_work_until_it_was_decided_elsewher
             client.set_flow_run_state(run, Running(), force=True)
             client.set_flow_run_state(run, Suspended(pause_key="evidence"))
             assert feedback.feedback() == 0
-            assert not Path("feedback/some.jsonl").exists(), "whoever answers has not seen it"
+            assert not Path("feedback/some.jsonl").exists(), "the approver was not shown it"
             approval.decline(settings, "1", "Ada")
             assert feedback.feedback() > 0
             assert client.read_flow_run(run).state.is_cancelled()
     finally:
-        cleared()
+        clear_server()

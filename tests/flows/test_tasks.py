@@ -1,4 +1,4 @@
-"""Stages that load networks share the GPU's slots; what else there is waits for nobody."""
+"""Stages that load networks hold a GPU slot; other stages do not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deleatur.storage import dvc  # noqa: E402
 CHAIN: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text("utf-8"))["stages"]
 
 
-def taken() -> int:
+def active_slots() -> int:
     with get_client(sync_client=True) as client:
         return client.read_global_concurrency_limit_by_name("gpu").active_slots
 
@@ -32,7 +32,7 @@ def test_a_stage_that_loads_networks_holds_the_slot_while_it_runs(
     after: list[int] = []
 
     def looking(stage: str, *_: Any) -> bool:
-        held[stage] = taken()
+        held[stage] = active_slots()
         return True
 
     monkeypatch.setattr(dvc, "reproduce", looking)
@@ -41,22 +41,22 @@ def test_a_stage_that_loads_networks_holds_the_slot_while_it_runs(
     def chain() -> None:
         for stage in CHAIN:
             tasks.reproduce(stage)
-            after.append(taken())
+            after.append(active_slots())
 
     chain()
     assert held == {stage: int("${paths.models}" in CHAIN[stage]["deps"]) for stage in CHAIN}
     assert held["evaluate"] == 1
     assert held["ingest"] == 0
-    assert after == [0] * len(CHAIN), "given back"
+    assert after == [0] * len(CHAIN), "released"
 
 
-def test_a_stage_that_fails_gives_the_slot_back(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_stage_releases_the_slot(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import tasks
 
     from deleatur.errors import ErasureRefused
 
     def refused(stage: str, *_: Any) -> bool:
-        assert taken() == 1
+        assert active_slots() == 1
         raise ErasureRefused("nothing was erased")
 
     monkeypatch.setattr(dvc, "reproduce", refused)
@@ -67,4 +67,4 @@ def test_a_stage_that_fails_gives_the_slot_back(one_gpu: None, monkeypatch: pyte
 
     with pytest.raises(ErasureRefused):
         one()
-    assert taken() == 0
+    assert active_slots() == 0

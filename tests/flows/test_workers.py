@@ -1,6 +1,4 @@
-"""Stages on real workers that vanish in the middle of them: another one goes on, and the bits are those of a run that
-was never stopped.
-"""
+"""Stages on real workers that are killed meanwhile: another worker resumes, with bit-identical outputs."""
 
 from __future__ import annotations
 
@@ -15,38 +13,38 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
 import machines  # noqa: E402
-from machines import Worker, awaited  # noqa: E402
+from machines import Worker, wait_until  # noqa: E402
 from prefect import flow  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId  # noqa: E402
-from test_deployments import cleared, prefect  # noqa: E402
+from test_deployments import clear_server, prefect  # noqa: E402
 
 from deleatur.errors import ErasureRefused, SettingsError  # noqa: E402
 from deleatur.runtime import event_log  # noqa: E402
 from deleatur.storage import dvc  # noqa: E402
 
 LONG: dict[str, Any] = {
-    "invert": {"hfi": {"loop": {"iterations": 300, "check_every": 300}}},
-    "erase": {"sdd": {"loop": {"iterations": 120, "check_every": 0}}},
-    "sample": {"steps": 10, "per_prompt": {"concept": 30, "unseen": 30}},
+    "invert": {"hfi": {"training": {"iterations": 300, "eval_every": 300}}},
+    "erase": {"sdd": {"training": {"iterations": 120, "eval_every": 0}}},
+    "sample": {"steps": 10, "images_per_prompt": {"concept": 30, "unseen": 30}},
 }
-"""Stages that take some seconds: there is time to be killed, and nothing sleeps."""
+"""Settings with which stages run for some seconds, long enough to be killed."""
 
-MADE = {"sample": "out/shots", "invert": "out/tokens", "erase": "out/delta"}
-"""In the order in which they run: what is drawn is what was erased before."""
+OUTPUTS = {"sample": "out/samples", "invert": "out/tokens", "erase": "out/delta"}
+"""Outputs in the order in which the stages run: `sample` uses an earlier delta."""
 
 
 @pytest.fixture(scope="module")
-def net(server: dict[str, str], shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The project, deployed: pools, slots, automations that wait for the silent half as long as otherwise."""
+def deployed(server: dict[str, str], shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project with its deployments, pools, limits and automations, with half the usual heartbeat timeout."""
     from setup import setup
 
-    place = tmp_path_factory.mktemp("net")
-    root = machines.project(shared, place, workers={"state": str(place / "state"), "save_every": 0.5})
-    setup("process", [("gpu", 1)], [], silent=40)
-    prefect(server, root, "--no-prompt", "deploy", "--name", "gpu")
+    place = tmp_path_factory.mktemp("deployed")
+    root = machines.project(shared, place, workers={"checkpoint_uri": str(place / "state"), "checkpoint_interval": 0.5})
+    setup("process", [("gpu", 1)], [], heartbeat_timeout=40)
+    prefect(server, root, "--no-prompt", "deploy", "--name", "stage/gpu")
     yield root
-    cleared()
+    clear_server()
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -54,7 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def logs(name: str) -> list[list[str]]:
-    """What the runs of a stage said, in the order in which they began."""
+    """Log messages of a stage's runs, in the order of their start."""
     with get_client(sync_client=True) as client:
         runs = sorted((r for r in client.read_flow_runs() if r.name.startswith(f"{name} ")), key=lambda r: r.created)
         return [
@@ -64,34 +62,34 @@ def logs(name: str) -> list[list[str]]:
 
 
 @pytest.mark.large
-def test_a_worker_that_is_lost_is_replaced_and_the_bits_stay(
-    net: Path, server: dict[str, str], shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_lost_worker_is_replaced_and_outputs_are_bit_identical(
+    deployed: Path, server: dict[str, str], shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import workers
 
-    monkeypatch.setattr(workers, "POLL", 0.5)
-    monkeypatch.chdir(net)
-    machines.change(net, **LONG)
+    monkeypatch.setattr(workers, "POLL_INTERVAL", 0.5)
+    monkeypatch.chdir(deployed)
+    machines.change_params(deployed, **LONG)
     at_home = machines.project(shared, tmp_path, **LONG)
-    for stage in MADE:
+    for stage in OUTPUTS:
         assert dvc.reproduce(stage, at_home)
 
     @flow
     def one(stage: str) -> bool:
-        return workers.send.with_options(retry_delay_seconds=0)(stage)  # type: ignore[arg-type]
+        return workers.run_on_worker.with_options(retry_delay_seconds=0)(stage)  # type: ignore[arg-type]
 
     names = iter(range(100))
     pool = [Worker(server, tmp_path / f"w{i}", f"w{i}") for i in (next(names), next(names))]
     gone: list[Worker] = []
 
     def lose(stage: str, how: str) -> None:
-        """As soon as something has arrived that can be gone on from."""
-        state = net.parent / "state"
+        """Lose the worker as soon as a checkpoint was uploaded."""
+        state = deployed.parent / "state"
         kinds = ("safetensors", "parquet")
-        awaited(lambda: any(any(state.glob(f"{stage}-*/out/**/[!.]*.{k}")) for k in kinds), f"state of {stage}")
-        [busy] = [worker for worker in pool if worker.running()]
+        wait_until(lambda: any(any(state.glob(f"{stage}-*/out/**/[!.]*.{k}")) for k in kinds), f"state of {stage}")
+        [busy] = [worker for worker in pool if worker.processes()]
         if how == "flow":
-            busy.flow().kill()
+            busy.flow_process().kill()
             return
         getattr(busy, how)()
         pool.remove(busy)
@@ -99,57 +97,61 @@ def test_a_worker_that_is_lost_is_replaced_and_the_bits_stay(
         pool.append(Worker(server, tmp_path / f"w{next(names)}", "again"))
 
     try:
-        for stage, how in zip(MADE, ("vanishes", "flow", "evicted"), strict=True):
+        for stage, how in zip(OUTPUTS, ("kill", "flow", "evict"), strict=True):
             taking = threading.Thread(target=contextvars.copy_context().run, args=(lose, stage, how), daemon=True)
             taking.start()
             assert one(stage)
             taking.join()
             first, *_, last = logs(stage)
             assert not any("go on" in line or "reused" in line for line in first)
-            assert any("goes on after step" in line or "reused" in line for line in last), "\n".join(last)
-            assert files(net / MADE[stage]) == files(at_home / MADE[stage])
-            assert dvc.status(net, stage) == {}
-            told = [line.what for line in event_log.read(net / "out/state") if line.stage == stage]
-            assert told[:1] + told[-1:] == ["began", "done"]
-            assert told.count("began") >= 2, "what the lost worker began is known here too"
-            assert not one(stage), "there is nothing left to do"
-        assert not list((net.parent / "state").rglob("*.safetensors")), "nobody has to go on with it"
+            assert any("resumes after step" in line or "reused" in line for line in last), "\n".join(last)
+            assert files(deployed / OUTPUTS[stage]) == files(at_home / OUTPUTS[stage])
+            assert dvc.status(deployed, stage) == {}
+            kinds_logged = [line.kind for line in event_log.read(deployed / "out/checkpoints") if line.stage == stage]
+            assert kinds_logged[:1] + kinds_logged[-1:] == ["started", "done"]
+            assert kinds_logged.count("started") >= 2, "the lost worker's events are known too"
+            assert not one(stage), "up to date"
+        assert not list((deployed.parent / "state").rglob("*.safetensors")), "checkpoints are removed"
     finally:
         for worker in (*pool, *gone):
             print(worker.name, worker.log)
             worker.stop()
 
 
-def test_what_a_stage_fails_with_on_a_worker_is_what_the_flow_fails_with(
-    net: Path, server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_flow_raises_the_error_of_the_worker(
+    deployed: Path, server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import workers
     from erase import erase
 
-    monkeypatch.setattr(workers, "POLL", 0.5)
-    monkeypatch.chdir(net)
-    machines.change(net, erase={"sdd": {"loop": {"iterations": 2, "most_change": 1e-9}}})
+    monkeypatch.setattr(workers, "POLL_INTERVAL", 0.5)
+    monkeypatch.chdir(deployed)
+    machines.change_params(deployed, erase={"sdd": {"training": {"iterations": 2, "max_relative_change": 1e-9}}})
     worker = Worker(server, tmp_path, "w")
     try:
         with pytest.raises(ErasureRefused):
             erase()
-        assert [line.what for line in event_log.read(net / "out/state") if line.stage == "erase"][-1] == "failed"
-        machines.change(net, erase={"sdd": {"bogus": 1}})
+        assert [line.kind for line in event_log.read(deployed / "out/checkpoints") if line.stage == "erase"][
+            -1
+        ] == "failed"
+        machines.change_params(deployed, erase={"sdd": {"bogus": 1}})
         with pytest.raises(SettingsError, match=r"bogus(.|\n)*\nNext: deleatur methods erasers$"):
             erase()
     finally:
         worker.stop()
-    assert len([run for run in logs("erase") if any("bogus" in line for line in run)]) == 1, "not tried again"
+    assert len([run for run in logs("erase") if any("bogus" in line for line in run)]) == 1, "not retried"
 
 
-def test_who_cancels_a_flow_cancels_its_stages(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelling_a_flow_cancels_its_worker_runs(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import workers
     from prefect import runtime
 
-    monkeypatch.chdir(net)
+    monkeypatch.chdir(deployed)
 
-    def job(commit: str) -> workers.Job:
-        return workers.Job(workers.STAGE, "erase", commit * 40, {"name": "erase", "params": "", "lock": ""})
+    def job(commit: str) -> workers.WorkerJob:
+        return workers.WorkerJob(
+            workers.STAGE_DEPLOYMENT, "erase", commit * 40, {"name": "erase", "params": "", "lock": ""}
+        )
 
     @flow
     def parent() -> tuple[Any, Any]:
@@ -159,28 +161,28 @@ def test_who_cancels_a_flow_cancels_its_stages(net: Path, monkeypatch: pytest.Mo
     with get_client(sync_client=True) as client:
         ours, sent = parent()
         other = workers.submit(job("1"), store="nowhere")
-        workers.call_back(None, client.read_flow_run(ours), None)
+        workers.cancel_worker_runs(None, client.read_flow_run(ours), None)
         states = {run: client.read_flow_run(run).state for run in (sent, other.id)}
         client.delete_flow_run(other.id)
     assert states[sent].is_cancelled() or states[sent].is_cancelling()
     assert states[other.id].is_scheduled()
 
 
-def test_what_workers_would_not_get_is_said_before_anything_is_sent(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncommitted_code_is_refused_before_submission(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from erase import erase
 
-    monkeypatch.chdir(net)
-    (net / "src" / "deleatur" / "mine.py").write_text("")
-    with pytest.raises(SettingsError, match=r"mine\.py is not as it is there\nNext: git commit"):
+    monkeypatch.chdir(deployed)
+    (deployed / "src" / "deleatur" / "mine.py").write_text("")
+    with pytest.raises(SettingsError, match=r"mine\.py has uncommitted changes\nNext: git commit"):
         erase()
-    (net / "src" / "deleatur" / "mine.py").unlink()
+    (deployed / "src" / "deleatur" / "mine.py").unlink()
 
 
-def test_where_there_are_no_workers_it_is_said_or_done_here(server: dict[str, str]) -> None:
-    from workers import there
+def test_without_a_deployment_stages_run_in_process(server: dict[str, str]) -> None:
+    from workers import use_workers
 
-    cleared()
-    assert there("auto") is False
-    assert there("here") is False
+    clear_server()
+    assert use_workers("auto") is False
+    assert use_workers("here") is False
     with pytest.raises(SettingsError, match="expected the deployment stage/gpu"):
-        there("workers")
+        use_workers("workers")

@@ -14,7 +14,7 @@ from test_compose import FILE as COMPOSE
 from test_compose import filled
 from test_images import VERSION
 
-from deleatur.storage.dvc import GRACE
+from deleatur.storage.processes import GRACE_PERIOD
 
 OVERLAYS = ("local", "aws")
 KUBERNETES = "1.33"
@@ -119,7 +119,7 @@ def test_whatever_is_referred_to_is_there(overlay: str, built: dict[str, Path]) 
 def test_workers_have_time_to_save_and_one_gpu_each(built: dict[str, Path]) -> None:
     found = dict(pods(built["aws"]))
     for name in ("worker-cpu", "worker-gpu"):
-        assert found[name]["terminationGracePeriodSeconds"] >= GRACE + 30, name
+        assert found[name]["terminationGracePeriodSeconds"] >= GRACE_PERIOD + 30, name
     [worker] = found["worker-gpu"]["containers"]
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
 
@@ -144,7 +144,7 @@ def test_our_workers_can_write_where_they_write(overlay: str, built: dict[str, P
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_who_is_told_is_known_wherever_setup_is_run(overlay: str, built: dict[str, Path]) -> None:
-    found = {(name, c["name"]) for name, c in containers(built[overlay]) if "DELEATUR_TELL" in str(c.get("env"))}
+    found = {(name, c["name"]) for name, c in containers(built[overlay]) if "DELEATUR_NOTIFY" in str(c.get("env"))}
     assert {("setup", "setup"), ("worker-cpu", "worker")} <= found
 
 
