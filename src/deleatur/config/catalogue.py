@@ -32,17 +32,17 @@ def _describe(kind: str, name: str) -> dict[str, Any]:
 
 def hyperparameters(model: type[BaseModel], prefix: str = "") -> dict[str, dict[str, Any]]:
     """Dotted name → default, choices and meaning, those of nested models included."""
-    found: dict[str, dict[str, Any]] = {}
+    fields: dict[str, dict[str, Any]] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= hyperparameters(field.annotation, f"{prefix}{name}.")
+            fields |= hyperparameters(field.annotation, f"{prefix}{name}.")
         else:
-            found[prefix + name] = {
+            fields[prefix + name] = {
                 "default": "required" if field.is_required() else field.get_default(call_default_factory=True),
                 "choices": _choices(field.annotation) or None,
                 "meaning": _meaning(model, name),
             }
-    return found
+    return fields
 
 
 def _choices(annotation: Any) -> list[str]:

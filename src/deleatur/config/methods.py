@@ -109,11 +109,11 @@ def metrics(settings: Settings) -> dict[str, Metric]:
 
 
 def _aliased(kind: str, base: type[P], section: Mapping[str, Hyperparameters]) -> dict[str, P]:
-    found = {}
+    loaded = {}
     for alias, values in section.items():
         config = {key: value for key, value in values.items() if key != "method"}
-        found[alias] = instantiate(kind, base, values["method"], config, f"evaluate.{kind}.{alias}")
-    return found
+        loaded[alias] = instantiate(kind, base, values["method"], config, f"evaluate.{kind}.{alias}")
+    return loaded
 
 
 def in_use(settings: Settings) -> list[plugins.Plugin]:

@@ -15,7 +15,6 @@ from pydantic import (
     GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -88,10 +87,10 @@ class PluginSection(Section):
             return handler(values)
         errors = Errors()
         section = errors.collect((), handler, values)
-        given = {name: config for name, config in values.items() if name not in cls.model_fields}
+        configs = {name: config for name, config in values.items() if name not in cls.model_fields}
         if section is not None:
-            given = {section.method: {}} | given
-        for name, config in given.items():
+            configs = {section.method: {}} | configs
+        for name, config in configs.items():
             errors.collect((name if name in values else "method",), validate, cls.kind, name, config)
         errors.raise_any(cls.__name__)
         assert section is not None
@@ -99,10 +98,10 @@ class PluginSection(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        found = handler.resolve_ref_schema(handler(schema))
-        found["properties"]["method"]["enum"] = plugins.names(cls.kind)
-        found["properties"] |= {name: schema_of(cls.kind, name) for name in plugins.names(cls.kind)}
-        return found | {"additionalProperties": False}
+        resolved = handler.resolve_ref_schema(handler(schema))
+        resolved["properties"]["method"]["enum"] = plugins.names(cls.kind)
+        resolved["properties"] |= {name: schema_of(cls.kind, name) for name in plugins.names(cls.kind)}
+        return resolved | {"additionalProperties": False}
 
     @property
     def configured(self) -> tuple[str, ...]:
@@ -117,12 +116,12 @@ class PluginSection(Section):
 def _by_method(kind: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Validates plug-ins that are all used, by name."""
 
-    def validator(given: dict[str, Any]) -> dict[str, Any]:
+    def validator(configs: dict[str, Any]) -> dict[str, Any]:
         errors = Errors()
-        for name, config in given.items():
+        for name, config in configs.items():
             errors.collect((name,), validate, kind, name, config)
         errors.raise_any(kind)
-        return given
+        return configs
 
     return validator
 
@@ -130,13 +129,13 @@ def _by_method(kind: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 def _by_alias(kind: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Validates plug-ins that are all used, under names of the user's: `method`, and hyperparameters beside it."""
 
-    def validator(given: dict[str, Any]) -> dict[str, Any]:
+    def validator(configs: dict[str, Any]) -> dict[str, Any]:
         errors = Errors()
-        for name, config in given.items():
+        for name, config in configs.items():
             values = {key: value for key, value in config.items() if key != "method"}
             errors.collect((name,), validate, kind, config.get("method"), values)
         errors.raise_any(kind)
-        return given
+        return configs
 
     return validator
 
@@ -144,10 +143,10 @@ def _by_alias(kind: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 def schema_of(kind: str, name: str) -> JsonSchemaValue:
     """JSON Schema of one plug-in's hyperparameters, without references; a plug-in that does not load has none."""
     try:
-        found = plugins.load(kind, name, plugins.base(kind))
+        plugin = plugins.load(kind, name, plugins.base(kind))
     except SettingsError:
         return {"type": "object"}
-    schema = found.model_json_schema()
+    schema = plugin.model_json_schema()
     return dict(inlined(schema, schema.get("$defs", {})))
 
 
@@ -163,17 +162,17 @@ def inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
     return {key: inlined(value, definitions) for key, value in schema.items() if key != "$defs"}
 
 
-class _Schemas(WithJsonSchema):
+class _Schemas:
     """Built when it is asked for: it imports every plug-in of a kind."""
 
     def __init__(self, kind: str, *, named: bool) -> None:
         self.kind, self.named = kind, named
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        of = {name: schema_of(self.kind, name) for name in plugins.names(self.kind)}
+        schemas = {name: schema_of(self.kind, name) for name in plugins.names(self.kind)}
         if not self.named:
-            return {"type": "object", "properties": of, "additionalProperties": False}
-        choices = [_with_method(name, found) for name, found in of.items()]
+            return {"type": "object", "properties": schemas, "additionalProperties": False}
+        choices = [_with_method(name, schema) for name, schema in schemas.items()]
         return {"type": "object", "additionalProperties": {"oneOf": choices}}
 
     def __hash__(self) -> int:

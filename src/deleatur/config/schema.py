@@ -11,5 +11,5 @@ from deleatur.config.settings import Settings
 def json_schema() -> dict[str, Any]:
     """Of params.yaml as a whole, without references."""
     schema = Settings.model_json_schema(by_alias=True)
-    whole = inlined(schema, schema["$defs"])
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "deleatur params.yaml"}
+    resolved = inlined(schema, schema["$defs"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **resolved, "title": "deleatur params.yaml"}

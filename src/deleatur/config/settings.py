@@ -71,10 +71,10 @@ class Settings(Section):
         """SHA-256 of the given values that can change a result: neither the policy and the registry, which judge and
         release it, nor when, where and on which machines it is computed, nor what it is compared with.
         """
-        given = self.model_dump(
+        values = self.model_dump(
             mode="json", exclude={*NON_RESULT_SECTIONS, "gate", "register_", "paths"}, exclude_unset=True
         )
-        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="wrap")
     @classmethod
