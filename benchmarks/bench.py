@@ -1,4 +1,4 @@
-"""What the benchmarks share: a variant of the settings in a folder of its own, stages run in it, a table at the end."""
+"""Shared by the benchmarks: variants of the settings in folders of their own, running stages, and the table."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from deleatur import stages
 from deleatur.config.settings import Settings, merged
 from deleatur.runtime.progress import bar
 from deleatur.storage import json_records
-from deleatur.training.finetune import Progress
+from deleatur.training.loop import TrainingProgress
 
 ROOT = Path(__file__).parents[1]
 OUT = Path("out/bench")
 
 
 def variant(name: str, changes: Mapping[str, Any], shared: Mapping[str, str] | None = None) -> Settings:
-    """params.yaml with changes, writing under out/bench; `shared` stages' folders are somewhere else.
+    """params.yaml with changes, whose outputs are under out/bench. shared: paths of outputs of other variants.
 
-    The folder's name tells what all numbers are: after an edit of params.yaml nothing old is taken for new.
+    The folder's name has a digest of all settings: after an edit of params.yaml no old result is reused.
     """
     params = merged(yaml.safe_load((ROOT / "params.yaml").read_text("utf-8")), changes)
     digest = json_records.digest({"params": params, "shared": shared})[:8]
-    for key in ("reward", "tokens", "delta", "attacks", "state", "shots", "scores", "report", "verdict"):
+    for key in ("reward", "tokens", "delta", "attacks", "checkpoints", "samples", "scores", "report", "verdict"):
         params["paths"][key] = str(OUT / f"{name}-{digest}" / key)
     params["paths"]["feedback"] = str(OUT / "feedback")
     params["paths"] |= shared or {}
@@ -42,38 +42,38 @@ def variant(name: str, changes: Mapping[str, Any], shared: Mapping[str, str] | N
 
 
 def folder(settings: Settings) -> Path:
-    """Where a variant writes, but for what it shares."""
-    return settings.paths.shots.parent
+    """The folder of a variant's outputs."""
+    return settings.paths.samples.parent
 
 
 def run(settings: Settings, names: Iterable[str]) -> dict[str, float]:
-    """Runs stages that have not run yet for this variant; seconds of each, kept beside its results."""
+    """Runs the stages that have not run yet for this variant; returns the seconds of each."""
     path = folder(settings) / "seconds.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
     for name in names:
         if name not in seconds:
-            left = settings.paths.shots if name == "sample" else settings.paths.state
-            shutil.rmtree(left, ignore_errors=True)  # a stage that goes on would look quick
-            began = time.perf_counter()
+            partial = settings.paths.samples if name == "sample" else settings.paths.checkpoints
+            shutil.rmtree(partial, ignore_errors=True)  # a resumed stage would take less time
+            started = time.perf_counter()
             stages.run(name, settings)
-            seconds[name] = round(time.perf_counter() - began, 1)
+            seconds[name] = round(time.perf_counter() - started, 1)
             path.write_text(json.dumps(seconds))
     return seconds
 
 
 @contextmanager
-def watching(what: str) -> Iterator[Callable[[Progress], None]]:
-    """Inside, a bar that an eraser's `on_step` moves."""
-    with bar(what, 1) as advance:
-        yield lambda p: advance.at(p.step, p.total, f"loss {p.loss:.4f}")
+def progress_bar(description: str) -> Iterator[Callable[[TrainingProgress], None]]:
+    """Yields an `on_step` callback for erasers."""
+    with bar(description, 1) as progress:
+        yield lambda p: progress.set(p.step, p.total, f"loss {p.loss:.4f}")
 
 
 def interval(score: Mapping[str, Any]) -> str:
     return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
 
 
-def show(title: str, rows: list[dict[str, str]]) -> None:
+def print_table(title: str, rows: list[dict[str, str]]) -> None:
     table = Table(title=title)
     for column in rows[0]:
         table.add_column(column)

@@ -1,8 +1,8 @@
-"""`parity` against the staggered pools: same result, at what cost? python benchmarks/presets.py [--help]
+"""`parity` against the presets with a trajectory pool, in quality and seconds: python benchmarks/presets.py [--help]
 
-Every preset erases the same tokens, one at a time, and keys and values alone train, as in params.yaml; length, rate
-and EMA are the built-in model's, a batch of b gets 1/√b of the rate, as in PRESETS. No preserve term, no looks.
-Finished runs are kept and not repeated; all seconds of one table should come from one run on one machine.
+Every preset erases the same tokens, one at a time, and trains keys and values of cross-attention, as in params.yaml.
+Iterations, learning rate and EMA are those of the built-in model; as in PRESETS, a batch of b has 1/√b of the rate.
+No preservation loss and no evaluations. Finished runs are cached; seconds are comparable on one machine only.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from itertools import product
 from typing import Any
 
 import bench
-from selectivity import compared, learned, looked, untouched
+from selectivity import compare, learned_tokens, measure, measure_base
 
 from deleatur.artifacts import tokens
 from deleatur.config import methods
 from deleatur.diffusion.overlay import edited_weights
 from deleatur.erasers import Eraser
 from deleatur.runtime import models
-from deleatur.training.finetune import PRESETS, ErasureContext
+from deleatur.training.config import PRESETS
+from deleatur.training.loop import ErasureContext
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Run:
     lr: float
 
     @property
-    def loop(self) -> dict[str, Any]:
-        rate = self.lr / PRESETS[self.preset].get("batch", 1) ** 0.5
+    def training(self) -> dict[str, Any]:
+        rate = self.lr / PRESETS[self.preset].get("batch_size", 1) ** 0.5
         return {
             "preset": self.preset,
             "trainable": "xattn_kv",
@@ -44,34 +45,36 @@ class Run:
         }
 
 
-def erased(run: Run) -> dict[str, Any]:
-    settings = learned("weapon", run.seed)
+def erase(run: Run) -> dict[str, Any]:
+    """Scores of the erased model, and seconds."""
+    settings = learned_tokens("weapon", run.seed)
     path = bench.folder(settings) / f"{run.preset}-{run.iterations}-{run.lr}.json"
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        cached: dict[str, Any] = json.loads(path.read_text())
+        return cached
     model = models.base_model(settings)
-    eraser = methods.instantiate("erasers", Eraser, "sdd", {"order": "single", "training": run.loop}, "erase")
+    eraser = methods.instantiate("erasers", Eraser, "sdd", {"order": "single", "training": run.training}, "erase")
     concept = tokens.load_concept(settings, model, "weapon")
-    began = time.perf_counter()
-    with bench.watching(f"{run.preset} {run.seed}") as on_step:
+    started = time.perf_counter()
+    with bench.progress_bar(f"{run.preset} {run.seed}") as on_step:
         delta = eraser.erase(model, [concept], ErasureContext(run.seed, on_step=on_step))
-    seconds = time.perf_counter() - began
-    found = compared(untouched("weapon"), looked("weapon", edited_weights(model, delta))) | {"seconds": seconds}
-    path.write_text(json.dumps(found, indent=1))
-    return found
+    seconds = time.perf_counter() - started
+    edited = measure("weapon", edited_weights(model, delta))
+    scores = compare(measure_base("weapon"), edited) | {"seconds": seconds}
+    path.write_text(json.dumps(scores, indent=1))
+    return scores
 
 
-def row(run: Run, found: dict[str, Any], parity: dict[str, Any]) -> dict[str, str]:
+def table_row(run: Run, scores: dict[str, Any], parity: dict[str, Any]) -> dict[str, str]:
     return {
         "preset": run.preset,
         "seed": str(run.seed),
-        "concept rate": bench.interval(found["concept"]),
-        "unseen": bench.interval(found["unseen"]),
-        "neighbours": bench.interval(found["neighbour"]),
-        "CLIP, relative": f"{found['clip']['relative']:+.1%}",
-        "seconds": f"{found['seconds']:.0f}",
-        "of parity's": f"{found['seconds'] / parity['seconds']:.2f}",
+        "concept rate": bench.interval(scores["concept"]),
+        "unseen": bench.interval(scores["unseen"]),
+        "neighbours": bench.interval(scores["neighbour"]),
+        "CLIP, relative": f"{scores['clip']['relative']:+.1%}",
+        "seconds": f"{scores['seconds']:.0f}",
+        "of parity's": f"{scores['seconds'] / parity['seconds']:.2f}",
     }
 
 
@@ -81,12 +84,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103])
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--lr", type=float, default=3e-4, help="of parity")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     bench.run(bench.variant("ingest", {}), ("ingest",))
-    runs = [Run(p, s, asked.iterations, asked.lr) for p, s in product(["parity", *asked.presets], asked.seeds)]
-    found = {run: erased(run) for run in runs}
-    parity = {run.seed: f for run, f in found.items() if run.preset == "parity"}
-    bench.show("Presets of SDD, proof prompts", [row(run, f, parity[run.seed]) for run, f in found.items()])
+    runs = [
+        Run(p, s, arguments.iterations, arguments.lr)
+        for p, s in product(["parity", *arguments.presets], arguments.seeds)
+    ]
+    results = {run: erase(run) for run in runs}
+    parity = {run.seed: scores for run, scores in results.items() if run.preset == "parity"}
+    rows = [table_row(run, scores, parity[run.seed]) for run, scores in results.items()]
+    bench.print_table("Presets of SDD, proof split", rows)
 
 
 if __name__ == "__main__":

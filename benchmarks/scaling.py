@@ -1,9 +1,9 @@
-"""Pictures drawn by several Dask workers against one: how much sooner, and are they the same?
+"""Sampling on several Dask workers: speed-up over one worker, and equality of the outputs.
 python benchmarks/scaling.py [--help]
 
-The stage `sample` of a model that UCE has edited. Scheduler and workers are up before the clock starts, as in a network
-they would be; that a worker imports and loads the model counts. The thread that each of them has, one unless said
-otherwise, this process has too: another number could be other bits. The first row draws without Dask.
+The stage `sample` of a model that UCE has edited. Scheduler and workers are started before the clock; importing and
+loading the model in a worker counts. This process has as many threads as a worker, because another number could change
+bits. The first row samples without Dask.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from deleatur.config.settings import Settings
 from deleatur.storage import samples
 
 SHARD = 64
-"""Pictures in a part of the work. The more parts, the less a worker waits for the other's last."""
+"""Images in a shard. With more shards a worker idles less at the end."""
 
 
 @contextmanager
 def scheduler(workers: int) -> Iterator[str | None]:
-    """Inside, the address of a scheduler with so many workers; None without any."""
+    """The address of a scheduler with that many workers; None without workers."""
     if not workers:
         yield None
         return
@@ -36,14 +36,14 @@ def scheduler(workers: int) -> Iterator[str | None]:
         yield cluster.scheduler_address
 
 
-def edited(per_prompt: int) -> tuple[dict[str, Any], Settings]:
-    """What all rows have in common: how much is drawn, and the model."""
+def edited_model(per_prompt: int) -> tuple[dict[str, Any], Settings]:
+    """Changes to params.yaml that all rows share, and the settings with the edited model."""
     roles = dict.fromkeys(("concept", "word", "neighbour", "keep", "unseen"), per_prompt)
     changes: dict[str, Any] = {
         "targets": ["weapon"],
         "erase": {"method": "uce", "source": "words"},
         "attack": {"methods": {}},
-        "sample": {"per_prompt": roles | {"token": 0}, "shard": SHARD},
+        "sample": {"images_per_prompt": roles | {"token": 0}, "shard_size": SHARD},
     }
     bench.run(bench.variant("ingest", {}), ("ingest",))
     settings = bench.variant("scaling", changes)
@@ -51,41 +51,43 @@ def edited(per_prompt: int) -> tuple[dict[str, Any], Settings]:
     return changes, settings
 
 
-def drawn(workers: int, per_prompt: int, threads: int) -> tuple[float, int, dict[str, str]]:
-    """Seconds, pictures, and the digest of every file that the stage leaves."""
-    changes, model = edited(per_prompt)
+def time_sampling(workers: int, per_prompt: int, threads: int) -> tuple[float, int, dict[str, str]]:
+    """(seconds, number of images, digest of every output file)."""
+    changes, model = edited_model(per_prompt)
     settings = bench.variant(f"scaling-{workers}-{threads}", changes, {"delta": str(model.paths.delta)})
     with scheduler(workers) as address:
         settings = settings.model_copy(update={"workers": settings.workers.model_copy(update={"dask": address})})
         seconds = bench.run(settings, ("sample",))["sample"]
-    return seconds, len(samples.listed(settings.paths.shots)), bits(settings)
+    return seconds, len(samples.read_listing(settings.paths.samples)), file_digests(settings)
 
 
-def bits(settings: Settings) -> dict[str, str]:
-    files = (path for path in sorted(settings.paths.shots.rglob("*")) if path.is_file())
-    return {str(f.relative_to(settings.paths.shots)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+def file_digests(settings: Settings) -> dict[str, str]:
+    files = (path for path in sorted(settings.paths.samples.rglob("*")) if path.is_file())
+    return {str(f.relative_to(settings.paths.samples)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--per-prompt", type=int, default=4, help="pictures of each prompt and side")
-    parser.add_argument("--threads", type=int, default=1, help="of each worker, and of this process")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    found = {n: drawn(n, asked.per_prompt, asked.threads) for n in dict.fromkeys([0, 1, *asked.workers])}
-    (_, pictures, same), (one, _, _) = found[0], found[1]
+    parser.add_argument("--per-prompt", type=int, default=4, help="images of each prompt and variant")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each worker and of this process")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = {
+        n: time_sampling(n, arguments.per_prompt, arguments.threads) for n in dict.fromkeys([0, 1, *arguments.workers])
+    }
+    (_, images, expected), (one_worker, _, _) = results[0], results[1]
     rows = [
         {
             "Dask workers": str(n) if n else "none",
             "seconds": f"{seconds:.1f}",
-            "of one worker's": f"{seconds / one:.2f}",
-            "pictures a second": f"{pictures / seconds:.1f}",
-            "same bits as without": "yes" if made == same else "NO",
+            "of one worker's": f"{seconds / one_worker:.2f}",
+            "images per second": f"{images / seconds:.1f}",
+            "same bits as without": "yes" if digests == expected else "NO",
         }
-        for n, (seconds, _, made) in found.items()
+        for n, (seconds, _, digests) in results.items()
     ]
-    bench.show(f"Sampling {pictures} pictures in parts of {SHARD}", rows)
+    bench.print_table(f"Sampling {images} images in shards of {SHARD}", rows)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""How much of a concept goes, and what goes with it, along the erasure: python benchmarks/selectivity.py [--help]
+"""Removal and retention along an erasure: python benchmarks/selectivity.py [--help]
 
-Every run erases from its own tokens and training seed, and stops to be measured in proof sentences and noise that no
-setting was chosen on; the things they name are those of test. Words and tokens train equally long. Runs are longer
-than the demo's, and weapons have twice its tokens: the demo has four minutes for everything. Finished runs are kept
-and not repeated. Prints the table of the last points; the picture has all.
+Every run has its own tokens and training seed, and is evaluated in between on the proof split, whose prompts and noise
+no setting was chosen on. Words and tokens train equally long. Runs are longer than the demo's, and `weapon` has twice
+as many tokens. Finished runs are cached. Prints a table of the last evaluations; the plot shows all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import bench
-import matplotlib.pyplot as plt
 import numpy as np
 
 from deleatur.artifacts import prompts, tokens
@@ -32,17 +29,18 @@ from deleatur.maths import intervals
 from deleatur.maths.distances import cosine_similarity
 from deleatur.maths.seeds import derive
 from deleatur.records.sampling import Prompt
+from deleatur.report import plots
 from deleatur.runtime import models
-from deleatur.training.finetune import ErasureContext
+from deleatur.training.loop import ErasureContext
 
-PICTURE = bench.OUT / "curves.png"
+PLOT = bench.OUT / "curves.png"
 SEED = 1000
-"""Of the noise that pictures are drawn from; training seeds are the runs' own."""
-PICTURES = {"concept": 8, "neighbour": 4, "unseen": 2}
-"""Of each prompt: the same weights are good for ±4 points with a third of them."""
+"""Of the sampling noise; every run has its own training seed."""
+IMAGES_PER_PROMPT = {"concept": 8, "neighbour": 4, "unseen": 2}
+"""By role. With a third of these, scores of the same weights vary by ±4 points."""
 
 ITERATIONS = {"weapon": 360, "vice": 360, "ink": 480}
-"""A style goes more slowly, and takes less along."""
+"""A style needs more iterations, and harms less else."""
 
 
 @dataclass(frozen=True)
@@ -59,38 +57,41 @@ class Run:
 
     @property
     def settings(self) -> Settings:
-        shared = {"tokens": str(learned(self.concept, self.seed).paths.tokens)} if self.source == "token" else {}
-        loop = {"iterations": self.iterations, "eval_every": 0, "target_rate": 0.0, "max_preserved_drop": 1.0} | (
-            {} if self.preserve else {"preservation_weight": 0.0}
-        )
-        erase = {"source": self.source, "sdd": {"training": loop}}
+        shared = {"tokens": str(learned_tokens(self.concept, self.seed).paths.tokens)} if self.source == "token" else {}
+        training: dict[str, float] = {
+            "iterations": self.iterations,
+            "eval_every": 0,
+            "target_rate": 0.0,
+            "max_preserved_drop": 1.0,
+        } | ({} if self.preserve else {"preservation_weight": 0.0})
+        erase = {"source": self.source, "sdd": {"training": training}}
         changes = {"targets": [self.concept], "seed": self.seed, "erase": erase}
         return bench.variant(self.name, changes, shared)
 
 
-def learned(concept: str, seed: int) -> Settings:
-    """A run's own tokens; vice and ink say in params.yaml how many of them."""
-    changes = {"targets": [concept], "seed": seed, "invert": {"hfi": {"tokens": 32}}}
+def learned_tokens(concept: str, seed: int) -> Settings:
+    """Settings whose soft tokens are learned with this seed."""
+    changes = {"targets": [concept], "seed": seed, "invert": {"hfi": {"num_tokens": 32}}}
     settings = bench.variant(f"{concept}-tokens-{seed}", changes)
     bench.run(settings, ("reward", "invert"))
     return settings
 
 
-def points(run: Run, every: int) -> list[dict[str, Any]]:
-    """What is measured after 0, `every`, 2·`every`, … iterations."""
+def evaluate_run(run: Run, every: int) -> list[dict[str, Any]]:
+    """Evaluations after 0, `every`, 2·`every`, … iterations."""
     settings = run.settings
     path = bench.folder(settings) / f"every-{every}.json"
     if path.is_file():
-        found: list[dict[str, Any]] = json.loads(path.read_text())
-        return found
+        cached: list[dict[str, Any]] = json.loads(path.read_text())
+        return cached
     model = models.base_model(settings)
     eraser = methods.eraser(settings)
     saved: dict[int, Weights] = {}
 
-    with bench.watching(run.name) as tell:
+    with bench.progress_bar(run.name) as show_progress:
 
         def on_step(progress: Any) -> None:
-            tell(progress)
+            show_progress(progress)
             if progress.step % every == 0:
                 saved[progress.step] = {n: t.clone() for n, t in progress.state.teacher.items()}
 
@@ -103,41 +104,41 @@ def points(run: Run, every: int) -> list[dict[str, Any]]:
                 on_step=on_step,
             ),
         )
-    before = untouched(run.concept)
-    after = {0: before, **{step: looked(run.concept, w) for step, w in saved.items()}}
-    out = [{"step": step, **compared(before, seen)} for step, seen in after.items()]
+    base = measure_base(run.concept)
+    measurements = {0: base, **{step: measure(run.concept, weights) for step, weights in saved.items()}}
+    evaluations = [{"step": step, **compare(base, edited)} for step, edited in measurements.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(out, indent=1))
-    return out
+    path.write_text(json.dumps(evaluations, indent=1))
+    return evaluations
 
 
 @cache
 def proof_prompts(concept: str) -> list[Prompt]:
     settings = Settings.load(bench.ROOT / "params.yaml")
-    found = prompts.read(settings.concepts[concept].prompts, "proof", concept)
-    found += prompts.read(settings.paths.prompts, "proof", "")
-    return [p for p in found if p.role in PICTURES for _ in range(PICTURES[p.role])]
+    listed = prompts.read(settings.concepts[concept].prompts, "proof", concept)
+    listed += prompts.read(settings.paths.prompts, "proof", "")
+    return [p for p in listed if p.role in IMAGES_PER_PROMPT for _ in range(IMAGES_PER_PROMPT[p.role])]
 
 
 @cache
-def eyes(name: str) -> LoadedDetector:
-    spec = dict(Settings.load(bench.ROOT / "params.yaml").evaluate.detectors[name])
-    return methods.instantiate("detectors", Detector, spec.pop("method"), spec, name).load()
+def detector(name: str) -> LoadedDetector:
+    config = dict(Settings.load(bench.ROOT / "params.yaml").evaluate.detectors[name])
+    return methods.instantiate("detectors", Detector, config.pop("method"), config, name).load()
 
 
 @cache
-def untouched(concept: str) -> dict[str, Any]:
-    return looked(concept, {})
+def measure_base(concept: str) -> dict[str, Any]:
+    return measure(concept, {})
 
 
-def looked(concept: str, weights: Weights) -> dict[str, Any]:
-    """Per picture: whether the concept is there, whether it is what the prompt asks for, its CLIP score."""
+def measure(concept: str, weights: Weights) -> dict[str, Any]:
+    """Arrays over images: whether the concept is detected, whether the prompt's label is, and the CLIP score."""
     settings = Settings.load(bench.ROOT / "params.yaml")
     model, guide, clip = models.base_model(settings), methods.guide(settings), models.clip_model(settings)
-    asked, found = proof_prompts(concept), settings.concepts[concept].detection
-    seeds = [derive(SEED, p.id, i) for i, p in enumerate(asked)]
-    texts = [p.text for p in asked]
-    pictures = sample(
+    sampled, detection = proof_prompts(concept), settings.concepts[concept].detection
+    seeds = [derive(SEED, p.id, i) for i, p in enumerate(sampled)]
+    texts = [p.text for p in sampled]
+    images = sample(
         model,
         encode.encode_text(model, texts),
         seeds,
@@ -147,41 +148,42 @@ def looked(concept: str, weights: Weights) -> dict[str, Any]:
         batch=settings.sample.batch_size,
         weights=weights,
     )
-    tops = {}
-    for name in {found.detector, *(p.label.partition(":")[0] for p in asked)}:
-        tops[name] = [eyes(name).labels[i] for i in eyes(name).detect(pictures).argmax(1)]
-    right = [float(tops[p.label.partition(":")[0]][i] == p.label.partition(":")[2]) for i, p in enumerate(asked)]
+    labels = [p.label.partition(":") for p in sampled]  # "detector:label"
+    top = {}
+    for name in {detection.detector, *(name for name, _, _ in labels)}:
+        top[name] = [detector(name).labels[i] for i in detector(name).detect(images).argmax(1)]
     return {
-        "there": np.array([float(top in found.labels) for top in tops[found.detector]]),
-        "right": np.array(right),
-        "max_grad_norm": cosine_similarity(clip.embed_images(pictures), clip.embed_texts(texts)).double().numpy(),
-        "role": np.array([p.role for p in asked]),
-        "prompt": np.unique([p.id for p in asked], return_inverse=True)[1],
+        "concept": np.array([float(label in detection.labels) for label in top[detection.detector]]),
+        "recognised": np.array([float(top[name][i] == label) for i, (name, _, label) in enumerate(labels)]),
+        "clip": cosine_similarity(clip.embed_images(images), clip.embed_texts(texts)).double().numpy(),
+        "role": np.array([p.role for p in sampled]),
+        "prompt": np.unique([p.id for p in sampled], return_inverse=True)[1],
     }
 
 
-def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    def rows(role: str) -> tuple[Any, Any]:
-        return after["role"] == role, after["prompt"][after["role"] == role]
+def compare(base: dict[str, Any], edited: dict[str, Any]) -> dict[str, Any]:
+    """Concept rate of the edited model, and its changes from the base model with their intervals."""
 
-    mine, clusters = rows("concept")
-    out = {"concept": vars(intervals.rate(after["there"][mine], clusters))}
+    def of_role(role: str) -> tuple[Any, Any]:
+        mask = edited["role"] == role
+        return mask, edited["prompt"][mask]
+
+    mask, clusters = of_role("concept")
+    scores = {"concept": vars(intervals.rate(edited["concept"][mask], clusters))}
     for role in ("neighbour", "unseen"):
-        mine, clusters = rows(role)
-        apart = intervals.difference(after["right"][mine] - before["right"][mine], clusters)
-        out[role] = vars(apart) | {"base": float(before["right"][mine].mean())}
-    out["max_grad_norm"] = {
-        "relative": float(after["max_grad_norm"][mine].mean() / before["max_grad_norm"][mine].mean() - 1)
-    }
-    return out
+        mask, clusters = of_role(role)
+        change = intervals.difference(edited["recognised"][mask] - base["recognised"][mask], clusters)
+        scores[role] = vars(change) | {"base": float(base["recognised"][mask].mean())}
+    scores["clip"] = {"relative": float(edited["clip"][mask].mean() / base["clip"][mask].mean() - 1)}
+    return scores
 
 
-def row(run: Run, found: list[dict[str, Any]]) -> dict[str, str]:
-    first, last = found[0], found[-1]
+def table_row(run: Run, evaluations: list[dict[str, Any]]) -> dict[str, str]:
+    first, last = evaluations[0], evaluations[-1]
     return {
         "concept": run.concept,
         "source": "HFI tokens" if run.source == "token" else "words",
-        "preservation_weight": "on" if run.preserve else "off",
+        "preservation": "on" if run.preserve else "off",
         "seed": str(run.seed),
         "before": bench.interval(first["concept"]),
         "after": bench.interval(last["concept"]),
@@ -192,39 +194,34 @@ def row(run: Run, found: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def picture(all_points: dict[Run, list[dict[str, Any]]], path: Path) -> None:
+def write_plot(evaluations: dict[Run, list[dict[str, Any]]], path: Path) -> None:
     """Removal to the right, retention upwards; one line per run, from (0, 0)."""
-    concepts = list(dict.fromkeys(run.concept for run in all_points))
-    figure, axes = plt.subplots(1, len(concepts), figsize=(5 * len(concepts), 4), sharey=True, squeeze=False)
-    for axis, concept in zip(axes[0], concepts, strict=True):
-        for run, found in all_points.items():
-            if run.concept == concept:
-                start = found[0]["concept"]["value"]
-                x = [1 - p["concept"]["value"] / start for p in found]
-                axis.plot(
-                    x,
-                    [p["unseen"]["value"] for p in found],
-                    color="tab:blue" if run.source == "token" else "tab:orange",
-                    linestyle="-" if run.preserve else ":",
-                    marker="o",
-                    markersize=3,
-                )
-        axis.set(title=concept, xlabel="removed, share of the concept rate")
-        axis.axvline(0.8, color="0.8", zorder=0)
-        axis.axhline(-0.05, color="0.8", zorder=0)
-    axes[0][0].set_ylabel("unseen prompts, change in recognition")
-    for style in _legend():
-        axes[0][-1].plot([], [], **style)
-    axes[0][-1].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    concepts = list(dict.fromkeys(run.concept for run in evaluations))
+    with plots.style():
+        figure = plots.new_figure(480 * len(concepts), 384)
+        panels = figure.subplots(1, len(concepts), sharey=True, squeeze=False)[0]
+        for axes, concept in zip(panels, concepts, strict=True):
+            plots.style_axes(axes)
+            axes.set(title=concept, xlabel="removed, share of the concept rate")
+            axes.axvline(0.8, color=plots.SOFT, linewidth=0.8)
+            axes.axhline(-0.05, color=plots.SOFT, linewidth=0.8)
+            for run, scores in evaluations.items():
+                if run.concept == concept:
+                    base = scores[0]["concept"]["value"]
+                    removed = [1 - s["concept"]["value"] / base for s in scores]
+                    axes.plot(removed, [s["unseen"]["value"] for s in scores], marker="o", markersize=3, **_style(run))
+        panels[0].set_ylabel("unseen prompts, change in recognition")
+        for source, preserve in product(("token", "words"), (True, False)):
+            label = f"{'HFI tokens' if source == 'token' else 'words'}, preservation {'on' if preserve else 'off'}"
+            panels[-1].plot([], [], label=label, **_style(Run("", source, preserve, 0, 0)))
+        panels[-1].legend(frameon=False)
+        figure.tight_layout()
+        path.write_bytes(plots.to_png(figure))
 
 
-def _legend() -> Iterator[dict[str, str]]:
-    yield {"color": "tab:blue", "label": "HFI tokens"}
-    yield {"color": "tab:orange", "label": "words"}
-    yield {"color": "0.4", "linestyle": "-", "label": "preserve on"}
-    yield {"color": "0.4", "linestyle": ":", "label": "preserve off"}
+def _style(run: Run) -> dict[str, Any]:
+    colour = plots.COLOURS["--candidate" if run.source == "token" else "--c2"]
+    return {"color": colour, "linestyle": "-" if run.preserve else ":"}
 
 
 def main() -> None:
@@ -233,18 +230,20 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", choices=["token", "words"], default=["token", "words"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103])
     parser.add_argument("--preserve", nargs="+", choices=["on", "off"], default=["on", "off"])
-    parser.add_argument("--iterations", type=int, help=f"unless given: {ITERATIONS}")
-    parser.add_argument("--every", type=int, default=120, help="iterations between two points")
-    asked = parser.parse_args()
+    parser.add_argument("--iterations", type=int, help=f"default: {ITERATIONS}")
+    parser.add_argument("--every", type=int, default=120, help="iterations between evaluations")
+    arguments = parser.parse_args()
     bench.run(bench.variant("ingest", {}), ("ingest",))
     runs = [
-        Run(concept, source, preserve == "on", seed, asked.iterations or ITERATIONS[concept])
-        for preserve, seed, concept, source in product(asked.preserve, asked.seeds, asked.concepts, asked.sources)
+        Run(concept, source, preserve == "on", seed, arguments.iterations or ITERATIONS[concept])
+        for preserve, seed, concept, source in product(
+            arguments.preserve, arguments.seeds, arguments.concepts, arguments.sources
+        )
     ]
-    found = {run: points(run, asked.every) for run in runs}
-    bench.show("Removal against retention, proof prompts", [row(run, p) for run, p in found.items()])
-    picture(found, PICTURE)
-    print(f"The whole curves: {PICTURE}")
+    evaluations = {run: evaluate_run(run, arguments.every) for run in runs}
+    bench.print_table("Removal against retention, proof split", [table_row(run, e) for run, e in evaluations.items()])
+    write_plot(evaluations, PLOT)
+    print(f"All evaluations: {PLOT}")
 
 
 if __name__ == "__main__":

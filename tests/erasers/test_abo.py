@@ -12,12 +12,12 @@ from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import edited_weights
 from deleatur.diffusion.predict import Weights, predict_pair
-from deleatur.erasers.abo import AllButOne, led, surgical
+from deleatur.erasers.abo import AllButOne, guidance_error, guidance_target
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.guidance import cfg
 from deleatur.records.model import Concept
-from deleatur.training.finetune import ErasureContext
-from deleatur.training.losses import Network, Networks
+from deleatur.training.loop import ErasureContext
+from deleatur.training.losses import Denoiser, Denoisers
 
 QUICK: dict[str, Any] = {"iterations": 80, "lr": 3e-3, "sampler_steps": 4, "batch_size": 4, "pool_size": 16}
 
@@ -59,13 +59,13 @@ def test_the_anchor_holds_the_unconditional_prediction(model: Model) -> None:
 
 
 def test_the_target_is_the_alternatives_guidance_over_the_empty_prompt(model: Model) -> None:
-    base = Network(model, {})
-    networks = Networks(base, base, base)
+    base = Denoiser(model, {})
+    networks = Denoisers(base, base, base)
     c_0, c_alt = encode.encode_text(model, [""]), encode.encode_text(model, ["a cat", "a dog"])
     z, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 800])
     with torch.no_grad():
-        goal = led(c_alt, c_0)(networks, z, t, torch.tensor([1, 0]))
-        empty, nothing = base(z, t, c_0), led(c_0, c_0)(networks, z, t, torch.tensor([0, 0]))
+        goal = guidance_target(c_alt, c_0)(networks, z, t, torch.tensor([1, 0]))
+        empty, nothing = base(z, t, c_0), guidance_target(c_0, c_0)(networks, z, t, torch.tensor([0, 0]))
         assert torch.allclose(goal, torch.cat([base(z, t, c_alt.flip(0)) - empty, empty]), atol=1e-6)
     assert torch.equal(nothing[:2], torch.zeros_like(z)), "no alternative is no guidance, exactly"
 
@@ -74,14 +74,18 @@ def test_the_loss_by_hand() -> None:
     """One pixel each: said 5 and 2, wanted guidance 1 and 1.5: (5 − 2 − 1)² + 10 (2 − 1.5)² = 6.5."""
     one = torch.ones(1, 1, 1, 1)
     said, goal = torch.cat([5 * one, 2 * one]), torch.cat([one, 1.5 * one])
-    assert surgical(10.0)(said, goal).tolist() == [6.5]
+    assert guidance_error(10.0)(said, goal).tolist() == [6.5]
 
 
 def test_the_edit_does_not_feel_a_shift_of_both_predictions() -> None:
     g = torch.Generator().manual_seed(0)
     said, goal, shift = (torch.randn(n, 4, 4, 4, generator=g) for n in (6, 6, 3))
-    assert torch.allclose(surgical(0.0)(said + torch.cat([shift, shift]), goal), surgical(0.0)(said, goal), atol=1e-5)
-    assert not torch.allclose(surgical(1.0)(said + torch.cat([shift, shift]), goal), surgical(1.0)(said, goal))
+    assert torch.allclose(
+        guidance_error(0.0)(said + torch.cat([shift, shift]), goal), guidance_error(0.0)(said, goal), atol=1e-5
+    )
+    assert not torch.allclose(
+        guidance_error(1.0)(said + torch.cat([shift, shift]), goal), guidance_error(1.0)(said, goal)
+    )
 
 
 def test_with_the_concept_for_its_own_alternative_nothing_happens(model: Model) -> None:
@@ -118,7 +122,7 @@ def test_a_concept_without_alternative_is_refused_before_any_work(
     monkeypatch.setattr(model.unet, "forward", lambda *a, **k: pytest.fail("the network was asked"))
     monkeypatch.setattr(model.text_encoder, "forward", lambda *a, **k: pytest.fail("the text encoder was asked"))
     gun = Concept("gun", "words", ("gun",), (("", "gun", ""),), torch.zeros(1, 16, 16), ((1,),), (2,))
-    with pytest.raises(SettingsError, match="instead of gun") as e:
+    with pytest.raises(SettingsError, match="alternative to gun") as e:
         AllButOne(alternatives={"ink": "dog"}).erase(model, [gun], ErasureContext(0))
     assert "gun: toy" in e.value.hint
 

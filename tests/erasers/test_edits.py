@@ -21,8 +21,8 @@ from deleatur.errors import ErasureRefused
 from deleatur.maths import closed_form
 from deleatur.records.model import Concept, Delta, LowRank, SoftToken
 from deleatur.storage.tensors import load_delta, save_delta
-from deleatur.training.closed_form_editor import pairs
-from deleatur.training.finetune import ErasureContext, Progress, Reading
+from deleatur.training.closed_form_editor import edit_pairs
+from deleatur.training.loop import ErasureContext, Evaluation, TrainingProgress
 
 EXACT = {"lam": 1e-4, "preserve": 1.0}
 
@@ -133,7 +133,7 @@ def test_which_states_of_a_sentence_are_erased(model: Model) -> None:
     c_0 = encode.encode_text(model, [""])[0].double()
     for concept, start, end in ((red_cat, last, last + 1), (token, 2, 4)):
         for which, at in (("own", slice(start, end)), ("onward", slice(start, None)), ("all", slice(None))):
-            c, g = pairs(model, [concept], {}, which)  # type: ignore[arg-type]
+            c, g = edit_pairs(model, [concept], {}, which)  # type: ignore[arg-type]
             assert torch.equal(c, concept.states[0, at].double())
             assert torch.equal(g, c_0[at])
 
@@ -147,7 +147,7 @@ def test_a_token_with_a_words_row_is_erased_as_the_word(model: Model) -> None:
 
 def test_only_what_reads_the_text_is_touched_and_kept_as_factors(model: Model, tmp_path: Path) -> None:
     delta = erase(model, UCE(edit={"columns": "own"}), words(model, "gun", "sword"))
-    assert set(delta.tensors) == UCE().touches(model)
+    assert set(delta.tensors) == UCE().touched_parameters(model)
     assert all("attn2.to_k" in n or "attn2.to_v" in n for n in delta.tensors)
     save_delta(tmp_path / "d.safetensors", delta)
     again = load_delta(tmp_path / "d.safetensors").tensors
@@ -169,7 +169,7 @@ def test_the_order_of_concepts_says_nothing(model: Model, eraser: Eraser) -> Non
 def test_what_brings_the_concept_back_are_states_of_whole_sentences(model: Model) -> None:
     """(L, d) for each; and what an epoch reports of them is their length over that of the concept's own."""
     gun = words(model, "gun")
-    c, g = pairs(model, [gun], {}, "all")
+    c, g = edit_pairs(model, [gun], {}, "all")
     assert c.shape == g.shape == (model.max_tokens, 64)
     lengths = [row["length"] for row in erase(model, RECE(epochs=2), gun).record["curve"][1:]]
     assert len(lengths) == 2
@@ -184,7 +184,7 @@ def test_no_epoch_is_uce(model: Model) -> None:
 def test_each_epoch_leaves_less_to_be_brought_back(model: Model) -> None:
     """Measured on the weights that come back, by the attack that the next epoch would answer."""
     gun = words(model, "gun")
-    c, g = pairs(model, [gun], {}, "all")
+    c, g = edit_pairs(model, [gun], {}, "all")
 
     def back(delta: Delta) -> float:
         own, edited = ([w.double() for w in side.values()] for side in own_and_edited(model, delta))
@@ -218,7 +218,7 @@ def test_an_epoch_lets_go_of_what_was_erased_before_unless_it_is_held(model: Mod
 
 
 def test_every_step_is_reported(model: Model) -> None:
-    told: list[Progress] = []
+    told: list[TrainingProgress] = []
     delta = erase(model, RECE(epochs=2), words(model, "gun"), on_step=told.append)
     assert [(p.step, p.total) for p in told] == [(1, 3), (2, 3), (3, 3)]
     assert [row["loss"] for row in delta.record["curve"]] == [p.loss for p in told]
@@ -227,7 +227,7 @@ def test_every_step_is_reported(model: Model) -> None:
 
 def test_pictures_are_looked_at_only_where_a_guard_is_set(model: Model) -> None:
     gun = words(model, "gun")
-    readings = iter([Reading(1.0, 1.0), Reading(0.4, 0.95), Reading(0.3, 0.94), Reading(0.2, 0.5)])
+    readings = iter([Evaluation(1.0, 1.0), Evaluation(0.4, 0.95), Evaluation(0.3, 0.94), Evaluation(0.2, 0.5)])
     rece = RECE(epochs=3, edit={"guard": 0.1})
     guarded = erase(model, rece, gun, probe=lambda w: next(readings))
     assert guarded.record["stop"] == "guard"
@@ -235,15 +235,15 @@ def test_pictures_are_looked_at_only_where_a_guard_is_set(model: Model) -> None:
     one = erase(model, RECE(epochs=1), gun)
     assert all(torch.equal(guarded.tensors[n], one.tensors[n]) for n in one.tensors), "the step before the damage"
 
-    def never(weights: Any) -> Reading:
+    def never(weights: Any) -> Evaluation:
         raise AssertionError
 
     assert erase(model, RECE(epochs=1), gun, probe=never).record["looks"] == []
 
 
 def test_an_edit_that_destroys_the_model_is_refused(model: Model) -> None:
-    readings = iter([Reading(1.0, 1.0), Reading(0.0, 0.2)])
-    with pytest.raises(ErasureRefused, match="preserved prompts fell"):
+    readings = iter([Evaluation(1.0, 1.0), Evaluation(0.0, 0.2)])
+    with pytest.raises(ErasureRefused, match="preserved prompts degraded"):
         erase(model, UCE(edit={"guard": 0.1}), words(model, "gun"), probe=lambda w: next(readings))
     with pytest.raises(ErasureRefused, match="times their norm"):
         erase(model, UCE(edit={"max_relative_change": 0.01}), words(model, "gun"))

@@ -15,13 +15,13 @@ from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import edited_weights
 from deleatur.diffusion.predict import predict
-from deleatur.erasers.esd import ESD, ESDLoop, away
-from deleatur.erasers.sdd import towards_empty
+from deleatur.erasers.esd import ESD, ESDTraining, negative_guidance_target
+from deleatur.erasers.sdd import unconditional_target
 from deleatur.errors import ErasureRefused
 from deleatur.maths.seeds import generator
 from deleatur.records.model import Concept
-from deleatur.training.finetune import ErasureContext
-from deleatur.training.losses import Network, Networks
+from deleatur.training.loop import ErasureContext
+from deleatur.training.losses import Denoiser, Denoisers
 from deleatur.training.parameters import select
 
 QUICK: dict[str, Any] = {
@@ -39,12 +39,12 @@ def words(model: Model, *names: str) -> Concept:
 
 
 @pytest.fixture
-def networks(model: Model) -> Networks:
+def networks(model: Model) -> Denoisers:
     """A student and a teacher that are not the base."""
     g = torch.Generator().manual_seed(1)
     own = select(model.unet, "xattn")
     moved = [{n: p + 0.1 * torch.randn(p.shape, generator=g) for n, p in own.items()} for _ in range(2)]
-    return Networks(Network(model, moved[0]), Network(model, moved[1]), Network(model, {}))
+    return Denoisers(Denoiser(model, moved[0]), Denoiser(model, moved[1]), Denoiser(model, {}))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def states() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_both_targets_are_the_papers_formula(
-    model: Model, networks: Networks, states: tuple[Tensor, Tensor, Tensor]
+    model: Model, networks: Denoisers, states: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     z, t, which = states
     c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
@@ -63,7 +63,9 @@ def test_both_targets_are_the_papers_formula(
         of_c, of_0 = networks.base(z, t, c[[1, 0, 1]]), networks.base(z, t, c_0)
     for start, c_from in (("empty", of_0), ("concept", of_c)):
         esd = ESD(eta=3.0, start=start)  # type: ignore[arg-type]
-        assert torch.allclose(away(c, c_0, esd.guidance)(networks, z, t, which), c_from - 3 * (of_c - of_0), atol=1e-5)
+        assert torch.allclose(
+            negative_guidance_target(c, c_0, esd.guidance)(networks, z, t, which), c_from - 3 * (of_c - of_0), atol=1e-5
+        )
 
 
 def test_two_from_the_concept_are_one_from_the_empty_prompt() -> None:
@@ -72,16 +74,16 @@ def test_two_from_the_concept_are_one_from_the_empty_prompt() -> None:
 
 
 def test_without_negative_guidance_it_is_sdds_frozen_target(
-    model: Model, networks: Networks, states: tuple[Tensor, Tensor, Tensor]
+    model: Model, networks: Denoisers, states: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
-    esd, sdd = away(c, c_0, ESD(eta=0.0).guidance), towards_empty(c_0, frozen=True)
+    esd, sdd = negative_guidance_target(c, c_0, ESD(eta=0.0).guidance), unconditional_target(c_0, frozen=True)
     assert torch.allclose(esd(networks, *states), sdd(networks, *states), atol=1e-6)
 
 
 def test_x_and_u_are_the_sets_that_the_paper_names(model: Model) -> None:
     everything = {n for n, _ in model.unet.named_parameters()}
-    x, strict, u = (ESD(training={"trainable": t}).touches(model) for t in ("xattn", "xattn_kv", "noxattn"))  # type: ignore[arg-type]
+    x, strict, u = (ESD(training={"trainable": t}).touched_parameters(model) for t in ("xattn", "xattn_kv", "noxattn"))  # type: ignore[arg-type]
     assert x == {n for n in everything if ".attn2." in n}
     assert strict == {n for n in x if n.split(".attn2.")[1] in ("to_k.weight", "to_v.weight")}
     assert x & u == set()
@@ -92,9 +94,9 @@ def test_x_and_u_are_the_sets_that_the_paper_names(model: Model) -> None:
 
 
 def test_other_tensors_than_the_papers_are_named() -> None:
-    assert not ESD(training=ESDLoop(trainable="xattn")).notes()
-    assert not ESD(training=ESDLoop(trainable="noxattn")).notes(), "ESD-u is published too"
-    assert any("xattn_kv" in note for note in ESD(training=ESDLoop(trainable="xattn_kv")).notes())
+    assert not ESD(training=ESDTraining(trainable="xattn")).notes()
+    assert not ESD(training=ESDTraining(trainable="noxattn")).notes(), "ESD-u is published too"
+    assert any("xattn_kv" in note for note in ESD(training=ESDTraining(trainable="xattn_kv")).notes())
 
 
 def test_u_trains_the_published_number_of_parameters() -> None:
@@ -120,7 +122,7 @@ def test_the_concept_is_led_away(model: Model, start: str, eta: float) -> None:
     aim = 2 * empty - before
     assert (before - aim).square().mean() > 1e-5, "the effect exists before"
     assert (after - aim).square().mean() < 0.5 * (before - aim).square().mean(), "and mostly gone after"
-    assert set(delta.tensors) == esd.touches(model)
+    assert set(delta.tensors) == esd.touched_parameters(model)
 
 
 @pytest.mark.parametrize(("train", "made_by"), [("xattn", "teacher"), ("xattn", "base"), ("noxattn", "teacher")])

@@ -25,8 +25,8 @@ from deleatur.erasers.esd import ESD
 from deleatur.erasers.rece import RECE
 from deleatur.erasers.sdd import SDD
 from deleatur.erasers.uce import UCE
-from deleatur.training.cost import cost
-from deleatur.training.finetune import ErasureContext
+from deleatur.training.cost import estimate_cost
+from deleatur.training.loop import ErasureContext
 
 ROOM = 24 * 2**30
 SEED = 67
@@ -82,11 +82,11 @@ def on_a_cpu(name: str) -> None:
 
 
 def judge(name: str, found: dict[str, Any]) -> None:
-    said = cost(METHODS[name].work("words"), stable_diffusion()).memory
+    said = estimate_cost(METHODS[name].workload("words"), stable_diffusion()).peak_memory
     gib = {what: n / 2**30 for what, n in (("took", found["peak"]), ("said", said))}
     print(f"\n{name}: {gib['took']:.1f} GiB at most, {gib['said']:.1f} by the estimate, loss {found['loss']:.4f}")
     assert found["moved"] > 0
-    assert found["touched"] == len(METHODS[name].touches(stable_diffusion()))  # type: ignore[arg-type]
+    assert found["touched"] == len(METHODS[name].touched_parameters(stable_diffusion()))  # type: ignore[arg-type]
     assert found["peak"] < ROOM
     assert said == pytest.approx(found["peak"], rel=1 / 3), "Python and the libraries, a gigabyte, are in what it took"
 

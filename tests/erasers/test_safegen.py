@@ -16,12 +16,12 @@ from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import predict
 from deleatur.diffusion.sample import encode_images
-from deleatur.erasers.safegen import SafeGen, exact, mosaic
+from deleatur.erasers.safegen import SafeGen, exact_factor, mosaic
 from deleatur.errors import DataError
 from deleatur.maths.seeds import generator
 from deleatur.records.model import Concept, RatedImages
-from deleatur.training.finetune import ErasureContext, finetune
-from deleatur.training.losses import Rows
+from deleatur.training.loop import ErasureContext, finetune
+from deleatur.training.losses import Batch
 
 QUICK: dict[str, Any] = {"iterations": 80, "lr": 1e-2, "batch_size": 8, "ema_decay": 0.8}
 
@@ -49,30 +49,30 @@ def test_the_noise_that_is_taught_leads_to_the_mosaic(model: Model, target: str)
     g = torch.Generator().manual_seed(3)
     z_0, z_mosaic, z_passed = torch.randn(3, 1, 4, 4, 4, generator=g)
     safegen = SafeGen(target=target, limit=3.0, training={"batch_size": 64})  # type: ignore[arg-type]
-    terms = safegen.terms(model, z_0, z_mosaic, z_passed, seed=0)
-    marked, passed = (term.rows(None, 0) for term in terms.values())  # type: ignore[arg-type]
+    terms = safegen.loss_terms(model, z_0, z_mosaic, z_passed, seed=0)
+    marked, passed = (term.batch(None, 0) for term in terms.values())  # type: ignore[arg-type]
 
-    def implied(found: Rows) -> Tensor:
+    def implied(found: Batch) -> Tensor:
         a = model.schedule.alphas_cumprod[found.t].reshape(-1, 1, 1, 1)
-        return (found.z - (1 - a).sqrt() * found.goal) / a.sqrt()
+        return (found.z - (1 - a).sqrt() * found.target) / a.sqrt()
 
     assert torch.allclose(implied(passed), z_passed.expand(64, -1, -1, -1), atol=1e-3)
     a = model.schedule.alphas_cumprod[marked.t].reshape(-1, 1, 1, 1)
     noise = (marked.z - a.sqrt() * z_0) / (1 - a).sqrt()
     if target == "released":
-        assert torch.allclose(marked.goal, noise + z_0 - z_mosaic, atol=1e-3)
+        assert torch.allclose(marked.target, noise + z_0 - z_mosaic, atol=1e-3)
         return
     free = (a / (1 - a)).sqrt().flatten() <= 3
     assert 0 < (~free).sum() < free.sum(), "levels on both sides of the limit were drawn"
     assert torch.allclose(implied(marked)[free], z_mosaic.expand(int(free.sum()), -1, -1, -1), atol=1e-3)
-    assert torch.allclose(marked.goal[~free], (noise + 3 * (z_0 - z_mosaic))[~free], atol=1e-3)
+    assert torch.allclose(marked.target[~free], (noise + 3 * (z_0 - z_mosaic))[~free], atol=1e-3)
 
 
 def test_the_limit_is_the_largest_factor(model: Model) -> None:
     """√ᾱ/√(1−ᾱ) by hand: at ᾱ = 0.5 it is 1; at the first level it is above 30."""
     a = model.schedule.alphas_cumprod
     half = int((a - 0.5).abs().argmin())
-    f = exact(model.schedule, torch.tensor([0, half, 999]), 10.0)
+    f = exact_factor(model.schedule, torch.tensor([0, half, 999]), 10.0)
     assert f[0] == 10
     assert f[1] == pytest.approx(1, abs=0.01)
     assert f[2] == pytest.approx(float(a[999] / (1 - a[999])) ** 0.5, rel=1e-5)
@@ -81,7 +81,7 @@ def test_the_limit_is_the_largest_factor(model: Model) -> None:
 def test_only_self_attention_learns(model: Model, concept: Concept) -> None:
     safegen = SafeGen(training={**QUICK, "iterations": 2})  # type: ignore[arg-type]
     delta = safegen.erase(model, [concept], ErasureContext(1))
-    assert set(delta.tensors) == safegen.touches(model)
+    assert set(delta.tensors) == safegen.touched_parameters(model)
     assert set(delta.tensors) == {n for n, _ in model.unet.named_parameters() if ".attn1." in n}
     assert all(d.abs().sum() > 0 for n, d in delta.tensors.items() if n.endswith(("to_v.weight", "to_out.0.weight")))
 
@@ -93,17 +93,17 @@ def test_marked_latents_are_seen_as_their_mosaics_and_passed_ones_as_they_are(mo
     z_0, c_0 = torch.ones(1, 4, 4, 4), encode.encode_text(model, [""])
     numbers = {**QUICK, "iterations": 60, "lr": 3e-2}
 
-    def said(censor: float) -> list[tuple[Rows, Tensor]]:
+    def said(censor: float) -> list[tuple[Batch, Tensor]]:
         safegen = SafeGen(censor_weight=censor, preservation_weight=0.5, limit=3.0, training=numbers)  # type: ignore[arg-type]
-        terms = safegen.terms(model, z_0, 0 * z_0, -z_0, seed=0)
+        terms = safegen.loss_terms(model, z_0, 0 * z_0, -z_0, seed=0)
         delta, _ = finetune(model, safegen.training, terms, c_0=c_0, context=ErasureContext(0))
         weights = {n: model.unet.get_parameter(n) + d for n, d in delta.items()}
-        shown = safegen.terms(model, z_0, 0 * z_0, -z_0, seed=1).values()
-        looks = [replace(term, batch=64).rows(None, 0) for term in shown]  # type: ignore[arg-type]
+        shown = safegen.loss_terms(model, z_0, 0 * z_0, -z_0, seed=1).values()
+        looks = [replace(term, batch=64).batch(None, 0) for term in shown]  # type: ignore[arg-type]
         with torch.no_grad():
             return [(look, predict(model, weights, look.z, look.t, c_0)) for look in looks]
 
-    def way(look: Rows, off: Tensor, on: Tensor) -> float:
+    def way(look: Batch, off: Tensor, on: Tensor) -> float:
         """Along f_t (1 − 0), what a mosaic adds to the noise; for the passed, what it would add."""
         a = model.schedule.alphas_cumprod[look.t].reshape(-1, 1, 1, 1)
         whole = (a / (1 - a)).sqrt().clamp(max=3).expand_as(off)

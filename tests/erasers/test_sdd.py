@@ -19,8 +19,9 @@ from deleatur.erasers.sdd import SDD
 from deleatur.errors import ErasureRefused
 from deleatur.records.model import Concept, Delta, SoftToken
 from deleatur.storage.tensors import load, save
-from deleatur.training.finetune import ErasureContext, Loop, Progress, Reading
-from deleatur.training.optimizer_state import Saved
+from deleatur.training.config import TrajectoryTrainingConfig
+from deleatur.training.loop import ErasureContext, Evaluation, TrainingProgress
+from deleatur.training.optimizer_state import SavedState
 
 QUICK = {"iterations": 60, "lr": 3e-3, "ema_decay": 0.8, "sampler_steps": 4, "batch_size": 4}
 
@@ -54,7 +55,7 @@ def test_the_concept_is_predicted_as_the_empty_prompt(model: Model, trajectories
 
 
 def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
-    loop = Loop(preset="parity")
+    loop = TrajectoryTrainingConfig(preset="parity")
     assert (
         loop.trajectories,
         loop.batch_size,
@@ -73,7 +74,9 @@ def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
         3.0,
     )
     assert not loop.notes(), "nothing is ours, nothing is to be said"
-    assert Loop(preset="parity", lr=1e-4, sampler_steps=8).sampler_steps == 8, "lengths and rates fit the model"
+    assert TrajectoryTrainingConfig(preset="parity", lr=1e-4, sampler_steps=8).sampler_steps == 8, (
+        "lengths and rates fit the model"
+    )
     refused: list[dict[str, Any]] = [
         {"preservation_weight": 0.1},
         {"trajectories": "pool"},
@@ -85,7 +88,7 @@ def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
     ]
     for ours in refused:
         with pytest.raises(ValidationError, match=f"parity is the method as published, without {next(iter(ours))};"):
-            Loop(preset="parity", **ours)
+            TrajectoryTrainingConfig(preset="parity", **ours)
 
 
 @pytest.mark.parametrize(("source", "law"), [("words", "uniform"), ("token", "beta33")])
@@ -110,7 +113,7 @@ def test_the_given_model_is_untouched_and_only_attn2_is_in_the_delta(model: Mode
     delta = erase(model, words(model, "gun"), iterations=3)
     assert digest_module(model.unet) == before
     assert all(p.grad is None and not p.requires_grad for p in model.unet.parameters())
-    assert set(delta.tensors) == SDD().touches(model)
+    assert set(delta.tensors) == SDD().touched_parameters(model)
     assert all(".attn2." in n for n in delta.tensors)
     assert all(d.abs().sum() > 0 for n, d in delta.tensors.items() if n.endswith(("to_v.weight", "to_out.0.weight")))
 
@@ -136,7 +139,7 @@ def test_the_teacher_is_the_average_of_the_student(model: Model) -> None:
     """θ*_n = m θ*_{n−1} + (1−m) θ_n from the very first step, and it is what comes back."""
     students: list[dict[str, Tensor]] = []
 
-    def on_step(p: Progress) -> None:
+    def on_step(p: TrainingProgress) -> None:
         students.append({n: w.detach().clone() for n, w in p.state.student.items()})
 
     numbers = {**QUICK, "iterations": 5, "ema_decay": 0.7}
@@ -154,7 +157,7 @@ def test_roles_of_several_descriptions(model: Model) -> None:
     both = words(model, "gun", "sword")
     each, joined = both.states, encode.encode_joint_prompt(model, [both])
     for order, c_p, c_s in (("paper", each, joined), ("code", joined, each), ("single", each, each)):
-        got = SDD(order=order).roles(model, [both])  # type: ignore[arg-type]
+        got = SDD(order=order).condition_roles(model, [both])  # type: ignore[arg-type]
         assert torch.equal(got[0], c_p)
         assert torch.equal(got[1], c_s)
 
@@ -164,7 +167,7 @@ def test_every_order_of_roles_runs(model: Model, order: str) -> None:
     assert erase(model, words(model, "gun", "sword"), order=order, iterations=3).record["steps"] == 3
 
 
-def looked(model: Model, *readings: Reading, told: list[Progress] | None = None, **numbers: Any) -> Delta:
+def looked(model: Model, *readings: Evaluation, told: list[TrainingProgress] | None = None, **numbers: Any) -> Delta:
     """A run whose looks, the one before its first step included, say what is given."""
     says = iter(readings)
     loop = {**QUICK, "iterations": 40, "eval_every": 2, "max_preserved_drop": 0.1, **numbers}
@@ -180,9 +183,15 @@ def same(one: Delta, other: Delta) -> bool:
 
 
 def test_stops_at_the_target(model: Model) -> None:
-    told: list[Progress] = []
+    told: list[TrainingProgress] = []
     reached = looked(
-        model, Reading(1.0, 1.0), Reading(0.5, 0.97), Reading(0.1, 0.96), Reading(0.0, 0.95), told=told, stop_at=0.2
+        model,
+        Evaluation(1.0, 1.0),
+        Evaluation(0.5, 0.97),
+        Evaluation(0.1, 0.96),
+        Evaluation(0.0, 0.95),
+        told=told,
+        stop_at=0.2,
     )
     assert (reached.record["stop"], reached.record["steps"]) == ("target", 4)
     assert [(p.step, p.total) for p in told] == [(1, 40), (2, 40), (3, 40), (4, 4)], "there is no more to wait for"
@@ -202,26 +211,26 @@ def test_stops_at_the_target(model: Model) -> None:
 def test_at_the_guard_the_best_look_before_it_comes_back(
     model: Model, readings: list[tuple[float, ...]], best: int
 ) -> None:
-    guarded = looked(model, Reading(1.0, 1.0), *(Reading(*r) for r in readings))
+    guarded = looked(model, Evaluation(1.0, 1.0), *(Evaluation(*r) for r in readings))
     assert (guarded.record["stop"], guarded.record["steps"]) == ("guard", 2 * len(readings))
     assert same(guarded, erase(model, words(model, "gun"), seed=0, iterations=best))
 
 
 def test_the_last_step_is_looked_at_too(model: Model) -> None:
-    readings = [Reading(1.0, 1.0), Reading(0.5, 0.95), Reading(0.4, 0.95)]
-    well = looked(model, *readings, Reading(0.3, 0.95), iterations=5)
+    readings = [Evaluation(1.0, 1.0), Evaluation(0.5, 0.95), Evaluation(0.4, 0.95)]
+    well = looked(model, *readings, Evaluation(0.3, 0.95), iterations=5)
     assert [look["step"] for look in well.record["looks"]] == [0, 2, 4, 5]
     assert well.record["stop"] == "end"
-    spoiled = looked(model, *readings, Reading(0.0, 0.1), iterations=5)
+    spoiled = looked(model, *readings, Evaluation(0.0, 0.1), iterations=5)
     assert (spoiled.record["stop"], spoiled.record["steps"]) == ("guard", 5)
     assert same(spoiled, erase(model, words(model, "gun"), seed=0, iterations=4))
 
 
 def test_a_run_that_destroys_the_model_at_once_is_refused(model: Model) -> None:
     with pytest.raises(ErasureRefused, match=r"kept from 1.000 to 0.200$"):
-        looked(model, Reading(1.0, 1.0), Reading(0.9, 0.2))
+        looked(model, Evaluation(1.0, 1.0), Evaluation(0.9, 0.2))
     with pytest.raises(ErasureRefused, match=r"contrast from 30.000 to 2.000$"):
-        looked(model, Reading(1.0, 1.0, 30.0), Reading(0.9, 1.0, 2.0))
+        looked(model, Evaluation(1.0, 1.0, 30.0), Evaluation(0.9, 1.0, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -248,15 +257,15 @@ def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, tra
     }
     numbers |= {"trainable": "full", "eval_every": 2, "max_preserved_drop": 0.1}
     sdd = SDD(order="single", training=numbers)  # type: ignore[arg-type]
-    readings = {0: Reading(1.0, 1.0), 2: Reading(0.2, 0.95), 4: Reading(0.3, 0.95), 6: Reading(0.1, 0.5)}
+    readings = {0: Evaluation(1.0, 1.0), 2: Evaluation(0.2, 0.95), 4: Evaluation(0.3, 0.95), 6: Evaluation(0.1, 0.5)}
 
-    def run(state: Saved | None = None) -> tuple[Delta, list[int]]:
+    def run(state: SavedState | None = None) -> tuple[Delta, list[int]]:
         told = [-1] if state is None else []
 
-        def on_step(p: Progress) -> None:
+        def on_step(p: TrainingProgress) -> None:
             told.append(p.step)
             if state is None:
-                save(tmp_path / str(p.step), p.state.tensors(), p.state.numbers())
+                save(tmp_path / str(p.step), p.state.tensors(), p.state.metadata())
 
         delta = sdd.erase(
             model,

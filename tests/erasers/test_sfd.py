@@ -18,12 +18,12 @@ from deleatur.diffusion.model import Model, load
 from deleatur.diffusion.overlay import add_deltas, edited_weights
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import denoise_one_step, sample
-from deleatur.erasers.sfd import SFD, Distilled, score_identity
+from deleatur.erasers.sfd import SFD, DistillationTerm, score_identity
 from deleatur.errors import ModelError, SettingsError
 from deleatur.guides.cfg import CFG
 from deleatur.records.model import Concept
-from deleatur.training.finetune import ErasureContext
-from deleatur.training.losses import Network, Networks
+from deleatur.training.loop import ErasureContext
+from deleatur.training.losses import Denoiser, Denoisers
 
 MODELS = Path(__file__).parents[2] / "models"
 QUICK: dict[str, Any] = {"iterations": 60, "lr": 3e-3, "batch_size": 4}
@@ -33,19 +33,19 @@ def words(model: Model, *names: str) -> Concept:
     return encode.concept_from_words(model, "weapon", names)
 
 
-def terms(model: Model, instead: str) -> dict[str, Distilled]:
+def terms(model: Model, instead: str) -> dict[str, DistillationTerm]:
     """The concept is "gun"; preserved is "gun" as well, so that the two terms can be compared."""
     gun, other = encode.encode_text(model, ["gun"]), encode.encode_text(model, [instead])
-    return SFD(training={"batch_size": 3}).terms(model, gun, other, gun, seed=0)  # type: ignore[arg-type]
+    return SFD(training={"batch_size": 3}).loss_terms(model, gun, other, gun, seed=0)  # type: ignore[arg-type]
 
 
-def loss(model: Model, term: Distilled, student: dict[str, Tensor]) -> Tensor:
-    networks = Networks(Network(model, student), Network(model, student), Network(model, {}))
-    term.learns = False
+def loss(model: Model, term: DistillationTerm, student: dict[str, Tensor]) -> Tensor:
+    networks = Denoisers(Denoiser(model, student), Denoiser(model, student), Denoiser(model, {}))
+    term.trains_fake = False
     term.generator.manual_seed(5)
     with torch.no_grad():
-        rows = term.rows(networks, 0)
-    return term.error(networks.student(rows.z, rows.t, rows.c), rows.goal)
+        rows = term.batch(networks, 0)
+    return term.error(networks.student(rows.z, rows.t, rows.c), rows.target)
 
 
 def leaves(model: Model) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def test_with_the_concept_for_its_own_alternative_it_is_the_loss_of_a_preserved_
     student = {n: p.detach() + 0.01 for n, p in leaves(model).items()}
     forget, remain = (terms(model, "gun")[name] for name in ("erase", "keep"))
     for term in (forget, remain):
-        for n, w in term.fake.own.items():
+        for n, w in term.fake.weights.items():
             w.data += 0.02 * torch.randn(w.shape, generator=torch.Generator().manual_seed(len(n)))
     same = loss(model, remain, student)
     assert same.abs().max() > 1e-3
@@ -91,14 +91,14 @@ def test_only_the_generator_gets_a_gradient_and_it_comes_through_both_scores(mod
     student, term = leaves(model), terms(model, "cat")["erase"]
     loss(model, term, student).mean().backward()
     assert all(p.grad is None and not p.requires_grad for p in model.unet.parameters()), "φ has none"
-    assert all(w.grad is None for w in term.fake.own.values()), "nor has ψ, at the generator's turn"
+    assert all(w.grad is None for w in term.fake.weights.values()), "nor has ψ, at the generator's turn"
     assert sum(float(p.grad.abs().sum()) for p in student.values() if p.grad is not None) > 0
 
 
 def test_the_fake_score_learns_to_denoise_what_the_generator_makes(model: Model) -> None:
     fake = (
         SFD(fake_lr=3e-3, kappa=1.0, training={"batch_size": 8})
-        .terms(  # type: ignore[arg-type]
+        .loss_terms(  # type: ignore[arg-type]
             model,
             encode.encode_text(model, ["gun"]),
             encode.encode_text(model, [""]),
@@ -107,20 +107,20 @@ def test_the_fake_score_learns_to_denoise_what_the_generator_makes(model: Model)
         )["erase"]
         .fake
     )
-    student, draws = Network(model, {}), torch.Generator().manual_seed(0)
+    student, draws = Denoiser(model, {}), torch.Generator().manual_seed(0)
 
     def error() -> float:
-        z, t_0, t, eps = fake.draw(64, torch.Generator().manual_seed(9))
-        c = fake.asked[torch.arange(64) % 2]
+        z, t_0, t, eps = fake.sample_noise(64, torch.Generator().manual_seed(9))
+        c = fake.conditions[torch.arange(64) % 2]
         with torch.no_grad():
             x = model.schedule.predict_z0(z, student(z, t_0, c), t_0)
-            said = fake.network()(model.schedule.add_noise(x, eps, t), t, c)
+            said = fake.denoiser()(model.schedule.add_noise(x, eps, t), t, c)
         return float((said - eps).square().mean())
 
     before = error()
     for _ in range(80):
         with torch.no_grad():
-            fake.learn(student, draws)
+            fake.train_step(student, draws)
     assert error() < 0.8 * before
 
 

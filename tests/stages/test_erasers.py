@@ -1,4 +1,4 @@
-"""Erasers that need more than words: rated pictures reach the one that learns from them, what is missing is refused."""
+"""Erasers that need more than words: rated images are passed on, and missing settings are refused."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from deleatur.storage import files, tensors
 LOOP: dict[str, Any] = {"iterations": 4, "lr": 1e-3, "batch_size": 2, "eval_every": 2, "max_preserved_drop": 10.0}
 
 
-def made(root: Path, method: str, **numbers: Any) -> Settings:
-    return workspace.make(root, erase={"method": method, "source": "words", method: numbers})
+def create(root: Path, method: str, **numbers: Any) -> Settings:
+    return workspace.create(root, erase={"method": method, "source": "words", method: numbers})
 
 
-def test_safegen_learns_from_what_raters_marked_and_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safegen_learns_from_positive_and_negative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = made(tmp_path, "safegen", loop=LOOP)
+    settings = create(tmp_path, "safegen", loop=LOOP)
     for name in ("ingest", "reward"):
         stages.run(name, settings)
     pool = rated_images.RatedPool(settings, "weapon")
@@ -45,7 +45,7 @@ def test_all_but_one_without_alternative_is_refused_by_check_and_by_the_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = made(tmp_path, "abo")
+    settings = create(tmp_path, "abo")
     for refused in (lambda: check(settings), lambda: stages.run("erase", settings)):
         with pytest.raises(SettingsError, match="instead of weapon"):
             refused()
@@ -55,7 +55,7 @@ def test_the_record_of_all_but_one_says_that_it_is_a_reconstruction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = made(tmp_path, "abo", alternatives={"weapon": "cat"}, loop=LOOP)
+    settings = create(tmp_path, "abo", alternatives={"weapon": "cat"}, loop=LOOP)
     assert check(settings)
     for name in ("ingest", "reward", "erase"):
         stages.run(name, settings)

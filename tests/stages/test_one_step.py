@@ -1,4 +1,4 @@
-"""A candidate that draws in one step goes through the chain; what does not fit it is refused before anything runs."""
+"""A one-step candidate passes through the pipeline; incompatible settings are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ LOOP: dict[str, Any] = {"iterations": 2, "lr": 1e-4, "batch_size": 2, "eval_ever
 RULES = {"fit": {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": -5.0, "min_n": 2}}
 
 
-def made(root: Path, **changes: Any) -> Settings:
+def create(root: Path, **changes: Any) -> Settings:
     erase = {"method": "sfd", "source": "words", "sfd": {"training": LOOP}}
-    fits: dict[str, Any] = {"erase": erase, "attack": {"methods": {}}, "gate": {"rules": RULES}}
-    return workspace.make(root, **fits | changes)
+    defaults: dict[str, Any] = {"erase": erase, "attack": {"methods": {}}, "gate": {"rules": RULES}}
+    return workspace.create(root, **defaults | changes)
 
 
-def test_the_candidate_is_drawn_in_one_call_and_the_base_model_in_all_steps(
+def test_the_candidate_is_sampled_in_one_step_and_the_base_model_in_all_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = made(tmp_path)
+    settings = create(tmp_path)
     assert check(settings)
     for name in ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate"):
         stages.run(name, settings)
-    drawn = samples.read_listing(settings.paths.samples)
-    by_side = {side: own for side, own in drawn.groupby("side")}
-    assert set(by_side["base"]["steps"]) == {settings.sample.steps}
-    assert set(by_side["candidate"]["steps"]) == {1}
-    assert set(by_side["candidate"]["guidance"]) == {'{"from": 625}'}
+    listing = samples.read_listing(settings.paths.samples)
+    by_variant = {variant: rows for variant, rows in listing.groupby("side")}
+    assert set(by_variant["base"]["steps"]) == {settings.sample.steps}
+    assert set(by_variant["candidate"]["steps"]) == {1}
+    assert set(by_variant["candidate"]["guidance"]) == {'{"from": 625}'}
     looks = files.read_json(settings.paths.delta / "looks.json")
     assert [look["step"] for look in looks][:2] == [0, 1]
     notes = files.read_json(settings.paths.delta / "record.json")["notes"]
@@ -50,16 +50,16 @@ def test_the_candidate_is_drawn_in_one_call_and_the_base_model_in_all_steps(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"guide": {"method": "sld", "sld": {"warmup_steps": 0}}}, "guide.method: expected cfg"),
         ({"attack": {"methods": {"concept_inversion": {}}}}, "attack.methods: expected none"),
     ],
 )
 def test_guides_and_attacks_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = made(tmp_path, **changes)
-    with pytest.raises(SettingsError, match=said):
+    settings = create(tmp_path, **changes)
+    with pytest.raises(SettingsError, match=message):
         check(settings)

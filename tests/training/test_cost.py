@@ -19,8 +19,8 @@ from deleatur.diffusion.sample import sample
 from deleatur.erasers.sdd import SDD
 from deleatur.erasers.uce import UCE
 from deleatur.guides.cfg import CFG
-from deleatur.training.cost import Work, cost, drawn, speed
-from deleatur.training.finetune import ErasureContext
+from deleatur.training.cost import Workload, estimate_cost, measure_speed, sampling_workload
+from deleatur.training.loop import ErasureContext
 
 ROOT = Path(__file__).parents[2]
 BUILT_IN = ROOT / "models" / "pipeline"
@@ -53,8 +53,8 @@ def test_operations_are_those_that_torch_counts_in_the_run(
     keep = encode.encode_text(model, ["a cat"])
     with FlopCounterMode(display=False) as counted:
         sdd.erase(model, [concept], ErasureContext(1, keep))
-    said = cost(sdd.work("words"), tiny_shape)
-    assert counted.get_total_flops() == pytest.approx(said.operations, rel=0.1)
+    said = estimate_cost(sdd.workload("words"), tiny_shape)
+    assert counted.get_total_flops() == pytest.approx(said.flops, rel=0.1)
 
 
 def test_a_shape_has_what_the_model_has(model: Model, tiny_shape: Architecture) -> None:
@@ -72,12 +72,12 @@ def test_stable_diffusion_has_the_published_numbers() -> None:
     sd = stable_diffusion()
     assert sd.num_parameters == 859_520_964 + 83_653_863 + 123_060_480
     assert (sd.latent_shape, sd.text_states_shape) == ((4, 64, 64), (77, 768))
-    sdd, uce = cost(SDD().work("words"), sd), cost(UCE().work("words"), sd)
-    assert (sdd.trained, uce.trained) == (43_962_560, 19_169_280)
-    assert sdd.work.backward == 1500
-    assert sdd.work.forward == 1500 * (49 + 1) + 2 * 60, "trajectories of 24.5 guided steps, a target, drift"
-    assert uce.operations == 0
-    assert 4 * sd.num_parameters < uce.memory < sdd.memory < 24e9
+    sdd, uce = estimate_cost(SDD().workload("words"), sd), estimate_cost(UCE().workload("words"), sd)
+    assert (sdd.trainable_parameters, uce.trainable_parameters) == (43_962_560, 19_169_280)
+    assert sdd.workload.backward == 1500
+    assert sdd.workload.forward == 1500 * (49 + 1) + 2 * 60, "trajectories of 24.5 guided steps, a target, drift"
+    assert uce.flops == 0
+    assert 4 * sd.num_parameters < uce.peak_memory < sdd.peak_memory < 24e9
 
 
 def test_pictures_are_drawn_in_whole_batches(model: Model) -> None:
@@ -86,18 +86,22 @@ def test_pictures_are_drawn_in_whole_batches(model: Model) -> None:
     guide, c = CFG(), encode.encode_text(model, ["a cat"] * 5)
     with counting.rows() as took:
         sample(model, c, range(5), guide=guide, conditions=guide.conditions(model, []), steps=3, batch=4)
-    work = drawn(5, 3, 2, 4)
-    assert (took["forward"], took["wide"]) == (work.forward, work.wide)
+    work = sampling_workload(5, 3, 2, 4)
+    assert (took["forward"], took["wide"]) == (work.forward, work.max_forward_batch)
 
 
 def test_one_after_the_other_adds_what_is_done_and_takes_the_most_of_what_is_held() -> None:
-    both = Work(forward=10, wide=4, held=8, looks=1) + Work(forward=5, backward=3, wide=2, deep=2, held=4)
-    assert both == Work(forward=15, backward=3, wide=4, deep=2, held=8, looks=1)
+    both = Workload(forward=10, max_forward_batch=4, bytes_per_parameter=8, evaluations=1) + Workload(
+        forward=5, backward=3, max_forward_batch=2, max_backward_batch=2, bytes_per_parameter=4
+    )
+    assert both == Workload(
+        forward=15, backward=3, max_forward_batch=4, max_backward_batch=2, bytes_per_parameter=8, evaluations=1
+    )
 
 
 def test_speed_is_operations_over_time(tmp_path: Path, tiny_shape: Architecture) -> None:
     folder = tiny.save_pipeline(tmp_path)
-    assert 1e5 < speed(folder, tiny_shape, "float32", "cpu") < 1e13
+    assert 1e5 < measure_speed(folder, tiny_shape, "float32", "cpu") < 1e13
 
 
 MEASURE = """
@@ -107,36 +111,36 @@ import torch
 torch.set_num_threads(1)
 from deleatur.diffusion import encode
 from deleatur.diffusion import architecture
-from deleatur.training.cost import cost, drawn
+from deleatur.training.cost import estimate_cost, sampling_workload
 from deleatur.diffusion.model import load
 from deleatur.diffusion.sample import sample
 from deleatur.erasers.sdd import SDD
 from deleatur.guides.cfg import CFG
-from deleatur.training.finetune import ErasureContext
+from deleatur.training.loop import ErasureContext
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 folder, what = Path(sys.argv[1]), sys.argv[2]
-model, of = load(str(folder), device="cpu"), architecture.read(folder)
+model, of = load(str(folder), device="cpu"), architecture.from_folder(folder)
 concept, guide = encode.concept_from_words(model, "weapon", ["gun"]), CFG()
 
 def run(rows):
     if what == "draw":
         c = encode.encode_text(model, ["a gun"] * rows)
         sample(model, c, range(rows), guide=guide, conditions=guide.conditions(model, []), steps=1, batch=rows)
-        return drawn(rows, 1, 2, rows)
+        return sampling_workload(rows, 1, 2, rows)
     loop = {"iterations": 2, "sampler_steps": 2, "batch_size": rows, "lr": 1e-4, "trainable": "full", "min_relative_change": 0}
     sdd = SDD(order="single", training=loop)
     sdd.erase(model, [concept], ErasureContext(0))
-    return sdd.work("words")
+    return sdd.workload("words")
 
 run(2)
 Path("/proc/self/clear_refs").write_text("5")  # the highest point so far is forgotten
 before = memory("VmRSS")
 work = run(96)
-print(json.dumps({"said": cost(work, of).memory - 4 * of.numbers, "was": memory("VmHWM") - before}))
+print(json.dumps({"said": estimate_cost(work, of).peak_memory - 4 * of.num_parameters, "was": memory("VmHWM") - before}))
 """
 
 
@@ -171,4 +175,4 @@ def test_memory_is_what_a_gpu_gives() -> None:
     torch.cuda.reset_peak_memory_stats()
     sdd.erase(model, [concept], ErasureContext(0))
     was = torch.cuda.max_memory_allocated() - before
-    assert cost(sdd.work("words"), of).memory == pytest.approx(was, rel=1 / 3)
+    assert estimate_cost(sdd.workload("words"), of).peak_memory == pytest.approx(was, rel=1 / 3)

@@ -20,7 +20,7 @@ from deleatur.diffusion.predict import predict
 from deleatur.erasers.sdd import SDD
 from deleatur.records.model import Delta
 from deleatur.storage.tensors import load, save
-from deleatur.training.finetune import ErasureContext, Progress, Reading
+from deleatur.training.loop import ErasureContext, Evaluation, TrainingProgress
 from deleatur.training.parameters import select
 
 NAMES = ("gun", "sword", "cat")
@@ -119,8 +119,8 @@ def test_the_target_carries_no_gradient(model: Model) -> None:
     """Adam's first moment after one step is a tenth of the gradient: compared with one worked out here."""
     moments: dict[str, Tensor] = {}
 
-    def on_step(p: Progress) -> None:
-        moments.update({n: p.state.optimiser.state[w]["exp_avg"].clone() for n, w in p.state.student.items()})
+    def on_step(p: TrainingProgress) -> None:
+        moments.update({n: p.state.optimizer.state[w]["exp_avg"].clone() for n, w in p.state.student.items()})
 
     numbers: dict[str, Any] = {
         "iterations": 1,
@@ -191,7 +191,13 @@ def test_who_plays_which_role_in_turn(
     assert prompted == {name for pair in c_p for name in pair}
 
 
-READINGS = (Reading(1.0, 1.0), Reading(0.6, 0.97), Reading(0.5, 0.96), Reading(0.4, 0.5), Reading(0.0, 1.0))
+READINGS = (
+    Evaluation(1.0, 1.0),
+    Evaluation(0.6, 0.97),
+    Evaluation(0.5, 0.96),
+    Evaluation(0.4, 0.5),
+    Evaluation(0.0, 1.0),
+)
 """Of the base and after every second step. The guard trips at the sixth, and the fourth was the best look."""
 
 
@@ -228,9 +234,9 @@ def test_a_run_taken_up_again_remembers_its_looks_and_its_best(
     whole = sdd.erase(model, [concept], ErasureContext(1, probe=lambda w: next(left)))
     assert (whole.record["stop"], whole.record["steps"]) == (stop, {"guard": 6, "target": 4}[stop])
 
-    def on_step(p: Progress) -> None:
+    def on_step(p: TrainingProgress) -> None:
         if p.step == killed:
-            save(tmp_path / "state.safetensors", p.state.tensors(), p.state.numbers())
+            save(tmp_path / "state.safetensors", p.state.tensors(), p.state.metadata())
             raise Killed
 
     readings = iter(READINGS)

@@ -15,18 +15,27 @@ from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights, guided_step
 from deleatur.training.parameters import select
-from deleatur.training.trajectories import Fresh, Pool, Replay, Source, Visit, draw_stages, stage_weights, trajectories
+from deleatur.training.trajectories import (
+    FreshTrajectories,
+    TrajectoryPool,
+    TrajectoryReplay,
+    TrajectorySampler,
+    TrajectoryStates,
+    acceptance_probabilities,
+    build_trajectories,
+    sample_steps,
+)
 
 
-def source(model: Model, steps: int, seed: int = 0, conditions: int = 2) -> Source:
+def source(model: Model, steps: int, seed: int = 0, conditions: int = 2) -> TrajectorySampler:
     c = encode_text(model, ["gun", "sword", "cat"][:conditions])
-    return Source(model, encode_text(model, [""]), c, 3.0, steps, torch.Generator().manual_seed(seed))
+    return TrajectorySampler(model, encode_text(model, [""]), c, 3.0, steps, torch.Generator().manual_seed(seed))
 
 
-def walk(model: Model, s: Source, z: Tensor, k: int, condition: int) -> Tensor:
+def walk(model: Model, s: TrajectorySampler, z: Tensor, k: int, condition: int) -> Tensor:
     """k guided steps, written out."""
     for j in range(k):
-        z = guided_step(model, {}, z, torch.tensor([j]), s.empty, s.conditions[[condition]], s.s_g, s.steps)
+        z = guided_step(model, {}, z, torch.tensor([j]), s.c_0, s.conditions[[condition]], s.s_g, s.sampler_steps)
     return z
 
 
@@ -39,18 +48,18 @@ def test_k_steps_cost_exactly_k_guided_calls(model: Model, monkeypatch: pytest.M
         return plain(m, w, z, t, c)  # type: ignore[arg-type]
 
     monkeypatch.setattr(predict_module, "predict", counting)
-    fresh = Fresh(source(model, 6), batch=1, law="uniform")
+    fresh = FreshTrajectories(source(model, 6), batch_size=1, distribution="uniform")
     for _ in range(12):
         calls.clear()
-        visit = fresh.visit({})
+        visit = fresh.next_batch({})
         assert calls == [2] * int(visit.k)
 
 
 def test_a_fresh_state_is_the_end_of_its_own_trajectory(model: Model) -> None:
     s = source(model, 5)
-    visit = Fresh(s, batch=4, law="uniform").visit({})
+    visit = FreshTrajectories(s, batch_size=4, distribution="uniform").next_batch({})
     again = source(model, 5)
-    draw_stages("uniform", 5, (4,), again.generator)
+    sample_steps("uniform", 5, (4,), again.generator)
     z = again.noise(4)
     for i, k in enumerate(visit.k.tolist()):
         assert torch.allclose(visit.z[i], walk(model, s, z[i : i + 1], k, int(visit.condition[i]))[0], atol=1e-4)
@@ -59,13 +68,13 @@ def test_a_fresh_state_is_the_end_of_its_own_trajectory(model: Model) -> None:
 def test_every_state_of_the_pool_is_a_state_of_a_fresh_trajectory(model: Model) -> None:
     """With a frozen teacher a slot's states are those of one trajectory from the slot's own noise."""
     s = source(model, 4)
-    pool = Pool(s, batch=2, slots=4, law="uniform")
+    pool = TrajectoryPool(s, batch_size=2, pool_size=4, distribution="uniform")
     started = {slot: pool.z[slot].clone() for slot in (pool.k == 0).nonzero().flatten().tolist()}
     condition = pool.condition.clone()
     seen: dict[int, list[tuple[int, Tensor]]] = {slot: [] for slot in started}
     for _ in range(6):
         order = pool.order[(int(pool.position) + torch.arange(2)) % 4].tolist()
-        visit = pool.visit({})
+        visit = pool.next_batch({})
         for row, slot in enumerate(order):
             if slot in seen and len(seen[slot]) < 4:
                 seen[slot].append((int(visit.k[row]), visit.z[row]))
@@ -85,7 +94,7 @@ def moving(model: Model, i: int) -> dict[str, Tensor]:
 def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int, batch: int, slots: int) -> None:
     """The staggered pool, written out: a list of slots, one after the other."""
     s, own = source(model, steps, seed=3, conditions=3), torch.Generator().manual_seed(3)
-    pool = Pool(s, batch=batch, slots=slots, law="uniform")
+    pool = TrajectoryPool(s, batch_size=batch, pool_size=slots, distribution="uniform")
 
     def advanced(rows: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
         """One guided step of some slots, in one call: other shapes of a call have other last bits."""
@@ -93,7 +102,7 @@ def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int
             return
         z, k = torch.stack([r["z"] for r in rows]), torch.tensor([r["k"] for r in rows])
         c_p = torch.stack([s.conditions[r["c"]] for r in rows])
-        for row, z_next in zip(rows, guided_step(model, weights, z, k, s.empty, c_p, 3.0, steps), strict=True):
+        for row, z_next in zip(rows, guided_step(model, weights, z, k, s.c_0, c_p, 3.0, steps), strict=True):
             row["z"], row["k"] = z_next, row["k"] + 1
 
     order = torch.randperm(slots, generator=own).tolist()
@@ -107,7 +116,7 @@ def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int
     for i in range(3 * steps):
         mine = [table[order[(position + j) % slots]] for j in range(batch)]
         position += batch
-        visit = pool.visit(moving(model, i))
+        visit = pool.next_batch(moving(model, i))
         assert torch.equal(visit.z, torch.stack([r["z"] for r in mine]))
         assert visit.k.tolist() == [r["k"] for r in mine]
         assert visit.condition.tolist() == [r["c"] for r in mine]
@@ -120,44 +129,46 @@ def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int
 
 
 def test_stages_of_the_pool_are_uniform(model: Model) -> None:
-    pool = Pool(source(model, 4), batch=2, slots=8, law="uniform")
-    counts = Counter(k for _ in range(16) for k in pool.visit({}).k.tolist())
+    pool = TrajectoryPool(source(model, 4), batch_size=2, pool_size=8, distribution="uniform")
+    counts = Counter(k for _ in range(16) for k in pool.next_batch({}).k.tolist())
     assert set(counts) == {0, 1, 2, 3}
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_conditions_take_turns(model: Model) -> None:
-    fresh = Fresh(source(model, 2, conditions=3), batch=2, law="uniform")
-    counts = Counter(c for _ in range(9) for c in fresh.visit({}).condition.tolist())
+    fresh = FreshTrajectories(source(model, 2, conditions=3), batch_size=2, distribution="uniform")
+    counts = Counter(c for _ in range(9) for c in fresh.next_batch({}).condition.tolist())
     assert set(counts.values()) == {6}
 
 
 def test_a_pool_of_one_step_trains_on_pure_noise(model: Model) -> None:
-    pool = Pool(source(model, 1), batch=4, slots=4, law="uniform")
-    visits = [pool.visit({}) for _ in range(3)]
+    pool = TrajectoryPool(source(model, 1), batch_size=4, pool_size=4, distribution="uniform")
+    visits = [pool.next_batch({}) for _ in range(3)]
     assert all((v.k == 0).all() for v in visits)
     assert not torch.equal(visits[0].z, visits[1].z)
 
 
 def test_pool_state_survives_its_tensors(model: Model) -> None:
-    one, other = (Pool(source(model, 3, seed), batch=2, slots=4, law="uniform") for seed in (0, 1))
-    one.visit({})
+    one, other = (
+        TrajectoryPool(source(model, 3, seed), batch_size=2, pool_size=4, distribution="uniform") for seed in (0, 1)
+    )
+    one.next_batch({})
     other.restore({n: t.clone() for n, t in one.tensors().items()})
-    other.source.generator.set_state(one.source.generator.get_state())
+    other.sampler.generator.set_state(one.sampler.generator.get_state())
     for _ in range(8):
-        a, b = one.visit({}), other.visit({})
+        a, b = one.next_batch({}), other.next_batch({})
         assert torch.equal(a.z, b.z)
         assert torch.equal(a.k, b.k)
 
 
-def rounds(replay: Replay, n: int) -> list[tuple[Visit, Tensor]]:
-    return [replay.visit() for _ in range(n)]
+def rounds(replay: TrajectoryReplay, n: int) -> list[tuple[TrajectoryStates, Tensor]]:
+    return [replay.next_batch() for _ in range(n)]
 
 
 def test_replayed_states_are_those_of_trajectories_each_used_once(model: Model) -> None:
     """6 trajectories of 3 steps, 2 states a visit: 9 visits are all of them, the tenth begins new ones."""
     s = source(model, 3)
-    replay = Replay(s, {}, batch=2, slots=6)
+    replay = TrajectoryReplay(s, {}, batch_size=2, pool_size=6)
     found = rounds(replay, 9)
     first = replay.z.reshape(3, 6, *replay.z.shape[1:])
     k, condition = (torch.cat([getattr(v, part) for v, _ in found]) for part in ("k", "condition"))
@@ -169,13 +180,13 @@ def test_replayed_states_are_those_of_trajectories_each_used_once(model: Model) 
             z = walk(model, s, first[0, slot : slot + 1], stage, int(replay.condition[slot]))[0]
             assert torch.allclose(first[stage, slot], z, atol=1e-4)
             assert (states == first[stage, slot]).flatten(1).all(1).sum() == 1
-    fresh, _ = replay.visit()
+    fresh, _ = replay.next_batch()
     assert not any((states == z).all() for z in fresh.z)
 
 
 def test_what_a_replay_says_of_a_state_is_the_networks_prediction(model: Model) -> None:
     s = source(model, 4)
-    visit, eps = Replay(s, {}, batch=5, slots=3).visit()
+    visit, eps = TrajectoryReplay(s, {}, batch_size=5, pool_size=3).next_batch()
     t = torch.tensor(model.schedule.timesteps(4))[visit.k]
     with torch.no_grad():
         expected = predict_module.predict(model, {}, visit.z, t, s.conditions[visit.condition])
@@ -183,7 +194,7 @@ def test_what_a_replay_says_of_a_state_is_the_networks_prediction(model: Model) 
 
 
 def test_beta_law_has_its_moments() -> None:
-    k = draw_stages("beta33", 50, (100_000,), torch.Generator().manual_seed(0)).double()
+    k = sample_steps("beta33", 50, (100_000,), torch.Generator().manual_seed(0)).double()
     assert k.mean() == pytest.approx(24.5, abs=0.1)
     assert k.std() == pytest.approx(9.45, abs=0.1)
 
@@ -194,17 +205,17 @@ def test_thinning_reproduces_the_beta_law() -> None:
 
     edges = torch.linspace(0, 1, 51, dtype=torch.float64).numpy()
     expected = torch.from_numpy(stats.beta(3, 3).cdf(edges)).diff()
-    accept = stage_weights("beta33", 50)
+    accept = acceptance_probabilities("beta33", 50)
     assert torch.allclose(accept.double() / accept.double().sum(), expected, atol=1e-7)
     assert accept.mean() == pytest.approx(0.53, abs=0.01)
-    assert torch.equal(stage_weights("uniform", 7), torch.ones(7))
+    assert torch.equal(acceptance_probabilities("uniform", 7), torch.ones(7))
 
 
 def test_a_thinned_pool_follows_the_law(model: Model) -> None:
-    pool = Pool(source(model, 5), batch=2, slots=16, law="beta33")
-    k = torch.cat([pool.visit({}).k for _ in range(300)])
+    pool = TrajectoryPool(source(model, 5), batch_size=2, pool_size=16, distribution="beta33")
+    k = torch.cat([pool.next_batch({}).k for _ in range(300)])
     share = torch.bincount(k, minlength=5).double() / len(k)
-    accept = stage_weights("beta33", 5).double()
+    accept = acceptance_probabilities("beta33", 5).double()
     assert torch.allclose(share, accept / accept.sum(), atol=0.05)
 
 
@@ -215,15 +226,15 @@ def test_trajectories_go_no_further_than_the_last_stage_that_is_trained_on(
     """The first S of N stages, each as often as the others, on the levels of the N-step sampler."""
     s = replace(source(model, 6), stages=3)
     advanced: list[int] = []
-    plain = Source.advance
+    plain = TrajectorySampler.advance
 
-    def advance(self: Source, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+    def advance(self: TrajectorySampler, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
         advanced.extend(k.tolist())
         return plain(self, weights, z, k, condition)
 
-    monkeypatch.setattr(Source, "advance", advance)
-    made = trajectories(kind, s, batch=2, slots=6, law="uniform")  # type: ignore[arg-type]
-    seen = Counter(k for _ in range(30) for k in made.visit({}).k.tolist())
+    monkeypatch.setattr(TrajectorySampler, "advance", advance)
+    made = build_trajectories(kind, s, batch_size=2, pool_size=6, distribution="uniform")  # type: ignore[arg-type]
+    seen = Counter(k for _ in range(30) for k in made.next_batch({}).k.tolist())
     assert set(seen) == {0, 1, 2}
     assert max(advanced) == 1, "a state after the last stage is never made"
     if kind == "pool":

@@ -1,4 +1,4 @@
-"""Shelf: what removes a concept from the weights. Gives back a Delta; the given model stays as it was."""
+"""Plug-in kind: methods that remove a concept from the weights. They return a Delta and leave the model unmodified."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from pydantic import BaseModel, ConfigDict
 
 from deleatur.diffusion.model import Model
 from deleatur.records.model import Concept, ConceptSource, Delta
-from deleatur.training.cost import Work
-from deleatur.training.finetune import ErasureContext
+from deleatur.training.cost import Workload
+from deleatur.training.loop import ErasureContext
 
 
 class Eraser(BaseModel):
-    """A method with its named numbers."""
+    """An erasure method; its fields are its hyperparameters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    learns_from_pictures: ClassVar[bool] = False
-    """Whether concepts need their rated pictures."""
+    learns_from_images: ClassVar[bool] = False
+    """Whether concepts need their rated images."""
 
     @property
     def one_step(self) -> int | None:
-        """As `Delta.one_step`, of what comes back."""
+        """`Delta.one_step` of the result."""
         return None
 
     def notes(self) -> list[str]:
-        """What a reader of a report must know: what is ours and not the paper's, where a method is a reconstruction."""
+        """Deviations from the paper, for the report."""
         return []
 
-    def fits(self, concepts: Sequence[str]) -> None:
-        """Raises SettingsError when the numbers lack what the method must know of one of the concepts."""
+    def check_concepts(self, concepts: Sequence[str]) -> None:
+        """Raises SettingsError when the hyperparameters lack what the method needs for one of the concepts."""
 
     @abstractmethod
-    def work(self, source: ConceptSource) -> Work:
-        """What erasing asks of the networks, of concepts in words or soft tokens, without the looks of a probe."""
+    def workload(self, source: ConceptSource) -> Workload:
+        """Network calls of an erasure, evaluations excluded."""
 
     @abstractmethod
-    def touches(self, model: Model) -> set[str]:
-        """Names of the UNet tensors that the delta may hold."""
+    def touched_parameters(self, model: Model) -> set[str]:
+        """Names of the UNet parameters that the delta may contain."""
 
     @abstractmethod
     def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
-        """The difference that removes the concepts.
+        """The weight difference that removes the concepts.
 
-        Same model, hyperparameters, preserved prompts and seed: same delta.
+        Equal model, hyperparameters, concepts, preserved prompts and seed give equal deltas, bit for bit.
         Raises ErasureRefused when the run did nothing or destroyed the model.
         """

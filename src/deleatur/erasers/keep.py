@@ -1,4 +1,4 @@
-"""The untouched model: the baseline row of every comparison."""
+"""The unmodified model: the baseline row of every benchmark."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.records.model import Concept, ConceptSource, Delta
-from deleatur.training.cost import Work
-from deleatur.training.finetune import ErasureContext
+from deleatur.training.cost import Workload
+from deleatur.training.loop import ErasureContext
 
 
 class Keep(Eraser):
     """θ = θ₀."""
 
-    def work(self, source: ConceptSource) -> Work:
-        return Work()
+    def workload(self, source: ConceptSource) -> Workload:
+        return Workload()
 
-    def touches(self, model: Model) -> set[str]:
+    def touched_parameters(self, model: Model) -> set[str]:
         return set()
 
     def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:

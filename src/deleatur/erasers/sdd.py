@@ -2,9 +2,9 @@
 
 min_θ E ‖ ε_θ(z⁽ᵏ⁾, τ_k, c_s) − sg[ε_θ(z⁽ᵏ⁾, τ_k, c₀)] ‖²
 
-z⁽ᵏ⁾ comes from the EMA teacher with guidance, prompted with c_p; the target is the student's own unconditional
-output; the teacher is what is returned. Deviations from the released code: its errors (a finished picture trained on
-for k = 0, a timestep label off by up to 18, roles swapped, gradients kept on frozen tensors) are not repeated.
+The EMA teacher makes z⁽ᵏ⁾ with guidance, prompted with c_p; the target is the student's own unconditional prediction;
+the teacher is returned. Deviations from the released code: its errors are not repeated (a finished image trained on
+for k = 0, a timestep off by up to 18, roles swapped, gradients kept on frozen tensors).
 """
 
 from __future__ import annotations
@@ -20,68 +20,76 @@ from deleatur.diffusion.encode import encode_joint_prompt, encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.records.model import Concept, ConceptSource, Delta
-from deleatur.training.cost import Work
-from deleatur.training.finetune import ErasureContext, Loop, finetune, prompted
-from deleatur.training.losses import Networks, Target
+from deleatur.training.config import TrajectoryTrainingConfig
+from deleatur.training.cost import Workload
+from deleatur.training.loop import ErasureContext, finetune, trajectory_terms
+from deleatur.training.losses import Denoisers, TargetFunction
 from deleatur.training.parameters import select
-from deleatur.training.trajectories import Law
+from deleatur.training.trajectories import TimestepDistribution
 
 
-def towards_empty(c_0: Tensor, *, frozen: bool) -> Target:
-    """sg[ε(z, t, c₀)]: the student's own unconditional output of this very step, or the base model's (`frozen`)."""
+def unconditional_target(c_0: Tensor, *, frozen: bool) -> TargetFunction:
+    """sg[ε(z, t, c₀)] of the student at the current step, or of the base model (`frozen`)."""
 
-    def target(networks: Networks, z: Tensor, t: Tensor, which: Tensor) -> Tensor:
-        # Not one pass with ε_s: the backward pass would then run over both.
-        return (networks.base if frozen else networks.student)(z, t, c_0)
+    def target(denoisers: Denoisers, z: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        # A call of its own: in one call with ε_s, the backward pass would run over both.
+        return (denoisers.base if frozen else denoisers.student)(z, t, c_0)
 
     return target
 
 
-LAWS: dict[ConceptSource, Law] = {"words": "uniform", "token": "beta33"}
-"""Which stages are trained on, where nothing is said: tokens are erased as in HFI."""
+DEFAULT_DISTRIBUTIONS: dict[ConceptSource, TimestepDistribution] = {"words": "uniform", "token": "beta33"}
+"""Timestep distribution where none is configured: of SDD for words, of HFI for tokens."""
 
 
 class SDD(Eraser):
     """Safe self-distillation. With soft tokens as concepts this is HFI+SDD (Kim et al. 2024, arXiv 2407.21032)."""
 
     order: Literal["paper", "code", "single"] = "paper"
-    """Who plays c_p and c_s when there are several descriptions:
-    paper   c_p one of them in turn, c_s all joined in one sentence (Algorithm 1)
+    """Roles of several descriptions:
+    paper   c_p one of them in turn, c_s all joined in one prompt (Algorithm 1)
     code    c_p all joined, c_s one of them in turn (the released code)
-    single  c_p = c_s = one of them in turn (ours; the only one whose effect reaches single words)"""
-    training: Loop = Field(default_factory=Loop)
-    """With `loop.preserve` above 0 the unconditional target is the base model's, which cannot drift (ours)."""
+    single  c_p = c_s = one of them in turn (ours; the only one that affects single words)"""
+    training: TrajectoryTrainingConfig = Field(default_factory=TrajectoryTrainingConfig)
+    """With a `preservation_weight` above 0 the target is the base model's unconditional prediction, which cannot drift
+    (ours)."""
 
     def notes(self) -> list[str]:
-        found = self.training.notes()
+        notes = self.training.notes()
         if self.order == "single":
-            found.append("Each word or token was erased by itself; in the papers, several play their parts together.")
+            notes.append("Each word or token was erased by itself; in the papers, several share the two roles.")
         if self.training.preservation_weight:
-            found.append("The target is what the base model says without a prompt; in the papers, the student itself.")
-        return found
+            notes.append("The target is the base model's unconditional prediction; in the papers, the student's own.")
+        return notes
 
-    def work(self, source: ConceptSource) -> Work:
-        return self.training.prompted(1, law=LAWS[source])
+    def workload(self, source: ConceptSource) -> Workload:
+        return self.training.trajectory_workload(1, default_distribution=DEFAULT_DISTRIBUTIONS[source])
 
-    def touches(self, model: Model) -> set[str]:
+    def touched_parameters(self, model: Model) -> set[str]:
         return set(select(model.unet, self.training.trainable))
 
-    def roles(self, model: Model, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
+    def condition_roles(self, model: Model, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
         """(c_p, c_s), each (n, L, d)."""
         each = torch.cat([c.states for c in concepts])
         if self.order == "single":
             return each, each
-        together = encode_joint_prompt(model, concepts)
-        return (each, together) if self.order == "paper" else (together, each)
+        joint = encode_joint_prompt(model, concepts)
+        return (each, joint) if self.order == "paper" else (joint, each)
 
     def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         c_0 = encode_text(model, [""])
-        c_p, c_s = self.roles(model, concepts)
-        target = towards_empty(c_0, frozen=self.training.preservation_weight > 0)
-        paired = self.order == "single"
-        law = LAWS["token" if all(c.source == "token" for c in concepts) else "words"]
-        terms = prompted(
-            model, self.training, target, c_p=c_p, c_s=c_s, c_0=c_0, paired=paired, law=law, context=context
+        c_p, c_s = self.condition_roles(model, concepts)
+        source: ConceptSource = "token" if all(c.source == "token" for c in concepts) else "words"
+        terms = trajectory_terms(
+            model,
+            self.training,
+            unconditional_target(c_0, frozen=self.training.preservation_weight > 0),
+            c_p=c_p,
+            c_s=c_s,
+            c_0=c_0,
+            paired=self.order == "single",
+            context=context,
+            default_distribution=DEFAULT_DISTRIBUTIONS[source],
         )
         tensors, record = finetune(model, self.training, terms, c_0=c_0, context=context)
         return Delta(tensors, model.unet_digest, "sdd", self.model_dump(), tuple(c.name for c in concepts), record)

@@ -1,17 +1,17 @@
-"""SFD, score forgetting distillation (Chen et al. 2025, arXiv 2409.11219): a generator of one step that unlearns.
+"""SFD, score forgetting distillation (Chen et al. 2025, arXiv 2409.11219): a one-step generator that unlearns.
 
-x = G(c): one call at level t₀, from √(1−ᾱ_t₀) n with noise n                     x_t: x at another level t
-f(x_t, c): the clean latent that a network sees in x_t, guided by κ              φ: base model, frozen
-ψ: a third copy, trained to see what is in G's own pictures ("fake score")
+x = G(c): one call at timestep t₀, from √(1−ᾱ_t₀) n with noise n                  x_t: x with noise of timestep t
+f(x_t, c): a network's prediction of the clean latent in x_t, guided by κ         φ: base model, frozen
+ψ: a third copy, trained to denoise G's own images ("fake score")
 
 ψ:  min E ‖ ε_ψ(x_t, t, c) − ε ‖²
 G:  min E ⟨ f_φ(x_t, c_T) − f_ψ(x_t, c),  f_φ(x_t, c_T) − x − α (f_φ(x_t, c_T) − f_ψ(x_t, c)) ⟩ / w,  w = mean |x − f_φ|
 
-Where φ and ψ see the same, G has nothing to learn. For preserved prompts c_T = c: G learns to draw what the base model
-draws. For the concept c_T is its alternative's. What comes back is no model for the sampler: it draws in one step, and
-no guide steers it. As in SiD-LSG, which it builds on, all three networks start as the base model, and κ guides both
-scores. Deviations: the gradient's norm is capped and not each of its numbers; the released code starts from a generator
-that was distilled before.
+Where φ and ψ predict the same, G's loss is 0. For preserved prompts c_T = c: G learns to generate what the base model
+generates. For the concept c_T is that of its alternative. The result does not work with the sampler: it generates in
+one step, which no guide can steer. As in SiD-LSG, which it builds on, all three networks start as the base model, and κ
+guides both scores. Deviations: the gradient is clipped by its norm, not elementwise; the released code starts from a
+generator that was distilled before.
 """
 
 from __future__ import annotations
@@ -30,30 +30,31 @@ from deleatur.errors import SettingsError
 from deleatur.maths.guidance import cfg
 from deleatur.maths.seeds import generator
 from deleatur.records.model import Concept, ConceptSource, Delta
-from deleatur.training.cost import Work
-from deleatur.training.finetune import ErasureContext, Training, finetune
-from deleatur.training.losses import Network, Networks, Rows
-from deleatur.training.optimizer_state import moments, parts, restore_moments
+from deleatur.training.config import TrainingConfig
+from deleatur.training.cost import Workload
+from deleatur.training.loop import ErasureContext, finetune
+from deleatur.training.losses import Batch, Denoiser, Denoisers
+from deleatur.training.optimizer_state import group_by_prefix, optimizer_tensors, restore_optimizer
 from deleatur.training.parameters import Selector, select
 
 
 def score_identity(x: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
-    """(b,) of G's pictures x and of what φ (real) and ψ (fake) see in them, each (b, C, H, W)."""
-    apart = real - fake
+    """(b,) of G's images x, and of the clean latents that φ (real) and ψ (fake) predict, each (b, C, H, W)."""
+    difference = real - fake
     w = (x - real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
-    loss: Tensor = (apart * (real - x - alpha * apart)).flatten(1).mean(1) / w
+    loss: Tensor = (difference * (real - x - alpha * difference)).flatten(1).mean(1) / w
     return loss
 
 
-def guided(network: Network, z: Tensor, t: Tensor, c: Tensor, c_0: Tensor, kappa: float) -> Tensor:
-    """ε (b, …) with classifier-free guidance, in one call of 2b rows; gradients pass."""
+def guided_noise(denoiser: Denoiser, z: Tensor, t: Tensor, c: Tensor, c_0: Tensor, kappa: float) -> Tensor:
+    """ε (b, …) with classifier-free guidance, in one call of 2b rows, with gradient."""
     both = torch.cat([c_0.expand(len(z), -1, -1), c])
-    eps_0, eps_c = network(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+    eps_0, eps_c = denoiser(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
     return cfg(eps_0, eps_c, kappa)
 
 
-class SFDTraining(Training):
-    """Numbers of the released script for Stable Diffusion."""
+class SFDTraining(TrainingConfig):
+    """Defaults of the released script for Stable Diffusion."""
 
     trainable: Selector = "full"
     iterations: int = Field(12500, gt=0)
@@ -61,41 +62,41 @@ class SFDTraining(Training):
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.0, ge=0, lt=1)
     ema_decay: float = Field(0.0, ge=0, le=1)
-    """0: the generator itself comes back."""
+    """0: the generator itself is returned."""
     batch_size: int = Field(8, gt=0)
-    """b, pictures of the concept per iteration, and as many of preserved prompts."""
+    """b, images of the concept per iteration, and as many of preserved prompts."""
 
 
 class SFD(Eraser):
     alternatives: dict[str, str] = Field(default_factory=dict)
-    """What a concept is drawn as from now on, {weapon: toy}; nothing for those that are not named."""
+    """What the model generates in a concept's place, {weapon: toy}; for concepts not listed, as without a prompt."""
     start: int = Field(625, ge=0, lt=1000)
     """t₀."""
     kappa: float = 4.5
-    """κ, guidance of both scores. The generator itself is not guided: what it draws is guided already."""
+    """κ, guidance scale of both scores. G itself is not guided: it learns guided images."""
     alpha: float = 1.0
-    """α. 1.2 for small pictures, in the paper."""
+    """α. 1.2 for small images, in the paper."""
     levels: tuple[int, int] = (20, 980)
-    """t is at least the first and below the second."""
+    """Range of t: from the first to below the second."""
     fake_lr: float = Field(3e-6, gt=0)
     """Learning rate of ψ."""
     forget_weight: float = Field(1.0, ge=0)
-    """Weight of the concept's pictures."""
+    """Weight of the concept's images."""
     remain_weight: float = Field(1.0, ge=0)
-    """Weight of preserved prompts' pictures, which the generator learns to draw from."""
+    """Weight of the preserved prompts' images."""
     training: SFDTraining = Field(default_factory=SFDTraining)
 
     @field_validator("levels")
     @classmethod
-    def in_order(cls, given: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= given[0] < given[1] <= 1000:
-            raise ValueError(f"expected two of 0 to 1000, the smaller one first, got {given[0]} and {given[1]}")
-        return given
+    def check_order(cls, levels: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= levels[0] < levels[1] <= 1000:
+            raise ValueError(f"expected two of 0 to 1000, the smaller one first, got {levels[0]} and {levels[1]}")
+        return levels
 
     def notes(self) -> list[str]:
         return [
-            "SFD's candidate draws each picture in one step, the base model in many: part of every difference between "
-            "them is that.",
+            "SFD's candidate generates each image in one step, the base model in many: that is part of every "
+            "difference between them.",
             *self.training.notes(),
         ]
 
@@ -103,123 +104,144 @@ class SFD(Eraser):
     def one_step(self) -> int:
         return self.start
 
-    def work(self, source: ConceptSource) -> Work:
-        """For each of b: ψ learns from four rows, guided and of both kinds; G draws two, and learns through eight."""
+    def workload(self, source: ConceptSource) -> Workload:
+        """For each of b: ψ trains on four rows, guided and of both kinds; G makes two, with gradient through eight."""
         b, n = self.training.batch_size, self.training.iterations
-        scores = Work(forward=2 * b * n, backward=(4 + 8) * b * n, wide=2 * b, deep=(2 + 8) * b, held=4 + 8)
-        student = self.training.work(b, b)
-        return replace(student + scores, held=student.held + scores.held)
+        scores = Workload(
+            forward=2 * b * n,
+            backward=(4 + 8) * b * n,
+            max_forward_batch=2 * b,
+            max_backward_batch=(2 + 8) * b,
+            bytes_per_parameter=4 + 8,
+        )
+        student = self.training.workload(b, b)
+        bytes_per_parameter = student.bytes_per_parameter + scores.bytes_per_parameter  # in memory at the same time
+        return replace(student + scores, bytes_per_parameter=bytes_per_parameter)
 
-    def touches(self, model: Model) -> set[str]:
+    def touched_parameters(self, model: Model) -> set[str]:
         return set(select(model.unet, self.training.trainable))
 
-    def terms(self, model: Model, c: Tensor, c_alt: Tensor, keep: Tensor, seed: int) -> dict[str, Distilled]:
-        """c, c_alt (n, L, d): the concepts, and what φ is asked in their place; keep (q, L, d)."""
-        fake = Fake(model, self, encode_text(model, [""]), torch.cat([c, keep]))
+    def loss_terms(
+        self, model: Model, c: Tensor, c_alt: Tensor, c_keep: Tensor, seed: int
+    ) -> dict[str, DistillationTerm]:
+        """c, c_alt (n, L, d): the concepts, and the conditions of φ in their place; c_keep (q, L, d)."""
+        fake = FakeScore(model, self, encode_text(model, [""]), torch.cat([c, c_keep]))
+        forget, remain = (generator(seed, "erase", label) for label in ("forget", "remain"))
         return {
-            "erase": Distilled(fake, c, c_alt, self.forget_weight, generator(seed, "erase", "forget"), learns=True),
-            "keep": Distilled(fake, keep, keep, self.remain_weight, generator(seed, "erase", "remain")),
+            "erase": DistillationTerm(fake, c, c_alt, self.forget_weight, forget, trains_fake=True),
+            "keep": DistillationTerm(fake, c_keep, c_keep, self.remain_weight, remain),
         }
 
     def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
-        if (keep := context.preserve) is None:
-            raise SettingsError("sfd learns to draw from prompts to preserve, and there are none")
+        if (c_keep := context.preserve) is None:
+            raise SettingsError("sfd learns to generate prompts to preserve, and there are none")
         c = torch.cat([c.states for c in concepts])
         c_alt = torch.cat([encode_replacement(model, c, self.alternatives.get(c.name, "")) for c in concepts])
-        terms = self.terms(model, c, c_alt, keep, context.seed)
+        terms = self.loss_terms(model, c, c_alt, c_keep, context.seed)
         tensors, record = finetune(model, self.training, terms, c_0=encode_text(model, [""]), context=context)
         names = tuple(c.name for c in concepts)
         return Delta(tensors, model.unet_digest, "sfd", self.model_dump(), names, record, one_step=self.start)
 
 
-class Fake:
-    """ψ, and how it learns."""
+class FakeScore:
+    """ψ and its training."""
 
-    def __init__(self, model: Model, numbers: SFD, c_0: Tensor, asked: Tensor) -> None:
-        self.model, self.numbers, self.c_0, self.asked = model, numbers, c_0, asked
-        self.own = {n: p.detach().clone().float().requires_grad_() for n, p in select(model.unet, "full").items()}
-        betas = (numbers.training.adam_beta1, 0.999)
-        self.optimiser = torch.optim.AdamW(self.own.values(), lr=numbers.fake_lr, betas=betas, weight_decay=0.0)
+    def __init__(self, model: Model, config: SFD, c_0: Tensor, conditions: Tensor) -> None:
+        self.model, self.config, self.c_0, self.conditions = model, config, c_0, conditions
+        self.weights = {n: p.detach().clone().float().requires_grad_() for n, p in select(model.unet, "full").items()}
+        betas = (config.training.adam_beta1, 0.999)
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.fake_lr, betas=betas, weight_decay=0.0)
 
-    def network(self, *, learning: bool = False) -> Network:
-        weights = {n: (w if learning else w.detach()).to(self.model.dtype) for n, w in self.own.items()}
-        return Network(self.model, weights)
+    def denoiser(self, *, with_gradient: bool = False) -> Denoiser:
+        weights = {n: (w if with_gradient else w.detach()).to(self.model.dtype) for n, w in self.weights.items()}
+        return Denoiser(self.model, weights)
 
-    def learn(self, student: Network, draws: torch.Generator) -> None:
-        """One step of the optimiser, on new pictures of everything that G is asked for."""
-        schedule, b = self.model.schedule, 2 * self.numbers.training.batch_size
-        c = self.asked[torch.randint(len(self.asked), (b,), generator=draws).to(self.asked.device)]
-        z, t_0, t, eps = self.draw(b, draws)
+    def train_step(self, student: Denoiser, g: torch.Generator) -> None:
+        """One optimizer step on new images that G makes for all conditions."""
+        schedule, b = self.model.schedule, 2 * self.config.training.batch_size
+        c = self.conditions[torch.randint(len(self.conditions), (b,), generator=g).to(self.conditions.device)]
+        z, t_0, t, eps = self.sample_noise(b, g)
         x_t = schedule.add_noise(schedule.predict_z0(z, student(z, t_0, c), t_0), eps, t)
-        with torch.enable_grad():
-            said = guided(self.network(learning=True), x_t.detach(), t, c, self.c_0, self.numbers.kappa)
-            self.optimiser.zero_grad(set_to_none=True)
-            (said.float() - eps.float()).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.own.values(), self.numbers.training.max_grad_norm)
-        self.optimiser.step()
+        with torch.enable_grad():  # batches are made without gradient
+            prediction = guided_noise(
+                self.denoiser(with_gradient=True), x_t.detach(), t, c, self.c_0, self.config.kappa
+            )
+            self.optimizer.zero_grad(set_to_none=True)
+            (prediction.float() - eps.float()).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.training.max_grad_norm)
+        self.optimizer.step()
 
-    def draw(self, b: int, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What G starts from, z (b, C, H, W) at t₀ (b,); levels t (b,) and their noise (b, C, H, W)."""
-        n, eps = torch.randn(2, b, *self.model.latent_shape, generator=draws).to(self.model.device, self.model.dtype)
-        t = torch.randint(*self.numbers.levels, (b,), generator=draws).to(self.model.device)
-        t_0 = torch.full_like(t, self.numbers.start)
+    def sample_noise(self, b: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """G's input z (b, C, H, W) at t₀ (b,); timesteps t (b,) and their noise (b, C, H, W)."""
+        n, eps = torch.randn(2, b, *self.model.latent_shape, generator=g).to(self.model.device, self.model.dtype)
+        t = torch.randint(*self.config.levels, (b,), generator=g).to(self.model.device)
+        t_0 = torch.full_like(t, self.config.start)
         return self.model.schedule.add_noise(torch.zeros_like(n), n, t_0), t_0, t, eps
 
     def tensors(self) -> dict[str, Tensor]:
-        adam = moments(self.optimiser, self.own)
-        return {f"fake/{n}": w.detach() for n, w in self.own.items()} | {f"adam/{path}": t for path, t in adam.items()}
+        weights = {f"fake/{n}": w.detach() for n, w in self.weights.items()}
+        return weights | {f"adam/{path}": t for path, t in optimizer_tensors(self.optimizer, self.weights).items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        saved = parts(tensors)
+        saved = group_by_prefix(tensors)
         for name, value in saved["fake"].items():
-            self.own[name].copy_(value)
-        restore_moments(self.optimiser, self.own, saved["adam"])
+            self.weights[name].copy_(value)
+        restore_optimizer(self.optimizer, self.weights, saved["adam"])
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One iteration's random draws that `error` needs again."""
+
+    base: Denoiser
+    index: Tensor
+    t_0: Tensor
+    t: Tensor
+    eps: Tensor
 
 
 @dataclass
-class Distilled:
-    """G's loss on pictures of some prompts."""
+class DistillationTerm:
+    """G's loss on images of some prompts."""
 
-    fake: Fake
+    fake: FakeScore
     c: Tensor
-    """(n, L, d): what G and ψ are asked."""
+    """(n, L, d): conditions of G and ψ."""
     c_t: Tensor
-    """(n, L, d): what φ is asked in their place."""
+    """(n, L, d): conditions of φ."""
     weight: float
     generator: torch.Generator
-    learns: bool = False
-    """Whether ψ learns at this term's turn, and is saved with it."""
-    drawn: tuple[Network, Tensor, Tensor, Tensor, Tensor] | None = field(default=None, init=False)
-    """Of this iteration: φ, which prompts, t₀, t, noise."""
+    trains_fake: bool = False
+    """Whether this term also trains ψ, and saves it."""
+    draw: _Draw | None = field(default=None, init=False)
 
-    def rows(self, networks: Networks, step: int) -> Rows:
-        if self.learns:
-            self.fake.learn(networks.student, self.generator)
-        b = self.fake.numbers.training.batch_size
-        which = torch.randint(len(self.c), (b,), generator=self.generator).to(self.c.device)
-        z, t_0, t, eps = self.fake.draw(b, self.generator)
-        self.drawn = (networks.base, which, t_0, t, eps)
-        return Rows(z, t_0, self.c[which], z)
+    def batch(self, denoisers: Denoisers, step: int) -> Batch:
+        if self.trains_fake:
+            self.fake.train_step(denoisers.student, self.generator)
+        b = self.fake.config.training.batch_size
+        index = torch.randint(len(self.c), (b,), generator=self.generator).to(self.c.device)
+        z, t_0, t, eps = self.fake.sample_noise(b, self.generator)
+        self.draw = _Draw(denoisers.base, index, t_0, t, eps)
+        return Batch(z, t_0, self.c[index], z)
 
-    def error(self, said: Tensor, goal: Tensor, /) -> Tensor:
-        """goal: what G started from."""
-        assert self.drawn
-        (base, which, t_0, t, eps), numbers, schedule = self.drawn, self.fake.numbers, self.fake.model.schedule
-        x = schedule.predict_z0(goal, said, t_0)
-        x_t = schedule.add_noise(x, eps.float(), t)
+    def error(self, prediction: Tensor, target: Tensor, /) -> Tensor:
+        """target: G's input z, since the loss has no regression target."""
+        assert self.draw
+        d, schedule = self.draw, self.fake.model.schedule
+        x = schedule.predict_z0(target, prediction, d.t_0)
+        x_t = schedule.add_noise(x, d.eps.float(), d.t)
 
-        def seen(network: Network, c: Tensor) -> Tensor:
-            given = x_t.to(self.fake.model.dtype)
-            return schedule.predict_z0(
-                x_t, guided(network, given, t, c[which], self.fake.c_0, numbers.kappa).float(), t
-            )
+        def clean(denoiser: Denoiser, c: Tensor) -> Tensor:
+            z = x_t.to(self.fake.model.dtype)
+            eps = guided_noise(denoiser, z, d.t, c[d.index], self.fake.c_0, self.fake.config.kappa)
+            return schedule.predict_z0(x_t, eps.float(), d.t)
 
-        return score_identity(x, seen(base, self.c_t), seen(self.fake.network(), self.c), numbers.alpha)
+        return score_identity(x, clean(d.base, self.c_t), clean(self.fake.denoiser(), self.c), self.fake.config.alpha)
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.fake.tensors() if self.learns else {}
+        return self.fake.tensors() if self.trains_fake else {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        if self.learns:
+        if self.trains_fake:
             self.fake.restore(tensors)

@@ -2,11 +2,11 @@
 
 min over W'  η_e Σ ‖W'c − Wg‖²  +  η_p Σ ‖W'k − Wk‖²  +  λ ‖W' − W‖²      for every key and value projection W
 
-c: states of the concept      g: of the alternative or the empty prompt, at the same places      k: of preserved prompts
+c: states of the concept   g: of its alternative, or of the empty prompt, at the same positions   k: states to preserve
 
-Solved, not trained: no picture is needed and no random number drawn. Deviation: without an alternative, states are led
-to the empty prompt's at their own places, where the releases count its places from the begin token; the releases'
-solution in float32 is one in float64.
+A closed-form solution: no images, no random numbers. Deviations: without an alternative, g are the empty prompt's
+states at the concept's own positions, where the releases count positions from the start token; solved in float64,
+where the releases use float32.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from pydantic import Field
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.records.model import Concept, ConceptSource, Delta
-from deleatur.training.closed_form_editor import Edit, Editing, pairs, touched
-from deleatur.training.cost import Work
-from deleatur.training.finetune import ErasureContext
+from deleatur.training.closed_form_editor import ClosedFormConfig, ClosedFormEditor, edit_pairs, text_projections
+from deleatur.training.cost import Workload
+from deleatur.training.loop import ErasureContext
 
 
 class UCE(Eraser):
     alternatives: dict[str, str] = Field(default_factory=dict)
-    """What a concept is drawn as from now on, {weapon: toy}; nothing for those that are not named."""
-    edit: Edit = Field(default_factory=Edit)
+    """What the model generates in a concept's place, {weapon: toy}; for concepts not listed, as without a prompt."""
+    edit: ClosedFormConfig = Field(default_factory=ClosedFormConfig)
 
-    def work(self, source: ConceptSource) -> Work:
-        return self.edit.work(1)
+    def workload(self, source: ConceptSource) -> Workload:
+        return self.edit.workload(1)
 
-    def touches(self, model: Model) -> set[str]:
-        return set(touched(model))
+    def touched_parameters(self, model: Model) -> set[str]:
+        return set(text_projections(model))
 
     def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
-        editing = Editing(model, self.edit, context, steps=1)
-        editing.step(*pairs(model, concepts, self.alternatives, self.edit.columns))
-        return editing.delta("uce", self.model_dump(), concepts)
+        editor = ClosedFormEditor(model, self.edit, context, steps=1)
+        editor.step(*edit_pairs(model, concepts, self.alternatives, self.edit.columns))
+        return editor.delta("uce", self.model_dump(), concepts)

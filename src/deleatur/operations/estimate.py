@@ -26,7 +26,6 @@ from deleatur.evaluation import probe
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG
 from deleatur.inversion import Inverter
-from deleatur.stages import invert
 from deleatur.training.cost import CostEstimate, Workload, estimate_cost, measure_speed, sampling_workload
 
 PUBLISHED_STEPS = 50
@@ -129,9 +128,9 @@ def _method_workloads(
 
 
 WORKLOADS: dict[str, tuple[type[BaseModel], Callable[[Any, int], Workload]]] = {
-    "erasers": (Eraser, lambda method, steps: method.work("words")),
-    "inversion": (Inverter, lambda method, steps: method.work()),
-    "attacks": (Attack, lambda method, steps: method.work()),
+    "erasers": (Eraser, lambda method, steps: method.workload("words")),
+    "inversion": (Inverter, lambda method, steps: method.workload()),
+    "attacks": (Attack, lambda method, steps: method.workload()),
     "guides": (Guide, lambda method, steps: sampling_workload(1, steps, method.predictions_per_step(1), 1)),
 }
 
@@ -156,7 +155,7 @@ def _stage_workloads(settings: Settings) -> Iterator[tuple[Label, Workload]]:
 
     inversions = {name: methods.inverter(settings, name).workload() for name in targets}
     evaluated = [
-        work + evaluations(work.evaluations, [invert.IMAGES_PER_TOKEN * work.num_tokens], plain)
+        work + evaluations(work.evaluations, [probe.IMAGES_PER_TOKEN * work.num_tokens], plain)
         for work in inversions.values()
     ]
     yield ("invert", settings.invert.method), sum(evaluated, Workload())

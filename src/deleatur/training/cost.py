@@ -1,9 +1,9 @@
-"""What a run asks of a machine, known before it begins: network calls, operations, trained numbers, memory.
+"""The compute that a run takes, estimated before it begins: network calls, FLOP, trainable parameters, memory.
 
-A row is one latent that goes through the UNet once. E: rows without gradient; B: rows with gradient, there and back.
+A row is one latent that passes through the UNet once. E: rows without gradient; B: rows with gradient, there and back.
 
-Methods say how many rows they take, `Work`. What a row costs is found by sending one through the network's shape alone:
-tensors without memory, whose operations and sizes are counted as torch lays them out on a CPU.
+Methods state their rows as a `Workload`. The cost of a row comes from a pass through the network's shapes alone:
+fake tensors, which take no memory, and whose operations and sizes are counted as PyTorch lays them out on a CPU.
 """
 
 from __future__ import annotations
@@ -30,155 +30,164 @@ from deleatur.training.parameters import Selector, select
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a method asks of the networks from its first step to its last possible one."""
+class Workload:
+    """Network calls of a method from its first step to its last possible one."""
 
     forward: float = 0.0
-    """E. Where chance decides how many there are, their mean."""
+    """E; the mean where it is random."""
     backward: float = 0.0
     """B."""
-    wide: int = 0
+    max_forward_batch: int = 0
     """Rows of the largest call without gradient."""
-    deep: int = 0
+    max_backward_batch: int = 0
     """Rows of the largest call with gradient."""
-    train: Selector | None = None
-    """What the gradient is taken of, and what may change. None: of what the network is asked."""
-    held: int = 0
-    """Bytes that are held for each number that may change."""
-    latents: int = 0
-    """Latents that are held."""
-    decoded: int = 0
-    """Pictures that are made of latents at once."""
-    looks: int = 0
-    """How often pictures are sampled and rated on the way. What that takes is no part of this."""
-    found: int = 0
-    """Soft prompts that come of it, at most."""
+    trainable: Selector | None = None
+    """Which parameters the gradient is of, and the method may change. None: the gradient is of the network's input."""
+    bytes_per_parameter: int = 0
+    """Memory of copies and optimizer state for each trainable parameter."""
+    stored_latents: int = 0
+    """Latents that stay in memory."""
+    decode_batch: int = 0
+    """Images that the VAE decodes at a time."""
+    evaluations: int = 0
+    """Evaluations of sampled images during the run; their cost is not included."""
+    num_tokens: int = 0
+    """Most soft tokens that result."""
 
-    def __add__(self, other: Work) -> Work:
-        """One after the other."""
-        return Work(
+    def __add__(self, other: Workload) -> Workload:
+        """One workload after the other: sums of calls, maxima of memory."""
+        return Workload(
             self.forward + other.forward,
             self.backward + other.backward,
-            max(self.wide, other.wide),
-            max(self.deep, other.deep),
-            self.train or other.train,
-            max(self.held, other.held),
-            max(self.latents, other.latents),
-            max(self.decoded, other.decoded),
-            self.looks + other.looks,
-            self.found + other.found,
+            max(self.max_forward_batch, other.max_forward_batch),
+            max(self.max_backward_batch, other.max_backward_batch),
+            self.trainable or other.trainable,
+            max(self.bytes_per_parameter, other.bytes_per_parameter),
+            max(self.stored_latents, other.stored_latents),
+            max(self.decode_batch, other.decode_batch),
+            self.evaluations + other.evaluations,
+            self.num_tokens + other.num_tokens,
         )
 
 
-def drawn(pictures: int, steps: int, predictions: int, batch: int) -> Work:
-    """Pictures from the sampler; each network call has `batch` of them, the last one too."""
-    filled = -(-pictures // batch) * batch
-    return Work(forward=filled * steps * predictions, wide=batch * predictions, decoded=batch)
+def sampling_workload(num_images: int, steps: int, predictions: int, batch_size: int) -> Workload:
+    """Sampling images with so many predictions per step. The last batch is padded to the batch size."""
+    padded = -(-num_images // batch_size) * batch_size
+    return Workload(
+        forward=padded * steps * predictions, max_forward_batch=batch_size * predictions, decode_batch=batch_size
+    )
 
 
 @dataclass(frozen=True)
-class Cost:
-    work: Work
-    trained: int
-    """Numbers that may change."""
-    operations: float
-    """Floating-point ones, of the UNet's matrix products and convolutions."""
-    memory: int
-    """Bytes at the highest point: networks, what is held, activations. Python and the libraries are not in it."""
+class CostEstimate:
+    """What a workload takes on a network."""
+
+    workload: Workload
+    trainable_parameters: int
+    flops: float
+    """Floating-point operations of the UNet's matrix products and convolutions."""
+    peak_memory: int
+    """Bytes of networks, copies, optimizer state and activations, without Python and the libraries."""
 
 
-def cost(work: Work, of: Architecture, dtype: str = "float32") -> Cost:
-    kind = DTYPES[dtype]
-    chosen = select(of.unet, work.train) if work.train else {}
-    row, picture, back = _passed(of.unet, of.unet_input_shapes(1), kind), _Passed(0, 0), _Passed(0, 0)
-    if work.decoded:
-        picture = _passed(of.decoder, ((1, *of.latent_shape),), kind)
-    if work.deep:
-        back = _passed(of.unet, of.unet_input_shapes(work.deep), kind, gradient=True, chosen=frozenset(chosen))
-    trained = sum(p.numel() for p in chosen.values())
-    # In another precision than fp32, which weights are trained in, the network reads copies of student and teacher.
-    copies = 2 * kind.itemsize if work.deep and kind != torch.float32 else 0
-    # Without gradient, memory grows with the rows; with it, gradients of the weights are the same for one as for many.
-    at_once = max(work.wide * row.memory, work.decoded * picture.memory, back.memory)
-    kept = (of.num_parameters + work.latents * torch.Size(of.latent_shape).numel()) * kind.itemsize
-    operations = work.forward * row.operations + work.backward * back.operations / max(work.deep, 1)
-    return Cost(work, trained, operations, kept + trained * (work.held + copies) + at_once)
+def estimate_cost(workload: Workload, architecture: Architecture, dtype: str = "float32") -> CostEstimate:
+    """The cost of a workload on a network of this architecture and precision."""
+    precision = DTYPES[dtype]
+    parameters = select(architecture.unet, workload.trainable) if workload.trainable else {}
+    row = _pass_cost(architecture.unet, architecture.unet_input_shapes(1), precision)
+    image, batch = _PassCost(0, 0), _PassCost(0, 0)
+    if workload.decode_batch:
+        image = _pass_cost(architecture.decoder, ((1, *architecture.latent_shape),), precision)
+    if workload.max_backward_batch:
+        shapes = architecture.unet_input_shapes(workload.max_backward_batch)
+        batch = _pass_cost(architecture.unet, shapes, precision, gradient=True, trainable=frozenset(parameters))
+    trainable = sum(p.numel() for p in parameters.values())
+    # Weights train in fp32: in another precision the network reads cast copies of student and teacher.
+    cast_copies = 2 * precision.itemsize if workload.max_backward_batch and precision != torch.float32 else 0
+    # Without gradient, memory grows with the rows; the gradients of the weights have the same size for every batch.
+    activations = max(workload.max_forward_batch * row.memory, workload.decode_batch * image.memory, batch.memory)
+    latents = workload.stored_latents * torch.Size(architecture.latent_shape).numel()
+    resident = (architecture.num_parameters + latents) * precision.itemsize
+    resident += trainable * (workload.bytes_per_parameter + cast_copies)
+    flops = workload.forward * row.flops + workload.backward * batch.flops / max(workload.max_backward_batch, 1)
+    return CostEstimate(workload, trainable, flops, resident + activations)
 
 
-def speed(folder: Path, of: Architecture, dtype: str, device: str) -> float:
-    """Operations per second of one call of the UNet in a pipeline's folder, of two rows: a guided step of one picture.
-    A call before it sets things up and does not count.
-    """
-    place, kind = resolve_device(device), DTYPES[dtype]
-    unet = load_unet(str(folder), kind, place)
-    z, c = (torch.zeros(2, *size, device=place, dtype=kind) for size in (of.latent_shape, of.text_states_shape))
+def measure_speed(folder: Path, architecture: Architecture, dtype: str, device: str) -> float:
+    """FLOP per second of the UNet in a pipeline's folder, measured on one guided step of one image (two rows)."""
+    place, precision = resolve_device(device), DTYPES[dtype]
+    unet = load_unet(str(folder), precision, place)
+    z, c = (
+        torch.zeros(2, *shape, device=place, dtype=precision)
+        for shape in (architecture.latent_shape, architecture.text_states_shape)
+    )
 
     def seconds() -> float:
         began = time.perf_counter()
-        unet(z, 500, c).sample.sum().item()  # which waits for the device
+        unet(z, 500, c).sample.sum().item()  # item() waits for the device
         return time.perf_counter() - began
 
     with torch.no_grad():
-        seconds()
-        return 2 * _passed(of.unet, of.unet_input_shapes(1), kind).operations / seconds()
+        seconds()  # warm-up: allocations and kernel selection
+        return 2 * _pass_cost(architecture.unet, architecture.unet_input_shapes(1), precision).flops / seconds()
 
 
 @dataclass(frozen=True)
-class _Passed:
-    operations: float
+class _PassCost:
+    flops: float
     memory: int
     """Most bytes at a time beside the weights."""
 
 
 @cache
-def _passed(
+def _pass_cost(
     net: nn.Module,
-    sizes: tuple[tuple[int, ...], ...],
+    shapes: tuple[tuple[int, ...], ...],
     dtype: torch.dtype,
     *,
     gradient: bool = False,
-    chosen: frozenset[str] = frozenset(),
-) -> _Passed:
-    """Arguments of these sizes through a network; with gradient also back, to the chosen weights or, where there are
-    none, to the last argument.
+    trainable: frozenset[str] = frozenset(),
+) -> _PassCost:
+    """Cost of one pass with arguments of these shapes; with gradient also of the backward pass, to the trainable
+    parameters or, without any, to the last argument.
     """
     with FakeTensorMode():
         weights = {n: torch.empty(p.shape, dtype=dtype) for n, p in net.named_parameters()}
-        given = [torch.empty(size, dtype=dtype) for size in sizes]
-        for tensor in [weights[n] for n in chosen] or given[-1:]:
+        arguments = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        for tensor in [weights[n] for n in trainable] or arguments[-1:]:
             tensor.requires_grad_(gradient)
-        with FlopCounterMode(display=False) as counted, _Live(weights.values()) as live:
+        with FlopCounterMode(display=False) as counter, _MemoryTracker(weights.values()) as tracker:
             with torch.set_grad_enabled(gradient):
-                said = functional_call(net, weights, tuple(given))[0]
+                output = functional_call(net, weights, tuple(arguments))[0]
             if gradient:
-                said.float().square().mean().backward()
-    return _Passed(counted.get_total_flops(), live.peak)
+                output.float().square().mean().backward()
+    return _PassCost(counter.get_total_flops(), tracker.peak)
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of what operations make, until nobody holds it any more. `apart` is not counted."""
+class _MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of tensors from their creation until they are garbage; those of `excluded` do not count."""
 
-    def __init__(self, apart: Iterable[Tensor]) -> None:
+    def __init__(self, excluded: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known = {t.untyped_storage()._cdata for t in apart}
-        self._now = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in excluded}
+        self._current = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
+                self._add(tensor.untyped_storage())
         return out
 
-    def _hold(self, storage: Any) -> None:
+    def _add(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:  # a view, or written in place
             return
         self._known.add(key)
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self._current += size
+        self.peak = max(self.peak, self._current)
         weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self._now -= size
+        self._current -= size

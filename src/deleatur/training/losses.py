@@ -1,9 +1,9 @@
-"""The terms of a fine-tuning loss: where states come from, what the student is asked there, what it should say.
+"""Terms of a fine-tuning loss: the student's inputs, its regression target and the error between the two.
 
 θ: student, trained            θ*: teacher, its exponential moving average (EMA)         θ₀: the base model, frozen
-c₀: the empty prompt           c_p: what trajectories are prompted with                  c_s: what is being removed
+c₀: the empty prompt           c_p: condition of the trajectories                        c_s: condition to be erased
 
-L = Σ_i weight_i · mean error_i(ε_θ(z, t, c), sg[goal])        error: as a rule, the mean square of the difference
+L = Σ_i weight_i · mean error_i(ε_θ(z, t, c), sg[target])        error: by default the mean squared error
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights, predict
-from deleatur.training.trajectories import Replay, Resumable, Trajectories
+from deleatur.training.trajectories import Restorable, Trajectories, TrajectoryReplay
 
 
 @dataclass(frozen=True)
-class Network:
-    """ε(z, t, c) of one weight set."""
+class Denoiser:
+    """ε(z, t, c) of one set of weights."""
 
     model: Model
     weights: Weights
@@ -32,83 +32,87 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Networks:
-    student: Network
-    teacher: Network
-    base: Network
+class Denoisers:
+    """The three sets of weights of a training step."""
+
+    student: Denoiser
+    teacher: Denoiser
+    base: Denoiser
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What the student is asked, z (n, C, H, W), t (n,), c (n, L, d), and what it should say, goal (n, C, H, W)."""
+class Batch:
+    """Inputs of the student, z (n, C, H, W), t (n,), c (n, L, d), and its regression target (n, C, H, W)."""
 
     z: Tensor
     t: Tensor
     c: Tensor
-    goal: Tensor
+    target: Tensor
 
 
-Error = Callable[[Tensor, Tensor], Tensor]
-"""(what the student said (n, …), goal (n, …)) → (b,), an error for each of b ≤ n states."""
+ErrorFunction = Callable[[Tensor, Tensor], Tensor]
+"""(prediction (n, …), target (n, …)) → (b,), one error for each of b ≤ n states."""
 
 
-def squared(said: Tensor, goal: Tensor) -> Tensor:
-    return (said - goal).square().flatten(1).mean(1)
+def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """(n,) of two (n, …)."""
+    return (prediction - target).square().flatten(1).mean(1)
 
 
-class Term(Resumable, Protocol):
+class LossTerm(Restorable, Protocol):
     """One term of the loss."""
 
     @property
     def weight(self) -> float: ...
     @property
     def generator(self) -> torch.Generator:
-        """Of all its draws."""
+        """The source of all its random draws."""
         ...
 
-    def rows(self, networks: Networks, step: int) -> Rows:
-        """Of iteration `step`. Called without gradient."""
+    def batch(self, denoisers: Denoisers, step: int) -> Batch:
+        """The batch of iteration `step`. Called without gradient."""
         ...
 
-    def error(self, said: Tensor, goal: Tensor, /) -> Tensor: ...
+    def error(self, prediction: Tensor, target: Tensor, /) -> Tensor: ...
 
 
-Target = Callable[[Networks, Tensor, Tensor, Tensor], Tensor]
-"""(networks, z, t, which) → what the student should say at z under rows `which` of c_s. Called without gradient."""
+TargetFunction = Callable[[Denoisers, Tensor, Tensor, Tensor], Tensor]
+"""(denoisers, z, t, index) → the regression target at z under the rows `index` of c_s. Called without gradient."""
 
 
 @dataclass
-class Prompted:
-    """States of the sampler's trajectories, and what a method wants to be said there."""
+class TrajectoryTerm:
+    """An erasing term: states of the sampler's trajectories, with the target of a method."""
 
     trajectories: Trajectories
-    batch: int
+    batch_size: int
     generator: torch.Generator
-    taus: Tensor
-    """(N,) τ."""
-    base: bool
-    """The trajectories are the base model's, not the teacher's of the moment."""
+    timesteps: Tensor
+    """(N,) τ, noise levels of the sampler."""
+    from_base: bool
+    """The base model makes the trajectories; otherwise the current teacher."""
     c_s: Tensor
     """(n, L, d)."""
     paired: bool
-    """c_s has a row for each row of c_p, and a state is trained under the condition that made it; otherwise the rows
-    of c_s are taken in turn."""
-    beside: Tensor
-    """(m, L, d): what the student is asked about every state besides; the target then has 1 + m parts."""
-    target: Target
-    error: Error
+    """c_s has one row for each row of c_p, and a state trains under the condition that made it; otherwise the rows of
+    c_s are cycled through."""
+    extra_conditions: Tensor
+    """(m, L, d): further conditions that the student predicts every state under; the target then has 1 + m parts."""
+    target: TargetFunction
+    error: ErrorFunction
     weight: float = 1.0
 
-    def rows(self, networks: Networks, step: int) -> Rows:
-        visit = self.trajectories.visit((networks.base if self.base else networks.teacher).weights)
-        b = len(visit.k)
-        t = self.taus[visit.k.to(self.taus.device)]
-        which = visit.condition if self.paired else (step * self.batch + torch.arange(b)) % len(self.c_s)
-        which = which.to(self.c_s.device)
-        goal = self.target(networks, visit.z, t, which)
-        asked = 1 + len(self.beside)
-        c = torch.cat([self.c_s[which], self.beside.repeat_interleave(b, 0)])
-        return Rows(torch.cat([visit.z] * asked), t.repeat(asked), c, goal)
+    def batch(self, denoisers: Denoisers, step: int) -> Batch:
+        states = self.trajectories.next_batch((denoisers.base if self.from_base else denoisers.teacher).weights)
+        b = len(states.k)
+        t = self.timesteps[states.k.to(self.timesteps.device)]
+        # A thinned pool may return fewer states than the batch size: the cycle still advances by full batches.
+        index = states.condition if self.paired else (step * self.batch_size + torch.arange(b)) % len(self.c_s)
+        index = index.to(self.c_s.device)
+        target = self.target(denoisers, states.z, t, index)
+        repeats = 1 + len(self.extra_conditions)
+        c = torch.cat([self.c_s[index], self.extra_conditions.repeat_interleave(b, 0)])
+        return Batch(torch.cat([states.z] * repeats), t.repeat(repeats), c, target)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.trajectories.tensors()
@@ -118,29 +122,29 @@ class Prompted:
 
 
 @dataclass
-class Preserved:
-    """States of the base model's trajectories for prompts to preserve, and what it predicts there."""
+class PreservationTerm:
+    """Prior preservation: states of the base model's trajectories for prompts to preserve, with its own predictions."""
 
-    replay: Replay
-    taus: Tensor
+    trajectories: TrajectoryReplay
+    timesteps: Tensor
     c: Tensor
     """(q, L, d)."""
     weight: float
 
     @property
     def generator(self) -> torch.Generator:
-        return self.replay.source.generator
+        return self.trajectories.sampler.generator
 
-    def rows(self, networks: Networks, step: int) -> Rows:
-        visit, eps = self.replay.visit()
-        t = self.taus[visit.k.to(self.taus.device)]
-        return Rows(visit.z, t, self.c[visit.condition.to(self.c.device)], eps)
+    def batch(self, denoisers: Denoisers, step: int) -> Batch:
+        states, eps = self.trajectories.next_batch()
+        t = self.timesteps[states.k.to(self.timesteps.device)]
+        return Batch(states.z, t, self.c[states.condition.to(self.c.device)], eps)
 
-    def error(self, said: Tensor, goal: Tensor, /) -> Tensor:
-        return squared(said, goal)
+    def error(self, prediction: Tensor, target: Tensor, /) -> Tensor:
+        return mean_squared_error(prediction, target)
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.replay.tensors()
+        return self.trajectories.tensors()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.replay.restore(tensors)
+        self.trajectories.restore(tensors)

@@ -1,4 +1,7 @@
-"""Which tensors train. Names follow the SDD release; shares are those of the Stable Diffusion 1.x UNet."""
+"""Selectors of the UNet's trainable tensors, named as in the SDD release.
+
+Shares of the parameters are those of Stable Diffusion 1.x.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from deleatur.errors import SettingsError
 Selector = Literal["xattn", "xattn_kv", "selfattn", "noxattn", "notime", "full"]
 
 
-def _keeps_time(name: str) -> bool:
+def _is_not_time_or_output(name: str) -> bool:
     # Only the two `time_embedding` linears: the per-block `time_emb_proj` layers stay trainable, as in the release.
     return not name.startswith(("conv_out.", "time_embedding."))
 
@@ -21,15 +24,16 @@ RULES: dict[str, Callable[[str], bool]] = {
     "xattn": lambda n: "attn2" in n,  # 5.11 %
     "xattn_kv": lambda n: "attn2.to_k" in n or "attn2.to_v" in n,  # 2.23 %
     "selfattn": lambda n: "attn1" in n,  # 5.77 %
-    "noxattn": lambda n: "attn2" not in n and _keeps_time(n),  # 94.6 %
-    "notime": _keeps_time,  # 99.8 %
+    "noxattn": lambda n: "attn2" not in n and _is_not_time_or_output(n),  # 94.6 %
+    "notime": _is_not_time_or_output,  # 99.8 %
     "full": lambda n: True,
 }
+"""Selector → whether a parameter of this name trains."""
 
 
 def select(unet: nn.Module, selector: Selector) -> dict[str, Tensor]:
-    """The chosen parameters by name, as they are. Raises SettingsError when the rule matches none."""
-    chosen: dict[str, Tensor] = {n: p for n, p in unet.named_parameters() if RULES[selector](n)}
-    if not chosen:
+    """The selected parameters by name, not copied. Raises SettingsError when the selector matches none."""
+    selected: dict[str, Tensor] = {n: p for n, p in unet.named_parameters() if RULES[selector](n)}
+    if not selected:
         raise SettingsError(f"the selector {selector!r} matches no tensor of this UNet")
-    return chosen
+    return selected

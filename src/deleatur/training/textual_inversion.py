@@ -1,9 +1,9 @@
-"""Soft vectors that make a frozen model draw given pictures: weighted textual inversion (Gal et al. 2022).
+"""Weighted textual inversion (Gal et al. 2022): soft vectors that make a frozen model generate given images.
 
-v: m·rows of the text encoder's input-embedding table     w: weight of each picture, Σw = 1
+v: m·rows of the text encoder's input-embedding table     w: weight of each image, Σw = 1
 L(v) = Σ_x w(x) E_{t, ε} ‖ ε − ε_θ(√ᾱ_t z₀(x) + √(1−ᾱ_t) ε, t, E(template[v])) ‖²
 
-The bare token stands in a third of the draws, since the erasers and guides use it bare.
+A third of the samples use the token alone, without a template, since erasers and guides use it alone.
 """
 
 from __future__ import annotations
@@ -20,265 +20,279 @@ from deleatur.diffusion.encode import PromptParts, encode
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights, predict
 from deleatur.errors import DataError
-from deleatur.training.cost import Work
-from deleatur.training.optimizer_state import Saved, moments, parts, restore_moments
+from deleatur.training.cost import Workload
+from deleatur.training.optimizer_state import SavedState, group_by_prefix, optimizer_tensors, restore_optimizer
 
-TEMPLATES = {
+PROMPT_TEMPLATES = {
     "object": ("a {}", "a picture of a {}", "a photo of a {}", "a painting of a {}", "one {}", "a small {}"),
-    # A style's token must not learn what is in the pictures: their own prompts say that already.
+    # A style's token must not learn the subjects of the images: the images' own prompts name those.
     "style": ("{prompt} in {} style", "{prompt} drawn in {} style", "{} style {prompt}", "{} {prompt}"),
 }
+"""Learnable property → templates, as in the reference implementation of textual inversion."""
 
-Templates = Sequence[str]
-"""Sentences around the token of one picture, each with {} where it goes."""
+PromptTemplates = Sequence[str]
+"""Templates of one image, each with {} in the place of the token."""
+
+BARE_SHARE = 1 / 3
+"""Share of the samples whose prompt is the token alone."""
 
 
-def templates_of(kind: str, prompts: Sequence[str]) -> list[Templates]:
-    """For each picture, by the prompt that it was drawn and rated under."""
-    return [[t.replace("{prompt}", prompt) for t in TEMPLATES[kind]] for prompt in prompts]
+def prompt_templates(learnable_property: str, prompts: Sequence[str]) -> list[PromptTemplates]:
+    """The templates of each image, given the prompt that it was sampled and rated with."""
+    templates = PROMPT_TEMPLATES[learnable_property]
+    return [[t.replace("{prompt}", prompt) for t in templates] for prompt in prompts]
 
 
-class Descent(BaseModel):
-    """Numbers of the optimisation of one token."""
+class TextualInversionConfig(BaseModel):
+    """Hyperparameters of the optimization of one token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     num_vectors: int = Field(1, gt=0)
-    """v: consecutive rows of one token."""
+    """v, vectors of one token: consecutive rows of the prompt."""
     iterations: int = Field(2000, gt=0)
-    """Steps of the optimiser, for each token."""
+    """Optimizer steps for each token."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate of AdamW, without weight decay."""
     batch_size: int = Field(8, gt=0)
-    """Pictures per iteration and token."""
+    """Images per iteration and token."""
     max_norm: float | None = Field(None, gt=0)
-    """Longest vector allowed, in mean norms of the vocabulary's rows; none: free, as published. Words lie near 1.
-    Free vectors grow to several times that, and erasing what lies so far from every word takes more along."""
+    """Upper limit of a vector's norm, in mean norms of the vocabulary's rows; none: unlimited, as published. Words have
+    norms near 1. Unlimited vectors grow to several times that, and erasing a concept so far from all words also erases
+    others."""
 
-    def work(self, tokens: int = 1, together: int = 1, looks: int = 0) -> Work:
-        rows = self.batch_size * min(together, tokens)
-        return Work(backward=tokens * self.iterations * self.batch_size, deep=rows, looks=looks, found=tokens)
+    def workload(self, num_tokens: int = 1, tokens_per_batch: int = 1, evaluations: int = 0) -> Workload:
+        return Workload(
+            backward=num_tokens * self.iterations * self.batch_size,
+            max_backward_batch=self.batch_size * min(tokens_per_batch, num_tokens),
+            evaluations=evaluations,
+            num_tokens=num_tokens,
+        )
 
 
-class Several(Descent):
-    """Numbers where there are several tokens."""
+class MultiTokenConfig(TextualInversionConfig):
+    """Hyperparameters for several tokens."""
 
     tokens_per_batch: int = Field(1, gt=0)
-    """Tokens learned in the same network calls: changes speed and memory, not what is learned."""
+    """Tokens learned in the same network calls: changes speed and memory, not the result."""
 
 
-class Inversion(Several):
-    """Numbers where pictures drawn on the way are looked at."""
+class EvaluatedInversionConfig(MultiTokenConfig):
+    """Hyperparameters where sampled images select the best vectors."""
 
     eval_every: int = Field(250, gt=0)
-    """Iterations between two looks; the best-scoring vectors are kept, not the last."""
+    """Evaluation interval in iterations; the best-scoring vectors are returned, not the last."""
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What one token is learned from."""
+class TokenTarget:
+    """The training data of one token."""
 
     latents: Tensor
-    """(n, C, H, W) clean latents of its pictures."""
+    """(n, C, H, W) clean latents of its images."""
     weights: Tensor
     """(n,) w, sum 1."""
-    templates: Sequence[Templates]
-    """(n) sentences that the token may stand in for each picture."""
+    templates: Sequence[PromptTemplates]
+    """(n) prompt templates of each image."""
     generator: torch.Generator
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedToken:
+    """The result for one token."""
+
     vectors: Tensor
-    """(v, d), the best of all looks."""
-    looks: list[dict[str, float]]
+    """(v, d), those of the best evaluation; without evaluations, the last."""
+    evaluations: list[dict[str, float]]
     losses: list[float]
-    effective: float
-    """Effective number of pictures, 1/Σw²."""
+    effective_images: float
+    """Effective number of images, 1/Σw²."""
 
 
 @dataclass
-class State:
-    """All of a run: what one save must hold for the next process to go on with the same bits."""
+class InversionState:
+    """The complete state of a run. Saved and restored, the run continues bit for bit."""
 
     vectors: list[Tensor]
     """m tokens (v, d)."""
-    optimiser: torch.optim.AdamW
+    optimizer: torch.optim.AdamW
     generators: list[torch.Generator]
     best: Tensor
     """(m, v, d)."""
     losses: Tensor
     """(m, iterations)."""
-    looks: list[list[dict[str, float]]]
+    evaluations: list[list[dict[str, float]]]
     step: int = 0
-    """Of all groups of tokens, one after the other."""
+    """Counts through all groups of tokens, one group after the other."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is a tensor, by a flat name."""
-        names = self._named()
-        flat = {f"vectors/{n}": v.detach() for n, v in names.items()} | {"best/": self.best, "losses/": self.losses}
-        flat |= {f"adam/{path}": t for path, t in moments(self.optimiser, names).items()}
+        """All tensors, by a flat name."""
+        vectors = self._vectors_by_name()
+        flat = {f"vectors/{n}": v.detach() for n, v in vectors.items()} | {"best/": self.best, "losses/": self.losses}
+        flat |= {f"adam/{path}": t for path, t in optimizer_tensors(self.optimizer, vectors).items()}
         return flat | {f"generator/{i}": g.get_state() for i, g in enumerate(self.generators)}
 
-    def numbers(self) -> dict[str, Any]:
-        """Everything that is not."""
-        return {"step": self.step, "looks": self.looks}
+    def metadata(self) -> dict[str, Any]:
+        """Everything else, as JSON values."""
+        return {"step": self.step, "evaluations": self.evaluations}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Puts a saved run back into this freshly started one."""
-        saved, names = parts(tensors), self._named()
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Loads a saved state into this initial one."""
+        saved, vectors = group_by_prefix(tensors), self._vectors_by_name()
         for name, value in saved["vectors"].items():
-            names[name].copy_(value)
+            vectors[name].copy_(value)
         self.best.copy_(saved["best"][""])
         self.losses.copy_(saved["losses"][""])
-        restore_moments(self.optimiser, names, saved["adam"])
+        restore_optimizer(self.optimizer, vectors, saved["adam"])
         for i, g in enumerate(self.generators):
             g.set_state(saved["generator"][str(i)])
-        self.step, self.looks = numbers["step"], numbers["looks"]
+        self.step, self.evaluations = metadata["step"], metadata["evaluations"]
 
-    def _named(self) -> dict[str, Tensor]:
+    def _vectors_by_name(self) -> dict[str, Tensor]:
         return {str(i): v for i, v in enumerate(self.vectors)}
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What the callback is told after every iteration, and once by a run that goes on before its next."""
+class InversionProgress:
+    """Argument of the callback after every iteration, and once after restoring a checkpoint."""
 
     step: int
     total: int
     loss: float
-    """Mean of the tokens that are learned at the time."""
-    state: State
+    """Mean over the tokens of the current group."""
+    state: InversionState
 
 
-Look = Callable[[Tensor], Sequence[float]]
-"""vectors (m, v, d) → for each token, how much pictures drawn from it bare show the concept; higher is better."""
+TokenEvaluator = Callable[[Tensor], Sequence[float]]
+"""vectors (m, v, d) → for each token, how much images sampled from it alone show the concept; higher is better."""
 
 
-def around(rows: Tensor, template: str) -> PromptParts:
-    """("a photo of ", rows), say."""
-    before, _, after = template.partition("{}")
-    return [p for p in (before, rows, after) if not isinstance(p, str) or p.strip()]
-
-
-def start(model: Model, numbers: Descent, lessons: Sequence[Lesson], initial: Tensor) -> State:
-    """A run before its first step."""
-    first = initial.detach().to(model.device, torch.float32)
-    vectors = [rows.clone().requires_grad_() for rows in first]
-    # No weight decay: decay pulls v to zero, which is not where words live. Adam works on each number by itself, and
-    # leaves alone what has no gradient: tokens that share an optimiser do not feel each other.
-    optimiser = torch.optim.AdamW(vectors, lr=numbers.lr, weight_decay=0.0)
-    losses = torch.zeros(len(lessons), numbers.iterations)
-    generators = [lesson.generator for lesson in lessons]
-    return State(vectors, optimiser, generators, first.clone(), losses, [[] for _ in lessons])
-
-
-def learn(
+def learn_tokens(
     model: Model,
-    numbers: Descent,
-    lessons: Sequence[Lesson],
+    config: TextualInversionConfig,
+    targets: Sequence[TokenTarget],
     initial: Tensor,
     *,
-    together: int = 1,
-    look: Look | None = None,
-    check_every: int = 0,
-    unet: Weights | None = None,
-    on_step: Callable[[Progress], None] = lambda p: None,
-    state: Saved | None = None,
-) -> list[Learned]:
-    """A token (v, d) for each of m lessons, starting at `initial` (m, v, d).
+    tokens_per_batch: int = 1,
+    evaluate: TokenEvaluator | None = None,
+    eval_every: int = 0,
+    unet_weights: Weights | None = None,
+    on_step: Callable[[InversionProgress], None] = lambda progress: None,
+    state: SavedState | None = None,
+) -> list[LearnedToken]:
+    """One token (v, d) for each of m targets, starting from `initial` (m, v, d).
 
-    Only the vectors carry a gradient: the network, its text encoder and the table stay as they are.
-    `unet` lays other weights over the model, for inversion against an erased one. Without `look` the last vectors come
-    back, with it the best of the looks, every `check_every` iterations and at the end. `state`: what the state of a run
-    with the same arguments gave after some iteration; the result is the same to the bit as if that run had never been
-    left.
+    Only the vectors carry a gradient: UNet, text encoder and embedding table are frozen. `unet_weights` replace the
+    base model's, for inversion against an erased model. With `evaluate`, called every `eval_every` iterations and
+    after the last, the vectors of the best evaluation are returned, otherwise the last ones. Resuming from `state`
+    gives the same bits as an uninterrupted run. Raises DataError when a loss becomes NaN or infinite.
     """
-    run, n = start(model, numbers, lessons, initial), numbers.iterations
-    total = -(-len(lessons) // together) * n
+    run, n = _initial_state(model, config, targets, initial), config.iterations
+    # Groups are learned one after the other: memory is that of one group, whatever the number of tokens.
+    groups = [slice(i, i + tokens_per_batch) for i in range(0, len(targets), tokens_per_batch)]
+    total = len(groups) * n
 
-    def tell() -> None:
+    def report() -> None:
         group, step = divmod(run.step - 1, n)
-        on_step(Progress(run.step, total, float(run.losses[_tokens(together, group), step].mean()), run))
+        on_step(InversionProgress(run.step, total, float(run.losses[groups[group], step].mean()), run))
 
     if state:
         run.restore(*state)
-        tell()
+        report()
     table = model.text_encoder.get_input_embeddings().weight.float()
-    longest = numbers.max_norm * table.norm(dim=-1).mean() if numbers.max_norm else None
+    max_norm = config.max_norm * table.norm(dim=-1).mean() if config.max_norm else None
     while run.step < total:
         group, step = divmod(run.step, n)
-        _iterate(model, numbers, lessons, run, _tokens(together, group), step, unet or {}, longest)
+        _train_step(model, config, targets, run, groups[group], step, unet_weights or {}, max_norm)
         run.step += 1
-        if look and (step + 1 == n or (check_every and (step + 1) % check_every == 0)):
-            _look(run, _tokens(together, group), step + 1, look)
-        tell()
-    kept = run.best if look else torch.stack(run.vectors).detach()
-    effective = [float(1 / lesson.weights.double().square().sum()) for lesson in lessons]
-    return [Learned(*token) for token in zip(kept, run.looks, run.losses.tolist(), effective, strict=True)]
+        if evaluate and (step + 1 == n or (eval_every and (step + 1) % eval_every == 0)):
+            _evaluate(run, groups[group], step + 1, evaluate)
+        report()
+    vectors = run.best if evaluate else torch.stack(run.vectors).detach()
+    effective = [float(1 / target.weights.double().square().sum()) for target in targets]
+    return [LearnedToken(*t) for t in zip(vectors, run.evaluations, run.losses.tolist(), effective, strict=True)]
 
 
-def _tokens(together: int, group: int) -> slice:
-    """Which tokens are learned in the same network calls."""
-    return slice(group * together, (group + 1) * together)
+def _initial_state(
+    model: Model, config: TextualInversionConfig, targets: Sequence[TokenTarget], initial: Tensor
+) -> InversionState:
+    first = initial.detach().to(model.device, torch.float32)
+    vectors = [v.clone().requires_grad_() for v in first]
+    # No weight decay, which pulls v to zero, far from all words. Adam is elementwise and skips tensors without a
+    # gradient, so tokens that share an optimizer do not influence each other.
+    optimizer = torch.optim.AdamW(vectors, lr=config.lr, weight_decay=0.0)
+    losses = torch.zeros(len(targets), config.iterations)
+    return InversionState(
+        vectors, optimizer, [t.generator for t in targets], first.clone(), losses, [[] for _ in targets]
+    )
 
 
-def _iterate(
+def _train_step(
     model: Model,
-    numbers: Descent,
-    lessons: Sequence[Lesson],
-    run: State,
-    tokens: slice,
+    config: TextualInversionConfig,
+    targets: Sequence[TokenTarget],
+    run: InversionState,
+    group: slice,
     step: int,
-    unet: Weights,
-    longest: Tensor | None,
+    unet_weights: Weights,
+    max_norm: Tensor | None,
 ) -> None:
-    vectors = run.vectors[tokens]
-    drawn = [_draw(model, numbers, lesson, v) for lesson, v in zip(lessons[tokens], vectors, strict=True)]
-    z_t, t, eps = (torch.cat(part) for part in zip(*((d.z_t, d.t, d.eps) for d in drawn), strict=True))
-    c = encode(model, [prompt for d in drawn for prompt in d.prompts]).states
-    error = (predict(model, unet, z_t, t, c) - eps).float().square()
-    own = error.reshape(len(vectors), -1).mean(1)
-    run.optimiser.zero_grad()
-    own.sum().backward()
-    run.optimiser.step()
-    if longest is not None:
+    """One optimizer step of the tokens of a group."""
+    vectors = run.vectors[group]
+    batches = [_sample_batch(model, config, target, v) for target, v in zip(targets[group], vectors, strict=True)]
+    z_t, t, eps = (torch.cat(part) for part in zip(*((b.z_t, b.t, b.eps) for b in batches), strict=True))
+    c = encode(model, [prompt for b in batches for prompt in b.prompts]).states
+    error = (predict(model, unet_weights, z_t, t, c) - eps).float().square()
+    losses = error.reshape(len(vectors), -1).mean(1)
+    run.optimizer.zero_grad()
+    losses.sum().backward()  # a sum, so that each token's gradient is that of its own loss
+    run.optimizer.step()
+    if max_norm is not None:
         with torch.no_grad():
             for v in vectors:
-                v *= (longest / v.norm(dim=-1, keepdim=True)).clamp(max=1)
-    run.losses[tokens, step] = own.detach().cpu()
-    if not run.losses[tokens, step].isfinite().all():
+                v *= (max_norm / v.norm(dim=-1, keepdim=True)).clamp(max=1)
+    run.losses[group, step] = losses.detach().cpu()
+    if not run.losses[group, step].isfinite().all():
         raise DataError(
-            f"the loss of the inversion became no number at iteration {step + 1}",
-            hint="lower loop.lr, or begin at another word (concepts.*.initial)",
+            f"the loss of the inversion became NaN or infinite at iteration {step + 1}",
+            hint="lower training.lr, or start from another word (concepts.*.initializer_token)",
         )
 
 
-def _look(run: State, tokens: slice, step: int, look: Look) -> None:
-    vectors = torch.stack(run.vectors[tokens]).detach()
-    for i, (rows, score) in enumerate(zip(vectors, look(vectors), strict=True), tokens.start):
-        if score > max((earlier["score"] for earlier in run.looks[i]), default=-float("inf")):
-            run.best[i] = rows
-        run.looks[i].append({"step": step, "score": score})
+def _evaluate(run: InversionState, group: slice, step: int, evaluate: TokenEvaluator) -> None:
+    vectors = torch.stack(run.vectors[group]).detach()
+    for i, (v, score) in enumerate(zip(vectors, evaluate(vectors), strict=True), group.start):
+        if score > max((earlier["score"] for earlier in run.evaluations[i]), default=-float("inf")):
+            run.best[i] = v
+        run.evaluations[i].append({"step": step, "score": score})
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _NoisyBatch:
     z_t: Tensor
     t: Tensor
     eps: Tensor
     prompts: list[PromptParts]
 
 
-def _draw(model: Model, numbers: Descent, lesson: Lesson, rows: Tensor) -> _Drawn:
-    """One iteration's noisy latents of one token, and the sentences around it."""
-    g, b, z_0 = lesson.generator, numbers.batch_size, lesson.latents
-    n = torch.multinomial(lesson.weights, b, replacement=True, generator=g)
+def _sample_batch(model: Model, config: TextualInversionConfig, target: TokenTarget, vectors: Tensor) -> _NoisyBatch:
+    """Noisy latents of one token's images, and prompts that contain the token."""
+    g, b, z_0 = target.generator, config.batch_size, target.latents
+    # Weights decide how often an image is sampled, not how much its loss counts: equal in expectation, less variance.
+    image = torch.multinomial(target.weights, b, replacement=True, generator=g)
     t = torch.randint(len(model.schedule.alphas_cumprod), (b,), generator=g).to(model.device)
     eps = torch.randn(b, *z_0.shape[1:], generator=g).to(z_0)
-    bare = torch.rand(b, generator=g) < 1 / 3
-    pick = torch.randint(len(lesson.templates[0]), (b,), generator=g).masked_fill(bare, -1)
-    said = ["{}" if i < 0 else lesson.templates[which][i] for which, i in zip(n.tolist(), pick.tolist(), strict=True)]
-    z_t = model.schedule.add_noise(z_0[n.to(z_0.device)], eps, t)
-    return _Drawn(z_t, t, eps, [around(rows, template) for template in said])
+    bare = torch.rand(b, generator=g) < BARE_SHARE
+    choice = torch.randint(len(target.templates[0]), (b,), generator=g).masked_fill(bare, -1)
+    templates = [
+        "{}" if j < 0 else target.templates[i][j] for i, j in zip(image.tolist(), choice.tolist(), strict=True)
+    ]
+    z_t = model.schedule.add_noise(z_0[image.to(z_0.device)], eps, t)
+    return _NoisyBatch(z_t, t, eps, [_fill_template(template, vectors) for template in templates])
+
+
+def _fill_template(template: str, vectors: Tensor) -> PromptParts:
+    """("a photo of ", vectors), for example."""
+    before, _, after = template.partition("{}")
+    return [p for p in (before, vectors, after) if not isinstance(p, str) or p.strip()]

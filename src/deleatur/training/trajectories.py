@@ -1,7 +1,7 @@
-"""Where training states come from: trajectories of the guided sampler, fresh, from a staggered pool, or replayed.
+"""Training states: trajectories of the guided sampler, fresh, from a staggered pool, or replayed.
 
-N: sampler steps            k: steps already done, 0 … N−1       M: slots of the pool
-b: states per iteration     τ_k: noise level of z⁽ᵏ⁾              S: stages trained on, the first ones (papers: S = N)
+N: sampler steps            k: completed sampler steps, 0 … N−1       M: trajectories of the pool
+b: states per iteration     τ_k: timestep of z⁽ᵏ⁾                     S: trained steps, the first ones (papers: S = N)
 """
 
 from __future__ import annotations
@@ -15,43 +15,47 @@ from torch import Tensor
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights, guided_step, predict_pair
 from deleatur.maths.guidance import cfg
-from deleatur.training.cost import Work
+from deleatur.training.cost import Workload
 
-Law = Literal["uniform", "beta33"]
+TimestepDistribution = Literal["uniform", "beta33"]
 
 
 @dataclass(frozen=True)
-class Visit:
-    """States to train on: z (b, C, H, W), stages k (b,), and which condition each was drawn under (b,)."""
+class TrajectoryStates:
+    """Noisy latents z (b, C, H, W), their completed steps k (b,), and the index of each one's condition (b,)."""
 
     z: Tensor
     k: Tensor
     condition: Tensor
 
 
-class Resumable(Protocol):
-    """Draws nothing before its first visit: a run that goes on would only throw it away."""
+class Restorable(Protocol):
+    """A part of a run's checkpoint. Draws nothing before its first batch, so that restoring wastes no draw."""
 
     def tensors(self) -> dict[str, Tensor]: ...
     def restore(self, tensors: dict[str, Tensor]) -> None: ...
 
 
-class Trajectories(Resumable, Protocol):
-    def visit(self, weights: Weights) -> Visit: ...
+class Trajectories(Restorable, Protocol):
+    def next_batch(self, weights: Weights) -> TrajectoryStates:
+        """States of trajectories that these weights make."""
+        ...
 
 
-def draw_stages(law: Law, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def sample_steps(
+    distribution: TimestepDistribution, n: int, shape: tuple[int, ...], generator: torch.Generator
+) -> Tensor:
     """k for fresh trajectories: uniform (SDD), or ⌊N·u⌋ with u ~ Beta(3, 3) (HFI's SDD, mid-trajectory)."""
-    if law == "uniform":
+    if distribution == "uniform":
         return torch.randint(n, shape, generator=generator)
-    # The median of five uniforms is Beta(3, 3): no sampler that depends on a global generator.
+    # The median of five uniforms is Beta(3, 3), and torch.distributions.Beta takes no generator.
     u = torch.rand(*shape, 5, generator=generator).median(-1).values
     return (n * u).long().clamp(max=n - 1)
 
 
-def stage_weights(law: Law, n: int) -> Tensor:
-    """q_k / max q (n,): the chance that a visited stage is trained on, so that the pool follows the law exactly."""
-    if law == "uniform":
+def acceptance_probabilities(distribution: TimestepDistribution, n: int) -> Tensor:
+    """q_k / max q (n,): rejection sampling that turns the pool's uniform k into the distribution q."""
+    if distribution == "uniform":
         return torch.ones(n)
     x = torch.linspace(0, 1, n + 1, dtype=torch.float64)
     cdf = x**3 * (10 - 15 * x + 6 * x**2)  # of Beta(3, 3)
@@ -60,54 +64,60 @@ def stage_weights(law: Law, n: int) -> Tensor:
 
 
 @dataclass
-class Source:
-    """What both kinds share: the network's guided step, the conditions, and the generator of all draws."""
+class TrajectorySampler:
+    """The guided sampler of all trajectories: its conditions, and the generator of every random draw."""
 
     model: Model
-    empty: Tensor
+    c_0: Tensor
     conditions: Tensor
-    """(n, L, d): what the trajectories are prompted with."""
+    """(n, L, d) c_p, what the trajectories are prompted with."""
     s_g: float
-    steps: int
+    sampler_steps: int
     generator: torch.Generator
-    stages: int | None = None
-    """S; none: all N. A trajectory goes no further than its last state that is trained on."""
+    train_timesteps: int | None = None
+    """S; none: all N. A trajectory ends at its last trained state."""
 
     @property
-    def used(self) -> int:
-        return min(self.stages or self.steps, self.steps)
+    def trained_steps(self) -> int:
+        return min(self.train_timesteps or self.sampler_steps, self.sampler_steps)
 
     def noise(self, n: int) -> Tensor:
+        # Drawn on the CPU: the same noise on every device.
         z = torch.randn(n, *self.model.latent_shape, generator=self.generator)
         return z.to(self.model.device, self.model.dtype)
 
     def advance(self, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+        """z⁽ᵏ⁾ → z⁽ᵏ⁺¹⁾ for each row."""
         c_p = self.conditions[condition.to(self.conditions.device)]
-        return guided_step(self.model, weights, z, k.to(z.device), self.empty, c_p, self.s_g, self.steps)
+        return guided_step(self.model, weights, z, k.to(z.device), self.c_0, c_p, self.s_g, self.sampler_steps)
 
 
-class Fresh:
-    """Algorithm 1 of SDD: each state is the end of a trajectory of its own, made by the teacher of the moment."""
+class FreshTrajectories:
+    """Algorithm 1 of SDD: each state ends a trajectory of its own, made by the current teacher."""
 
-    def __init__(self, source: Source, *, batch: int, law: Law) -> None:
-        self.source, self.batch, self.law = source, batch, law
+    def __init__(self, sampler: TrajectorySampler, *, batch_size: int, distribution: TimestepDistribution) -> None:
+        self.sampler, self.batch_size, self.distribution = sampler, batch_size, distribution
         self.count = torch.zeros((), dtype=torch.long)
 
-    def visit(self, weights: Weights) -> Visit:
-        s = self.source
-        k = draw_stages(self.law, s.used, (self.batch,), s.generator)
-        condition = (self.count + torch.arange(self.batch)) % len(s.conditions)
-        z = s.noise(self.batch)
+    def next_batch(self, weights: Weights) -> TrajectoryStates:
+        s = self.sampler
+        k = sample_steps(self.distribution, s.trained_steps, (self.batch_size,), s.generator)
+        condition = (self.count + torch.arange(self.batch_size)) % len(s.conditions)
+        z = s.noise(self.batch_size)
         for j in range(int(k.max())):
-            rows = (k > j).nonzero().squeeze(1)
+            rows = (k > j).nonzero().squeeze(1)  # those whose trajectory is longer
             z[rows] = s.advance(weights, z[rows], torch.full_like(rows, j), condition[rows])
-        self.count += self.batch
-        return Visit(z, k, condition)
+        self.count += self.batch_size
+        return TrajectoryStates(z, k, condition)
 
     @staticmethod
-    def work(visits: int, used: int, batch: int) -> Work:
-        """Under either law k is (S − 1)/2 on average, and a guided step takes two rows."""
-        return Work(forward=visits * batch * (used - 1), wide=2 * batch, latents=batch)
+    def workload(batches: int, trained_steps: int, batch_size: int) -> Workload:
+        """Under both distributions the mean of k is (S − 1)/2, and a guided step takes two rows."""
+        return Workload(
+            forward=batches * batch_size * (trained_steps - 1),
+            max_forward_batch=2 * batch_size,
+            stored_latents=batch_size,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         return {"count": self.count}
@@ -116,135 +126,163 @@ class Fresh:
         self.count = tensors["count"]
 
 
-class Pool:
-    """M trajectories, evenly staggered; each visit trains on a state and moves it one step on, so every state counts.
+class TrajectoryPool:
+    """M trajectories at evenly staggered steps. A visit trains on a state and advances it by one step.
 
-    Slots are visited in a cyclic order shuffled once: the gap between two visits of a slot is constant, M/b.
-    Expected gradient as with `Fresh`, up to the teacher's movement during a trajectory's life of S·M/b iterations.
+    Every state of a trajectory is trained on, so one guided step per state replaces (S − 1)/2 of them.
+    Trajectories are visited in a cyclic order shuffled once: two visits of the same one are always M/b batches apart.
+    The expected gradient is that of `FreshTrajectories`, except that the teacher moves while a trajectory lives, which
+    is for S·M/b iterations.
     """
 
-    def __init__(self, source: Source, *, batch: int, slots: int, law: Law) -> None:
-        self.source, self.batch = source, batch
-        self.accept = stage_weights(law, source.used)
-        self.order = torch.randperm(slots, generator=source.generator)
-        self.k = torch.arange(slots) * source.used // slots
-        self.condition = torch.randperm(slots, generator=source.generator) % len(source.conditions)
-        self.z = source.noise(slots)
+    def __init__(
+        self, sampler: TrajectorySampler, *, batch_size: int, pool_size: int, distribution: TimestepDistribution
+    ) -> None:
+        self.sampler, self.batch_size = sampler, batch_size
+        self.acceptance = acceptance_probabilities(distribution, sampler.trained_steps)
+        self.order = torch.randperm(pool_size, generator=sampler.generator)
+        # Staggered from the start: a batch of equal steps would correlate successive gradients.
+        self.k = torch.arange(pool_size) * sampler.trained_steps // pool_size
+        self.condition = torch.randperm(pool_size, generator=sampler.generator) % len(sampler.conditions)
+        self.z = sampler.noise(pool_size)
         self.position = torch.zeros((), dtype=torch.long)
-        self.started = torch.tensor(slots)
+        self.num_started = torch.tensor(pool_size)
 
-    def visit(self, weights: Weights) -> Visit:
-        """The next b accepted states. Visited slots are moved on under `weights`, accepted or not."""
-        s = self.source
+    def next_batch(self, weights: Weights) -> TrajectoryStates:
+        """The next b accepted states. Visited trajectories advance under `weights`, accepted or not."""
         if self.position == 0:
             self._stagger(weights)
         visited: list[int] = []
         accepted: list[int] = []
-        while len(accepted) < self.batch and len(visited) < len(self.order):
+        # At most one round: a trajectory visited twice would be advanced twice from the same state.
+        while len(accepted) < self.batch_size and len(visited) < len(self.order):
             slot = int(self.order[int(self.position) % len(self.order)])
             self.position += 1
             visited.append(slot)
-            chance = self.accept[self.k[slot]]
-            if chance == 1 or torch.rand((), generator=s.generator) < chance:
+            chance = self.acceptance[self.k[slot]]
+            # A certain acceptance draws no number, so `uniform` leaves the generator to the noise.
+            if chance == 1 or torch.rand((), generator=self.sampler.generator) < chance:
                 accepted.append(slot)
-        rows = torch.tensor(accepted or visited[: self.batch])
-        out = Visit(self.z[rows].clone(), self.k[rows].clone(), self.condition[rows].clone())
-        self._move_on(weights, torch.tensor(visited))
-        return out
+        rows = torch.tensor(accepted or visited[: self.batch_size])
+        states = TrajectoryStates(self.z[rows].clone(), self.k[rows].clone(), self.condition[rows].clone())
+        self._advance_or_restart(weights, torch.tensor(visited))
+        return states
 
     def _stagger(self, weights: Weights) -> None:
         for j in range(int(self.k.max())):
             rows = (self.k > j).nonzero().squeeze(1)
-            self.z[rows] = self.source.advance(weights, self.z[rows], torch.full_like(rows, j), self.condition[rows])
+            self.z[rows] = self.sampler.advance(weights, self.z[rows], torch.full_like(rows, j), self.condition[rows])
 
-    def _move_on(self, weights: Weights, rows: Tensor) -> None:
-        s = self.source
-        ended = self.k[rows] == s.used - 1
-        going, over = rows[~ended], rows[ended]
-        if len(going):
-            self.z[going] = s.advance(weights, self.z[going], self.k[going], self.condition[going])
-            self.k[going] += 1
-        if len(over):
-            self.z[over] = s.noise(len(over))
-            self.k[over] = 0
-            self.condition[over] = (self.started + torch.arange(len(over))) % len(s.conditions)
-            self.started += len(over)
+    def _advance_or_restart(self, weights: Weights, rows: Tensor) -> None:
+        s = self.sampler
+        at_end = self.k[rows] == s.trained_steps - 1
+        running, finished = rows[~at_end], rows[at_end]
+        if len(running):
+            self.z[running] = s.advance(weights, self.z[running], self.k[running], self.condition[running])
+            self.k[running] += 1
+        if len(finished):
+            self.z[finished] = s.noise(len(finished))
+            self.k[finished] = 0
+            # Conditions are cycled in the order of starts, whichever trajectory starts.
+            self.condition[finished] = (self.num_started + torch.arange(len(finished))) % len(s.conditions)
+            self.num_started += len(finished)
 
     @staticmethod
-    def work(visits: int, used: int, batch: int, slots: int, law: Law) -> Work:
+    def workload(
+        batches: int, trained_steps: int, batch_size: int, pool_size: int, distribution: TimestepDistribution
+    ) -> Workload:
         """Two rows for each step of the staggering, then for each visited state that is not its trajectory's last."""
-        k = [i * used // slots for i in range(slots)]
-        visited = min(batch / float(stage_weights(law, used).mean()), slots)
-        forward = 2 * sum(k) + 2 * visits * visited * (used - 1) / used
-        return Work(forward=forward, wide=2 * max(sum(i > 0 for i in k), batch), latents=slots)
+        k = [i * trained_steps // pool_size for i in range(pool_size)]
+        visited = min(batch_size / float(acceptance_probabilities(distribution, trained_steps).mean()), pool_size)
+        return Workload(
+            forward=2 * sum(k) + 2 * batches * visited * (trained_steps - 1) / trained_steps,
+            max_forward_batch=2 * max(sum(i > 0 for i in k), batch_size),
+            stored_latents=pool_size,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("order", "k", "condition", "z", "position", "started")
+        names = ("order", "k", "condition", "z", "position", "num_started")
         return {n: getattr(self, n) for n in names}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        _put_back(self, tensors)
+        _restore(self, tensors)
 
 
-class Replay:
-    """M whole trajectories of weights that never change: their states in random order, once each, then M new ones.
+class TrajectoryReplay:
+    """M complete trajectories of frozen weights: their states in random order, each once, then M new ones.
 
-    Such trajectories need not be made one step at a time, and what the weights predict at each state is known from
-    making it: a training target for nothing.
+    Frozen weights allow making trajectories in advance, in large batches; and their predictions at each state, which
+    are the regression targets, come from the sampler itself without a further call.
     """
 
-    def __init__(self, source: Source, weights: Weights, *, batch: int, slots: int) -> None:
-        self.source, self.weights, self.batch, self.slots = source, weights, batch, slots
-        self.turns = torch.randperm(len(source.conditions), generator=source.generator)
-        self.started = self.position = torch.zeros((), dtype=torch.long)
+    def __init__(self, sampler: TrajectorySampler, weights: Weights, *, batch_size: int, pool_size: int) -> None:
+        self.sampler, self.weights, self.batch_size, self.pool_size = sampler, weights, batch_size, pool_size
+        self.condition_order = torch.randperm(len(sampler.conditions), generator=sampler.generator)
+        self.num_started = self.position = torch.zeros((), dtype=torch.long)
         self.order = self.k = self.condition = torch.zeros(0, dtype=torch.long)
         self.z = self.eps = torch.zeros(0)
 
-    def visit(self) -> tuple[Visit, Tensor]:
-        """The next b states, and what the weights predict there under their condition (b, C, H, W)."""
-        if int(self.position) + self.batch > len(self.order):
-            self._make()
-        rows = self.order[int(self.position) : int(self.position) + self.batch]
-        self.position += self.batch
-        return Visit(self.z[rows], self.k[rows], self.condition[rows]), self.eps[rows]
+    def next_batch(self) -> tuple[TrajectoryStates, Tensor]:
+        """The next b states, and the weights' predictions there under their conditions (b, C, H, W)."""
+        if int(self.position) + self.batch_size > len(self.order):
+            self._sample_trajectories()
+        rows = self.order[int(self.position) : int(self.position) + self.batch_size]
+        self.position += self.batch_size
+        return TrajectoryStates(self.z[rows], self.k[rows], self.condition[rows]), self.eps[rows]
 
-    def _make(self) -> None:
-        s, schedule = self.source, self.source.model.schedule
-        own = self.turns[(int(self.started) + torch.arange(self.slots)) % len(self.turns)]
-        z, c_p = s.noise(self.slots), s.conditions[own.to(s.conditions.device)]
+    def _sample_trajectories(self) -> None:
+        s, schedule = self.sampler, self.sampler.model.schedule
+        condition = self.condition_order[
+            (int(self.num_started) + torch.arange(self.pool_size)) % len(self.condition_order)
+        ]
+        z, c_p = s.noise(self.pool_size), s.conditions[condition.to(s.conditions.device)]
         states, predictions = [], []
-        for tau in schedule.timesteps(s.steps):
-            t = torch.full((self.slots,), tau, device=z.device)
-            eps_0, eps_p = predict_pair(s.model, self.weights, z, t, s.empty, c_p)
+        for tau in schedule.timesteps(s.sampler_steps):
+            t = torch.full((self.pool_size,), tau, device=z.device)
+            eps_0, eps_p = predict_pair(s.model, self.weights, z, t, s.c_0, c_p)
             states.append(z)
             predictions.append(eps_p)
-            z = schedule.ddim_step(z, cfg(eps_0, eps_p, s.s_g), t, s.steps)
-        # Laid out as they will be when they come back from disk.
+            z = schedule.ddim_step(z, cfg(eps_0, eps_p, s.s_g), t, s.sampler_steps)
+        # Contiguous, as a checkpoint restores them: another memory layout would round differently.
         self.z, self.eps = torch.cat(states).contiguous(), torch.cat(predictions).contiguous()
-        self.k = torch.arange(s.steps).repeat_interleave(self.slots)
-        self.condition = own.repeat(s.steps)
+        self.k = torch.arange(s.sampler_steps).repeat_interleave(self.pool_size)
+        self.condition = condition.repeat(s.sampler_steps)
         self.order = torch.randperm(len(self.z), generator=s.generator)
         self.position = torch.zeros((), dtype=torch.long)
-        self.started = self.started + self.slots
+        self.num_started = self.num_started + self.pool_size
 
     @staticmethod
-    def work(visits: int, steps: int, batch: int, slots: int) -> Work:
-        made = -(-visits // (slots * steps // batch))
-        return Work(forward=2 * made * slots * steps, wide=2 * slots, latents=2 * slots * steps)
+    def workload(batches: int, sampler_steps: int, batch_size: int, pool_size: int) -> Workload:
+        rounds = -(-batches // (pool_size * sampler_steps // batch_size))
+        return Workload(
+            forward=2 * rounds * pool_size * sampler_steps,
+            max_forward_batch=2 * pool_size,
+            stored_latents=2 * pool_size * sampler_steps,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("turns", "started", "z", "eps", "k", "condition", "order", "position")
+        names = ("condition_order", "num_started", "z", "eps", "k", "condition", "order", "position")
         return {n: getattr(self, n) for n in names}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        _put_back(self, tensors)
+        _restore(self, tensors)
 
 
-def _put_back(states: Pool | Replay, tensors: dict[str, Tensor]) -> None:
-    """States and predictions go to the network's device; what is counted and drawn stays on the CPU."""
+def _restore(trajectories: TrajectoryPool | TrajectoryReplay, tensors: dict[str, Tensor]) -> None:
+    """Latents and predictions go to the network's device; counters and indices stay on the CPU."""
     for name, value in tensors.items():
-        setattr(states, name, value.to(states.source.model.device) if name in ("z", "eps") else value)
+        on_device = name in ("z", "eps")
+        setattr(trajectories, name, value.to(trajectories.sampler.model.device) if on_device else value)
 
 
-def trajectories(kind: Literal["fresh", "pool"], source: Source, *, batch: int, slots: int, law: Law) -> Fresh | Pool:
-    return Fresh(source, batch=batch, law=law) if kind == "fresh" else Pool(source, batch=batch, slots=slots, law=law)
+def build_trajectories(
+    kind: Literal["fresh", "pool"],
+    sampler: TrajectorySampler,
+    *,
+    batch_size: int,
+    pool_size: int,
+    distribution: TimestepDistribution,
+) -> FreshTrajectories | TrajectoryPool:
+    if kind == "fresh":
+        return FreshTrajectories(sampler, batch_size=batch_size, distribution=distribution)
+    return TrajectoryPool(sampler, batch_size=batch_size, pool_size=pool_size, distribution=distribution)
