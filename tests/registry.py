@@ -39,13 +39,13 @@ def requiring_approval(settings: Settings) -> Settings:
     return settings.model_copy(update={"register_": settings.register_.model_copy(update={"approval": True})})
 
 
-def register_pass(settings: Settings, evidence: str, weights: str = "", **tags: str) -> str:
+def register_pass(settings: Settings, evidence: str, weights: str = "", **extra_tags: str) -> str:
     """Records a verdict that passes, with a version, as the stage `register` does; returns the version."""
     registry, weights = open_registry(settings), (weights or evidence) * 64
     version = registry.version(evidence * 64)
     if version is None:
         tags = {"deleatur.evidence": evidence * 64, "deleatur.delta": weights, "deleatur.outcome": "pass"}
-        tags |= {f"deleatur.{name}": value for name, value in tags.items()}
+        tags |= {f"deleatur.{name}": value for name, value in extra_tags.items()}
         with suppress(MlflowException):
             registry.client.create_registered_model(registry.model)
         created = registry.client.create_model_version(registry.model, source=str(Path.cwd() / "none"), tags=tags)
