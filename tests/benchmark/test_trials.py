@@ -1,4 +1,4 @@
-"""Cells run, stop, go on and are told: on the tiny model, without DVC."""
+"""Trials on the tiny model: run, interrupted, resumed and aggregated."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 
 from deleatur import stages
 from deleatur.benchmark import aggregate, log, plan, resources, schedule
-from deleatur.benchmark import trial as cells
-from deleatur.benchmark.plan import Cell
-from deleatur.benchmark.table import Table
-from deleatur.benchmark.trial import Stamps
+from deleatur.benchmark import trial as trials
+from deleatur.benchmark.digests import TrialDigests
+from deleatur.benchmark.plan import Trial
+from deleatur.benchmark.table import BenchmarkTable
 from deleatur.cli import app
 from deleatur.config.settings import Settings
 from deleatur.errors import ErasureRefused
 from deleatur.maths import intervals
-from deleatur.registry.mlflow_client import Registry
+from deleatur.registry.mlflow_registry import Registry
 from deleatur.stages import erase
 from deleatur.storage import dvc, files
 
@@ -38,16 +38,18 @@ SEEDS = [1, 2]
 
 
 def project(root: Path) -> Settings:
-    numbers = workspace.numbers(root)
+    numbers = workspace.small_params(root)
     compare = numbers["compare"] | {"methods": ROWS, "seeds": SEEDS}
     register = numbers["register"] | {"tracking_uri": f"sqlite:///{root}/mlflow.db"}  # one connection per address
-    return workspace.make(root, compare=compare, register=register, erase=numbers["erase"] | {"abo": {}})
+    return workspace.create(root, compare=compare, register=register, erase=numbers["erase"] | {"abo": {}})
 
 
 def ran(settings: Settings) -> None:
-    stamps = Stamps(settings)
+    digests = TrialDigests(settings)
     schedule.run(
-        settings, stamps, schedule.missing(settings, stamps, schedule.cells_of(["weapon"], plan.rows(settings), SEEDS))
+        settings,
+        digests,
+        schedule.missing(settings, digests, schedule.trials_of(["weapon"], plan.row_names(settings), SEEDS)),
     )
 
 
@@ -65,12 +67,12 @@ def settings(done: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings.load()
 
 
-def told(settings: Settings) -> Table:
-    return aggregate.table(settings, Stamps(settings), "weapon", plan.rows(settings), SEEDS)
+def table_of(settings: Settings) -> BenchmarkTable:
+    return aggregate.aggregate_trials(settings, TrialDigests(settings), "weapon", plan.row_names(settings), SEEDS)
 
 
-def test_numbers_are_those_of_the_pictures_pooled_over_seeds(settings: Settings) -> None:
-    row = {row.name: row for row in told(settings).rows}["uce"]
+def test_scores_are_pooled_over_the_images_of_all_seeds(settings: Settings) -> None:
+    row = {row.name: row for row in table_of(settings).rows}["uce"]
     assert row.seeds == (1, 2)
     values = [
         files.read_table(Path(f"out/compare/weapon/uce/{seed}/scores/values.parquet")).assign(seed=seed)
@@ -78,35 +80,35 @@ def test_numbers_are_those_of_the_pictures_pooled_over_seeds(settings: Settings)
     ]
     for role in ("concept", "token"):
         parts = [v[(v.side == "candidate") & (v.role == role) & (v.metric == "concept_rate")] for v in values]
-        all_of = np.concatenate([p["value"] for p in parts])
-        of = [list(p["id"] if role == "concept" else p["id"] + f"/{s}") for p, s in zip(parts, SEEDS, strict=True)]
-        names = np.unique(np.concatenate(of), return_inverse=True)[1]
-        wanted, found = intervals.rate(all_of, names, 0.95), row.numbers[role]
-        assert (found.value, found.low, found.high) == pytest.approx((wanted.value, wanted.low, wanted.high))
-        assert found.n == len(all_of)
-        own = [len(set(p["id"])) for p in parts]
-        assert found.prompts == (own[0] if role == "concept" else sum(own)), "each seed has learned tokens of its own"
-        assert found.seeds == pytest.approx({s: float(p["value"].mean()) for p, s in zip(parts, SEEDS, strict=True)})
+        pooled = np.concatenate([p["value"] for p in parts])
+        prompts = [list(p["id"] if role == "concept" else p["id"] + f"/{s}") for p, s in zip(parts, SEEDS, strict=True)]
+        clusters = np.unique(np.concatenate(prompts), return_inverse=True)[1]
+        expected, score = intervals.rate(pooled, clusters, 0.95), row.scores[role]
+        assert (score.value, score.low, score.high) == pytest.approx((expected.value, expected.low, expected.high))
+        assert score.n == len(pooled)
+        counts = [len(set(p["id"])) for p in parts]
+        assert score.prompts == (counts[0] if role == "concept" else sum(counts)), "tokens are learned for each seed"
+        assert score.seeds == pytest.approx({s: float(p["value"].mean()) for p, s in zip(parts, SEEDS, strict=True)})
 
 
-def test_changes_are_paired_with_the_untouched_model(settings: Settings) -> None:
-    table = told(settings)
+def test_changes_are_paired_with_the_base_model(settings: Settings) -> None:
+    table = table_of(settings)
     none, uce = (next(row for row in table.rows if row.name == name) for name in ("none", "uce"))
-    assert set(none.numbers) == {"concept", "word", "token", "attack"}, "it is what others are compared with"
-    assert none.numbers["concept"].value == table.base["concept"].value
+    assert set(none.scores) == {"concept", "word", "token", "attack"}, "what others are compared with"
+    assert none.scores["concept"].value == table.base_scores["concept"].value
     values = pd.concat([files.read_table(Path(f"out/compare/weapon/uce/{s}/scores/values.parquet")) for s in SEEDS])
     for key, metric in (("unseen", "recognition"), ("clip", "clip_score")):
-        own = values[(values.metric == metric) & (values.role == "unseen")]
-        candidate, base = (own[own.side == side]["value"].mean() for side in ("candidate", "base"))
-        assert uce.numbers[key].value == pytest.approx((candidate - base) / (base if key == "clip" else 1))
-        assert table.base[key].value == pytest.approx(base)
-    assert uce.numbers["clip"].value != 0, "something has changed"
+        unseen = values[(values.metric == metric) & (values.role == "unseen")]
+        candidate, base = (unseen[unseen.side == side]["value"].mean() for side in ("candidate", "base"))
+        assert uce.scores[key].value == pytest.approx((candidate - base) / (base if key == "clip" else 1))
+        assert table.base_scores[key].value == pytest.approx(base)
+    assert uce.scores["clip"].value != 0, "something has changed"
 
 
-def test_all_rows_start_from_the_same_noise_and_the_base_is_drawn_once(settings: Settings) -> None:
+def test_all_rows_have_the_same_noise_and_the_base_model_is_sampled_once(settings: Settings) -> None:
     def recipes(row: str) -> Any:
-        shots = files.read_table(Path(f"out/compare/weapon/{row}/1/shots/shots.parquet"))
-        return shots[shots["role"] != "attack"].set_index(["side", "id", "index"]).sort_index()
+        listing = files.read_table(Path(f"out/compare/weapon/{row}/1/samples/samples.parquet"))
+        return listing[listing["role"] != "attack"].set_index(["side", "id", "index"]).sort_index()
 
     none = recipes("none")
     for row in ("uce", "negative", "hfi+sdd"):
@@ -116,21 +118,21 @@ def test_all_rows_start_from_the_same_noise_and_the_base_is_drawn_once(settings:
         assert (found.loc["candidate"]["key"] != none.loc["candidate"]["key"]).all()
 
 
-def test_a_cell_that_is_there_runs_no_network(settings: Settings) -> None:
+def test_a_trial_that_is_up_to_date_evaluates_no_network(settings: Settings) -> None:
     with counting.calls() as counts:
         ran(settings)
     assert not counts
 
 
-def test_rows_that_cannot_be_stand_in_the_table_with_the_reason(settings: Settings) -> None:
-    row = told(settings).rows[-1]
+def test_refused_rows_are_in_the_table_with_the_reason(settings: Settings) -> None:
+    row = table_of(settings).rows[-1]
     assert row.name == "abo"
-    assert "what to draw instead of weapon" in row.refused
+    assert "expected an alternative to weapon" in row.refused
     assert not Path("out/compare/weapon/abo").exists()
 
 
-def test_what_erasing_costs_is_beside_the_cell_and_not_in_it(settings: Settings) -> None:
-    rows = {row.name: row.cost for row in told(settings).rows}
+def test_resource_usage_is_recorded_outside_of_the_trials_folder(settings: Settings) -> None:
+    rows = {row.name: row.cost for row in table_of(settings).rows}
     for name in ("uce", "hfi+sdd"):
         cost = rows[name]
         assert cost is not None
@@ -146,45 +148,45 @@ def test_what_erasing_costs_is_beside_the_cell_and_not_in_it(settings: Settings)
     assert rows["negative"] == rows["none"], "a guide erases nothing"
 
 
-def test_another_number_makes_its_own_rows_anew_and_no_others(settings: Settings) -> None:
+def test_another_hyperparameter_makes_only_its_own_rows_stale(settings: Settings) -> None:
     erase = settings.erase.model_copy(update={"uce": {"edit": {"lam": 0.7, "preserve": 1.0}}})
-    changed, stamps = settings.model_copy(update={"erase": erase}), Stamps(settings)
-    now = Stamps(changed)
-    stale = [row for row in plan.rows(settings)[:-1] if not cells.done(changed, now, Cell("weapon", row, 1))]
+    changed, digests = settings.model_copy(update={"erase": erase}), TrialDigests(settings)
+    now = TrialDigests(changed)
+    stale = [row for row in plan.row_names(settings)[:-1] if not trials.is_done(changed, now, Trial("weapon", row, 1))]
     assert stale == ["uce"]
-    assert cells.done(settings, stamps, Cell("weapon", "uce", 1))
-    assert [row.name for row in aggregate.table(changed, now, "weapon", ["none", "uce"], SEEDS).rows if row.seeds] == [
-        "none"
-    ]
+    assert trials.is_done(settings, digests, Trial("weapon", "uce", 1))
+    assert [
+        row.name for row in aggregate.aggregate_trials(changed, now, "weapon", ["none", "uce"], SEEDS).rows if row.seeds
+    ] == ["none"]
 
 
-def test_another_metric_erases_nothing_and_draws_nothing(settings: Settings) -> None:
+def test_another_metric_trains_nothing_and_samples_nothing(settings: Settings) -> None:
     more = settings.evaluate.model_copy(
         update={"metrics": {**settings.evaluate.metrics, "again": {"method": "clip_score", "prefix": "a "}}}
     )
     changed = settings.model_copy(update={"evaluate": more})
     with counting.calls() as counts:
-        cells.run(changed, Stamps(changed), Cell("weapon", "uce", 1))
+        trials.run_trial(changed, TrialDigests(changed), Trial("weapon", "uce", 1))
     assert not counts[counting.UNET]
     values = files.read_table(Path("out/compare/weapon/uce/1/scores/values.parquet"))
     assert "again" in set(values["metric"])
-    cells.run(settings, Stamps(settings), Cell("weapon", "uce", 1))
+    trials.run_trial(settings, TrialDigests(settings), Trial("weapon", "uce", 1))
 
 
-def test_killed_while_it_draws_a_cell_goes_on_and_is_the_same(
+def test_a_trial_killed_while_sampling_resumes_with_the_same_result(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is erased and attacked by then is not done again, and the outputs are the same files."""
-    cell = Cell("weapon", "uce", 2)
-    folder = plan.place(settings, cell)
+    """Completed stages are not run again, and the outputs are the same files."""
+    trial = Trial("weapon", "uce", 2)
+    folder = plan.trial_folder(settings, trial)
     before = {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     monkeypatch.chdir(tmp_path)
     fresh = project(tmp_path)
-    ready = [Cell("weapon", plan.RATINGS, fresh.seed), Cell("weapon", plan.TOKENS, 2), Cell("weapon", "none", 2)]
-    for part in ready:
-        cells.run(fresh, Stamps(fresh), part)
+    ready = [Trial("weapon", plan.RATINGS, fresh.seed), Trial("weapon", plan.TOKENS, 2), Trial("weapon", "none", 2)]
+    for upstream in ready:
+        trials.run_trial(fresh, TrialDigests(fresh), upstream)
 
-    def die_while_drawing() -> None:
+    def die_while_sampling() -> None:
         plain = stages.run
 
         def run(name: str, settings: Settings) -> None:
@@ -194,82 +196,86 @@ def test_killed_while_it_draws_a_cell_goes_on_and_is_the_same(
 
         stages.run = run
 
-    assert counting.killed(lambda: cells.run(fresh, Stamps(fresh), cell), die_while_drawing)
-    assert list(files.read_json(plan.place(fresh, cell) / cells.MADE)) == ["erase", "attack", cells.DOING]
+    assert counting.killed(lambda: trials.run_trial(fresh, TrialDigests(fresh), trial), die_while_sampling)
+    assert list(files.read_json(plan.trial_folder(fresh, trial) / trials.DIGESTS_FILE)) == [
+        "erase",
+        "attack",
+        trials.RUNNING,
+    ]
     again: list[str] = []
     plain = stages.run
     monkeypatch.setattr(stages, "run", lambda name, of: (again.append(name), plain(name, of)))
-    cells.run(fresh, Stamps(fresh), cell)
+    trials.run_trial(fresh, TrialDigests(fresh), trial)
     assert again == ["sample", "evaluate"]
-    folder = plan.place(fresh, cell)
+    folder = plan.trial_folder(fresh, trial)
     assert {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == before
 
 
-def test_an_erasure_that_refuses_its_result_is_told_with_its_reason(
+def test_an_erasure_that_rejects_its_result_is_in_the_table_with_the_reason(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell = Cell("weapon", "hfi+sdd", 2)
+    trial = Trial("weapon", "hfi+sdd", 2)
 
-    def spoilt(of: Settings) -> None:
+    def reject(settings: Settings) -> None:
         raise ErasureRefused("preserved prompts fell before the concept went")
 
-    monkeypatch.setattr(erase, "run", spoilt)
-    folder = plan.place(settings, cell)
-    (folder / cells.MADE).unlink()
-    cells.run(settings, Stamps(settings), cell)
-    assert cells.done(settings, Stamps(settings), cell), "again it would be refused again"
+    monkeypatch.setattr(erase, "run", reject)
+    folder = plan.trial_folder(settings, trial)
+    (folder / trials.DIGESTS_FILE).unlink()
+    trials.run_trial(settings, TrialDigests(settings), trial)
+    assert trials.is_done(settings, TrialDigests(settings), trial), "it would be refused again"
     assert sorted(path.name for path in folder.iterdir()) == ["cell.json", "made.json"]
-    row = next(row for row in told(settings).rows if row.name == "hfi+sdd")
+    row = next(row for row in table_of(settings).rows if row.name == "hfi+sdd")
     assert row.seeds == (1,)
     assert "With seed 2 it was refused: preserved prompts fell before the concept went" in row.notes
 
 
-def test_seconds_of_a_run_in_parts_are_added_and_lost_ones_are_owned_up_to(tmp_path: Path) -> None:
+def test_seconds_of_an_interrupted_run_are_added_and_missing_parts_are_recorded(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
 
     def part(*, resumed: bool, stops: bool = False) -> None:
-        with resources.measured(path, "stamp", "cpu", resumed=resumed):
+        with resources.measure(path, "digest", "cpu", resumed=resumed):
             if stops:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         part(resumed=False, stops=True)
-    first = resources.read(path, "stamp")
+    first = resources.read(path, "digest")
     assert first is not None
     assert first.complete
     part(resumed=True)
-    whole = resources.read(path, "stamp")
+    whole = resources.read(path, "digest")
     assert whole is not None
     assert whole.complete
     assert whole.seconds > first.seconds
     assert resources.read(path, "another") is None
     assert counting.killed(lambda: killed_inside(path))
     part(resumed=True)
-    after = resources.read(path, "stamp")
+    after = resources.read(path, "digest")
     assert after is not None
-    assert not after.complete, "nobody knows how long the killed part took"
+    assert not after.complete, "the seconds of the killed part are unknown"
 
 
 def killed_inside(path: Path) -> None:
-    with resources.measured(path, "stamp", "cpu", resumed=True):
+    with resources.measure(path, "digest", "cpu", resumed=True):
         counting.die()
 
 
-def test_memory_is_what_is_held_at_the_most(tmp_path: Path) -> None:
+def test_memory_is_the_peak(tmp_path: Path) -> None:
     size = 64 * 2**20
     for wanted in (0, size):
-        with resources.measured(tmp_path / "m.json", "stamp", "cpu", resumed=False):
+        with resources.measure(tmp_path / "m.json", "digest", "cpu", resumed=False):
             held = bytearray(wanted)
             held[:: 2**12] = b"x" * (wanted // 2**12)
             del held
-        found = resources.read(tmp_path / "m.json", "stamp")
+        found = resources.read(tmp_path / "m.json", "digest")
         assert found is not None
         if found.memory is None:
-            pytest.skip("this system does not tell")
+            pytest.skip("this system reports no peak memory")
         assert wanted - 2**20 <= found.memory < wanted + size / 2
 
 
-def test_the_command_runs_tells_and_writes(settings: Settings) -> None:
+def test_the_command_runs_trials_and_writes_the_table(settings: Settings) -> None:
     result = CliRunner().invoke(app, ["compare", "--methods", "uce,abo", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -279,16 +285,16 @@ def test_the_command_runs_tells_and_writes(settings: Settings) -> None:
     csv = files.read_csv(Path("out/compare/table.csv"))
     assert list(csv["row"]) == ["none", "uce", "abo"]
     assert set(csv["concept"]) == {"weapon"}
-    assert float(csv["concept_value"][1]) == table["rows"][1]["numbers"]["concept"]["value"]
+    assert float(csv["concept_value"][1]) == table["rows"][1]["scores"]["concept"]["value"]
     client = Registry(settings.register_.tracking_uri, log.experiment(settings), "deleatur").client
     [experiment] = client.search_experiments(filter_string="name = 'deleatur-compare'")
     [run] = client.search_runs([experiment.experiment_id])
-    assert run.data.metrics["weapon/uce/concept.high"] == table["rows"][1]["numbers"]["concept"]["high"]
+    assert run.data.metrics["weapon/uce/concept.high"] == table["rows"][1]["scores"]["concept"]["high"]
     assert run.data.tags["deleatur.refused"] == "abo"
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"page", "params", "plot", "table"}
     again = CliRunner().invoke(app, ["compare", "--methods", "uce,abo", "--json"])
     assert again.exit_code == 0
-    assert len(client.search_runs([experiment.experiment_id])) == 1, "one table is one run"
+    assert len(client.search_runs([experiment.experiment_id])) == 1, "one run for the same table"
     shown = CliRunner().invoke(app, ["compare", "--show"])
     assert "Refused" not in shown.output
     assert "attacked" in shown.output
@@ -296,7 +302,7 @@ def test_the_command_runs_tells_and_writes(settings: Settings) -> None:
     assert CliRunner().invoke(app, ["compare", "--methods", "esd"]).exit_code == 2
 
 
-def test_dvc_runs_what_is_stale_and_nothing_else(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dvc_runs_only_stale_trials(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, params = tmp_path / "project", Path("params.yaml")
     shutil.copytree(done, root)
     monkeypatch.chdir(root)
@@ -306,25 +312,25 @@ def test_dvc_runs_what_is_stale_and_nothing_else(done: Path, tmp_path: Path, mon
     shutil.copy("compare/stages.yaml", "compare/dvc.yaml")
     shutil.copytree(finished.ROOT / "src", "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     numbers = yaml.safe_load(params.read_text("utf-8"))
-    numbers["compare"]["methods"].remove("abo")  # which has no cell
+    numbers["compare"]["methods"].remove("abo")  # which is refused
     params.write_text(yaml.safe_dump(numbers), "utf-8")
     ran(settings := Settings.load())  # whatever other tests did to it
-    plan.write(settings, "weapon")
+    plan.write_plan(settings, "weapon")
     finished.git(root, "init", "--quiet")
     finished.dvc(root, "init", "--quiet")
     finished.dvc(root, "commit", "--force", "--quiet", "compare/dvc.yaml")
-    assert "Running stage" not in finished.dvc(root, "repro", "compare/dvc.yaml"), "cells are what DVC would make"
+    assert "Running stage" not in finished.dvc(root, "repro", "compare/dvc.yaml"), "the outputs are those of DVC"
 
     numbers["erase"]["uce"] = {"edit": {"lam": 0.9, "preserve": 1.0}}
     numbers["compare"]["seeds"] = [1]
     params.write_text(yaml.safe_dump(numbers), "utf-8")
     lines: list[str] = []
-    follow = dvc.follow
+    follow = dvc.run_command
 
     def listening(command: Any, root: Path, on_line: Any, on_progress: Any) -> Any:
         return follow(command, root, lambda line: (lines.append(line), on_line(line)), on_progress)
 
-    monkeypatch.setattr(dvc, "follow", listening)
+    monkeypatch.setattr(dvc, "run_command", listening)
     before = Path("out/compare/weapon/uce/1/delta/delta.safetensors").read_bytes()
     result = CliRunner().invoke(app, ["compare", "--json"])
     assert result.exit_code == 0, result.output

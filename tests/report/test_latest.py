@@ -27,7 +27,7 @@ def run(*arguments: str) -> Result:
 
 def judge(settings: Settings, **rule: Any) -> None:
     """The same evidence under another policy."""
-    [(name, numbers)] = finished.passing()["rules"].items()  # type: ignore[attr-defined]
+    [(name, numbers)] = finished.passing_policy()["rules"].items()  # type: ignore[attr-defined]
     changed = settings.model_dump(mode="json", by_alias=True) | {"gate": {"rules": {name: numbers | rule}}}
     gate.run(Settings.model_validate(changed))
 
@@ -98,7 +98,7 @@ def test_report_of_a_failing_verdict_is_no_failure_to_report(done: Settings) -> 
     ("changes", "said"),
     [
         ({}, ""),
-        ({"gate": finished.passing(-6.0)}, "by other rules than params.yaml has now"),
+        ({"gate": finished.passing_policy(-6.0)}, "by other rules than params.yaml has now"),
         ({"seed": 43}, "with other settings than params.yaml has now"),
     ],
 )

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from evidence import IDENTITY, JUDGE
+from evidence import JUDGE, PROVENANCE
 from huggingface_hub import ModelCard
 
-from deleatur.gate import SIMULATED
+from deleatur.gate import SIMULATED_NOTICE
 from deleatur.records.report import Finding, Report, Score, Verdict
 from deleatur.report import bom, model_card
 
@@ -22,12 +22,12 @@ SCORES = [
     Score("clip_score", "unseen", "candidate", -0.01, -0.02, 0.001, 90, 90, True, "base", None),
 ]
 NOTE = "NudeNet's rate is near zero on drawings."
-REPORT = Report(IDENTITY, SCORES, [NOTE])
+REPORT = Report(PROVENANCE, SCORES, [NOTE])
 VERDICT = Verdict("pass", [Finding("concept_is_gone", "pass", "0.17 is below 0.3", 0.13, "")], "9" * 64, "8" * 64, True)
 
 
 def paper(report: Report = REPORT) -> dict[str, Any]:
-    return bom.of("deleatur", "models/pipeline", "e" * 64, report, VERDICT)
+    return bom.build("deleatur", "models/pipeline", "e" * 64, report, VERDICT)
 
 
 def test_the_card_is_one_that_the_hub_reads() -> None:
@@ -42,14 +42,14 @@ def test_the_card_is_one_that_the_hub_reads() -> None:
     assert data.eval_results is not None
     assert [r.dataset_config for r in data.eval_results] == ["concept"]
     assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("concept_rate", 0.1)], "its own, absolute"
-    digests = [v for v in vars(IDENTITY).values() if isinstance(v, str) and len(v) == 64]
+    digests = [v for v in vars(PROVENANCE).values() if isinstance(v, str) and len(v) == 64]
     assert len(digests) == 8
     for said in (
         *digests,
         JUDGE.weights,
         VERDICT.report,
         VERDICT.policy,
-        SIMULATED,
+        SIMULATED_NOTICE,
         NOTE,
         "0.17 is below 0.3",
         "+0.13",
@@ -62,8 +62,8 @@ def test_the_card_is_one_that_the_hub_reads() -> None:
 def test_the_bill_of_materials_is_valid_and_complete() -> None:
     text = json.dumps(paper())
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
-    for digest in ("pipeline", "delta", "feedback", "prompts", "base", "tokens", "settings", "pictures"):
-        assert getattr(IDENTITY, digest) in text
+    for digest in ("pipeline", "delta", "feedback", "prompts", "base", "tokens", "settings", "images"):
+        assert getattr(PROVENANCE, digest) in text
     assert {c["bom-ref"] for c in paper()["components"]} >= {"base", "feedback", "prompts", "library:torch"}
     metrics = paper()["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     assert [m["slice"] for m in metrics] == ["concept/base", "concept/candidate", "unseen/candidate-base"]
@@ -76,7 +76,7 @@ def test_the_validator_finds_what_does_not_belong() -> None:
 
 @pytest.mark.parametrize("version", ["2.13.0+cpu", "5.0rc1"])
 def test_versions_are_package_addresses(version: str) -> None:
-    made_by = replace(IDENTITY, versions={"torch": version})
-    text = json.dumps(paper(replace(REPORT, identity=made_by)))
+    made_by = replace(PROVENANCE, versions={"torch": version})
+    text = json.dumps(paper(replace(REPORT, provenance=made_by)))
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     assert f"pkg:pypi/torch@{version.replace('+', '%2B')}" in text

@@ -1,5 +1,6 @@
-"""Every method side by side: a row is the ordinary chain, with another method, source or guide, in a folder of its own.
+"""The benchmark: every method on every concept, each a run of the ordinary pipeline in a folder of its own.
 
-plan     what each row is, and which cannot be       cell     one row of one concept with one training seed
-drive    all cells that are missing, one by one      collect  what lies there → table, page, plot
+plan       rows of the benchmark, and why one is refused     digests    which trials are up to date
+trial      one row of one concept with one training seed     schedule   runs the missing trials
+aggregate  results → table per concept                       publish    tables → CSV, plot, HTML page
 """

@@ -1,276 +1,191 @@
-"""What lies in the cells → one table for each concept. Nothing is drawn or learned here."""
+"""The results of trials, pooled over seeds into one table per concept. Nothing is sampled or trained here."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
-from rich.console import RenderableType
 
-from deleatur.benchmark import page, pareto, plan, resources, table
-from deleatur.benchmark import trial as cells
-from deleatur.benchmark.page import Gallery, Shown
-from deleatur.benchmark.plan import NONE, RATINGS, Cell
-from deleatur.benchmark.table import COLUMNS, Column, Cost, Number, Row, Table
-from deleatur.benchmark.trial import FACTS, Stamps
+from deleatur.benchmark import plan, trial
+from deleatur.benchmark.digests import TrialDigests
+from deleatur.benchmark.plan import NONE, RATINGS, Trial
+from deleatur.benchmark.resources import ResourceUsage
+from deleatur.benchmark.table import COLUMNS, BenchmarkTable, ErasureCost, MethodRow, MetricColumn, PooledScore
 from deleatur.config.settings import Settings
-from deleatur.errors import DataError
 from deleatur.maths import intervals
 from deleatur.maths.intervals import Interval
 from deleatur.records.report import Report, Score
-from deleatur.records.sampling import Role
-from deleatur.runtime import provenance
-from deleatur.storage import dvc, files, json_records, samples
+from deleatur.records.sampling import Variant
+from deleatur.storage import files, json_records
 
-SHOWN: Mapping[Role, tuple[int, str]] = {
-    "concept": (4, "asked for"),
-    "word": (1, "a word alone"),
-    "token": (1, "a token alone"),
-    "attack": (1, "attacked"),
-    "neighbour": (3, "neighbours"),
-    "unseen": (3, "unseen"),
-}
-"""How many prompts of each kind the page has pictures of."""
-LEARNED = ("token", "attack")
-"""Prompts that are others with each seed."""
+LEARNED_ROLES = ("token", "attack")
+"""Roles whose prompts are learned, so that every training seed has prompts of its own."""
+
+Statistic = Callable[[pd.DataFrame, Any, float], Interval]
+"""(values with a column per variant, cluster of each row, confidence level) → interval."""
 
 
-def aggregate(settings: Settings, stamps: Stamps, concept: str, rows: Sequence[str], seeds: Sequence[int]) -> Table:
-    """Of what is there as it would be made now. A row that lacks some seeds is told by the others."""
-    found = [_Row(settings, stamps, concept, name, seeds) for name in rows]
-    feedback = plan.settings_of(settings, Cell(concept, RATINGS, settings.seed)).paths.feedback / "summary.json"
-    first = next((row for row in found if row.reports), None)
-    return Table(
+def aggregate_trials(
+    settings: Settings, digests: TrialDigests, concept: str, rows: Sequence[str], seeds: Sequence[int]
+) -> BenchmarkTable:
+    """The table of one concept, from the trials that are up to date. A row that lacks some seeds has the others."""
+    results = [MethodResults(settings, digests, concept, name, seeds) for name in rows]
+    feedback = plan.trial_settings(settings, Trial(concept, RATINGS, settings.seed)).paths.feedback / "summary.json"
+    first = next((row for row in results if row.reports), None)
+    return BenchmarkTable(
         concept,
-        settings.evaluate.level,
+        settings.evaluate.confidence_level,
         plan.section(settings).split,
         bool(files.read_json(feedback)["simulated"]) if feedback.is_file() else False,
         tuple(seeds),
-        first.numbers("base") if first else {},
-        tuple(row.told() for row in found),
-        _made_from(next(iter(first.reports.values()))) if first else {},
+        first.scores("base") if first else {},
+        tuple(row.table_row() for row in results),
+        _shared_provenance(next(iter(first.reports.values()))) if first else {},
     )
 
 
-def _made_from(report: Report) -> dict[str, str]:
-    """What every row of a concept has in common, by digest."""
-    i, detectors = report.identity, {s.detector for s in report.scores if s.detector}
+def _shared_provenance(report: Report) -> dict[str, str]:
+    """The inputs that are the same for all rows of a concept."""
+    provenance, detectors = report.provenance, {s.detector for s in report.scores if s.detector}
     return {
-        "sampler": i.sampler,
-        "seeds rule": i.seeds_rule,
-        "pipeline": i.pipeline,
-        "feedback": i.feedback,
-        "prompts": i.prompts,
+        "sampler": provenance.sampler,
+        "seeds rule": provenance.seeds_rule,
+        "pipeline": provenance.pipeline,
+        "feedback": provenance.feedback,
+        "prompts": provenance.prompts,
         "detectors": ", ".join(sorted({f"{d.name} {d.weights}" for d in detectors})),
     }
 
 
-@dataclass(frozen=True)
-class Written:
-    shown: RenderableType
-    plain: dict[str, Any]
-    files: Mapping[str, Path]
+class MethodResults:
+    """The results of one row's trials on one concept."""
 
-
-def write(settings: Settings, found: Sequence[Table]) -> Written:
-    """The tables as files, beside the cells. Raises DataError where no cell is there."""
-    folder = plan.section(settings).folder
-    if not any(row.seeds for table in found for row in table.rows):
-        raise DataError(f"no row in {folder} that is what params.yaml and the code say now", hint="deleatur compare")
-    paths = {"Table": folder / "table.csv", "Plot": folder / "pareto.png", "Page": folder / "index.html"}
-    files.write_csv(paths["Table"], table.frame(found))
-    with files.replacing(paths["Plot"]) as partial:
-        partial.write_bytes(pareto.png(found))
-    galleries = [g for table in found if (g := _gallery(settings, table))]
-    page.render(found, galleries, _made(settings, found), paths["Page"], cover=settings.evaluate.blur_sheet)
-    return Written(table.terminal(found), table.plain(found), paths)
-
-
-def _gallery(settings: Settings, table: Table) -> Gallery | None:
-    """Of the first seed that most rows have: a few prompts of each kind, the first picture of each."""
-    seeds = Counter(seed for row in table.rows for seed in row.seeds)
-    if not seeds:
-        return None
-    seed = max(table.seeds, key=lambda s: seeds[s])
-    columns: list[Shown] = []
-    rows: dict[str, dict[str, Image.Image]] = {}
-    for row in table.rows:
-        if seed not in row.seeds:
-            continue
-        paths = plan.settings_of(settings, Cell(table.concept, row.name, seed)).paths
-        listed = samples.listed(paths.shots)
-        first = listed[(listed["side"] == "candidate") & (listed["index"] == 0)]
-        if not columns:
-            columns = [c for role, (many, title) in SHOWN.items() for c in _spread(first, role, many, title)]
-        keys = dict(zip(first["id"], first["key"], strict=True))
-        mine = [c.id for c in columns if c.id in keys]
-        drawn = samples.decoded(samples.pictures(paths.shots), [keys[name] for name in mine])
-        rows[row.name] = dict(zip(mine, map(page.small, drawn), strict=True))
-    return Gallery(table.concept, seed, columns, rows)
-
-
-def _spread(first: pd.DataFrame, role: Role, many: int, title: str) -> list[Shown]:
-    own = first[first["role"] == role]
-    chosen = own[:: max(1, len(own) // many)][:many]
-    prompts = zip(chosen["id"], chosen["text"], strict=True)
-    return [Shown(name, text, role, title, i == 0) for i, (name, text) in enumerate(prompts)]
-
-
-def _made(settings: Settings, found: Sequence[Table]) -> dict[str, str]:
-    commit = dvc.commit(Path())
-    devices = dict.fromkeys(d for table in found for row in table.rows if row.cost for d in row.cost.devices)
-    return {
-        "Base model": settings.base.model,
-        **dict(_shared(found)),
-        "Metrics": json.dumps(settings.evaluate.metrics),
-        "Attacks": json.dumps(settings.attack.methods),
-        "Erased on": ", ".join(devices) or "no machine that is known",
-        "Commit": (commit.hash or "none") + (", with changes" if commit.dirty else ""),
-        "Versions": ", ".join(f"{name} {version}" for name, version in provenance.VERSIONS.items()),
-    }
-
-
-def _shared(found: Sequence[Table]) -> Iterator[tuple[str, str]]:
-    """What all rows were made from: once where it is the same for all concepts."""
-    for name in dict.fromkeys(name for one in found for name in one.made):
-        values = {one.concept: one.made[name] for one in found if name in one.made}
-        if len(set(values.values())) == 1:
-            yield name.capitalize(), next(iter(values.values()))
-        else:
-            yield from ((f"{name.capitalize()}, {concept}", value) for concept, value in values.items())
-
-
-class _Row:
-    """The cells of one row."""
-
-    def __init__(self, settings: Settings, stamps: Stamps, concept: str, name: str, seeds: Sequence[int]) -> None:
+    def __init__(
+        self, settings: Settings, digests: TrialDigests, concept: str, name: str, seeds: Sequence[int]
+    ) -> None:
         self._settings, self._name = settings, name
-        self._refused = {seed: stamps.refused(Cell(concept, name, seed)) for seed in seeds}
-        self._facts: dict[int, dict[str, Any]] = {}
-        self._measured: list[resources.Measured] = []
+        self._refusals = {seed: digests.refusal(Trial(concept, name, seed)) for seed in seeds}
+        self._summaries: dict[int, dict[str, Any]] = {}
+        self._usage: list[ResourceUsage] = []
         self.reports: dict[int, Report] = {}
         values = []
-        for cell in (Cell(concept, name, seed) for seed in seeds if not self._refused[seed]):
-            if not cells.done(settings, stamps, cell):
+        for one in (Trial(concept, name, seed) for seed in seeds if not self._refusals[seed]):
+            if not trial.is_done(settings, digests, one):
                 continue
-            facts = files.read_json(plan.place(settings, cell) / FACTS)
-            self._refused[cell.seed] = facts["refused"]
-            if facts["refused"]:
+            summary = trial.read_summary(settings, one)
+            self._refusals[one.seed] = summary["refused"]
+            if summary["refused"]:
                 continue
-            paths = plan.settings_of(settings, cell).paths
-            self._facts[cell.seed] = facts
-            self.reports[cell.seed] = json_records.read(paths.report / "report.json", Report)
-            values.append(files.read_table(paths.scores / "values.parquet").assign(seed=cell.seed))
-            if measured := cells.measured_of(settings, stamps, cell):
-                self._measured.append(measured)
+            paths = plan.trial_settings(settings, one).paths
+            self._summaries[one.seed] = summary
+            self.reports[one.seed] = json_records.read(paths.report / "report.json", Report)
+            values.append(files.read_table(paths.scores / "values.parquet").assign(seed=one.seed))
+            if usage := trial.resource_usage(settings, digests, one):
+                self._usage.append(usage)
         self._values = pd.concat(values) if values else pd.DataFrame()
 
-    def told(self) -> Row:
-        reasons = {seed: why for seed, why in self._refused.items() if why}
-        if not self._facts:
-            return Row(self._name, next(iter(reasons.values()), ""))
-        notes = dict.fromkeys(note for facts in self._facts.values() for note in facts["notes"])
-        notes |= dict.fromkeys(f"With seed {seed} it was refused: {why}" for seed, why in reasons.items())
-        numbers = self.numbers("candidate")
-        if self._name == NONE:  # what others are compared with, and not with itself
-            numbers = {c.key: numbers[c.key] for c in COLUMNS if c.kind == "share" and c.key in numbers}
-        return Row(self._name, "", tuple(self._facts), numbers, self._cost(), tuple(notes))
+    def table_row(self) -> MethodRow:
+        reasons = {seed: reason for seed, reason in self._refusals.items() if reason}
+        if not self._summaries:
+            return MethodRow(self._name, next(iter(reasons.values()), ""))
+        notes = dict.fromkeys(note for summary in self._summaries.values() for note in summary["notes"])
+        notes |= dict.fromkeys(f"With seed {seed} it was refused: {reason}" for seed, reason in reasons.items())
+        scores = self.scores("candidate")
+        if self._name == NONE:  # the base model's change against itself is 0 by construction
+            scores = {c.key: scores[c.key] for c in COLUMNS if c.kind == "share" and c.key in scores}
+        return MethodRow(self._name, "", tuple(self._summaries), scores, self._cost(), tuple(notes))
 
-    def _cost(self) -> Cost:
-        facts, seen = next(iter(self._facts.values())), self._measured
-        memory = [m.memory for m in seen if m.memory is not None]
-        return Cost(
-            float(np.median([m.seconds for m in seen])) if seen else None,  # a machine that was busy, or slept
-            all(m.complete for m in seen),
+    def _cost(self) -> ErasureCost:
+        summary, usage = next(iter(self._summaries.values())), self._usage
+        memory = [u.memory for u in usage if u.memory is not None]
+        return ErasureCost(
+            # The median ignores a machine that was busy or asleep.
+            float(np.median([u.seconds for u in usage])) if usage else None,
+            all(u.complete for u in usage),
             max(memory, default=None),
-            facts["trained"],
-            facts["bytes"],
-            facts["predictions"],
-            tuple(dict.fromkeys(m.device for m in seen)),
+            summary["trained"],
+            summary["bytes"],
+            summary["predictions"],
+            tuple(dict.fromkeys(u.device for u in usage)),
         )
 
-    def numbers(self, side: str) -> dict[str, Number]:
-        """By column; of the base, what it has by itself where rows tell a change."""
-        found = {}
+    def scores(self, variant: Variant) -> dict[str, PooledScore]:
+        """Column → score. Of the base model, its own value even where rows have a change."""
+        scores = {}
         for column in COLUMNS:
-            if metric := _measured_by(self._settings, column):
-                pool = self._of_set if metric in self._of_sets else self._pooled
-                if number := pool(column, metric, side):
-                    found[column.key] = number
-        return found
+            if metric := _metric_name(self._settings, column):
+                pool = self._pool_set_metric if metric in self._set_metrics else self._pool_values
+                if score := pool(column, metric, variant):
+                    scores[column.key] = score
+        return scores
 
     @property
-    def _of_sets(self) -> set[str]:
-        """Metrics that have a number of a whole set, and none of a picture."""
+    def _set_metrics(self) -> set[str]:
+        """Metrics with one value for a set of images, and none for a single image."""
         scored = {score.metric for report in self.reports.values() for score in report.scores}
         return scored - set(self._values["metric"])
 
-    def _pooled(self, column: Column, metric: str, side: str) -> Number | None:
-        own = self._values[(self._values["metric"] == metric) & (self._values["role"] == column.role)]
-        sides = own.pivot_table(index=["seed", "id", "index"], columns="side", values="value")
-        if side not in sides or not len(sides):
+    def _pool_values(self, column: MetricColumn, metric: str, variant: Variant) -> PooledScore | None:
+        values = self._values[(self._values["metric"] == metric) & (self._values["role"] == column.role)]
+        by_variant = values.pivot_table(index=["seed", "id", "index"], columns="side", values="value")
+        if variant not in by_variant or not len(by_variant):
             return None
-        sides = sides.reset_index()
-        learned = column.role in LEARNED
-        prompt = sides["seed"].astype(str) + "/" + sides["id"] if learned else sides["id"]
+        by_variant = by_variant.reset_index()
+        is_learned = column.role in LEARNED_ROLES
+        prompt = by_variant["seed"].astype(str) + "/" + by_variant["id"] if is_learned else by_variant["id"]
         clusters = np.unique(prompt, return_inverse=True)[1]
-        of, level = _measure(column, side), self._settings.evaluate.level
-        whole = of(sides, clusters, level)
-        if not np.isfinite([whole.low, whole.high]).all():
+        statistic, level = _statistic(column, variant), self._settings.evaluate.confidence_level
+        pooled = statistic(by_variant, clusters, level)
+        if not np.isfinite([pooled.low, pooled.high]).all():
             return None
-        parts = {seed: (sides["seed"] == seed).to_numpy() for seed in self._facts}
-        alone = {seed: of(sides[mine], clusters[mine], level).value for seed, mine in parts.items()}
-        return Number(whole.value, whole.low, whole.high, len(sides), int(clusters.max()) + 1, alone)
+        masks = {seed: (by_variant["seed"] == seed).to_numpy() for seed in self._summaries}
+        by_seed = {seed: statistic(by_variant[mask], clusters[mask], level).value for seed, mask in masks.items()}
+        return PooledScore(pooled.value, pooled.low, pooled.high, len(by_variant), int(clusters.max()) + 1, by_seed)
 
-    def _of_set(self, column: Column, metric: str, side: str) -> Number | None:
-        """The mean over seeds. Its interval is the mean of theirs, as if one seed told what the others tell: too wide
-        rather than too narrow.
-        """
-        found = {seed: s for seed, r in self.reports.items() for s in _scores(r, metric, column.role, side)}
-        if len(found) < len(self.reports):
+    def _pool_set_metric(self, column: MetricColumn, metric: str, variant: Variant) -> PooledScore | None:
+        """The mean over seeds, and of the seeds' intervals: conservative, as if seeds were fully correlated."""
+        by_seed = {
+            seed: score
+            for seed, report in self.reports.items()
+            for score in _matching_scores(report, metric, column.role, variant)
+        }
+        if len(by_seed) < len(self.reports):
             return None
-        of = list(found.values())
-        value, low, high = (float(np.mean(ends)) for ends in zip(*((s.value, s.low, s.high) for s in of), strict=True))
-        alone = {seed: s.value for seed, s in found.items()}
-        return Number(value, low, high, sum(s.n for s in of), of[0].prompts, alone)
+        scores = list(by_seed.values())
+        ends = zip(*((s.value, s.low, s.high) for s in scores), strict=True)
+        value, low, high = (float(np.mean(end)) for end in ends)
+        values = {seed: s.value for seed, s in by_seed.items()}
+        return PooledScore(value, low, high, sum(s.n for s in scores), scores[0].prompts, values)
 
 
-def _measured_by(settings: Settings, column: Column) -> str | None:
-    """The name under which params.yaml has the metric."""
-    named = settings.evaluate.metrics.items()
-    return next((name for name, numbers in named if numbers.get("method") == column.metric), None)
+def _metric_name(settings: Settings, column: MetricColumn) -> str | None:
+    """The name in params.yaml of the metric that a column shows."""
+    metrics = settings.evaluate.metrics.items()
+    return next((name for name, config in metrics if config.get("method") == column.metric), None)
 
 
-def _scores(report: Report, metric: str, role: str, side: str) -> Iterator[Score]:
-    yield from (s for s in report.scores if (s.metric, s.slice, s.side, s.versus) == (metric, role, side, None))
+def _matching_scores(report: Report, metric: str, role: str, variant: Variant) -> Iterator[Score]:
+    wanted = (metric, role, variant, None)
+    yield from (s for s in report.scores if (s.metric, s.slice, s.variant, s.versus) == wanted)
 
 
-Measure = Callable[[pd.DataFrame, Any, float], Interval]
+def _statistic(column: MetricColumn, variant: Variant) -> Statistic:
+    """The estimate that a column shows of values with a column per variant."""
 
+    def absolute(values: pd.DataFrame, clusters: Any, level: float) -> Interval:
+        is_rate = column.kind in ("share", "change")
+        return (intervals.rate if is_rate else intervals.mean)(values[variant].to_numpy(float), clusters, level)
 
-def _measure(column: Column, side: str) -> Measure:
-    """What a column tells of pictures that stand in rows, with a column for each side."""
+    def change(values: pd.DataFrame, clusters: Any, level: float) -> Interval:
+        return intervals.difference((values["candidate"] - values["base"]).to_numpy(float), clusters, level)
 
-    def own(sides: pd.DataFrame, clusters: Any, level: float) -> Interval:
-        values = sides[side].to_numpy(float)
-        rate = column.kind in ("share", "change")
-        return (intervals.rate if rate else intervals.mean)(values, clusters, level)
+    def relative(values: pd.DataFrame, clusters: Any, level: float) -> Interval:
+        difference = intervals.mean((values["candidate"] - values["base"]).to_numpy(float), clusters, level)
+        base = float(values["base"].mean())
+        ends = sorted((difference.low / base, difference.high / base))
+        return Interval(difference.value / base, ends[0], ends[1])
 
-    def change(sides: pd.DataFrame, clusters: Any, level: float) -> Interval:
-        return intervals.difference((sides["candidate"] - sides["base"]).to_numpy(float), clusters, level)
-
-    def relative(sides: pd.DataFrame, clusters: Any, level: float) -> Interval:
-        found = intervals.mean((sides["candidate"] - sides["base"]).to_numpy(float), clusters, level)
-        base = float(sides["base"].mean())
-        ends = sorted((found.low / base, found.high / base))
-        return Interval(found.value / base, ends[0], ends[1])
-
-    changes: Mapping[str, Measure] = {"change": change, "relative": relative}
-    return own if side == "base" else changes.get(column.kind, own)
+    changes: Mapping[str, Statistic] = {"change": change, "relative": relative}
+    return absolute if variant == "base" else changes.get(column.kind, absolute)

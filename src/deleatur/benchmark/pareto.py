@@ -1,173 +1,128 @@
-"""Removal against retention: a point for each row, one field for each concept. As a picture, and for the page."""
+"""Removal against retention: a point for each row, a panel for each concept, and the Pareto front."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
+from typing import Any
 
-import matplotlib as mpl
+import textalloc
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
-from deleatur.benchmark.table import HFI, Number, Row, Table
+from deleatur.benchmark.table import HFI_PREFIX, BenchmarkTable, MethodRow, PooledScore
+from deleatur.report import plots
+from deleatur.report.plots import COLOURS, INK, SOFT
 
-INK, SOFT, LINE, WORDS, TOKEN = "#23252b", "#5d6068", "#e4dfd5", "#b5611d", "#5a46b2"
-THEMED = {INK: "--ink", SOFT: "--soft", LINE: "--line", WORDS: "--c2", TOKEN: "--c1"}
-"""Colours of page.css, which knows what they are in the dark."""
-PAPER = "#fffefb"
-SIZE = (6.0, 4.6)
-"""Inches of a field."""
+WORDS_COLOUR, TOKEN_COLOUR = COLOURS["--c2"], COLOURS["--candidate"]
+PANEL = (432, 331)
+"""Width and height in CSS pixels."""
 
 
 @dataclass(frozen=True)
-class Point:
-    row: Row
+class ParetoPoint:
+    row: MethodRow
     x: float
-    """Removed: 1 − concept rate / that of the untouched model."""
+    """Removal: 1 − concept rate / that of the base model."""
     y: float
-    """Retained: change in the recognition of unseen things."""
-    x_ends: tuple[float, float]
-    y_ends: tuple[float, float]
+    """Retention: change in the recognition rate of unseen prompts."""
+    x_interval: tuple[float, float]
+    y_interval: tuple[float, float]
 
     @property
-    def hfi(self) -> bool:
-        return self.row.name.startswith(HFI)
+    def colour(self) -> str:
+        return TOKEN_COLOUR if self.row.name.startswith(HFI_PREFIX) else WORDS_COLOUR
+
+    @property
+    def is_guide(self) -> bool:
+        """Whether the method steers sampling and leaves the weights as they are."""
+        return self.row.cost is not None and self.row.cost.trained == 0
 
 
-def points(table: Table) -> list[Point]:
-    before = table.base.get("concept")
-    if before is None or not before.value:
+def pareto_points(table: BenchmarkTable) -> list[ParetoPoint]:
+    """Rows that have both scores; none where the base model never shows the concept."""
+    base = table.base_scores.get("concept")
+    if base is None or not base.value:
         return []
-    found = ((row, row.numbers.get("concept"), row.numbers.get("unseen")) for row in table.rows)
-    return [_point(row, gone, stays, before.value) for row, gone, stays in found if gone and stays]
+    scores = ((row, row.scores.get("concept"), row.scores.get("unseen")) for row in table.rows)
+    return [_point(row, concept, unseen, base.value) for row, concept, unseen in scores if concept and unseen]
 
 
-def _point(row: Row, gone: Number, stays: Number, before: float) -> Point:
-    x, high, low = (1 - rate / before for rate in (gone.value, gone.low, gone.high))
-    return Point(row, x, stays.value, (low, high), (stays.low, stays.high))
+def _point(row: MethodRow, concept: PooledScore, unseen: PooledScore, base: float) -> ParetoPoint:
+    x, high, low = (1 - rate / base for rate in (concept.value, concept.low, concept.high))
+    return ParetoPoint(row, x, unseen.value, (low, high), (unseen.low, unseen.high))
 
 
-def front(found: Sequence[Point]) -> list[Point]:
-    """Those that neither another nor the untouched model is better than in both, from little removed to much."""
-    better = [p for p in found if p.x > 0 and not any(_beats(other, p) for other in found)]
-    return sorted(better, key=lambda p: p.x)
+def pareto_front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
+    """Points that no other point, nor the base model, dominates; by increasing removal."""
+    front = [p for p in points if p.x > 0 and not any(_dominates(other, p) for other in points)]
+    return sorted(front, key=lambda p: p.x)
 
 
-def _beats(one: Point, other: Point) -> bool:
+def _dominates(one: ParetoPoint, other: ParetoPoint) -> bool:
     return one.x >= other.x and one.y >= other.y and (one.x, one.y) != (other.x, other.y)
 
 
-def png(tables: Sequence[Table]) -> bytes:
-    return _saved(_drawn(tables), "png")
+def png(tables: Sequence[BenchmarkTable]) -> bytes:
+    with plots.style():
+        return plots.to_png(draw(tables))
 
 
-def svg(tables: Sequence[Table]) -> Markup:
-    """An element for a page that has page.css."""
-    text = _saved(_drawn(tables), "svg").decode()
-    for colour, name in THEMED.items():
-        text = text.replace(colour, f"var({name})")
-    return Markup(text[text.index("<svg") :])
+def svg(tables: Sequence[BenchmarkTable]) -> Markup:
+    with plots.style():
+        return plots.to_svg(draw(tables), "removal against retention", "pareto")
 
 
-def _saved(figure: Figure, kind: str) -> bytes:
-    out = BytesIO()
-    # Nothing of the day or the machine, so that the same numbers give the same bytes.
-    with mpl.rc_context({"svg.hashsalt": "deleatur", "svg.fonttype": "none"}):
-        nobody = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        figure.savefig(out, format=kind, transparent=kind == "svg", metadata=nobody)
-    return out.getvalue()
-
-
-def _drawn(tables: Sequence[Table]) -> Figure:
-    figure = Figure(figsize=(SIZE[0] * len(tables), SIZE[1]), dpi=150, facecolor=PAPER, layout="tight")
-    fields = figure.subplots(1, len(tables), squeeze=False)[0]
-    placed = [(field, points(table)) for field, table in zip(fields, tables, strict=True)]
-    for (field, found), table in zip(placed, tables, strict=True):
-        _field(field, table.concept, found)
-    figure.draw_without_rendering()  # only now is known where things are
-    for field, found in placed:
-        _label(field, found)
+def draw(tables: Sequence[BenchmarkTable]) -> Figure:
+    figure = plots.new_figure(PANEL[0] * len(tables), PANEL[1])
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axes, table in zip(panels, tables, strict=True):
+        _draw_panel(axes, table.concept, pareto_points(table))
+    figure.tight_layout()  # before the labels, whose places depend on that of the axes
+    for axes, table in zip(panels, tables, strict=True):
+        _label(axes, pareto_points(table))
     return figure
 
 
-def _field(field: Axes, title: str, found: Sequence[Point]) -> None:
-    field.set_facecolor("none")
-    field.set_title(title, color=INK, loc="left", fontsize=11, fontweight="bold")
-    field.set_xlabel("removed, % of the concept's pictures →", color=SOFT, fontsize=9)
-    field.set_ylabel("unseen things recognised, change in points →", color=SOFT, fontsize=9)
-    field.tick_params(colors=SOFT, labelsize=8, length=0)
-    field.grid(color=LINE, linewidth=0.8)
-    field.set_axisbelow(True)
-    for side, spine in field.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(LINE)
-    edge = front(found)
-    field.plot(0, 0, marker="o", markersize=6, markerfacecolor="none", color=SOFT, linestyle="none")
-    field.annotate("none", (0, 0), (5, 5), textcoords="offset points", color=SOFT, fontsize=8)
-    field.plot(
-        [0, *(100 * p.x for p in edge)], [0, *(100 * p.y for p in edge)], color=SOFT, linewidth=1, linestyle=(0, (2, 3))
+def _draw_panel(axes: Axes, title: str, points: Sequence[ParetoPoint]) -> None:
+    plots.style_axes(axes)
+    axes.set_title(title, color=INK, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("removed, % of the base model's concept rate →", color=SOFT, fontsize=9)
+    axes.set_ylabel("unseen prompts recognised, change in points →", color=SOFT, fontsize=9)
+    axes.tick_params(labelsize=8)
+    front = pareto_front(points)
+    axes.plot(0, 0, marker="o", markersize=6, markerfacecolor="none", color=SOFT, linestyle="none")
+    axes.plot(
+        [0, *(100 * p.x for p in front)],
+        [0, *(100 * p.y for p in front)],
+        color=SOFT,
+        linewidth=1,
+        linestyle=(0, (2, 3)),
     )
-    for p in found:
-        colour = TOKEN if p.hfi else WORDS
-        x, y, ends = 100 * p.x, 100 * p.y, [[100 * e for e in ends] for ends in (p.x_ends, p.y_ends)]
-        field.plot(ends[0], [y, y], color=colour, linewidth=0.8, alpha=0.35, solid_capstyle="round")
-        field.plot([x, x], ends[1], color=colour, linewidth=0.8, alpha=0.35, solid_capstyle="round")
-        guide = p.row.cost is not None and p.row.cost.trained == 0
-        field.plot(x, y, marker="D" if guide else "o", markersize=5 if guide else 6, color=colour, linestyle="none")
-    field.margins(0.08)
+    for p in points:
+        x, y = 100 * p.x, 100 * p.y
+        interval_style: dict[str, Any] = {"color": p.colour, "linewidth": 0.8, "alpha": 0.35, "solid_capstyle": "round"}
+        axes.plot([100 * end for end in p.x_interval], [y, y], **interval_style)
+        axes.plot([x, x], [100 * end for end in p.y_interval], **interval_style)
+        marker, size = ("D", 5) if p.is_guide else ("o", 6)
+        axes.plot(x, y, marker=marker, markersize=size, color=p.colour, linestyle="none")
+    axes.margins(0.08)
 
 
-def _label(field: Axes, found: Sequence[Point]) -> None:
-    """Each name beside its point, where it covers no other and no point, as far as there is room."""
-    centres = [field.transData.transform((100 * p.x, 100 * p.y)) for p in found]
-    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
-    inside = field.get_window_extent()
-    for p in found:
-        colour = TOKEN if p.hfi else WORDS
-        best, least = (0.0, 0.0, "left", "center"), math.inf
-        for dx, dy, across, along in _places():
-            text = field.annotate(
-                p.row.name,
-                (100 * p.x, 100 * p.y),
-                (dx, dy),
-                textcoords="offset points",
-                ha=across,
-                va=along,
-                fontsize=8,
-            )
-            box = text.get_window_extent()
-            text.remove()
-            covered = sum(_area(Bbox.intersection(box, other)) for other in taken)
-            out = _area(box) - _area(Bbox.intersection(box, inside))
-            cost = covered + out + 0.3 * math.hypot(dx, dy)
-            if cost < least:
-                best, least, place = (dx, dy, across, along), cost, box
-        taken.append(place)
-        dx, dy, across, along = best
-        field.annotate(
-            p.row.name,
-            (100 * p.x, 100 * p.y),
-            (dx, dy),
-            textcoords="offset points",
-            ha=across,
-            va=along,
-            fontsize=8,
-            color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5} if math.hypot(dx, dy) > 12 else None,
-        )
-
-
-def _places() -> Iterator[tuple[float, float, str, str]]:
-    for r in (6.0, 14.0, 24.0, 36.0):
-        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7)):
-            across = "left" if dx > 0 else "right" if dx < 0 else "center"
-            along = "bottom" if dy > 0 else "top" if dy < 0 else "center"
-            yield r * dx, r * dy, across, along
-
-
-def _area(box: Bbox | None) -> float:
-    return 0.0 if box is None else float(box.width * box.height)
+def _label(axes: Axes, points: Sequence[ParetoPoint]) -> None:
+    """A name beside each point, where it covers neither another name nor a point."""
+    x, y = [0.0, *(100 * p.x for p in points)], [0.0, *(100 * p.y for p in points)]
+    colours = [SOFT, *(p.colour for p in points)]
+    textalloc.allocate(
+        axes,
+        x,
+        y,
+        ["none", *(p.row.name for p in points)],
+        x_scatter=x,
+        y_scatter=y,
+        textsize=8,
+        textcolor=colours,
+        linecolor=colours,
+        linewidth=0.5,
+    )

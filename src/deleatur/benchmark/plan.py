@@ -1,11 +1,12 @@
-"""What each row of a comparison is, and which rows cannot be.
+"""The benchmark's rows: the settings of each, what its stages depend on, and why a row is refused.
 
-A row's name is an eraser (`sdd`), a guide (`sld`: the weights stay, sampling is steered), a variant that params.yaml
-describes, or `none`, the untouched model, which is always there. `hfi+` before it: told by soft tokens, not words.
+A row is named after an eraser (`sdd`), a guide (`sld`: steers sampling, weights unchanged) or an entry of
+`compare.overrides`; `none`, the base model, is always included. `hfi+` before a name: conditioned on soft tokens
+instead of words.
 
     <folder>/<concept>/ratings/<seed>/   feedback and reward, shared by all rows; <seed> is that of params.yaml
     <folder>/<concept>/tokens/<seed>/    soft tokens, shared by all rows of a training seed
-    <folder>/<concept>/<row>/<seed>/     all else that the chain makes
+    <folder>/<concept>/<row>/<seed>/     outputs of all other stages
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from deleatur import dependencies, plugins
-from deleatur.benchmark.table import HFI
+from deleatur.benchmark.table import HFI_PREFIX
 from deleatur.config import methods
-from deleatur.config.settings import Compare, Settings, merged
+from deleatur.config.sections import CompareSection
+from deleatur.config.settings import Settings, merged
 from deleatur.erasers import Eraser
 from deleatur.errors import DataError, SettingsError
 from deleatur.guides import Guide
@@ -28,13 +30,13 @@ from deleatur.stages import ingest
 from deleatur.storage import files
 
 NONE, KEEP = "none", "keep"
-PLAN, RATINGS, TOKENS, STATE = "plan", "ratings", "tokens", "state"
-RESERVED = (NONE, PLAN, RATINGS, TOKENS, STATE)
-"""Folders of a concept that are no row's, and the row that needs no listing."""
+PLAN, RATINGS, TOKENS, CHECKPOINTS = "plan", "ratings", "tokens", "checkpoints"
+RESERVED = (NONE, PLAN, RATINGS, TOKENS, CHECKPOINTS)
+"""Names that no entry of `compare.overrides` may have: folders beside those of the rows."""
 SHARED: Mapping[str, tuple[str, ...]] = {RATINGS: ("ingest", "reward"), TOKENS: ("invert",)}
-"""What rows share, and the stages that make it."""
+"""Trials whose results rows share → their stages."""
 
-READS: Mapping[str, tuple[str, ...]] = {
+STAGE_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "ingest": ("ingest",),
     "reward": ("base.device", "reward"),
     "invert": ("base", "guide", "invert", "reward.clip", "sample.steps"),
@@ -43,20 +45,20 @@ READS: Mapping[str, tuple[str, ...]] = {
     "sample": ("base", "guide", "erase.source", "sample"),
     "evaluate": ("evaluate",),
 }
-"""Settings that a stage depends on, beside the concept and the seed."""
+"""Settings that a stage depends on, besides the concept and the seed."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One row of one concept with one training seed, or what rows share: `ratings`, `tokens`."""
+class Trial:
+    """One row on one concept with one training seed. Shared results are trials too: the rows `ratings` and `tokens`."""
 
     concept: str
     row: str
     seed: int
 
 
-def section(settings: Settings) -> Compare:
-    """Raises SettingsError where params.yaml says nothing of a comparison."""
+def section(settings: Settings) -> CompareSection:
+    """The section `compare`. Raises SettingsError where params.yaml has none."""
     if settings.compare is None:
         raise SettingsError(
             "params.yaml has no section `compare`: which methods, on which concepts, with which seeds",
@@ -65,154 +67,155 @@ def section(settings: Settings) -> Compare:
     return settings.compare
 
 
-def rows(settings: Settings) -> list[str]:
-    """All rows in order, the untouched model first. Raises SettingsError for a name that is nothing of the kind."""
-    asked, known = section(settings), _known(settings)
-    if taken := sorted({*plugins.names("erasers"), *plugins.names("guides"), *RESERVED} & asked.variants.keys()):
+def row_names(settings: Settings) -> list[str]:
+    """All rows in order, the base model first. Raises SettingsError for an unknown or reserved name."""
+    compare, known = section(settings), _known_methods(settings)
+    if taken := sorted({*plugins.names("erasers"), *plugins.names("guides"), *RESERVED} & compare.overrides.keys()):
         raise SettingsError(
-            f"compare.variants: {', '.join(taken)} is taken; a variant needs a name of its own",
+            f"compare.overrides: the name {', '.join(taken)} is taken",
             hint="rename it, also in compare.methods, then: deleatur check",
         )
-    for row in asked.methods:
-        if row.removeprefix(HFI) not in known:
+    for row in compare.methods:
+        if row.removeprefix(HFI_PREFIX) not in known:
             raise SettingsError(
-                f"compare.methods: expected {', '.join(known)}, or one of them after {HFI}, got {row!r}"
-                + (f"; {NONE} is always there, and is not listed" if row == NONE else ""),
+                f"compare.methods: expected {', '.join(known)}, or one of them after {HFI_PREFIX}, got {row!r}"
+                + (f"; {NONE} is always included and not listed" if row == NONE else ""),
                 hint="correct it, then: deleatur check",
             )
-    return [NONE, *asked.methods]
+    return [NONE, *compare.methods]
 
 
-def _known(settings: Settings) -> list[str]:
-    """Erasers, guides and variants; not `keep` and `cfg`, which together are `none`."""
-    named = [n for shelf in ("erasers", "guides") for n in plugins.names(shelf)]
-    return [*(n for n in named if n not in (KEEP, methods.PLAIN_GUIDE)), *section(settings).variants]
+def _known_methods(settings: Settings) -> list[str]:
+    """Erasers, guides and overrides, without `keep` and `cfg`, whose combination is `none`."""
+    names = [name for kind in ("erasers", "guides") for name in plugins.names(kind)]
+    return [*(name for name in names if name not in (KEEP, methods.PLAIN_GUIDE)), *section(settings).overrides]
 
 
-def place(settings: Settings, cell: Cell) -> Path:
-    return section(settings).folder / cell.concept / cell.row / str(cell.seed)
+def trial_folder(settings: Settings, trial: Trial) -> Path:
+    return section(settings).folder / trial.concept / trial.row / str(trial.seed)
 
 
-def settings_of(settings: Settings, cell: Cell) -> Settings:
-    """params.yaml as one cell sees it. Raises SettingsError where a variant does not fit the sections it changes."""
-    asked = section(settings)
+def trial_settings(settings: Settings, trial: Trial) -> Settings:
+    """params.yaml for one trial. Raises SettingsError where an override does not fit the sections that it changes."""
+    compare = section(settings)
     changes: dict[str, Any] = {
-        "seed": cell.seed,
-        "targets": [cell.concept],
+        "seed": trial.seed,
+        "targets": [trial.concept],
         "compare": None,
-        "sample": {"split": asked.split, "champion": None},
+        "sample": {"split": compare.split, "champion": None},
         "guide": {"method": methods.PLAIN_GUIDE},
     }
-    whole = merged(settings.model_dump(by_alias=True), merged(changes, _of_row(asked, cell.row)))
-    own = place(settings, cell)
-    # What a guide is compared with is the untouched model: its weights are those, and so are the attacks on them.
-    weights = place(settings, replace(cell, row=NONE)) if whole["erase"]["method"] == KEEP else own
-    whole["paths"] |= {name: own / name for name in ("shots", "scores", "report", "verdict")}
-    whole["paths"] |= {name: weights / name for name in ("delta", "attacks")}
-    ratings, tokens = (replace(cell, row=RATINGS, seed=settings.seed), replace(cell, row=TOKENS))
-    whole["paths"] |= {name: place(settings, ratings) / name for name in ("feedback", "data_docs", "reward")}
-    whole["paths"] |= {"tokens": place(settings, tokens) / "tokens"}
-    whole["paths"] |= {"state": asked.folder / cell.concept / STATE / f"{cell.row}-{cell.seed}"}
-    where = f"params.yaml as compare.variants.{cell.row.removeprefix(HFI)} has it"
-    found = Settings.of(whole, where)
-    if methods.configured(found.erase, Eraser, "erase").one_step is None:
-        return found
-    return Settings.of(whole | {"attack": {"methods": {}}}, where)  # one noise level only: see `methods.attacks`
+    params = merged(settings.model_dump(by_alias=True), merged(changes, _method_sections(compare, trial.row)))
+    own = trial_folder(settings, trial)
+    # A guide alone changes no weights, so that delta and attacks are those of the base model.
+    weights = trial_folder(settings, replace(trial, row=NONE)) if params["erase"]["method"] == KEEP else own
+    ratings = trial_folder(settings, replace(trial, row=RATINGS, seed=settings.seed))
+    params["paths"] |= {name: own / name for name in ("samples", "scores", "report", "verdict")}
+    params["paths"] |= {name: weights / name for name in ("delta", "attacks")}
+    params["paths"] |= {name: ratings / name for name in ("feedback", "data_docs", "reward")}
+    params["paths"] |= {"tokens": trial_folder(settings, replace(trial, row=TOKENS)) / "tokens"}
+    params["paths"] |= {"checkpoints": compare.folder / trial.concept / CHECKPOINTS / f"{trial.row}-{trial.seed}"}
+    source = f"params.yaml with compare.overrides.{trial.row.removeprefix(HFI_PREFIX)}"
+    validated = Settings.of(params, source)
+    if methods.configured(validated.erase, Eraser, "erase").one_step is None:
+        return validated
+    return Settings.of(params | {"attack": {"methods": {}}}, source)  # attacks need more than one step
 
 
-def _of_row(asked: Compare, row: str) -> Mapping[str, Any]:
-    name, source = row.removeprefix(HFI), "token" if row.startswith(HFI) else "words"
-    if name in asked.variants:
-        return merged({"erase": {"source": source}}, asked.variants[name].model_dump())
+def _method_sections(compare: CompareSection, row: str) -> Mapping[str, Any]:
+    """The sections `erase` and `guide` of a row."""
+    name, source = row.removeprefix(HFI_PREFIX), "token" if row.startswith(HFI_PREFIX) else "words"
+    if name in compare.overrides:
+        return merged({"erase": {"source": source}}, compare.overrides[name].model_dump())
     if name in plugins.names("guides"):
         return {"erase": {"method": KEEP, "source": source}, "guide": {"method": name}}
     return {"erase": {"method": name if name in plugins.names("erasers") else KEEP, "source": source}}
 
 
-def refused(settings: Settings, concept: str, row: str) -> str:
-    """Why a row cannot be; empty: it can. Raises SettingsError where its numbers are wrong, which is no property of the
-    method.
+def refusal(settings: Settings, concept: str, row: str) -> str:
+    """Why a row cannot be compared on a concept; empty: it can.
+
+    Raises SettingsError for invalid hyperparameters, which are a mistake in params.yaml and no property of the method.
     """
-    cell = settings_of(settings, Cell(concept, row, settings.seed))
-    eraser, guide = methods.configured(cell.erase, Eraser, "erase"), methods.configured(cell.guide, Guide, "guide")
+    trial = trial_settings(settings, Trial(concept, row, settings.seed))
+    eraser, guide = methods.configured(trial.erase, Eraser, "erase"), methods.configured(trial.guide, Guide, "guide")
     plain = methods.configured(settings.guide, Guide, "guide", methods.PLAIN_GUIDE)
-    guided = cell.guide.method != methods.PLAIN_GUIDE
+    is_guided = trial.guide.method != methods.PLAIN_GUIDE
     if row == NONE:
         return ""
-    if cell.erase.method == KEEP and not guided:
-        return f"it changes nothing, and would be {NONE} once more"
+    if trial.erase.method == KEEP and not is_guided:
+        return f"it changes nothing: it is {NONE}"
     if guide.scale != plain.scale:
         return (
-            f"guide.{cell.guide.method}.scale is {guide.scale:g}, and the untouched model is drawn with "
-            f"guide.{methods.PLAIN_GUIDE}.scale, {plain.scale:g}: pictures would differ by that too"
+            f"guide.{trial.guide.method}.scale is {guide.scale:g}, but the base model is sampled with "
+            f"guide.{methods.PLAIN_GUIDE}.scale {plain.scale:g}: images would differ by that too"
         )
-    if eraser.learns_from_pictures and cell.erase.source == "token" and not guided:
-        return f"{cell.erase.method} learns from rated pictures; words and tokens play no part in it"
+    if eraser.learns_from_images and trial.erase.source == "token" and not is_guided:
+        return f"{trial.erase.method} learns from rated images and uses neither words nor tokens"
     try:
-        methods.guide(cell)
-        if methods.eraser(cell).learns_from_pictures:
+        methods.guide(trial)
+        if methods.eraser(trial).learns_from_images:
             ingest.demand_rated(settings, concept)
     except (SettingsError, DataError) as e:
         return str(e)
     return ""
 
 
-def stages_of(settings: Settings, concept: str, name: str) -> tuple[str, ...]:
-    """What has to run for a row, or for what rows share. A guide alone changes no weights: it has those of `none`."""
-    if name in SHARED:
-        return SHARED[name]
-    guided = name != NONE and settings_of(settings, Cell(concept, name, settings.seed)).erase.method == KEEP
-    return ("sample", "evaluate") if guided else ("erase", "attack", "sample", "evaluate")
+def stages_of(settings: Settings, concept: str, row: str) -> tuple[str, ...]:
+    """The stages of a row's trials. A guide alone has the weights of `none`, and the attacks on them."""
+    if row in SHARED:
+        return SHARED[row]
+    is_guide = row != NONE and trial_settings(settings, Trial(concept, row, settings.seed)).erase.method == KEEP
+    return ("sample", "evaluate") if is_guide else ("erase", "attack", "sample", "evaluate")
 
 
-def recipe(settings: Settings, concept: str, name: str) -> dict[str, Any]:
-    """All of params.yaml that a row, or what rows share, depends on, by stage, and its methods' code by digest; or why
-    the row cannot be.
+def stage_inputs(settings: Settings, concept: str, row: str) -> dict[str, Any]:
+    """Everything in params.yaml and in the code that a row depends on, by stage; or why it is refused.
 
-    Other methods' numbers are no part of it: another learning rate of ESD leaves the row of UCE as it is.
+    Hyperparameters of other methods do not count: another learning rate for ESD leaves UCE's results up to date.
     """
-    if name not in SHARED and (why := refused(settings, concept, name)):
-        return {"refused": why}
-    of = settings_of(settings, Cell(concept, name, settings.seed))
-    spec, params = of.concepts[concept].model_dump(mode="json"), of.model_dump(by_alias=True)
+    if row not in SHARED and (reason := refusal(settings, concept, row)):
+        return {"refused": reason}
+    trial = trial_settings(settings, Trial(concept, row, settings.seed))
+    spec, params = trial.concepts[concept].model_dump(mode="json"), trial.model_dump(by_alias=True)
     return {"refused": ""} | {
-        stage: {"concept": spec, "code": dependencies.of_stage(stage, params)}
-        | {dotted: _value(of, dotted) for dotted in READS[stage]}
-        for stage in stages_of(settings, concept, name)
+        stage: {"concept": spec, "code": dependencies.stage_digests(stage, params)}
+        | {dotted: _setting(trial, dotted) for dotted in STAGE_SETTINGS[stage]}
+        for stage in stages_of(settings, concept, row)
     }
 
 
-def _value(settings: Settings, dotted: str) -> Any:
-    """Of a section with a method: that method, and its numbers with what is not given."""
-    made: dict[str, Callable[[], BaseModel]] = {
+def _setting(settings: Settings, dotted: str) -> Any:
+    """The value at a dotted path; of a section that selects a method, that method with all its hyperparameters."""
+    configured: dict[str, Callable[[], BaseModel]] = {
         "invert": lambda: methods.inverter(settings, settings.targets[0]),
         "erase": lambda: methods.configured(settings.erase, Eraser, "erase"),
         "guide": lambda: methods.configured(settings.guide, Guide, "guide"),
     }
-    if make := made.get(dotted):
-        found, section = make(), getattr(settings, dotted).model_dump(mode="json", include={"method", "source"})
-        return section | {"numbers": found.model_dump(mode="json")}
+    if build := configured.get(dotted):
+        section = getattr(settings, dotted).model_dump(mode="json", include={"method", "source"})
+        return section | {"numbers": build().model_dump(mode="json")}
     value: Any = settings
     for key in dotted.split("."):
         value = getattr(value, key)
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
-def write(settings: Settings, concept: str) -> None:
-    """A file for each row and for what rows share: what DVC compares, to know which rows have to be made anew."""
-    folder = files.emptied(section(settings).folder / concept / PLAN)
-    for name in (*SHARED, *rows(settings)):
-        files.write_json(folder / f"{name}.json", recipe(settings, concept, name))
+def write_plan(settings: Settings, concept: str) -> None:
+    """Writes the inputs of each row to a file of its own, by which DVC knows which trials are out of date."""
+    folder = files.empty_folder(section(settings).folder / concept / PLAN)
+    for row in (*SHARED, *row_names(settings)):
+        files.write_json(folder / f"{row}.json", stage_inputs(settings, concept, row))
 
 
-def chosen(given: Sequence[Any], known: Sequence[Any], what: str) -> list[Any]:
-    """Those that were named, in the order of params.yaml; all where none was. Raises SettingsError for a strange one.
+def select(names: Sequence[Any], known: Sequence[Any], key: str) -> list[Any]:
+    """The named items of `compare.<key>` in params.yaml, in its order; all of them when none is named.
 
-    The workspace is what params.yaml says: what is compared has to stand there.
+    Raises SettingsError for a name that params.yaml does not have: results are compared only as params.yaml has them.
     """
-    if strange := [g for g in given if g not in known]:
+    if unknown := [name for name in names if name not in known]:
         raise SettingsError(
-            f"expected {what} of params.yaml ({', '.join(map(str, known))}), got {', '.join(map(str, strange))}",
-            hint=f"add it to compare.{what} in params.yaml, then the same command again",
+            f"expected {key} of params.yaml ({', '.join(map(str, known))}), got {', '.join(map(str, unknown))}",
+            hint=f"add it to compare.{key} in params.yaml, then the same command again",
         )
-    return [k for k in known if k in given] if given else list(known)
+    return [item for item in known if item in names] if names else list(known)

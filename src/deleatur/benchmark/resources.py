@@ -1,4 +1,4 @@
-"""What erasing costs: seconds and memory, in a file beside what it makes, which is the same on every machine."""
+"""Seconds and memory of an erasure, in a file beside its outputs, which are the same on every machine."""
 
 from __future__ import annotations
 
@@ -13,79 +13,83 @@ from pathlib import Path
 
 import torch
 
-from deleatur.diffusion.model import device_of
+from deleatur.diffusion.model import resolve_device
 from deleatur.storage import files
 
 
 @dataclass(frozen=True)
-class Measured:
-    of: str
-    """What was made; a record of something else is none."""
+class ResourceUsage:
+    """The measured cost of one run of a stage."""
+
+    subject: str
+    """Digest of what was run; a record of another digest does not count."""
     seconds: float
-    """Networks are loaded in them too."""
+    """With the loading of networks."""
     memory: int | None
-    """Most bytes at a time that the process, or the GPU, held beyond what it held before. None: nobody can tell."""
+    """Peak bytes of the process, or on the GPU, beyond those at the start. None: the system does not report them."""
     device: str
     complete: bool
-    """Every part of it was measured; not where a process was killed on the way."""
+    """Whether all parts were measured; False where a process was killed."""
 
 
-def read(path: Path, of: str) -> Measured | None:
-    found = Measured(**files.read_json(path)) if path.is_file() else None
-    return found if found and found.of == of else None
+def read(path: Path, subject: str) -> ResourceUsage | None:
+    """The recorded usage; None where there is none for this subject."""
+    usage = files.read_json(path) if path.is_file() else {}
+    return ResourceUsage(**usage) if usage.get("subject") == subject else None
 
 
 @contextmanager
-def measured(path: Path, of: str, device: str, *, resumed: bool) -> Iterator[None]:
-    """Measures the block and writes the file, also where the block is left before its end, to be gone on with.
+def measure(path: Path, subject: str, device: str, *, resumed: bool) -> Iterator[None]:
+    """Measures the block and writes the file, also where the block is interrupted.
 
-    resumed: the block goes on where an earlier one was left; what that one took is added.
+    resumed: the block resumes an interrupted one, whose usage is added.
     """
-    before = read(path, of) if resumed else None
-    at, complete = device_of(device), before.complete if before else not resumed
-    none = Measured(of, 0.0, None, _name(at), False)
-    files.write_json(path, asdict(none if before is None else replace(before, complete=False)))
-    held, began = _forget_peak(at), time.perf_counter()
+    earlier = read(path, subject) if resumed else None
+    torch_device, complete = resolve_device(device), earlier.complete if earlier else not resumed
+    none = ResourceUsage(subject, 0.0, None, _device_name(torch_device), False)
+    # A process that is killed below leaves this record, which says that a part is missing.
+    files.write_json(path, asdict(none if earlier is None else replace(earlier, complete=False)))
+    bytes_at_start, started = _reset_peak(torch_device), time.perf_counter()
     try:
         yield
     finally:
-        seconds, peak = time.perf_counter() - began, _peak(at)
-        memory = None if held is None or peak is None else max(0, peak - held)
-        now = Measured(of, seconds, memory, _name(at), complete)
-        files.write_json(path, asdict(now if before is None else _sum(before, now)))
+        seconds, peak = time.perf_counter() - started, _peak_bytes(torch_device)
+        memory = None if bytes_at_start is None or peak is None else max(0, peak - bytes_at_start)
+        usage = ResourceUsage(subject, seconds, memory, _device_name(torch_device), complete)
+        files.write_json(path, asdict(usage if earlier is None else _add(earlier, usage)))
 
 
-def _sum(one: Measured, other: Measured) -> Measured:
-    known = [m for m in (one.memory, other.memory) if m is not None]
-    device = one.device if one.device == other.device else f"{one.device}; {other.device}"
-    return replace(other, seconds=one.seconds + other.seconds, memory=max(known, default=None), device=device)
+def _add(earlier: ResourceUsage, later: ResourceUsage) -> ResourceUsage:
+    peaks = [u.memory for u in (earlier, later) if u.memory is not None]
+    device = earlier.device if earlier.device == later.device else f"{earlier.device}; {later.device}"
+    return replace(later, seconds=earlier.seconds + later.seconds, memory=max(peaks, default=None), device=device)
 
 
-def _name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
-def _forget_peak(device: torch.device) -> int | None:
-    """Bytes held now, from where the peak counts from now on."""
+def _reset_peak(device: torch.device) -> int | None:
+    """Starts the peak anew; returns the bytes in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts anew at VmRSS
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM is set to VmRSS
     except OSError:
         return None
-    return _kernel("VmRSS")
+    return _process_bytes("VmRSS")
 
 
-def _peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _kernel("VmHWM")
+def _peak_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_bytes("VmHWM")
 
 
-def _kernel(what: str) -> int | None:
+def _process_bytes(counter: str) -> int | None:
     try:
-        found = re.search(rf"^{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        match = re.search(rf"^{counter}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None

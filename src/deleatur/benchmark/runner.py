@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from deleatur.benchmark import aggregate, log, plan, schedule, trial
-from deleatur.benchmark.aggregate import BenchmarkFiles
+from deleatur.benchmark import aggregate, log, plan, publish, schedule, trial
+from deleatur.benchmark.digests import TrialDigests
 from deleatur.benchmark.plan import Trial
-from deleatur.benchmark.trial import TrialDigests
+from deleatur.benchmark.publish import BenchmarkFiles
 from deleatur.config.settings import Settings
 from deleatur.errors import Interrupted
 
@@ -66,7 +66,7 @@ class Benchmark:
             aggregate.aggregate_trials(self.settings, self.digests, concept, self.rows, self.seeds)
             for concept in self.concepts
         ]
-        written = aggregate.write(self.settings, tables)
+        written = publish.write(self.settings, tables)
         if log_to_mlflow:
             log.run(self.settings, tables, written.files)
         return written
@@ -79,4 +79,4 @@ def run_trial(settings: Settings, concept: str, row: str, seed: int | None = Non
     if row == plan.PLAN:
         plan.write_plan(settings, concept)
     else:
-        trial.run(settings, TrialDigests(settings), Trial(concept, row, settings.seed if seed is None else seed))
+        trial.run_trial(settings, TrialDigests(settings), Trial(concept, row, settings.seed if seed is None else seed))

@@ -1,4 +1,4 @@
-"""All cells that are missing, one after the other: through DVC where there is a DVC repository, else here."""
+"""Runs all missing trials, one after the other: through DVC in a DVC repository, otherwise in this process."""
 
 from __future__ import annotations
 
@@ -10,76 +10,78 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from deleatur.benchmark import trial as cells
-from deleatur.benchmark.plan import NONE, RATINGS, TOKENS, Cell
-from deleatur.benchmark.trial import Stamps
+from deleatur.benchmark.digests import TrialDigests
+from deleatur.benchmark.plan import NONE, RATINGS, TOKENS, Trial
+from deleatur.benchmark.trial import is_done, run_trial
 from deleatur.config.settings import Settings
-from deleatur.runtime.progress import Bar, around, bar
-from deleatur.storage import dvc, files
+from deleatur.runtime.progress import Bar, bar, outer_bar
+from deleatur.storage import dvc, files, processes
 
-FAMILY, SOURCE = "compare/dvc.yaml", Path("compare/stages.yaml")
-"""The stages as DVC reads them, and as git keeps them."""
-
-
-def cells_of(concepts: Sequence[str], rows: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
-    """Seed by seed: a whole table of the first is there before the second begins."""
-    return [Cell(concept, row, seed) for seed in seeds for concept in concepts for row in rows]
+TEMPLATE, DVC_FILE = Path("compare/stages.yaml"), "compare/dvc.yaml"
+"""The stages as Git has them, and the copy that DVC reads once the benchmark is used."""
 
 
-def missing(settings: Settings, stamps: Stamps, asked: Sequence[Cell]) -> list[Cell]:
-    """Those that do not lie there as they would be made now; rows that cannot be are passed over."""
-    return [cell for cell in asked if not stamps.refused(cell) and not cells.done(settings, stamps, cell)]
+def trials_of(concepts: Sequence[str], rows: Sequence[str], seeds: Sequence[int]) -> list[Trial]:
+    """Seed by seed, so that the table of the first seed is complete before the second begins."""
+    return [Trial(concept, row, seed) for seed in seeds for concept in concepts for row in rows]
 
 
-def run(settings: Settings, stamps: Stamps, ahead: Sequence[Cell]) -> None:
-    """Raises what a stage raises; what is done by then is kept, and the same call goes on."""
-    if not ahead:
+def missing(settings: Settings, digests: TrialDigests, trials: Sequence[Trial]) -> list[Trial]:
+    """Trials whose results are missing or out of date; refused ones are skipped."""
+    possible = [trial for trial in trials if not digests.refusal(trial)]
+    return [trial for trial in possible if not is_done(settings, digests, trial)]
+
+
+def run(settings: Settings, digests: TrialDigests, trials: Sequence[Trial]) -> None:
+    """Raises what a stage raises. Completed trials are kept, and the same call resumes."""
+    if not trials:
         return
-    with around("compare", len(ahead)) as advance:
-        if Path(".dvc").is_dir() and SOURCE.is_file():
-            with files.replacing(Path(FAMILY)) as partial:
-                shutil.copyfile(SOURCE, partial)
-            for _, of_seed in groupby(ahead, lambda cell: cell.seed):
-                _by_dvc([address(cell) for cell in of_seed], advance)
+    with outer_bar("compare", len(trials)) as progress:
+        if Path(".dvc").is_dir() and TEMPLATE.is_file():
+            with files.atomic_write(Path(DVC_FILE)) as partial:
+                shutil.copyfile(TEMPLATE, partial)
+            for _, of_seed in groupby(trials, lambda trial: trial.seed):
+                _reproduce([stage_address(trial) for trial in of_seed], progress)
         else:
-            for cell in ahead:
-                advance.say(f"{cell.concept} {cell.row} {cell.seed}")
-                _here(settings, stamps, cell)
-                advance(1)
+            for trial in trials:
+                progress.describe(f"{trial.concept} {trial.row} {trial.seed}")
+                _run_with_upstream(settings, digests, trial)
+                progress(1)
 
 
-def address(cell: Cell) -> str:
-    """What DVC calls it."""
-    if cell.row == NONE:
-        return f"{FAMILY}:none@{cell.concept}-{cell.seed}"
-    return f"{FAMILY}:row@{cell.concept}-{cell.row}-{cell.seed}"
+def stage_address(trial: Trial) -> str:
+    """DVC's name of the trial's stage."""
+    if trial.row == NONE:
+        return f"{DVC_FILE}:none@{trial.concept}-{trial.seed}"
+    return f"{DVC_FILE}:row@{trial.concept}-{trial.row}-{trial.seed}"
 
 
-def _here(settings: Settings, stamps: Stamps, cell: Cell) -> None:
-    ratings, tokens = replace(cell, row=RATINGS, seed=settings.seed), replace(cell, row=TOKENS)
-    for part in (ratings, tokens, replace(cell, row=NONE), cell):
-        if not cells.done(settings, stamps, part):
-            cells.run(settings, stamps, part)
+def _run_with_upstream(settings: Settings, digests: TrialDigests, trial: Trial) -> None:
+    ratings, tokens = replace(trial, row=RATINGS, seed=settings.seed), replace(trial, row=TOKENS)
+    for part in (ratings, tokens, replace(trial, row=NONE), trial):
+        if not is_done(settings, digests, part):
+            run_trial(settings, digests, part)
 
 
-def _by_dvc(targets: Sequence[str], advance: Bar) -> None:
-    at, what, inner = "", "", advance
-    with ExitStack() as below:
+def _reproduce(targets: Sequence[str], progress: Bar) -> None:
+    """Runs the stages through DVC. The outer bar counts targets, an inner bar shows the progress of each stage."""
+    stage, task, inner = "", "", progress
+    with ExitStack() as inner_bar:
 
         def on_line(line: str) -> None:
-            nonlocal at, what
-            if found := re.match(r"(?:Running stage|Stage) '([^']+)'", line):
-                advance(at in targets)
-                at, what = found[1], ""
-                below.close()
-                advance.say(at.rpartition(":")[2])
+            nonlocal stage, task
+            if match := re.match(r"(?:Running stage|Stage) '([^']+)'", line):
+                progress(stage in targets)
+                stage, task = match[1], ""
+                inner_bar.close()
+                progress.describe(stage.rpartition(":")[2])
 
-        def told(p: dvc.Progress) -> None:
-            nonlocal inner, what
-            if p.what != what:
-                below.close()
-                inner, what = below.enter_context(bar(p.what, p.total)), p.what
-            inner.at(p.done, p.total, p.note)
+        def on_progress(update: processes.StageProgress) -> None:
+            nonlocal inner, task
+            if update.task != task:
+                inner_bar.close()
+                inner, task = inner_bar.enter_context(bar(update.task, update.total)), update.task
+            inner.set(update.done, update.total, update.note)
 
-        dvc.reproduce_all(targets, Path(), on_line, told)
-        advance(at in targets)
+        dvc.reproduce_all(targets, Path(), on_line, on_progress)
+        progress(stage in targets)

@@ -1,1 +1,1 @@
-"""The evidence for people: HTML report, model card, bill of materials, curves."""
+"""HTML report, contact sheet, model card, bill of materials and training curves of an evaluation."""

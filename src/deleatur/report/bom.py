@@ -1,7 +1,7 @@
-"""A bill of materials in CycloneDX 1.6: the model with its card, the models, data and libraries that went into it.
+"""A CycloneDX 1.6 bill of materials: the model with its card, and the models, datasets and libraries it was built from.
 
-Written out, because the format's Python library does not know model cards; a test validates it against the schema that
-comes with that library.    https://cyclonedx.org/docs/1.6/json/
+Built as plain JSON, because the format's Python library has no model cards; a test validates it against the schema of
+that library.    https://cyclonedx.org/docs/1.6/json/
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from collections.abc import Iterator
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-from deleatur.gate import SIMULATED, headline
-from deleatur.records.report import Identity, Report, Score, Verdict
+from deleatur.gate import SIMULATED_NOTICE, headline
+from deleatur.records.report import Provenance, Report, Score, Verdict
 
-NAME = "bom.cdx.json"
+FILE_NAME = "bom.cdx.json"
 
 
-def of(name: str, base: str, evidence: str, report: Report, verdict: Verdict) -> dict[str, Any]:
-    """As JSON. evidence: digest of the verdict. Without a clock: the same for the same evidence."""
-    made_by = report.identity
-    parts = list(_parts(base, report))
+def build(name: str, base: str, evidence: str, report: Report, verdict: Verdict) -> dict[str, Any]:
+    """As JSON; the same for the same evidence. base: address of the base model. evidence: digest of the verdict."""
+    provenance = report.provenance
+    components = list(_components(base, report))
     model = {
         "type": "machine-learning-model",
         "bom-ref": "model",
         "name": name,
         "version": evidence[:12],
-        "description": f"{', '.join(made_by.concepts)} removed by {made_by.method}. {headline(verdict)}",
-        "hashes": _sha256(made_by.delta),
+        "description": f"{', '.join(provenance.concepts)} removed by {provenance.method}. {headline(verdict)}",
+        "hashes": _sha256(provenance.delta),
         "modelCard": {
             "modelParameters": {
                 "task": "text-to-image",
@@ -39,13 +39,13 @@ def of(name: str, base: str, evidence: str, report: Report, verdict: Verdict) ->
             "quantitativeAnalysis": {"performanceMetrics": [_metric(score) for score in report.scores]},
             "considerations": {
                 "technicalLimitations": [
-                    *([SIMULATED] if verdict.simulated else []),
+                    *([SIMULATED_NOTICE] if verdict.simulated else []),
                     *report.notes,
-                    "It removes what the policy measured, and is no proof against training the weights again.",
+                    "It removes what the policy measured, and does not withstand fine-tuning of the weights.",
                 ],
             },
         },
-        "properties": _properties(made_by, verdict, evidence),
+        "properties": _properties(provenance, verdict, evidence),
     }
     return {
         "bomFormat": "CycloneDX",
@@ -53,40 +53,40 @@ def of(name: str, base: str, evidence: str, report: Report, verdict: Verdict) ->
         "serialNumber": f"urn:uuid:{uuid5(NAMESPACE_URL, f'deleatur:{evidence}')}",
         "version": 1,
         "metadata": {"component": model},
-        "components": parts,
-        "dependencies": [{"ref": "model", "dependsOn": [part["bom-ref"] for part in parts]}],
+        "components": components,
+        "dependencies": [{"ref": "model", "dependsOn": [part["bom-ref"] for part in components]}],
     }
 
 
-def _parts(base: str, report: Report) -> Iterator[dict[str, Any]]:
-    made_by = report.identity
+def _components(base: str, report: Report) -> Iterator[dict[str, Any]]:
+    provenance = report.provenance
     yield {
         "type": "machine-learning-model",
         "bom-ref": "base",
         "name": base,
-        "description": "What it was made from: every network, tokenizer and scheduler.",
-        "hashes": _sha256(made_by.pipeline),
+        "description": "The base model: every network, tokenizer and scheduler.",
+        "hashes": _sha256(provenance.pipeline),
     }
     for (name, weights), labels in sorted(_detectors(report).items()):
         yield {
             "type": "machine-learning-model",
             "bom-ref": f"detector:{name}:{weights[:12]}",
             "name": name,
-            "description": f"Measured it. Labels that count: {', '.join(sorted(labels))}",
-            "properties": [{"name": "deleatur:weights", "value": weights}],  # several networks' digests may be joined
+            "description": f"Used to evaluate the model. Labels that count: {', '.join(sorted(labels))}",
+            "properties": [{"name": "deleatur:weights", "value": weights}],  # may be several networks' digests
         }
-    for what, told, digest in (
-        ("feedback", "What people said of pictures.", made_by.feedback),
-        ("prompts", "What it was asked to draw for the evaluation.", made_by.prompts),
+    for name, description, digest in (
+        ("feedback", "Ratings of images.", provenance.feedback),
+        ("prompts", "Prompts of the evaluation.", provenance.prompts),
     ):
         yield {
             "type": "data",
-            "bom-ref": what,
-            "name": what,
+            "bom-ref": name,
+            "name": name,
             "hashes": _sha256(digest),
-            "data": [{"type": "dataset", "name": what, "description": told}],
+            "data": [{"type": "dataset", "name": name, "description": description}],
         }
-    for name, version in sorted(made_by.versions.items()):
+    for name, version in sorted(provenance.versions.items()):
         yield {
             "type": "platform" if name == "python" else "library",
             "bom-ref": f"library:{name}",
@@ -97,37 +97,37 @@ def _parts(base: str, report: Report) -> Iterator[dict[str, Any]]:
 
 
 def _detectors(report: Report) -> dict[tuple[str, str], set[str]]:
-    found: dict[tuple[str, str], set[str]] = {}
+    labels: dict[tuple[str, str], set[str]] = {}
     for detector in (s.detector for s in report.scores if s.detector):
-        found.setdefault((detector.name, detector.weights), set()).update(detector.labels)
-    return found
+        labels.setdefault((detector.name, detector.weights), set()).update(detector.labels)
+    return labels
 
 
 def _metric(score: Score) -> dict[str, Any]:
-    side = score.side + (f"-{score.versus}" if score.versus else "")
+    variant = score.variant + (f"-{score.versus}" if score.versus else "")
     return {
         "type": score.metric,
         "value": f"{score.value:.6g}",
-        "slice": f"{score.slice}/{side}",
+        "slice": f"{score.slice}/{variant}",
         "confidenceInterval": {"lowerBound": f"{score.low:.6g}", "upperBound": f"{score.high:.6g}"},
     }
 
 
-def _properties(made_by: Identity, verdict: Verdict, evidence: str) -> list[dict[str, str]]:
-    told = {
+def _properties(provenance: Provenance, verdict: Verdict, evidence: str) -> list[dict[str, str]]:
+    properties = {
         "outcome": verdict.outcome,
         "evidence": evidence,
         "report": verdict.report,
         "policy": verdict.policy,
-        "base": made_by.base,
-        "tokens": made_by.tokens,
-        "settings": made_by.settings,
-        "pictures": made_by.pictures,
-        "guide": made_by.guide,
-        "sampler": made_by.sampler,
-        "seed": str(made_by.seed),
+        "base": provenance.base,
+        "tokens": provenance.tokens,
+        "settings": provenance.settings,
+        "pictures": provenance.images,
+        "guide": provenance.guide,
+        "sampler": provenance.sampler,
+        "seed": str(provenance.seed),
     }
-    return [{"name": f"deleatur:{name}", "value": value} for name, value in told.items()]
+    return [{"name": f"deleatur:{name}", "value": value} for name, value in properties.items()]
 
 
 def _sha256(digest: str) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What happened over the steps of the long stages: the same curves for the page and for MLflow."""
+"""Training curves of the long stages, for the HTML report and for MLflow."""
 
 from __future__ import annotations
 
@@ -7,43 +7,51 @@ from collections.abc import Iterator
 import numpy as np
 
 from deleatur.config.settings import Settings
-from deleatur.report.page import Curve, Series
+from deleatur.report.plots import Curve, Series
 from deleatur.storage import files
 
-ERASING = {
+TRAINING_METRICS = {
     "loss": "loss",
     "keep_loss": "loss on prompts to preserve",
     "drift": "drift of the empty prompt",
     "grad_norm": "norm of the gradient, before it is capped",
 }
-LOOKS = {
+"""Column of curve.json, and series in MLflow → title of the plot."""
+EVALUATION_METRICS = {
     "concept": "concept rate",
     "kept": "CLIP score of preserved prompts",
 }
+"""Column of looks.json → name of the series."""
 
 
-def curves(settings: Settings) -> Iterator[Curve]:
+def training_curves(settings: Settings) -> Iterator[Curve]:
+    """Curves of the reward, of inversion, erasure and attacks, as far as these stages have run."""
     paths = settings.paths
-    for concept, of in files.read_json(paths.reward / "curves.json").items():
-        yield _losses(f"reward/{concept}", f"Reward of {concept}: loss on prompts not learned from", "epoch", of)
+    for concept, losses in files.read_json(paths.reward / "curves.json").items():
+        yield _loss_curve(f"reward/{concept}", f"Reward of {concept}: loss on held-out prompts", "epoch", losses)
     if settings.erase.source == "token":
         for concept, learned in files.read_json(paths.tokens / "metrics.json").items():
-            mean = np.mean([token["losses"] for token in learned], axis=0).tolist()  # of a token alone it is noise
-            yield _losses(
-                f"invert/{concept}", f"Inverting {concept}: loss, mean of {len(learned)}", "step", {"loss": mean}
-            )
-    rows, looks = (files.read_json(paths.delta / f"{name}.json") for name in ("curve", "looks"))
-    for name, title in ERASING.items():
-        if points := [(row["step"], row[name]) for row in rows if name in row]:
-            yield Curve("erase", f"Erasing: {title}", "step", [Series(name, points)])
-    if looks:
-        kept = files.read_json(paths.delta / "record.json")["kept"]
-        mark = (kept, "kept") if kept < looks[-1]["step"] else None
-        series = [Series(name, [(look["step"], look[key]) for look in looks]) for key, name in LOOKS.items()]
-        yield Curve("erase/look", "Looks at sampled pictures", "step", series, mark)
+            # The loss of a single token is dominated by its noise.
+            mean = np.mean([token["losses"] for token in learned], axis=0).tolist()
+            title = f"Inversion of {concept}: loss, mean of {len(learned)} tokens"
+            yield _loss_curve(f"invert/{concept}", title, "step", {"loss": mean})
+    yield from _erasure_curves(settings)
     for name, losses in files.read_json(paths.attacks / "curves.json").items():
-        yield _losses(f"attack/{name}", f"Attacking: {name}, loss", "step", {"loss": losses})
+        yield _loss_curve(f"attack/{name}", f"Attack {name}: loss", "step", {"loss": losses})
 
 
-def _losses(key: str, title: str, x: str, of: dict[str, list[float]]) -> Curve:
-    return Curve(key, title, x, [Series(name, list(enumerate(losses, 1))) for name, losses in of.items()])
+def _erasure_curves(settings: Settings) -> Iterator[Curve]:
+    delta = settings.paths.delta
+    steps, evaluations = (files.read_json(delta / f"{name}.json") for name in ("curve", "looks"))
+    for key, name in TRAINING_METRICS.items():
+        if points := [(step["step"], step[key]) for step in steps if key in step]:
+            yield Curve("erase", f"Erasure: {name}", "step", [Series(key, points)])
+    if evaluations:
+        selected = files.read_json(delta / "record.json")["kept"]
+        marker = (selected, "selected") if selected < evaluations[-1]["step"] else None
+        series = [Series(name, [(e["step"], e[key]) for e in evaluations]) for key, name in EVALUATION_METRICS.items()]
+        yield Curve("erase/look", "Erasure: evaluations on sampled images", "step", series, marker)
+
+
+def _loss_curve(key: str, title: str, x: str, losses: dict[str, list[float]]) -> Curve:
+    return Curve(key, title, x, [Series(name, list(enumerate(values, 1))) for name, values in losses.items()])

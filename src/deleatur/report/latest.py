@@ -1,4 +1,4 @@
-"""The newest report and verdict, and whether they are still about what params.yaml says."""
+"""The newest report and verdict, and whether they still match params.yaml."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from rich.console import RenderableType
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.records.report import Report, Verdict
-from deleatur.report import page
+from deleatur.report.terminal import summary
 from deleatur.storage import files, json_records
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What the command line shows of the newest verdict."""
+class LatestReport:
+    """The newest verdict with its report, for the command line."""
 
     verdict: Verdict
-    table: RenderableType
-    plain: dict[str, Any]
-    page: Path
-    sheet: Path
+    summary: RenderableType
+    json: dict[str, Any]
+    html: Path
+    contact_sheet: Path
     stale: str
-    """What has changed since; empty: nothing."""
+    """Why the report is out of date; empty: it is not."""
 
 
-def show(params: Path) -> Shown:
-    """Reads what the chain last wrote. Raises DataError when it has not run."""
+def latest_report(params: Path) -> LatestReport:
+    """Reads the results of the last run of the pipeline. Raises DataError when it has not run to its end."""
     settings = Settings.load(params)
     folder = settings.paths.verdict
     if not (folder / "verdict.json").is_file():
-        raise DataError(f"no verdict in {folder}: the chain has not run to its end", hint="deleatur demo")
+        raise DataError(f"no verdict in {folder}: the pipeline has not run to its end", hint="deleatur demo")
     report = json_records.read(settings.paths.report / "report.json", Report)
     verdict = json_records.read(folder / "verdict.json", Verdict)
-    plain = {
+    json = {
         "verdict": files.read_json(folder / "verdict.json"),
         "report": files.read_json(settings.paths.report / "report.json"),
-        "stale": (changed := stale(settings, report, verdict)),
+        "stale": (reason := stale_reason(settings, report, verdict)),
     }
-    return Shown(verdict, page.terminal(report, verdict), plain, folder / "report.html", folder / "sheet.png", changed)
+    table = summary(report, verdict)
+    return LatestReport(verdict, table, json, folder / "report.html", folder / "sheet.png", reason)
 
 
-def stale(settings: Settings, report: Report, verdict: Verdict) -> str:
-    """What has changed since the verdict; empty: nothing."""
-    if report.identity.settings != settings.made_by:
+def stale_reason(settings: Settings, report: Report, verdict: Verdict) -> str:
+    """What has changed in params.yaml since the verdict; empty: nothing."""
+    if report.provenance.settings != settings.digest:
         return "this was measured with other settings than params.yaml has now"
     if verdict.report != json_records.digest(report):
         return "this verdict is about an earlier report"

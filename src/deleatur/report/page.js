@@ -6,7 +6,7 @@ let timer = 0;
 function arm(on) {
   clearTimeout(timer);
   all.classList.toggle("armed", on);
-  all.textContent = on ? `Press again to show ${veils.length} pictures` : shown() ? "Cover all pictures" : "Show all covered pictures";
+  all.textContent = on ? `Press again to show ${veils.length} images` : shown() ? "Cover all images" : "Show all covered images";
   if (on) timer = setTimeout(arm, 6000, false);
 }
 veils.forEach(v => v.addEventListener("click", () => { show(v, v.getAttribute("aria-pressed") !== "true"); arm(false); }));
