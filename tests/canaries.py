@@ -1,5 +1,5 @@
-"""A project whose second version is live, whose untouched model draws white squares and nothing else, and a judge that
-can be told what of that is the concept.
+"""A project with version 2 as champion, whose base model generates only white images, and whose detector labels can be
+chosen, so that the concept is in all images or in none.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from deleatur.config.settings import Settings
 from deleatur.stages import gate, register
 from deleatur.storage import dvc
 
-ALL = ("gun", "sword", "cat", "dog")
-"""Counting these, the concept is in every picture."""
+ALL_LABELS = ("gun", "sword", "cat", "dog")
+"""All labels of the detector: with these, every image shows the concept."""
 
 
-def make(shared: Path, root: Path) -> None:
+def create(shared: Path, root: Path) -> None:
     settings = finished.copy(shared, root)
     with pytest.MonkeyPatch.context() as patch, chdir(root):
         patch.setattr(dvc, "status", lambda root: {})
         for limit in (-5.0, -4.0):
-            given = settings.model_dump(mode="json", by_alias=True) | {"gate": finished.passing(limit)}
+            given = settings.model_dump(mode="json", by_alias=True) | {"gate": finished.passing_policy(limit)}
             gate.run(changed := Settings.model_validate(given))
             register.run(changed)
         shutil.copytree("models/pipeline", "models/white")
@@ -38,20 +38,20 @@ def make(shared: Path, root: Path) -> None:
         with torch.no_grad():
             vae.decoder.conv_out.bias.fill_(100.0)
         vae.save_pretrained("models/white/vae")
-        with open("prompts/weapon.csv", "a") as prompts:  # of two nothing could be said for certain
+        with open("prompts/weapon.csv", "a") as prompts:  # two prompts are too few for a certain outcome
             prompts.writelines(
                 f"more-{i},{' '.join(['a gun', *['in'] * i])},judge:gun,concept,test\n" for i in range(10)
             )
-        change(base={"model": "models/white"}, canary={"per_prompt": 5})
+        change_params(base={"model": "models/white"}, canary={"images_per_prompt": 5})
 
 
-def copy(made: Path, root: Path) -> None:
-    shutil.copytree(made, root)
+def copy(source: Path, root: Path) -> None:
+    shutil.copytree(source, root)
     params = root / "params.yaml"
-    params.write_text(params.read_text("utf-8").replace(str(made), str(root)), "utf-8")
+    params.write_text(params.read_text("utf-8").replace(str(source), str(root)), "utf-8")
 
 
-def change(**sections: dict[str, Any]) -> None:
+def change_params(**sections: dict[str, Any]) -> None:
     path = Path("params.yaml")
     params = yaml.safe_load(path.read_text("utf-8"))
     for name, numbers in sections.items():
@@ -59,13 +59,13 @@ def change(**sections: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(params, sort_keys=False), "utf-8")
 
 
-def counting(*labels: str) -> None:
-    """These are the concept from now on."""
+def detect_labels(*labels: str) -> None:
+    """Define the concept by these labels of the detector."""
     weapon = yaml.safe_load(Path("params.yaml").read_text("utf-8"))["concepts"]["weapon"]
-    change(concepts={"weapon": weapon | {"found": {"detector": "judge", "labels": list(labels)}}})
+    change_params(concepts={"weapon": weapon | {"detection": {"detector": "judge", "labels": list(labels)}}})
 
 
-def white() -> str:
-    """What the detector takes a white square for."""
+def label_of_white() -> str:
+    """The detector's label for a white image."""
     network = methods.detectors(Settings.load())["judge"].load()
     return network.labels[network.detect([Image.new("RGB", (16, 16), "white")])[0].argmax()]

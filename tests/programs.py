@@ -1,4 +1,4 @@
-"""Programs that tests run: beside our Python, or on the PATH."""
+"""External programs that tests run, from the virtual environment or the PATH."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ INFRA = ROOT / "infra"
 
 
 def program(name: str, install: str = "make setup", *, required: bool = True) -> str:
-    """Skips where it is missing, and says how to install it; in CI, which sets PROGRAMS_REQUIRED, fails."""
+    """Path of a program. Skips the test if it is missing; with PROGRAMS_REQUIRED, which CI sets, fails."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    found = shutil.which(name, path=path)
-    if found is None:
+    executable = shutil.which(name, path=path)
+    if executable is None:
         missing = f"{name} is not installed: {install}"
         pytest.fail(missing) if required and os.environ.get("PROGRAMS_REQUIRED") else pytest.skip(missing)
-    return found
+    return executable
 
 
 def run(*command: str | Path, env: Mapping[str, str] = {}, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Whatever it ends with."""
+    """Run a command, whatever its exit code."""
     return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False)
 
 
-def ran(*command: str | Path, env: Mapping[str, str] = {}, cwd: Path = ROOT) -> str:
-    """What it said, when it ended well."""
+def run_checked(*command: str | Path, env: Mapping[str, str] = {}, cwd: Path = ROOT) -> str:
+    """Run a command that must succeed; its stdout."""
     done = run(*command, env=env, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

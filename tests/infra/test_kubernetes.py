@@ -1,4 +1,4 @@
-"""The manifests: built by kustomize, checked against Kubernetes' own schemas, and by what we promise of them."""
+"""The manifests: built by kustomize, validated against Kubernetes' schemas and our own rules."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from programs import INFRA, program, ran, run
+from programs import INFRA, program, run, run_checked
 from test_compose import FILE as COMPOSE
-from test_compose import filled
+from test_compose import write_env_file
 from test_images import VERSION
 
 from deleatur.storage.processes import GRACE_PERIOD
@@ -29,9 +29,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {}
     for name in OVERLAYS:
         folder = root / "kubernetes/overlays" / name
-        shutil.copy(filled(root), folder / "secrets.env")
+        shutil.copy(write_env_file(root), folder / "secrets.env")
         out[name] = root / f"{name}.yaml"
-        out[name].write_text(ran(program("kubectl"), "kustomize", folder), "utf-8")
+        out[name].write_text(run_checked(program("kubectl"), "kustomize", folder), "utf-8")
     return out
 
 
@@ -58,21 +58,21 @@ def test_without_secrets_nothing_is_built(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_it_is_what_kubernetes_takes(overlay: str, built: dict[str, Path], tmp_path: Path) -> None:
+def test_manifests_match_kubernetes_schemas(overlay: str, built: dict[str, Path], tmp_path: Path) -> None:
     check = (program("kubernetes-validate"), "--strict", "-k", KUBERNETES)
-    ran(*check, built[overlay])
+    run_checked(*check, built[overlay])
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(built[overlay].read_text("utf-8").replace("readinessProbe", "readynessProbe", 1), "utf-8")
     assert run(*check, wrong).returncode != 0
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_pod_keeps_to_the_restricted_standard(overlay: str, built: dict[str, Path]) -> None:
+def test_every_pod_meets_the_restricted_standard(overlay: str, built: dict[str, Path]) -> None:
     for name, pod in pods(built[overlay]):
         assert pod["securityContext"]["runAsNonRoot"], name
         assert pod["securityContext"]["runAsUser"] > 0, name
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
-        assert pod["enableServiceLinks"] is False, f"{name}: PREFECT_PORT would be a setting"
+        assert pod["enableServiceLinks"] is False, f"{name}: the variable PREFECT_PORT would be read as a setting"
     for name, container in containers(built[overlay]):
         own = container["securityContext"]
         assert own["readOnlyRootFilesystem"], name
@@ -81,9 +81,7 @@ def test_every_pod_keeps_to_the_restricted_standard(overlay: str, built: dict[st
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_container_has_bounds_a_version_and_somebody_who_looks_after_it(
-    overlay: str, built: dict[str, Path]
-) -> None:
+def test_every_container_has_limits_a_pinned_image_and_probes(overlay: str, built: dict[str, Path]) -> None:
     for name, container in containers(built[overlay]):
         assert "memory" in container["resources"]["limits"], name
         assert {"cpu", "memory"} <= set(container["resources"]["requests"]), name
@@ -94,7 +92,7 @@ def test_every_container_has_bounds_a_version_and_somebody_who_looks_after_it(
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_no_secret_stands_where_it_can_be_read(overlay: str, built: dict[str, Path]) -> None:
+def test_secrets_are_only_in_secret_objects(overlay: str, built: dict[str, Path]) -> None:
     rest = [d for d in documents(built[overlay]) if d["kind"] != "Secret"]
     assert "given-" not in yaml.safe_dump(rest)
     for path in (INFRA / "kubernetes").rglob("*.yaml"):
@@ -102,7 +100,7 @@ def test_no_secret_stands_where_it_can_be_read(overlay: str, built: dict[str, Pa
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_whatever_is_referred_to_is_there(overlay: str, built: dict[str, Path]) -> None:
+def test_references_resolve(overlay: str, built: dict[str, Path]) -> None:
     named = {(d["kind"], d["metadata"]["name"]) for d in documents(built[overlay])}
     [keys] = [set(d["data"]) for d in documents(built[overlay]) if d["kind"] == "Secret"]
     for name, container in containers(built[overlay]):
@@ -116,7 +114,7 @@ def test_whatever_is_referred_to_is_there(overlay: str, built: dict[str, Path]) 
                 assert ref["key"] in keys or ref.get("optional"), f"{name}: {ref['key']}"
 
 
-def test_workers_have_time_to_save_and_one_gpu_each(built: dict[str, Path]) -> None:
+def test_workers_have_time_to_save_and_one_gpu(built: dict[str, Path]) -> None:
     found = dict(pods(built["aws"]))
     for name in ("worker-cpu", "worker-gpu"):
         assert found[name]["terminationGracePeriodSeconds"] >= GRACE_PERIOD + 30, name
@@ -124,16 +122,16 @@ def test_workers_have_time_to_save_and_one_gpu_each(built: dict[str, Path]) -> N
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
-def test_without_a_gpu_the_worker_of_its_pool_is_there_and_wants_none(built: dict[str, Path]) -> None:
+def test_the_local_overlay_runs_the_gpu_worker_without_a_gpu(built: dict[str, Path]) -> None:
     [other], [worker] = (dict(pods(built[name]))["worker-gpu"]["containers"] for name in ("aws", "local"))
     images = {c["image"].rpartition("/")[2] for name, c in containers(built["aws"]) if name == "worker-cpu"}
-    assert {worker["image"]} == images, "that of the pool cpu"
+    assert {worker["image"]} == images, "the image of the pool cpu"
     assert "nvidia" not in str(worker["resources"])
     assert worker["args"] == other["args"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_our_workers_can_write_where_they_write(overlay: str, built: dict[str, Path]) -> None:
+def test_writable_paths_are_mounted(overlay: str, built: dict[str, Path]) -> None:
     """Temporary files and caches; the root is read-only."""
     for name, container in containers(built[overlay]):
         if container["image"].startswith("deleatur:") or "/deleatur:" in container["image"]:
@@ -143,12 +141,12 @@ def test_our_workers_can_write_where_they_write(overlay: str, built: dict[str, P
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_who_is_told_is_known_wherever_setup_is_run(overlay: str, built: dict[str, Path]) -> None:
+def test_notification_addresses_are_set_wherever_setup_runs(overlay: str, built: dict[str, Path]) -> None:
     found = {(name, c["name"]) for name, c in containers(built[overlay]) if "DELEATUR_NOTIFY" in str(c.get("env"))}
     assert {("setup", "setup"), ("worker-cpu", "worker")} <= found
 
 
-def test_images_are_those_of_compose(built: dict[str, Path]) -> None:
+def test_images_match_compose(built: dict[str, Path]) -> None:
     theirs = {
         str(image)
         for service in yaml.safe_load(COMPOSE.read_text("utf-8"))["services"].values()

@@ -1,4 +1,4 @@
-"""One way of deploying: Compose, the manifests, prefect.yaml and the templates of the work pools say the same."""
+"""Compose, the manifests, prefect.yaml and the work pool templates are consistent with each other."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from programs import INFRA, ROOT, program, ran
-from test_compose import GPU, OURS, config, filled, services
+from programs import INFRA, ROOT, program, run_checked
+from test_compose import GPU, OWN_IMAGE, config_command, services, write_env_file
 from test_kubernetes import KUBERNETES, containers, documents, pods
 from test_kubernetes import built as built  # the fixture
 
-from deleatur.storage.dvc import GRACE
+from deleatur.storage.processes import GRACE_PERIOD
 
 POOLS = ("cpu", "gpu")
 SETUP = "python flows/setup.py && prefect --no-prompt deploy --all"
@@ -24,8 +24,8 @@ PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Without a GPU, as it starts by default."""
-    return dict(yaml.safe_load(ran(*config(filled(tmp_path_factory.mktemp("env"))))))
+    """compose.yaml without the GPU overlay."""
+    return dict(yaml.safe_load(run_checked(*config_command(write_env_file(tmp_path_factory.mktemp("env"))))))
 
 
 def template(kind: str, pool: str) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def defaults(kind: str, pool: str) -> dict[str, Any]:
     return {name: said["default"] for name, said in declared.items() if "default" in said}
 
 
-def job(pool: str) -> dict[str, Any]:
-    """What Kubernetes gets where a deployment sets nothing: what has no default is left out."""
+def rendered_job(pool: str) -> dict[str, Any]:
+    """The job manifest with the template's defaults; fields without a value are left out."""
     given = defaults("kubernetes", pool) | {"name": "run"}
 
     def fill(value: Any) -> Any:
@@ -48,22 +48,22 @@ def job(pool: str) -> dict[str, Any]:
             return [fill(v) for v in value]
         if isinstance(value, str) and (whole := PLACEHOLDER.fullmatch(value)):
             return given.get(whole[1])
-        return PLACEHOLDER.sub(lambda found: given[found[1]], value) if isinstance(value, str) else value
+        return PLACEHOLDER.sub(lambda match: given[match[1]], value) if isinstance(value, str) else value
 
     return dict(fill(template("kubernetes", pool)["job_configuration"]["job_manifest"]))
 
 
-def test_both_ways_of_deploying_set_up_with_the_same_command(composed: dict[str, Any], built: dict[str, Path]) -> None:
+def test_compose_and_kubernetes_run_the_same_setup_command(composed: dict[str, Any], built: dict[str, Path]) -> None:
     assert composed["services"]["setup"]["command"][-1] == SETUP
     for overlay in built.values():
         [setup] = [c for name, c in containers(overlay) if name == "setup" and c["name"] == "setup"]
         assert setup["args"][-1] == SETUP
 
 
-def test_prefect_is_set_the_same_way_everywhere(
+def test_prefect_has_the_same_settings_everywhere(
     composed: dict[str, Any], built: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Addresses and passwords aside."""
+    """Apart from addresses and passwords."""
     sys.path.insert(0, str(INFRA))
     from local import Stack
 
@@ -74,7 +74,7 @@ def test_prefect_is_set_the_same_way_everywhere(
         mounted = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
         [pod] = [pod for name, pod in pods(path) if name == "prefect"]
         kept = [v["name"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
-        assert [mounted[given[-1]["PREFECT_HOME"]]] == kept, "who holds a slot is known after a restart too"
+        assert [mounted[given[-1]["PREFECT_HOME"]]] == kept, "leases survive a restart"
     own = {"PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_UI_API_URL", "PREFECT_HOME"}
     image = {"PREFECT_SERVER_ANALYTICS_ENABLED"}
     first, *rest = [{n: v for n, v in e.items() if n.startswith("PREFECT_") and n not in own | image} for e in given]
@@ -82,7 +82,9 @@ def test_prefect_is_set_the_same_way_everywhere(
     assert all(other == first for other in rest)
 
 
-def test_every_pool_has_workers_of_the_type_that_setup_makes(composed: dict[str, Any], built: dict[str, Path]) -> None:
+def test_every_pool_has_workers_of_the_type_that_setup_creates(
+    composed: dict[str, Any], built: dict[str, Path]
+) -> None:
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text("utf-8"))["deployments"]
     assert {d["work_pool"]["name"] for d in deployments} == set(POOLS)
     started = [[c["args"] for _, c in containers(path) if c["name"] == "worker"] for path in built.values()]
@@ -92,11 +94,11 @@ def test_every_pool_has_workers_of_the_type_that_setup_makes(composed: dict[str,
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_templates_start_what_is_built_where_it_finds_its_things(
+def test_templates_use_existing_images_volumes_and_networks(
     pool: str, composed: dict[str, Any], built: dict[str, Path], tmp_path: Path
 ) -> None:
     docker, kubernetes = defaults("docker", pool), defaults("kubernetes", pool)
-    images = [s["image"] for s in services(tmp_path, GPU).values() if OURS.match(s["image"])]
+    images = [s["image"] for s in services(tmp_path, GPU).values() if OWN_IMAGE.match(s["image"])]
     assert docker["image"] in images
     assert docker["networks"] == [composed["networks"]["default"]["name"]]
     volumes = {volume["name"] for volume in composed["volumes"].values()}
@@ -117,21 +119,21 @@ def test_templates_start_what_is_built_where_it_finds_its_things(
         assert docker["volumes"][0].partition(":")[2] == kubernetes["project_path"] == "/workspace"
     else:
         default = composed["services"]["checkout"]["environment"]["DELEATUR_REPOSITORY"]
-        assert f":{default}:" in docker["volumes"][0], "cloned from there, where nobody has said another place"
+        assert f":{default}:" in docker["volumes"][0], "the default repository is mounted"
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_run_on_kubernetes_is_a_job_that_its_namespace_takes(pool: str, tmp_path: Path) -> None:
-    found = job(pool)
-    found["metadata"]["name"] = found["metadata"].pop("generateName") + "1"  # as Kubernetes does
+def test_a_run_on_kubernetes_is_a_valid_restricted_job(pool: str, tmp_path: Path) -> None:
+    manifest = rendered_job(pool)
+    manifest["metadata"]["name"] = manifest["metadata"].pop("generateName") + "1"  # as Kubernetes does
     path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(found), "utf-8")
-    ran(program("kubernetes-validate"), "--strict", "-k", KUBERNETES, path)
-    pod = found["spec"]["template"]["spec"]
+    path.write_text(yaml.safe_dump(manifest), "utf-8")
+    run_checked(program("kubernetes-validate"), "--strict", "-k", KUBERNETES, path)
+    pod = manifest["spec"]["template"]["spec"]
     [container] = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
-    assert pod["terminationGracePeriodSeconds"] >= GRACE + 30
+    assert pod["terminationGracePeriodSeconds"] >= GRACE_PERIOD + 30
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) is (pool == "gpu")

@@ -1,4 +1,4 @@
-"""The runbook: a section for every alert, and commands that there are."""
+"""The runbook: a section for every alert, and only existing commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import yaml
 from programs import INFRA, ROOT
-from test_watching import alerts
+from test_monitoring import alerts
 from typer.main import get_command
 
 from deleatur.cli import app
@@ -18,13 +18,13 @@ def sections(level: int) -> list[str]:
     return re.findall(rf"^{'#' * level} (.*)$", TEXT, re.MULTILINE)
 
 
-def test_every_alert_leads_to_a_section_of_its_own() -> None:
+def test_every_alert_has_a_section() -> None:
     assert sections(3) == list(alerts()), "in the order of the rules"
     for name, rule in alerts().items():
         assert rule["annotations"]["runbook"] == f"infra/RUNBOOK.md#{name.lower()}"
 
 
-def test_what_an_operator_does_has_a_section() -> None:
+def test_every_operation_has_a_section() -> None:
     wanted = [
         "Deploy",
         "Upgrade",
@@ -38,7 +38,7 @@ def test_what_an_operator_does_has_a_section() -> None:
     assert sections(2) == wanted
 
 
-def test_commands_are_ours() -> None:
+def test_commands_exist() -> None:
     known = get_command(app).commands  # type: ignore[attr-defined]
     for page in ("RUNBOOK.md", "README.md"):
         text = (INFRA / page).read_text("utf-8")
@@ -46,7 +46,7 @@ def test_commands_are_ours() -> None:
             assert command in known, f"{page}: deleatur {command}"
 
 
-def test_compose_knows_which_files_it_is_about() -> None:
+def test_compose_files_are_complete() -> None:
     [exported, commented] = re.findall(r"COMPOSE_FILE=(\S+) +# with a GPU: (\S+)", TEXT)[0]
     files = {*exported.split(":"), *commented.split(":")}
     assert all((ROOT / name).is_file() for name in files)
@@ -54,7 +54,7 @@ def test_compose_knows_which_files_it_is_about() -> None:
     assert "docker compose -f" not in TEXT
 
 
-def test_services_that_it_names_are_there() -> None:
+def test_named_services_exist() -> None:
     services = yaml.safe_load((INFRA / "compose.yaml").read_text("utf-8"))["services"]
     for pattern in (
         r"docker compose (?:exec|stop|ps|logs)(?: -T| -e \S+)* ([a-z][\w-]+)",
@@ -65,7 +65,7 @@ def test_services_that_it_names_are_there() -> None:
         assert set(found) <= set(services), pattern
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_resolve() -> None:
     for page in ("RUNBOOK.md", "README.md"):
         text = (INFRA / page).read_text("utf-8")
         for link in re.findall(r"\]\(([^)#]+)", text):

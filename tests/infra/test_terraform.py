@@ -1,4 +1,4 @@
-"""The Terraform files. Their provider cannot be had without the network: what is checked is what can be without it."""
+"""The Terraform files, checked as far as possible without their provider, which needs the network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = INFRA / "terraform"
 FILES = sorted(FOLDER.glob("*.tf"))
 
 
-def test_they_are_formatted() -> None:
+def test_files_are_formatted() -> None:
     terraform = program("terraform", "no package registry has it", required=False)
     done = run(terraform, "fmt", "-check", FOLDER)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
@@ -43,7 +43,7 @@ def declared(blocks: dict[str, list[Any]]) -> Iterator[str]:
             yield from (f"{prefix}{bare(t)}.{bare(name)}" for t, own in block.items() for name in own)
 
 
-def test_whatever_is_referred_to_is_declared_and_every_variable_is_used(blocks: dict[str, list[Any]]) -> None:
+def test_references_are_declared_and_variables_are_used(blocks: dict[str, list[Any]]) -> None:
     text = re.sub(r"#.*", "", "\n".join(file.read_text("utf-8") for file in FILES))
     known = set(declared(blocks))
     used = set(re.findall(r"\b(?:var|local)\.\w+|\b(?:data\.)?aws_\w+\.\w+", text))
@@ -52,7 +52,7 @@ def test_whatever_is_referred_to_is_declared_and_every_variable_is_used(blocks: 
     assert {name for name in known if name.startswith(("var.", "local."))} <= used
 
 
-def test_bucket_and_database_are_closed_and_encrypted_and_no_password_is_ours(blocks: dict[str, list[Any]]) -> None:
+def test_bucket_and_database_are_private_and_encrypted(blocks: dict[str, list[Any]]) -> None:
     resources = {bare(t): own for block in blocks["resource"] for t, own in block.items()}
     [access] = resources["aws_s3_bucket_public_access_block"].values()
     assert all(v is True for k, v in access.items() if k.startswith(("block_", "ignore_", "restrict_")))

@@ -1,4 +1,4 @@
-"""Prometheus' and Grafana's files: read by their own tools, and about series that the exporter has."""
+"""Prometheus' and Grafana's files: validated by their own tools, and against the exporter's series."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
-from programs import INFRA, ROOT, program, ran, run
+from programs import INFRA, ROOT, program, run, run_checked
 
 PROMETHEUS, GRAFANA = INFRA / "prometheus", INFRA / "grafana"
 PROMTOOL = "apt install prometheus, on Debian"
@@ -25,39 +25,39 @@ def alerts() -> dict[str, dict[str, Any]]:
     return {rule["alert"]: rule for group in groups for rule in group["rules"]}
 
 
-def board() -> dict[str, Any]:
+def dashboard() -> dict[str, Any]:
     return dict(json.loads((GRAFANA / "dashboards/deleatur.json").read_text("utf-8")))
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Title of the panel and what it asks."""
-    for panel in board()["panels"]:
+    """Panel titles and their queries."""
+    for panel in dashboard()["panels"]:
         yield from ((panel["title"], target["expr"]) for target in panel.get("targets", []))
 
 
-def test_prometheus_takes_its_files() -> None:
+def test_prometheus_accepts_its_files() -> None:
     promtool = program("promtool", PROMTOOL)
-    ran(promtool, "check", "config", "--syntax-only", PROMETHEUS / "prometheus.yml")
-    ran(promtool, "check", "rules", PROMETHEUS / "alerts.yml")
+    run_checked(promtool, "check", "config", "--syntax-only", PROMETHEUS / "prometheus.yml")
+    run_checked(promtool, "check", "rules", PROMETHEUS / "alerts.yml")
 
 
-def test_every_alert_is_quiet_first_and_fires_then(tmp_path: Path) -> None:
+def test_alert_unit_tests_pass_and_can_fail(tmp_path: Path) -> None:
     promtool = program("promtool", PROMTOOL)
-    ran(promtool, "test", "rules", *TESTS)
+    run_checked(promtool, "test", "rules", *TESTS)
     deaf = tmp_path / "alerts.yml"
     deaf.write_text((PROMETHEUS / "alerts.yml").read_text("utf-8").replace("== 0", "== 2"), "utf-8")
     (tmp_path / "alerts_test.yml").write_text((PROMETHEUS / "alerts_test.yml").read_text("utf-8"), "utf-8")
     assert run(promtool, "test", "rules", tmp_path / "alerts_test.yml").returncode != 0
 
 
-def test_every_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not() -> None:
+def test_every_alert_is_tested_firing_and_quiet() -> None:
     tests = [test for path in TESTS for test in yaml.safe_load(path.read_text("utf-8"))["tests"]]
     asked = [case for test in tests for case in test["alert_rule_test"]]
     for fires in (True, False):
         assert {case["alertname"] for case in asked if bool(case["exp_alerts"]) == fires} == set(alerts())
 
 
-def test_every_alert_says_how_bad_it_is_and_where_to_read_on() -> None:
+def test_every_alert_has_severity_and_runbook() -> None:
     assert len(alerts()) >= 10
     for name, rule in alerts().items():
         assert rule["labels"]["severity"] in ("page", "ticket"), name
@@ -65,55 +65,55 @@ def test_every_alert_says_how_bad_it_is_and_where_to_read_on() -> None:
 
 
 @pytest.fixture(scope="module")
-def known() -> set[str]:
-    """Names of the exporter's families, as they stand in its sources."""
-    text = "".join(p.read_text("utf-8") for p in (ROOT / "src/deleatur/stages/exporter").glob("*.py"))
+def exported_series() -> set[str]:
+    """Names of the exporter's metric families, from its source code."""
+    text = "".join(p.read_text("utf-8") for p in (ROOT / "src/deleatur/operations/exporter").glob("*.py"))
     gauges = set(re.findall(r'gauge\(\s*"(\w+)"', text))
     counters = {f"{name}_total" for name in re.findall(r'counter\(\s*"(\w+)"', text)}
     histograms = set(re.findall(r'HistogramMetricFamily\(\s*"deleatur_(\w+)"', text))
     return gauges | counters | {f"{name}_{part}" for name in histograms for part in ("bucket", "count", "sum")}
 
 
-def test_alerts_and_board_ask_for_series_that_there_are(known: set[str]) -> None:
+def test_alerts_and_dashboard_query_existing_series(exported_series: set[str]) -> None:
     asked = [*((name, rule["expr"]) for name, rule in alerts().items()), *queries()]
     for where, expr in asked:
-        assert set(re.findall(r"deleatur_(\w+)", expr)) <= known, where
+        assert set(re.findall(r"deleatur_(\w+)", expr)) <= exported_series, where
 
 
-def test_every_series_is_on_the_board_or_behind_an_alert(known: set[str]) -> None:
+def test_every_series_is_on_the_dashboard_or_in_an_alert(exported_series: set[str]) -> None:
     text = " ".join([*(rule["expr"] for rule in alerts().values()), *(expr for _, expr in queries())])
     seen = set(re.findall(r"deleatur_(\w+)", text))
     explained = {"score_pictures", "verdict_simulated", "stage_seconds_total", "decisions_total", "feedback_rows"}
-    assert {n for n in known - seen if not n.endswith(("_sum", "_count"))} <= explained
+    assert {n for n in exported_series - seen if not n.endswith(("_sum", "_count"))} <= explained
 
 
-def test_grafana_knows_every_word_of_the_board() -> None:
-    """What its own types do not know does not survive them."""
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    """Fields that Grafana's own types do not know are lost in a round trip."""
     register_default_plugins()
-    given = board()
-    assert lost(given) == []
+    given = dashboard()
+    assert unknown_fields(given) == []
     given["panels"][1]["options"]["colourMode"] = "background"
-    assert lost(given) == [".panels[1].options.colourMode"]
+    assert unknown_fields(given) == [".panels[1].options.colourMode"]
 
 
-def lost(given: dict[str, Any]) -> list[str]:
-    """What of a board its types do not give back; what they add are defaults."""
-    return list(_lost(given, json.loads(JSONEncoder().encode(Dashboard.from_json(given))), ""))
+def unknown_fields(given: dict[str, Any]) -> list[str]:
+    """Paths of fields that do not survive a round trip through Grafana's types, which only adds defaults."""
+    return list(_unknown_fields(given, json.loads(JSONEncoder().encode(Dashboard.from_json(given))), ""))
 
 
-def _lost(given: Any, found: Any, path: str) -> Iterator[str]:
+def _unknown_fields(given: Any, found: Any, path: str) -> Iterator[str]:
     if isinstance(given, dict) and isinstance(found, dict):
         for key, value in given.items():
-            yield from _lost(value, found.get(key), f"{path}.{key}")
+            yield from _unknown_fields(value, found.get(key), f"{path}.{key}")
     elif isinstance(given, list) and isinstance(found, list):
         for i, value in enumerate(given):
-            yield from _lost(value, found[i] if i < len(found) else None, f"{path}[{i}]")
+            yield from _unknown_fields(value, found[i] if i < len(found) else None, f"{path}[{i}]")
     elif given != found:
         yield path
 
 
-def test_panels_lie_beside_each_other_and_have_numbers_of_their_own() -> None:
-    panels = board()["panels"]
+def test_panels_do_not_overlap_and_have_unique_ids() -> None:
+    panels = dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
     for panel in panels:
@@ -124,9 +124,9 @@ def test_panels_lie_beside_each_other_and_have_numbers_of_their_own() -> None:
         taken |= cells
 
 
-def test_grafana_asks_the_prometheus_that_compose_starts() -> None:
+def test_grafana_uses_the_prometheus_of_compose() -> None:
     [source] = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text("utf-8"))["datasources"]
-    asked = {target["datasource"]["uid"] for panel in board()["panels"] for target in panel.get("targets", [])}
+    asked = {target["datasource"]["uid"] for panel in dashboard()["panels"] for target in panel.get("targets", [])}
     assert asked == {source["uid"]}
     services = yaml.safe_load((INFRA / "compose.yaml").read_text("utf-8"))["services"]
     assert source["url"] == "http://prometheus:9090"
@@ -135,7 +135,7 @@ def test_grafana_asks_the_prometheus_that_compose_starts() -> None:
     assert any(volume.endswith(f":{provider['options']['path']}:ro") for volume in services["grafana"]["volumes"])
 
 
-def test_prometheus_asks_services_that_there_are() -> None:
+def test_prometheus_scrapes_existing_services() -> None:
     services = yaml.safe_load((INFRA / "compose.yaml").read_text("utf-8"))["services"]
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text("utf-8"))
     targets = [t for job in config["scrape_configs"] for static in job["static_configs"] for t in static["targets"]]

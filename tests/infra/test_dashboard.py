@@ -1,4 +1,4 @@
-"""A real Prometheus asks a real exporter about a project whose chain has run, and every panel gets an answer."""
+"""A real Prometheus scrapes a real exporter of a finished project, and every panel has data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import finished
 import pytest
 from programs import INFRA, program
 from prometheus_client import CollectorRegistry, start_http_server
-from test_watching import PROMTOOL, alerts
+from test_monitoring import PROMTOOL, alerts
 
 from deleatur.operations import canary
 from deleatur.operations.exporter import Exporter
@@ -26,19 +26,19 @@ from deleatur.stages import register
 from deleatur.storage import dvc
 
 sys.path.insert(0, str(INFRA / "grafana"))
-import look
+import render
 
 pytestmark = pytest.mark.slow
 
-ELSEWHERE = {
-    "MLflow: requests": "no MLflow server runs here",
-    "Memory of the servers": "nor Prefect's, and Prometheus is not asked about itself",
-    "Waits for approval": "nothing does",
+EMPTY_PANELS = {
+    "MLflow: requests": "there is no MLflow server",
+    "Memory of the servers": "there is no Prefect server, and Prometheus does not scrape itself",
+    "Waits for approval": "no version waits",
     "Last known good": "there was one release",
-    "Oldest of them": "nobody waits",
-    "Running for": "nothing runs",
+    "Oldest of them": "no report waits",
+    "Running for": "no stage runs",
 }
-"""Panels with nothing to show."""
+"""Panels without data, and why."""
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def exporter(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch, chdir(root):
         patch.setattr(dvc, "status", lambda root: {})
         register.run(settings)
-        canary.run(settings, dry=True)
-        event_log.write(settings.paths.state, "erase", "resumed", lost=3)
+        canary.run(settings, dry_run=True)
+        event_log.append(settings.paths.checkpoints, "erase", "resumed", lost=3)
         asked = CollectorRegistry()
         asked.register(Exporter(Path("params.yaml")))
         server, _ = start_http_server(0, "127.0.0.1", asked)
@@ -83,7 +83,7 @@ def prometheus(folder: Path, target: int) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
-        while not asked(address, "count_over_time(deleatur_readable[1m]) > 1"):
+        while not query(address, "count_over_time(deleatur_readable[1m]) > 1"):
             assert process.poll() is None, (folder / "log").read_text("utf-8")
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -93,7 +93,7 @@ def prometheus(folder: Path, target: int) -> Iterator[str]:
         process.wait(60)
 
 
-def asked(address: str, expr: str) -> list[dict[str, object]]:
+def query(address: str, expr: str) -> list[dict[str, object]]:
     try:
         with urlopen(f"{address}/api/v1/query?{urlencode({'query': expr})}", timeout=10) as answer:
             return list(json.load(answer)["data"]["result"])
@@ -101,17 +101,17 @@ def asked(address: str, expr: str) -> list[dict[str, object]]:
         return []
 
 
-def test_every_panel_shows_something(exporter: int, tmp_path: Path) -> None:
+def test_every_panel_has_data(exporter: int, tmp_path: Path) -> None:
     with prometheus(tmp_path, exporter) as address:
-        shown = look.draw(address, tmp_path / "board.png", hours=0.1)
-    assert {title for title, series in shown.items() if not series} == set(ELSEWHERE)
-    assert (tmp_path / "board.png").stat().st_size > 100_000
+        shown = render.render(address, tmp_path / "dashboard.png", hours=0.1)
+    assert {title for title, series in shown.items() if not series} == set(EMPTY_PANELS)
+    assert (tmp_path / "dashboard.png").stat().st_size > 100_000
 
 
-def test_rules_are_evaluated_on_it_and_the_right_ones_wait_to_fire(exporter: int, tmp_path: Path) -> None:
+def test_alert_rules_are_evaluated_and_the_right_ones_are_pending(exporter: int, tmp_path: Path) -> None:
     with prometheus(tmp_path, exporter) as address:
         deadline = time.monotonic() + 60
-        while not (pending := asked(address, "ALERTS")) and time.monotonic() < deadline:
+        while not (pending := query(address, "ALERTS")) and time.monotonic() < deadline:
             time.sleep(0.5)
         with urlopen(f"{address}/api/v1/rules", timeout=10) as answer:
             groups = json.load(answer)["data"]["groups"]
@@ -119,5 +119,5 @@ def test_rules_are_evaluated_on_it_and_the_right_ones_wait_to_fire(exporter: int
     assert set(rules) == set(alerts())
     assert {name for name, rule in rules.items() if rule["health"] == "err"} == set()
     names = {found["metric"]["alertname"] for found in pending}  # type: ignore[index]
-    assert "DeleaturSimulatedLive" in names, "these raters are simulated"
+    assert "DeleaturSimulatedLive" in names, "the raters are simulated"
     assert "DeleaturLedgerBroken" not in names
