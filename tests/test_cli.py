@@ -25,7 +25,7 @@ run = CliRunner().invoke
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cli")
-    workspace.make(root)
+    workspace.create(root)
     return root
 
 
@@ -36,7 +36,7 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(path: Path, **changes: Any) -> str:
-    params = workspace.numbers(path.parent)
+    params = workspace.small_params(path.parent)
     for dotted, value in changes.items():
         *outer, last = dotted.split("__")
         place = params
@@ -86,7 +86,7 @@ RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
 def test_a_rule_about_a_role_is_one_about_each_concept_of_it(in_project: Path) -> None:
     weapon = yaml.safe_load(Path("params.yaml").read_text("utf-8"))["concepts"]["weapon"]
     rule = {**RULE, "metric": "concept_rate", "slice": "word", "min_n": 2 * len(weapon["words"])}
-    both = {"targets": ["weapon", "other"], "concepts__other": weapon, "sample__per_prompt__word": 1}
+    both = {"targets": ["weapon", "other"], "concepts__other": weapon, "sample__images_per_prompt__word": 1}
     result = run(app, ["check", "--params", write(in_project / "two.yaml", **both, gate__rules={"gone": rule})])
     assert f"min_n of at most {len(weapon['words'])}, " in result.output
 
@@ -106,18 +106,18 @@ def test_an_error_of_the_operating_system_is_a_message(in_project: Path) -> None
         (2, {"targets": ["weapon", "weapon"]}, "each once"),
         (2, {"base__device": "nonsense"}, "expected auto, cpu, cuda"),
         (2, {"base__device": "cuda:99"}, "got 'cuda:99'"),
-        (2, {"erase__method": "nothing"}, "'nothing' is none of abo, esd, keep"),
-        (2, {"erase__loop": {"iterations": 5}}, "'loop' is not a key here"),
-        (2, {"erase__sdd": 5}, "expected the method's numbers"),
-        (2, {"erase__sdd__loop": {"itertions": 5}}, "loop.itertions"),
-        (2, {"erase__sdd__loop": {"preset": ["a"]}}, "loop.preset"),
-        (2, {"erase__keep": {"lr": 1}}, "erase.keep has 1 problem"),
-        (2, {"invert__textual_inversion": {"tokens": 2}}, "tokens"),
-        (2, {"concepts__weapon__invert": {"tokens": 2}}, "'tokens' is not a key here"),
+        (2, {"erase__method": "nothing"}, "erase.method: expected one of abo, esd, keep"),
+        (2, {"erase__loop": {"iterations": 5}}, "(erasers), got 'loop'"),
+        (2, {"erase__sdd": 5}, "expected the hyperparameters of sdd"),
+        (2, {"erase__sdd__training": {"itertions": 5}}, "training.itertions"),
+        (2, {"erase__sdd__training": {"preset": ["a"]}}, "training.preset"),
+        (2, {"erase__keep": {"lr": 1}}, "erase.keep.lr: Extra inputs"),
+        (2, {"invert__textual_inversion": {"num_tokens": 2}}, "num_tokens"),
+        (2, {"concepts__weapon__invert": {"num_tokens": 2}}, "(inversion), got 'num_tokens'"),
         (2, {"concepts__weapon__invert": {"hfi": {"tokns": 2}}}, "tokns"),
-        (2, {"concepts__weapon__found": {"detector": "judge", "labels": ["gum"]}}, "no label 'gum'; closest: gun"),
-        (2, {"concepts__weapon__found": {"detector": "jugde", "labels": ["gun"]}}, "got 'jugde'"),
-        (2, {"concepts__weapon__found": {"detector": "judge", "labels": []}}, "found.labels"),
+        (2, {"concepts__weapon__detection": {"detector": "judge", "labels": ["gum"]}}, "no label 'gum'; closest: gun"),
+        (2, {"concepts__weapon__detection": {"detector": "jugde", "labels": ["gun"]}}, "got 'jugde'"),
+        (2, {"concepts__weapon__detection": {"detector": "judge", "labels": []}}, "detection.labels"),
         (2, {"concepts__weapon__words": []}, "concepts.weapon.words"),
         (2, {"guide__cfg__scale": "much"}, "scale"),
         (2, {"guide__cfg__scale": float("nan")}, "scale"),
@@ -135,19 +135,19 @@ def test_an_error_of_the_operating_system_is_a_message(in_project: Path) -> None
         (2, {"guide": {"method": "sld", "sld": {"preset": "most"}}}, "preset"),
         (2, {"paths__delta": "."}, "delta, ., which a stage empties"),
         (2, {"paths__delta": "out/./tokens"}, "which a stage empties"),
-        (2, {"paths__scores": "models"}, "models lies in scores"),
+        (2, {"paths__scores": "models"}, "models is in scores"),
         (2, {"paths__feedback": "feedback"}, "paths.feedback is feedback, which a stage empties, and the source"),
-        (2, {"paths__tokens": "prompts"}, "prompts lies in tokens"),
-        (2, {"paths__verdict": ".dvc/made"}, "paths.verdict is .dvc/made, which a stage empties, and .dvc lies there"),
+        (2, {"paths__tokens": "prompts"}, "prompts is in tokens"),
+        (2, {"paths__verdict": ".dvc/made"}, "paths.verdict is .dvc/made, which a stage empties, and .dvc is there"),
         (2, {"paths__delta": "/somewhere"}, "paths.delta: expected a folder of the project"),
         (2, {"paths__delta": ".."}, "delta"),
         (2, {"concepts": {"../evil": {}}}, "concepts"),
-        (2, {"concepts__weapon__initial": ""}, "concepts.weapon.initial"),
+        (2, {"concepts__weapon__initializer_token": ""}, "concepts.weapon.initializer_token"),
         (2, {"concepts__weapon__words": [""]}, "concepts.weapon.words"),
         (2, {"sample__champion": "nope"}, "models:/NAME/NUMBER"),
         (2, {"register__tracking_uri": "nonsense"}, "expected sqlite:///FILE"),
         (2, {"evaluate__metrics__nude": {"method": "nudity", "cutoff": 5}}, "cutoff"),
-        (2, {"erase__sdd__loop": {"target_rate": 0.1}}, "stop_at needs looks"),
+        (2, {"erase__sdd__training": {"target_rate": 0.1}}, "target_rate needs evaluations"),
         (
             2,
             {"gate__rules": {"a": {**RULE, "side": "champion", "versus": "base"}}},
@@ -159,28 +159,32 @@ def test_an_error_of_the_operating_system_is_a_message(in_project: Path) -> None
         (2, {"reward__dropout": 1}, "reward.dropout"),
         (2, {"reward__held_out_raters": 0}, "reward.held_out_raters"),
         (2, {"sample__steps": 0}, "sample.steps"),
-        (2, {"sample__batch": 0}, "sample.batch"),
-        (2, {"sample__shard": 0}, "sample.shard"),
-        (2, {"sample__per_prompt__keep": -1}, "sample.per_prompt.keep"),
-        (2, {"evaluate__level": 1}, "evaluate.level"),
-        (2, {"evaluate__level": 0}, "evaluate.level"),
+        (2, {"sample__batch_size": 0}, "sample.batch_size"),
+        (2, {"sample__shard_size": 0}, "sample.shard_size"),
+        (2, {"sample__images_per_prompt__keep": -1}, "sample.images_per_prompt.keep"),
+        (2, {"evaluate__confidence_level": 1}, "evaluate.confidence_level"),
+        (2, {"evaluate__confidence_level": 0}, "evaluate.confidence_level"),
         (2, {"evaluate__detectors": {}}, "expected a detector of evaluate.detectors"),
-        (2, {"evaluate__detectors__judge": {"path": "models/judge"}}, "expected `method`, one of detectors"),
+        (
+            2,
+            {"evaluate__detectors__judge": {"path": "models/judge"}},
+            "evaluate.detectors.judge: expected one of classifier",
+        ),
         (2, {"evaluate__detectors__judge__device": "nonsense"}, "expected auto, cpu, cuda"),
         (2, {"evaluate__metrics__nude": {"method": "nudity"}}, "evaluate.metrics.nude: expected a detector"),
-        (2, {"evaluate__metrics__nude": {"method": ["nudity"]}}, "expected `method`"),
+        (2, {"evaluate__metrics__nude": {"method": ["nudity"]}}, "evaluate.metrics.nude: expected one of clip_score"),
         (2, {"gate__rules": {}}, "gate.rules"),
         (2, {"gate__rules": {"r": {**RULE, "slice": "unsen"}}}, "expected a slice that is measured"),
         (2, {"gate__rules": {"r": {**RULE, "metric": "clip"}}}, "expected a metric that is measured"),
-        (2, {"gate__rules": {"r": {**RULE, "metric": "concept_rate"}}}, "numbers of prompts that ask for a concept"),
+        (2, {"gate__rules": {"r": {**RULE, "metric": "concept_rate"}}}, "measured on prompts that ask for a concept"),
         (2, {"gate__rules": {"r": {**RULE, "metric": "frechet", "versus": "base"}}}, "which has no baseline"),
         (2, {"gate__rules": {"r": {**RULE, "min_n": 10**6}}}, "expected min_n of at most"),
-        (2, {"sample__per_prompt__unseen": 0}, "expected a slice that is measured"),
+        (2, {"sample__images_per_prompt__unseen": 0}, "expected a slice that is measured"),
         (3, {"ingest__sources": ["nowhere/*.jsonl"]}, "nowhere/*.jsonl, found no file"),
         (3, {"ingest__sources": ["/nowhere/*.jsonl"]}, "/nowhere/*.jsonl, found no file"),
         (3, {"paths__prompts": "prompts/none.csv"}, "no file prompts/none.csv"),
         (3, {"sample__split": "proof"}, "expected prompts of the split 'proof'"),
-        (2, {"register__trusted_keys": ["none.pub.pem"]}, "none.pub.pem is no public key"),
+        (2, {"register__trusted_keys": ["none.pub.pem"]}, "none.pub.pem is not a public key"),
         (4, {"base__model": "models/nothing"}, "base.model: no folder models/nothing"),
         (4, {"base__model": "models/judge"}, "expected model_index.json"),
         (4, {"reward__clip": "somewhere"}, "reward.clip: no folder somewhere"),
@@ -201,7 +205,7 @@ def test_a_wrong_setting_is_named_with_the_next_command(
     [
         {"erase__method": "keep"},
         {"invert__method": "textual_inversion"},
-        {"invert__method": "textual_inversion", "concepts__weapon__invert": {"hfi": {"tokens": 3}}},
+        {"invert__method": "textual_inversion", "concepts__weapon__invert": {"hfi": {"num_tokens": 3}}},
         {"ingest__sources": ["{project}/feedback/*.jsonl"]},
     ],
 )
@@ -282,7 +286,10 @@ def test_check_reads_the_files(
         {"method": "sld", "sld": {"preset": "strong", "warmup_steps": 1}},
         {
             "method": "sega",
-            "sega": {"edit": {"warmup_steps": 5}, "concepts": {"weapon": {"warmup_steps": 0, "strength": 6}}},
+            "sega": {
+                "edit": {"warmup_steps": 5},
+                "concepts": {"weapon": {"warmup_steps": 0, "edit_guidance_scale": 6}},
+            },
         },
     ],
 )
@@ -313,9 +320,9 @@ def test_an_unknown_stage_lists_the_stages(in_project: Path) -> None:
 
 def test_methods_prints_hyperparameters_with_choices_and_meaning() -> None:
     fields = json.loads(run(app, ["methods", "erasers", "--json"]).output)["erasers"]["sdd"]["hyperparameters"]
-    assert fields["loop.iterations"]["default"] == 1500
+    assert fields["training.iterations"]["default"] == 1500
     assert fields["order"]["choices"] == ["paper", "code", "single"]
-    assert "xattn_kv" in fields["loop.train"]["choices"]
+    assert "xattn_kv" in fields["training.trainable"]["choices"]
     output = run(app, ["methods", "erasers"]).output
     assert "paper | code | single" in output
     assert "Learning rate of AdamW" in output
@@ -333,9 +340,9 @@ def test_check_estimates_what_the_chain_takes(in_project: Path) -> None:
     assert list(lines) == ["invert", "erase", "attack", "sample"]
     erase = lines["erase"]
     assert erase["method"] == "sdd"
-    assert erase["cost"]["work"]["backward"] == 6 * (2 + 2), "six iterations of two states, and two preserved ones"
-    assert erase["cost"]["trained"] > 0
-    assert all(line["seconds"] > 0 and line["cost"]["memory"] > 0 for line in lines.values())
+    assert erase["cost"]["workload"]["backward"] == 6 * (2 + 2), "six iterations of two states, and two preserved ones"
+    assert erase["cost"]["trainable_parameters"] > 0
+    assert all(line["seconds"] > 0 and line["cost"]["peak_memory"] > 0 for line in lines.values())
     output = run(app, ["check"]).output
     assert "What the chain takes on this machine" in output
 
@@ -345,10 +352,10 @@ def test_methods_estimates_costs_on_stable_diffusion_and_on_this_machine(in_proj
     costs = json.loads(run(app, ["methods", "erasers", "--cost", "--json"]).output)
     sd, local = ({line["method"]: line["cost"] for line in costs[key]} for key in ("Stable Diffusion 1.4", "here"))
     assert set(sd) == set(local) == set(plugins.names("erasers"))
-    assert sd["esd"]["trained"] == 43_962_560
-    assert sd["uce"]["operations"] == 0
-    assert sd["safegen"]["operations"] > sd["esd"]["operations"] / 10
-    assert local["sdd"]["work"]["backward"] == 6 * (2 + 2)
+    assert sd["esd"]["trainable_parameters"] == 43_962_560
+    assert sd["uce"]["flops"] == 0
+    assert sd["safegen"]["flops"] > sd["esd"]["flops"] / 10
+    assert local["sdd"]["workload"]["backward"] == 6 * (2 + 2)
     output = run(app, ["methods", "attacks", "--cost"]).output
     assert "Stable Diffusion 1.4" in output
     assert "concept_inversion" in output
