@@ -1,4 +1,4 @@
-"""A project in git and DVC whose chain has run to its end, with a verdict that passes: made once, copied for tests."""
+"""A project in git and DVC whose pipeline has run, with a verdict that passes: built once, copied for each test."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from deleatur.storage.processes import environment
 ROOT = Path(__file__).parents[1]
 
 
-def passing(limit: float = -5.0) -> dict[str, object]:
-    """A policy that random weights fulfil."""
+def passing_policy(limit: float = -5.0) -> dict[str, object]:
+    """A policy that random weights pass."""
     rule = {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": limit, "min_n": 2}
     return {"rules": {"pictures_fit_prompts": rule}}
 
 
 def template(shared: Path) -> Path:
-    """`shared` may be shared by several test processes: one makes it, the others wait."""
+    """`shared` may be used by several test processes: one builds the project, the others wait."""
     root = shared / "finished"
     with FileLock(shared / "finished.lock"):
         if not root.exists():
@@ -34,32 +34,32 @@ def template(shared: Path) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             with chdir(partial):
-                _make(partial)
+                _build(partial)
             partial.rename(root)
     return root
 
 
 def copy(shared: Path, root: Path) -> Settings:
-    """A copy of its own for one test, which has to make it the current directory."""
+    """A copy for one test, which must make it the current directory."""
     shutil.copytree(template(shared), root, dirs_exist_ok=True)
     params = root / "params.yaml"
-    # MLflow keeps one connection per address in a process: a relative one would lead back to the first test's file.
+    # MLflow caches connections by address: a relative one would reuse the first test's database.
     params.write_text(params.read_text("utf-8").replace("sqlite:///mlflow.db", f"sqlite:///{root}/mlflow.db"), "utf-8")
     return Settings.load(params)
 
 
-def _make(root: Path) -> None:
-    settings = workspace.make(root, gate=passing())
+def _build(root: Path) -> None:
+    settings = workspace.create(root, gate=passing_policy())
     for name in stages.STAGES[:-1]:
         stages.run(name, settings)
-    Registry(f"sqlite:///{root}/mlflow.db", "unused", "unused").client.search_experiments()  # makes its tables, once
+    Registry(f"sqlite:///{root}/mlflow.db", "unused", "unused").client.search_experiments()  # creates its tables
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     dependencies.write_digests(root)
     git(root, "init", "--quiet")
     dvc(root, "init", "--quiet")
-    dvc(root, "commit", "--force", "--quiet")  # what has been made above is what the stages make
+    dvc(root, "commit", "--force", "--quiet")  # records the outputs above as those of the stages
     git(root, "add", "--all")
     git(root, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "finished")
 

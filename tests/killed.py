@@ -1,4 +1,4 @@
-"""Stages as processes that can be killed. Python's fork server has imported what they need: one starts in no time."""
+"""Stages as processes that tests can kill. A fork server has imported their dependencies, so that they start fast."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def _stage(root: Path, name: str, progress: Path, saves: bool, dies_at_save: int) -> None:
-    """`deleatur stage NAME`, saving after every step if so asked, killed in the middle of writing a save."""
+def _run_stage(root: Path, name: str, progress_file: Path, save_every_step: bool, dies_at_save: int) -> None:
+    """`deleatur stage NAME`, optionally saving after every step, or killed while it writes a checkpoint."""
     from deleatur.cli import app
     from deleatur.runtime import checkpoint
     from deleatur.storage import tensors
-    from deleatur.storage.dvc import PROGRESS
+    from deleatur.storage.processes import PROGRESS_ENV
 
     os.chdir(root)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    os.environ[PROGRESS] = str(progress)
-    if saves:
-        checkpoint.every, checkpoint.SHARE = lambda settings: 0.0, math.inf
+    os.environ[PROGRESS_ENV] = str(progress_file)
+    if save_every_step:
+        checkpoint.interval, checkpoint.MAX_OVERHEAD = lambda settings: 0.0, math.inf
     written = 0
     plain = tensors.save_file
 
@@ -57,41 +57,43 @@ def _stage(root: Path, name: str, progress: Path, saves: bool, dies_at_save: int
     app(["stage", name])
 
 
-class Stage:
-    """A stage that is running."""
+class StageProcess:
+    """A running stage."""
 
     def __init__(self, root: Path, name: str, *, saves: bool = True, dies_at_save: int = 0) -> None:
-        self._lines = root / f"{name}.progress"
-        self._lines.unlink(missing_ok=True)
-        arguments = (root, name, self._lines, saves, dies_at_save)
-        self._process: ForkServerProcess = CONTEXT.Process(target=_stage, args=arguments)
+        self._progress_file = root / f"{name}.progress"
+        self._progress_file.unlink(missing_ok=True)
+        arguments = (root, name, self._progress_file, saves, dies_at_save)
+        self._process: ForkServerProcess = CONTEXT.Process(target=_run_stage, args=arguments)
         self._process.start()
 
     @property
-    def told(self) -> list[dict[str, Any]]:
-        """Its progress so far."""
+    def progress(self) -> list[dict[str, Any]]:
+        """Progress reported so far."""
         with suppress(FileNotFoundError):
-            return [json.loads(line) for line in self._lines.read_text("utf-8").splitlines() if line.endswith("}")]
+            return [
+                json.loads(line) for line in self._progress_file.read_text("utf-8").splitlines() if line.endswith("}")
+            ]
         return []
 
-    def hit(self, step: int, how: signal.Signals) -> int:
-        """Sends a signal as soon as the step is done; the exit code."""
-        while self._process.is_alive() and not any(line["done"] >= step for line in self.told):
+    def signal_at(self, step: int, signum: signal.Signals) -> int:
+        """Sends a signal once a step is done; returns the exit code."""
+        while self._process.is_alive() and not any(line["done"] >= step for line in self.progress):
             time.sleep(0.001)
         assert self._process.pid is not None
-        os.kill(self._process.pid, how)
-        return self.end()
+        os.kill(self._process.pid, signum)
+        return self.wait()
 
-    def end(self) -> int:
-        """Waits for it; the exit code, negative for a signal."""
+    def wait(self) -> int:
+        """Waits for the end; returns the exit code, negative for a signal."""
         self._process.join(120)
-        assert self._process.exitcode is not None, "it still runs"
+        assert self._process.exitcode is not None, "still running"
         return self._process.exitcode
 
 
-def running(name: str, starter: int) -> Iterator[psutil.Process]:
-    """The processes of a stage among those that a process has started, and those these have."""
-    for process in psutil.Process(starter).children(recursive=True):
+def stage_processes(name: str, parent: int) -> Iterator[psutil.Process]:
+    """The processes of a stage among the descendants of a process."""
+    for process in psutil.Process(parent).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if process.cmdline()[-2:] == ["stage", name]:
                 yield process

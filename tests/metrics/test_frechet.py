@@ -16,7 +16,7 @@ from deleatur.metrics.frechet import Frechet
 
 @pytest.mark.parametrize(("prompts", "is_defined"), [(1, False), (8, True)])
 def test_interval_needs_images_of_several_prompts(tmp_path: Any, prompts: int, is_defined: bool) -> None:
-    settings = workspace.make(tmp_path)
+    settings = workspace.create(tmp_path)
     x, y = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0))
     base, samples = (EvaluationSet([], [], lambda keys: [], {}, f, None, {}, {}) for f in (x, y + 1))  # type: ignore[arg-type]
     clusters, rows = np.arange(16) % prompts, np.ones(16, bool)

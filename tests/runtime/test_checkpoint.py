@@ -16,7 +16,7 @@ import tiny
 import torch
 import workspace
 import yaml
-from killed import Stage
+from killed import StageProcess
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose long stages have run without being disturbed."""
     root = tmp_path_factory.mktemp("whole")
     with chdir(root):
-        settings = workspace.make(root)
+        settings = workspace.create(root)
         for name in ("ingest", "reward"):
             stages.run(name, settings)
         _see_the_concept_everywhere(settings.paths.reward / "weapon.safetensors")
@@ -98,15 +98,15 @@ def test_killed_again_and_again_a_stage_ends_as_if_nothing_had_been(
 ) -> None:
     whole, before = begin_anew(root, name), 0
     for step in steps:
-        stage = Stage(root, name)
-        assert stage.hit(step, signal.SIGKILL) == -signal.SIGKILL
+        stage = StageProcess(root, name)
+        assert stage.signal_at(step, signal.SIGKILL) == -signal.SIGKILL
         assert len(saved(root)) == 1
-        assert stage.told[0]["done"] >= max(before, 1), "it has gone on where the one before was killed"
+        assert stage.progress[0]["done"] >= max(before, 1), "it has gone on where the one before was killed"
         before = step
-    stage = Stage(root, name)
-    assert stage.end() == 0
-    assert stage.told[0]["done"] >= before
-    assert stage.told[-1]["done"] == stage.told[-1]["total"] == STEPS[name], "the bar ends full"
+    stage = StageProcess(root, name)
+    assert stage.wait() == 0
+    assert stage.progress[0]["done"] >= before
+    assert stage.progress[-1]["done"] == stage.progress[-1]["total"] == STEPS[name], "the bar ends full"
     assert files(root / "out" / OUTPUT[name]) == whole
     assert saved(root) == [], "nothing is left to go on with"
 
@@ -116,11 +116,11 @@ def test_killed_again_and_again_a_stage_ends_as_if_nothing_had_been(
 )
 def test_asked_to_stop_a_stage_saves_and_says_continue_me(root: Path, name: str, how: signal.Signals) -> None:
     whole = begin_anew(root, name)
-    assert Stage(root, name, saves=False).hit(1, how) == Interrupted.exit_code
+    assert StageProcess(root, name, saves=False).signal_at(1, how) == Interrupted.exit_code
     assert len(saved(root)) == 1
-    stage = Stage(root, name, saves=False)
-    assert stage.end() == 0
-    assert stage.told[0]["done"] >= 1
+    stage = StageProcess(root, name, saves=False)
+    assert stage.wait() == 0
+    assert stage.progress[0]["done"] >= 1
     assert files(root / "out" / OUTPUT[name]) == whole
     assert saved(root) == []
 
@@ -128,9 +128,9 @@ def test_asked_to_stop_a_stage_saves_and_says_continue_me(root: Path, name: str,
 def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
     begin_anew(root, "erase")
     before = len(told(root, "erase"))
-    assert Stage(root, "erase", saves=False).hit(4, signal.SIGKILL) == -signal.SIGKILL
-    assert Stage(root, "erase").hit(2, signal.SIGTERM) == Interrupted.exit_code
-    assert Stage(root, "erase").end() == 0
+    assert StageProcess(root, "erase", saves=False).signal_at(4, signal.SIGKILL) == -signal.SIGKILL
+    assert StageProcess(root, "erase").signal_at(2, signal.SIGTERM) == Interrupted.exit_code
+    assert StageProcess(root, "erase").wait() == 0
     lines = told(root, "erase")[before:]
     assert [line.kind for line in lines] == ["started", "started", "resumed", "interrupted", "started", "resumed", "done"]
     lost = [line.lost for line in lines if line.kind == "resumed"]
@@ -142,11 +142,11 @@ def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
 
 def test_killed_while_it_saves_a_stage_goes_on_from_the_save_before(root: Path) -> None:
     whole = begin_anew(root, "erase")
-    assert Stage(root, "erase", dies_at_save=3).end() == -signal.SIGKILL
+    assert StageProcess(root, "erase", dies_at_save=3).wait() == -signal.SIGKILL
     assert len(saved(root)) == 2, "the whole one, and half of the next"
-    stage = Stage(root, "erase")
-    assert stage.end() == 0
-    assert stage.told[0]["done"] == 2
+    stage = StageProcess(root, "erase")
+    assert stage.wait() == 0
+    assert stage.progress[0]["done"] == 2
     assert files(root / "out/delta") == whole
     assert saved(root) == []
 
@@ -154,10 +154,10 @@ def test_killed_while_it_saves_a_stage_goes_on_from_the_save_before(root: Path) 
 def test_killed_after_the_last_step_a_stage_has_only_to_write(root: Path) -> None:
     whole = begin_anew(root, "erase")
     saves = STEPS["erase"] + 1  # the seventh file is the delta
-    assert Stage(root, "erase", dies_at_save=saves).end() == -signal.SIGKILL
-    stage = Stage(root, "erase")
-    assert stage.end() == 0
-    assert [(line["done"], line["total"]) for line in stage.told] == [(6, 6)]
+    assert StageProcess(root, "erase", dies_at_save=saves).wait() == -signal.SIGKILL
+    stage = StageProcess(root, "erase")
+    assert stage.wait() == 0
+    assert [(line["done"], line["total"]) for line in stage.progress] == [(6, 6)]
     assert files(root / "out/delta") == whole
 
 
@@ -167,7 +167,7 @@ def stopped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stopped") / "w"
     shutil.copytree(finished, root)
     for name in STEPS:
-        assert Stage(root, name).hit(1, signal.SIGTERM) == Interrupted.exit_code
+        assert StageProcess(root, name).signal_at(1, signal.SIGTERM) == Interrupted.exit_code
     return root
 
 

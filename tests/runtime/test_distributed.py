@@ -42,7 +42,7 @@ def test_two_processes_make_what_one_makes(root: Path, monkeypatch: pytest.Monke
     before = files()
     for place in PLACES:
         shutil.rmtree(place)
-    monkeypatch.setattr(sample, "_draw", None)  # not in this process; the others import it anew
+    monkeypatch.setattr(sample, "_sample_shard", None)  # not in this process; the others import it anew
     monkeypatch.setattr(cache, "SHARD_SIZE", 16)
     settings = Settings.load().model_copy(update={"workers": WorkersSection(dask=2)})
     stages.run("sample", settings)
@@ -57,7 +57,7 @@ def test_another_model_there_is_refused(root: Path, monkeypatch: pytest.MonkeyPa
     [way] = [way for side, way in sample.sampling_configs(settings, models.base_model(settings)).items() if side == "base"]
     other = sample.replace(way, recipe=sample.replace(way.recipe, pipeline="0" * 64))
     with pytest.raises(ModelError, match="is another model on"):
-        sample._draw_there((settings, other), [])
+        sample.sample_on_worker((settings, other), [])
     with pytest.raises(ModelError, match="judge is another network on"):
         predictions.predict_on_worker((settings, "judge", "0" * 64), [])
 

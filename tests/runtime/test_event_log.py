@@ -29,7 +29,7 @@ def test_it_says_how_a_run_ended(tmp_path: Path) -> None:
 def test_a_killed_run_began_and_no_more(tmp_path: Path) -> None:
     code = (
         "import os, signal; from pathlib import Path; from deleatur.runtime import event_log\n"
-        f"with event_log.kept(Path({str(tmp_path)!r}), 'erase'): os.kill(os.getpid(), signal.SIGKILL)"
+        f"with event_log.recorded(Path({str(tmp_path)!r}), 'erase'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ)).returncode == -signal.SIGKILL
     assert [line.kind for line in event_log.read(tmp_path)] == ["started"]

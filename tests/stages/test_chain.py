@@ -1,4 +1,4 @@
-"""The chain on the tiny model, from feedback to an exported folder."""
+"""The pipeline on the tiny model, from feedback to an exported folder."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ CHAIN = [s for s in stages.STAGES if s != "register"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace in which the whole chain has run."""
+    """A workspace in which the pipeline has run."""
     root = tmp_path_factory.mktemp("chain")
     here = Path.cwd()
     os.chdir(root)
     try:
-        settings = workspace.make(root)
+        settings = workspace.create(root)
         for name in CHAIN:
             stages.run(name, settings)
     finally:
@@ -68,16 +68,16 @@ def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
     assert verdict.simulated
     assert verdict.report == json_records.digest(report)
     assert {s.variant for s in report.scores} == {"base", "candidate"}
-    for ours in (
-        "tokens stand alone",
-        "no longer than words",
-        "prompts to preserve",
+    for phrase in (
+        "each for one cluster",
+        "norm of the tokens is limited",
+        "A preservation loss was added",
         "staggered",
         "by itself",
-        "were visited alike, as in SDD",
-        "called xattn_kv were trained",
+        "sampled uniformly, as in SDD",
+        "xattn_kv tensors were trained",
     ):
-        assert sum(ours in note for note in report.notes) == 1, f"what is not the papers' is named: {ours}"
+        assert sum(phrase in note for note in report.notes) == 1, f"every deviation from the papers is noted: {phrase}"
     assert any(Settings.load().concepts["weapon"].guideline in note for note in report.notes)
     assert gate.SIMULATED_NOTICE in (root / "out/verdict/report.html").read_text("utf-8")
 
@@ -112,29 +112,29 @@ def test_a_guide_steers_the_candidate_alone(root: Path) -> None:
     assert {json.loads(g)["method"] for g in candidate["guidance"]} == {"sld"}
     assert not set(base["image"]) & set(candidate["image"])
     notes = json_records.read(root / "out/report/report.json", Report).notes
-    assert any("drawn with the guide sld" in note for note in notes)
+    assert any("sampled with the guide sld" in note for note in notes)
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "said"),
+    ("file", "old", "new", "message"),
     [
         ("prompts/neutral.csv", "judge:dog", "jugde:dog", "got 'jugde'"),
         ("params.yaml", "perceptual:\n      method: perceptual", "nude:\n      method: nudity", "got 'nudenet'"),
     ],
 )
-def test_a_detector_that_is_not_there_is_missed_before_anything_is_looked_at(
-    root: Path, file: str, old: str, new: str, said: str
+def test_a_missing_detector_is_reported_before_any_image_is_evaluated(
+    root: Path, file: str, old: str, new: str, message: str
 ) -> None:
     path = root / file
     assert old in path.read_text("utf-8")
     path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
     result = CliRunner().invoke(app, ["stage", "evaluate"])
     assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output
-    assert said in result.output
+    assert message in result.output
 
 
-def test_another_method_runs_by_its_name_alone(root: Path) -> None:
-    """The control that sees no rating, and the model as it was: no concept is gone, no picture moves."""
+def test_another_method_is_selected_by_its_name_alone(root: Path) -> None:
+    """Textual inversion, which ignores ratings, and the eraser that keeps the model: no image changes."""
     for name in ("invert", "erase", "attack", "sample", "evaluate", "gate"):
         stages.run(name, change(root, invert={"method": "textual_inversion"}, erase={"method": "keep"}))
     report = json_records.read(root / "out/report/report.json", Report)
@@ -144,7 +144,7 @@ def test_another_method_runs_by_its_name_alone(root: Path) -> None:
     assert all(s.value == 0 for s in moved)
 
 
-def test_an_exported_folder_is_plain_diffusers_and_draws_what_we_draw(root: Path) -> None:
+def test_plain_diffusers_samples_the_same_images_from_an_exported_folder(root: Path) -> None:
     import numpy as np
     from diffusers import StableDiffusionPipeline
 
@@ -154,20 +154,20 @@ def test_an_exported_folder_is_plain_diffusers_and_draws_what_we_draw(root: Path
     assert result.exit_code == 0, result.output
     pipe = StableDiffusionPipeline.from_pretrained("model")
     pipe.set_progress_bar_config(disable=True)
-    shot = samples.read(root / "out/samples", "candidate").query("role == 'unseen'").iloc[0]
+    sample = samples.read(root / "out/samples", "candidate").query("role == 'unseen'").iloc[0]
     from deleatur.diffusion.model import load
 
-    z = sampler.initial_noise(load("model"), [int(shot["noise_seed"])])
-    scale = json.loads(shot["guidance"])["scale"]
-    theirs = pipe(shot["text"], num_inference_steps=2, guidance_scale=scale, latents=z).images[0]
-    ours = images.decode(shot["image"])
+    z = sampler.initial_noise(load("model"), [int(sample["noise_seed"])])
+    scale = json.loads(sample["guidance"])["scale"]
+    theirs = pipe(sample["text"], num_inference_steps=2, guidance_scale=scale, latents=z).images[0]
+    ours = images.decode(sample["image"])
     assert np.abs(np.asarray(theirs, int) - np.asarray(ours, int)).max() <= 1
     learned = tensors.load_token(root / "out/tokens/weapon")
     assert set(learned.placeholders) & pipe.tokenizer.get_vocab().keys() == set()
     assert "<weapon" not in "".join(p.read_text("utf-8") for p in Path("model").rglob("*.json"))
     table = pipe.text_encoder.get_input_embeddings().weight
     plain = StableDiffusionPipeline.from_pretrained("models/pipeline").text_encoder.get_input_embeddings().weight
-    assert torch.equal(table, plain), "no row is the token's"
+    assert torch.equal(table, plain), "no embedding is the token's"
     again = CliRunner().invoke(app, ["export", "model"])
     assert again.exit_code == 3
     assert "exists already" in again.output

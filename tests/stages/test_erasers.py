@@ -15,7 +15,7 @@ from deleatur.errors import SettingsError
 from deleatur.operations.preflight import check
 from deleatur.storage import files, tensors
 
-LOOP: dict[str, Any] = {"iterations": 4, "lr": 1e-3, "batch_size": 2, "eval_every": 2, "max_preserved_drop": 10.0}
+TRAINING: dict[str, Any] = {"iterations": 4, "lr": 1e-3, "batch_size": 2, "eval_every": 2, "max_preserved_drop": 10.0}
 
 
 def create(root: Path, method: str, **numbers: Any) -> Settings:
@@ -24,14 +24,14 @@ def create(root: Path, method: str, **numbers: Any) -> Settings:
 
 def test_safegen_learns_from_positive_and_negative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = create(tmp_path, "safegen", loop=LOOP)
+    settings = create(tmp_path, "safegen", training=TRAINING)
     for name in ("ingest", "reward"):
         stages.run(name, settings)
     pool = rated_images.RatedPool(settings, "weapon")
     rated = pool.labelled()
     asked = dict(zip(map(id, pool.images), pool.prompts, strict=True))
-    assert len(rated.marked) + len(rated.passed) == len(pool.images) == 24
-    for pictures, shown in ((rated.marked, {"a gun", "a sword"}), (rated.passed, {"a cat", "a dog"})):
+    assert len(rated.positive) + len(rated.negative) == len(pool.images) == 24
+    for pictures, shown in ((rated.positive, {"a gun", "a sword"}), (rated.negative, {"a cat", "a dog"})):
         right = [asked[id(p)] in shown for p in pictures]
         assert sum(right) > 0.7 * len(right), "raters err now and then"
     stages.run("erase", settings)
@@ -47,7 +47,7 @@ def test_all_but_one_without_alternative_is_refused_by_check_and_by_the_stage(
     monkeypatch.chdir(tmp_path)
     settings = create(tmp_path, "abo")
     for refused in (lambda: check(settings), lambda: stages.run("erase", settings)):
-        with pytest.raises(SettingsError, match="instead of weapon"):
+        with pytest.raises(SettingsError, match="expected an alternative to weapon"):
             refused()
 
 
@@ -55,7 +55,7 @@ def test_the_record_of_all_but_one_says_that_it_is_a_reconstruction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = create(tmp_path, "abo", alternatives={"weapon": "cat"}, loop=LOOP)
+    settings = create(tmp_path, "abo", alternatives={"weapon": "cat"}, training=TRAINING)
     assert check(settings)
     for name in ("ingest", "reward", "erase"):
         stages.run(name, settings)

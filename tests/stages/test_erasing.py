@@ -1,4 +1,4 @@
-"""The stage takes every kind of eraser: those that train for hours, and those that are a formula."""
+"""The stage runs iterative erasers and closed-form ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deleatur.storage import files, tensors
 
 def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = workspace.make(tmp_path)
+    settings = workspace.create(tmp_path)
     for name in ("ingest", "reward"):
         stages.run(name, settings)
     for method in ("uce", "rece"):

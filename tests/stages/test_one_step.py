@@ -16,12 +16,12 @@ from deleatur.errors import SettingsError
 from deleatur.operations.preflight import check
 from deleatur.storage import files, samples
 
-LOOP: dict[str, Any] = {"iterations": 2, "lr": 1e-4, "batch_size": 2, "eval_every": 1}
+TRAINING: dict[str, Any] = {"iterations": 2, "lr": 1e-4, "batch_size": 2, "eval_every": 1}
 RULES = {"fit": {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": -5.0, "min_n": 2}}
 
 
 def create(root: Path, **changes: Any) -> Settings:
-    erase = {"method": "sfd", "source": "words", "sfd": {"training": LOOP}}
+    erase = {"method": "sfd", "source": "words", "sfd": {"training": TRAINING}}
     defaults: dict[str, Any] = {"erase": erase, "attack": {"methods": {}}, "gate": {"rules": RULES}}
     return workspace.create(root, **defaults | changes)
 

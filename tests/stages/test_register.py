@@ -1,4 +1,4 @@
-"""A verdict and what it rests on become a run; only a pass becomes a version, once, and moves an alias."""
+"""A verdict and its evidence become a run; only a pass becomes a version, once, and moves an alias."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ from deleatur.storage import dvc, samples, tensors
 
 PLAIN = """
 import json, sys
-sys.modules["deleatur"] = None  # whoever serves the model has not got us
+sys.modules["deleatur"] = None  # the serving environment does not have this package
 import mlflow, pandas as pd
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model("models:/deleatur@champion")
 rows = pd.DataFrame({"prompt": ["a cat", "a gun"], "seed": [7, 8]})
 both = model.predict(rows, params={"steps": 3, "guidance": 4.0})
-assert model.predict(rows[1:], params={"steps": 3, "guidance": 4.0}) == both[1:]  # alone as in company
+assert model.predict(rows[1:], params={"steps": 3, "guidance": 4.0}) == both[1:]  # independent of the batch
 print("ANSWER" + json.dumps(both))
 """
 
 
 @pytest.fixture
 def fresh(done: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Without asking DVC, which takes seconds, whether all is up to date."""
+    """Skips the question to DVC, which takes seconds, whether everything is up to date."""
     monkeypatch.setattr(dvc, "status", lambda root: {})
     return done
 
 
-def judged_by(settings: Settings, policy: dict[str, object]) -> Settings:
+def judged_under(settings: Settings, policy: dict[str, object]) -> Settings:
     """The same evidence under another policy: another verdict."""
     changed = Settings.model_validate(settings.model_dump(mode="json", by_alias=True) | {"gate": policy})
     gate.run(changed)
     return changed
 
 
-def asking(settings: Settings) -> Settings:
-    """A policy that wants a person's approval."""
+def requiring_approval(settings: Settings) -> Settings:
+    """A policy that requires approval."""
     return settings.model_copy(update={"register_": settings.register_.model_copy(update={"approval": True})})
 
 
@@ -75,16 +75,14 @@ def counts(settings: Settings) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_plain_mlflow_and_plain_diffusers_draw_the_same_from_what_was_registered(
-    done: Settings, tmp_path: Path
-) -> None:
+def test_plain_mlflow_and_plain_diffusers_sample_the_same_images_from_a_version(done: Settings, tmp_path: Path) -> None:
     register.run(done)
     assert aliases(done) == {CHAMPION: "1"}
 
     command = [sys.executable, "-c", PLAIN, done.register_.tracking_uri]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path / "models")
-    answer = json.loads(told.stdout.partition("ANSWER")[2])
-    assert "%|" not in told.stderr, "no progress bars in a server's log"
+    process = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path / "models")
+    answer = json.loads(process.stdout.partition("ANSWER")[2])
+    assert "%|" not in process.stderr, "no progress bars in a server's log"
 
     from diffusers import StableDiffusionPipeline
 
@@ -96,9 +94,9 @@ def test_plain_mlflow_and_plain_diffusers_draw_the_same_from_what_was_registered
         assert np.array_equal(picture, Image.open(BytesIO(base64.b64decode(png))))
 
 
-def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> None:
+def test_the_champion_can_be_loaded_and_sampled(fresh: Settings) -> None:
     register.run(fresh)
-    mlflow.set_tracking_uri("sqlite:///elsewhere.db")  # as a fresh process, which has not registered anything
+    mlflow.set_tracking_uri("sqlite:///elsewhere.db")  # as in a process that has not registered anything
     stored = tensors.load_delta(
         Path(models.local_path(fresh, "models:/deleatur@champion", "delta")) / tensors.DELTA_FILE
     )
@@ -119,12 +117,12 @@ def test_the_champion_can_be_compared_with_and_built_upon(fresh: Settings) -> No
     assert champion["image"].tolist() == candidate["image"].tolist(), "the same weights, the same noise"
 
 
-def test_evidence_says_all_that_went_in(fresh: Settings) -> None:
+def test_evidence_names_everything_that_went_in(fresh: Settings) -> None:
     register.run(fresh)
     registry = open_registry(fresh)
     [run] = registry.client.search_runs([registry.runs.experiment_id])
     assert run.info.status == "FINISHED"
-    assert run.data.params["erase.sdd.loop.lr"] == "0.001"
+    assert run.data.params["erase.sdd.training.lr"] == "0.001"
     assert not any(name.startswith("register") for name in run.data.params)
     assert len(registry.client.get_metric_history(run.info.run_id, "erase/loss")) > 1
     assert {"clip_score/unseen/candidate-base", "clip_score/unseen/candidate-base.low"} <= set(run.data.metrics)
@@ -148,7 +146,7 @@ def _files(registry: Registry, run_id: str, place: str) -> list[Any]:
     return registry.client.list_artifacts(run_id, place)
 
 
-def test_the_same_verdict_is_registered_once_even_after_somebody_took_it_back(fresh: Settings) -> None:
+def test_the_same_verdict_is_registered_once_even_after_a_rollback(fresh: Settings) -> None:
     register.run(fresh)
     register.run(fresh)
     assert counts(fresh) == (1, 1)
@@ -161,24 +159,24 @@ def test_the_same_verdict_is_registered_once_even_after_somebody_took_it_back(fr
 
 def test_only_a_pass_moves_aliases_and_the_old_champion_is_remembered(fresh: Settings) -> None:
     register.run(fresh)
-    failing = judged_by(fresh, finished.passing(limit=5.0))
+    failing = judged_under(fresh, finished.passing_policy(limit=5.0))
     register.run(failing)
     assert counts(fresh) == (2, 1)
     assert aliases(fresh) == {CHAMPION: "1"}
-    register.run(judged_by(fresh, finished.passing(limit=-6.0)))
+    register.run(judged_under(fresh, finished.passing_policy(limit=-6.0)))
     assert counts(fresh) == (3, 2)
     assert aliases(fresh) == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
 
 
-def test_a_pass_that_a_guide_had_a_part_in_is_logged_and_releases_nothing(fresh: Settings) -> None:
+def test_a_pass_that_depends_on_a_guide_is_logged_and_releases_nothing(fresh: Settings) -> None:
     guided = fresh.model_copy(update={"guide": fresh.guide.model_copy(update={"method": "negative"})})
     register.run(guided)
     assert counts(fresh) == (1, 0)
     assert aliases(fresh) == {}
 
 
-def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
-    register.run(asking(fresh))
+def test_a_person_decides_where_the_policy_requires_approval(fresh: Settings) -> None:
+    register.run(requiring_approval(fresh))
     assert aliases(fresh) == {CHALLENGER: "1"}
     found = approval.pending_approval(fresh)
     assert found is not None
@@ -197,8 +195,8 @@ def test_a_person_decides_where_the_policy_asks_one(fresh: Settings) -> None:
     with pytest.raises(DataError, match="no version 9"):
         approval.promote(fresh, "9", "Ada")
 
-    second = judged_by(fresh, finished.passing(limit=-6.0))
-    register.run(asking(second))
+    second = judged_under(fresh, finished.passing_policy(limit=-6.0))
+    register.run(requiring_approval(second))
     approval.decline(second, "2", "Ada", reason="too blurred")
     assert aliases(fresh) == {CHAMPION: "1"}
     with pytest.raises(DataError, match="version 2 of deleatur does not wait"):
@@ -210,10 +208,10 @@ def test_a_person_decides_on_the_command_line(fresh: Settings) -> None:
     params.write_text(params.read_text("utf-8").replace("approval: false", "approval: true"), "utf-8")
     register.run(Settings.load())
     assert aliases(fresh) == {CHALLENGER: "1"}
-    for version, name, said in (("9", "Ada", "no version 9"), ("x", "Ada", "no version x"), ("1", " ", "a name")):
+    for version, name, message in (("9", "Ada", "no version 9"), ("x", "Ada", "no version x"), ("1", " ", "a name")):
         refused = CliRunner().invoke(app, ["approve", version, "--as", name])
         assert (refused.exit_code, type(refused.exception)) == (3, SystemExit)
-        assert said in refused.output
+        assert message in refused.output
         assert "Next: " in refused.output
     assert CliRunner().invoke(app, ["approve", "1"]).exit_code == 2, "no decision without a name"
     done = CliRunner().invoke(app, ["approve", "1", "--as", "Ada", "--reason", "seen the sheet"])
@@ -223,7 +221,7 @@ def test_a_person_decides_on_the_command_line(fresh: Settings) -> None:
     assert tags["evidence"] in done.output
     assert aliases(fresh) == {CHAMPION: "1"}
 
-    register.run(asking(judged_by(fresh, finished.passing(limit=-6.0))))
+    register.run(requiring_approval(judged_under(fresh, finished.passing_policy(limit=-6.0))))
     astray = CliRunner().invoke(app, ["decline", "1", "--as", "Ada"])
     assert "version 2 does" in astray.output
     assert "deleatur approve 2 --as NAME" in astray.output
@@ -257,16 +255,20 @@ def _other_delta() -> None:
         ("report", _forged("out/verdict/verdict.json", "report", "0" * 64)),
     ],
 )
-def test_what_was_not_judged_is_not_registered(fresh: Settings, named: str, forge: Callable[[], None]) -> None:
+def test_files_that_the_verdict_is_not_about_are_not_registered(
+    fresh: Settings, named: str, forge: Callable[[], None]
+) -> None:
     forge()
     with pytest.raises(DataError, match=f"another {named}"):
         register.run(fresh)
     assert counts(fresh) == (0, 0)
 
 
-def test_what_is_out_of_date_is_not_registered(done: Settings) -> None:
+def test_stale_results_are_not_registered(done: Settings) -> None:
     params = Path("params.yaml")
-    params.write_text(params.read_text("utf-8").replace("guard: 10.0", "guard: 11.0"), "utf-8")
+    params.write_text(
+        params.read_text("utf-8").replace("max_preserved_drop: 10.0", "max_preserved_drop: 11.0"), "utf-8"
+    )
     with pytest.raises(DataError, match="erase") as refused:
         register.run(Settings.load())
     assert refused.value.hint == "dvc repro"

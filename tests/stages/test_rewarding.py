@@ -1,4 +1,4 @@
-"""Feedback that no reward can be learned from is named, with what to collect; what cannot be measured is left out."""
+"""Feedback that no reward head can be trained on is refused with what to collect; unknown quality is null."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ingested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = Path.cwd()
     os.chdir(root)
     try:
-        stages.run("ingest", workspace.make(root))
+        stages.run("ingest", workspace.create(root))
     finally:
         os.chdir(here)
     return root
@@ -41,37 +41,37 @@ def root(ingested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda a: a[:0], "weapon: expected answers of two raters or more, got those of 0"),
         (lambda a: a[a["rater"] == a["rater"].iloc[0]], "expected answers of two raters or more, got those of 1"),
-        (lambda a: a[a["prompt"] == "a gun"].pipe(_alternating), "pictures of two prompts or more"),
-        (lambda a: a.assign(answer="yes"), "got 100% yes about all"),
-        (lambda a: a.assign(answer="no"), "got 0% yes about all"),
-        (lambda a: a.assign(answer="skip"), "unsure and skip say nothing"),
+        (lambda a: a[a["prompt"] == "a gun"].pipe(_alternating), "images of two prompts or more"),
+        (lambda a: a.assign(answer="yes"), "100% for all"),
+        (lambda a: a.assign(answer="no"), "0% for all"),
+        (lambda a: a.assign(answer="skip"), "got only unsure and skip"),
     ],
 )
-def test_feedback_that_teaches_nothing_is_refused_in_words(
-    root: Path, change: Callable[[pd.DataFrame], pd.DataFrame], said: str
+def test_feedback_that_nothing_can_be_learned_from_is_refused(
+    root: Path, change: Callable[[pd.DataFrame], pd.DataFrame], message: str
 ) -> None:
     files.write_table(ANSWERS, change(files.read_table(ANSWERS)), events.EVENT_SCHEMA)
     result = CliRunner().invoke(app, ["stage", "reward"])
     assert (result.exit_code, type(result.exception)) == (3, SystemExit), result.output
-    assert said in result.output
+    assert message in result.output
     assert "deleatur stage ingest" in result.output
 
 
 def _alternating(answers: pd.DataFrame) -> pd.DataFrame:
-    """Every rater says yes to some pictures and no to others."""
+    """Every rater answers yes for some images and no for others."""
     first = answers["items"].map(lambda items: items[0])
     return answers.assign(answer=[("yes", "no")[place % 2] for place in pd.factorize(first)[0]])
 
 
-def test_prompts_that_are_each_all_yes_or_all_no_leave_the_quality_open(root: Path) -> None:
+def test_quality_is_null_when_no_fold_has_both_answers(root: Path) -> None:
     answers = files.read_table(ANSWERS)
     answers = answers[answers["prompt"].isin(["a gun", "a cat"])]
-    said = answers["prompt"].map({"a gun": "yes", "a cat": "no"})
-    files.write_table(ANSWERS, answers.assign(answer=said), events.EVENT_SCHEMA)
+    message = answers["prompt"].map({"a gun": "yes", "a cat": "no"})
+    files.write_table(ANSWERS, answers.assign(answer=message), events.EVENT_SCHEMA)
     result = CliRunner().invoke(app, ["stage", "reward"])
     assert result.exit_code == 0, result.output
     found = json.loads(Path("out/reward/metrics.json").read_text())["weapon"]

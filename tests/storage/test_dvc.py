@@ -1,4 +1,4 @@
-"""Stages as child processes of DVC: what ran, how far it is, what went wrong, and nobody left behind."""
+"""Stages as child processes of DVC: whether they ran, progress, errors, and no process left behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import finished
 import psutil
 import pytest
 import yaml
-from killed import running
+from killed import stage_processes
 
 from deleatur.errors import DataError, ErasureRefused, Interrupted, ModelError, ServiceError, SettingsError
 from deleatur.storage import dvc, dvc_remote, git, processes
@@ -53,8 +53,8 @@ time.sleep(120)
 """
 
 
-def ends(code: int, says: str = "") -> str:
-    return f"import sys; sys.stderr.write({says!r}); sys.exit({code})"
+def exit_script(code: int, message: str = "") -> str:
+    return f"import sys; sys.stderr.write({message!r}); sys.exit({code})"
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "work": WORK,
         "sleep": SLEEP,
         "watched": WATCHED,
-        "wrong": ends(2, "SettingsError: params.yaml has 1 problem(s):\n  lr: too large\nNext: deleatur check\n"),
-        "missing": ends(3, "DataError: no file\n"),
-        "other": ends(4, "ModelError: not this one\n"),
-        "refused": ends(5, "ErasureRefused: it did nothing\n"),
-        "stopped": ends(75, "Interrupted: saved at step 3\n"),
-        "broken": ends(1, "Traceback\nKeyError: 'x'\n"),
+        "wrong": exit_script(
+            2, "SettingsError: params.yaml has 1 problem(s):\n  lr: too large\nNext: deleatur check\n"
+        ),
+        "missing": exit_script(3, "DataError: no file\n"),
+        "other": exit_script(4, "ModelError: not this one\n"),
+        "refused": exit_script(5, "ErasureRefused: it did nothing\n"),
+        "stopped": exit_script(75, "Interrupted: saved at step 3\n"),
+        "broken": exit_script(1, "Traceback\nKeyError: 'x'\n"),
     }
     for name, code in scripts.items():
         (root / f"{name}.py").write_text(code)
@@ -89,7 +91,7 @@ def root(project: Path, tmp_path: Path) -> Path:
     return shutil.copytree(project, tmp_path, dirs_exist_ok=True)
 
 
-def test_a_stage_runs_once_and_tells_how_far_it_is(root: Path) -> None:
+def test_a_stage_runs_once_and_reports_its_progress(root: Path) -> None:
     lines: list[str] = []
     progress: list[StageProgress] = []
     assert dvc.lock_digest(root) is None
@@ -107,7 +109,7 @@ def test_a_stage_runs_once_and_tells_how_far_it_is(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind", "says"),
+    ("stage", "error_type", "message"),
     [
         ("wrong", SettingsError, "lr: too large"),
         ("missing", DataError, "no file"),
@@ -118,75 +120,77 @@ def test_a_stage_runs_once_and_tells_how_far_it_is(root: Path) -> None:
         ("lost", DataError, "nowhere"),
     ],
 )
-def test_what_a_stage_ends_with_is_what_is_raised(root: Path, stage: str, kind: type[Exception], says: str) -> None:
-    with pytest.raises(kind, match=says) as raised:
+def test_the_exit_code_of_a_stage_becomes_its_error(
+    root: Path, stage: str, error_type: type[Exception], message: str
+) -> None:
+    with pytest.raises(error_type, match=message) as raised:
         dvc.reproduce(stage, root)
-    assert type(raised.value) is kind
+    assert type(raised.value) is error_type
     assert stage in str(raised.value)
     if stage == "wrong":
         assert raised.value.hint == "deleatur check"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_whoever_stops_us_stops_the_stage_after_it_has_saved(root: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_parent_ends_the_stage_after_it_has_saved(root: Path, signum: signal.Signals) -> None:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # ignored in the background
         "from pathlib import Path; from deleatur.storage import dvc; dvc.reproduce('sleep', Path())"
     )
-    us = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
-    stage = int(awaited(root / "pid"))
-    us.send_signal(how)
-    us.wait(30)
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    stage = int(wait_for(root / "pid"))
+    parent.send_signal(signum)
+    parent.wait(30)
     assert (root / "saved").read_text() == "state"
     with pytest.raises(ProcessLookupError):
         os.kill(stage, 0)
 
 
-def test_a_stage_whose_follower_is_killed_saves_and_ends(root: Path) -> None:
-    """Nobody would stop it, and it would hold the GPU that another one is started on."""
+def test_a_stage_whose_parent_is_killed_saves_and_ends(root: Path) -> None:
+    """An orphaned stage would occupy the GPU that its successor is started on."""
     code = "from pathlib import Path; from deleatur.storage import dvc; dvc.reproduce('watched', Path())"
-    us = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
-    stage = int(awaited(root / "pid"))
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    stage = int(wait_for(root / "pid"))
     assert not (root / "saved").exists()
-    us.kill()
-    us.wait(30)
-    assert awaited(root / "saved") == "state"
+    parent.kill()
+    parent.wait(30)
+    assert wait_for(root / "saved") == "state"
     for _ in range(600):
         if not psutil.pid_exists(stage) or psutil.Process(stage).status() == psutil.STATUS_ZOMBIE:
             return
         time.sleep(0.1)
-    raise AssertionError("it still runs")
+    raise AssertionError("still running")
 
 
 @pytest.mark.slow
-def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, tmp_path: Path) -> None:
-    """First we are asked to stop, and the stage through us; then the stage alone; then nobody."""
-    whole, root = tmp_path / "whole", tmp_path / "stopped"
-    for place in (whole, root):
-        finished.copy(shared, place)
-        params = yaml.safe_load((place / "params.yaml").read_text())
+def test_a_stage_interrupted_under_dvc_resumes(shared: Path, tmp_path: Path) -> None:
+    """First the parent gets the signal and passes it on; then the stage alone; then it runs to its end."""
+    uninterrupted, root = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    for project in (uninterrupted, root):
+        finished.copy(shared, project)
+        params = yaml.safe_load((project / "params.yaml").read_text())
         params["erase"]["sdd"]["training"] |= {"iterations": 60, "eval_every": 0}
-        (place / "params.yaml").write_text(yaml.safe_dump(params))
-    assert dvc.reproduce("erase", whole)
+        (project / "params.yaml").write_text(yaml.safe_dump(params))
+    assert dvc.reproduce("erase", uninterrupted)
 
     code = (
         "from pathlib import Path; from deleatur.storage import dvc;"
         "dvc.reproduce('erase', Path(), print, lambda p: Path('at').write_text(str(p.done)))"
     )
-    us = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
     while not (root / "at").is_file():
-        assert us.poll() is None
+        assert parent.poll() is None
         time.sleep(0.01)
-    us.terminate()
-    said, _ = us.communicate(timeout=120)
-    assert us.returncode == Interrupted.exit_code
-    assert "saved after step" in said, "the stage's last words are heard"
+    parent.terminate()
+    output, _ = parent.communicate(timeout=120)
+    assert parent.returncode == Interrupted.exit_code
+    assert "saved after step" in output, "the last lines of the stage are forwarded"
 
     done: list[int] = []
 
     def stop_the_stage(progress: StageProgress) -> None:
         done.append(progress.done)
-        for stage in running("erase", os.getpid()) if len(done) == 1 else ():  # a second one would not wait
+        for stage in stage_processes("erase", os.getpid()) if len(done) == 1 else ():  # a second one would not wait
             stage.terminate()
 
     with pytest.raises(Interrupted, match="saved after step"):
@@ -196,19 +200,19 @@ def test_a_stage_that_was_stopped_under_dvc_goes_on_where_it_was(shared: Path, t
     assert dvc.reproduce("erase", root, on_progress=lambda p: done.append(p.done))
     assert 1 <= first <= done[0] < 60
     assert done[-1] == 60
-    for path in (whole / "out/delta").iterdir():
+    for path in (uninterrupted / "out/delta").iterdir():
         assert path.read_bytes() == (root / "out/delta" / path.name).read_bytes(), path.name
 
 
-def awaited(path: Path) -> str:
+def wait_for(path: Path) -> str:
     for _ in range(600):
         if path.is_file() and (text := path.read_text()):
             return text
         time.sleep(0.1)
-    raise AssertionError(f"{path} never came")
+    raise AssertionError(f"{path} was not written")
 
 
-def test_which_code_it_was(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_current_commit_and_whether_it_is_dirty(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert git.current_commit(tmp_path_factory.mktemp("bare")).hash is None
     assert git.current_commit(root).hash is None, "no commit yet"
     finished.git(root, "add", "--all")
@@ -220,82 +224,82 @@ def test_which_code_it_was(root: Path, tmp_path_factory: pytest.TempPathFactory)
     assert git.current_commit(root) == git.Commit(clean.hash, True)
 
 
-def test_where_there_is_no_dvc_nothing_is_stale(tmp_path: Path) -> None:
+def test_without_a_dvc_repository_nothing_is_stale(tmp_path: Path) -> None:
     assert dvc.status(tmp_path) == {}
 
 
 @pytest.fixture
-def two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A project whose stage `work` has run, and a clone of it; a store that both reach."""
+def clones(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A project and its clone, with a DVC remote that both reach."""
     place = tmp_path_factory.mktemp("two")
     finished.dvc(root, "remote", "add", "--quiet", "--default", "store", str(place / "store"))
     (root / ".gitignore").write_text("/made\n")
     finished.git(root, "add", "--all")
     finished.git(root, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "all")
-    assert git.is_pushed(root), "nobody clones it"
+    assert git.is_pushed(root), "without a remote there is nothing to push"
     commit = git.current_commit(root).hash
     assert commit
     git.clone_at_commit(root, commit, place / "clone")
     return root, place / "clone"
 
 
-def test_a_stage_that_was_done_here_is_done_there(two: tuple[Path, Path]) -> None:
-    here, there = two
-    assert dvc.reproduce("work", here)
-    dvc_remote.push(here, "work")
+def test_a_stage_reproduced_in_one_checkout_is_reproduced_in_its_clone(clones: tuple[Path, Path]) -> None:
+    original, copy = clones
+    assert dvc.reproduce("work", original)
+    dvc_remote.push(original, "work")
     with pytest.raises(DataError, match="no entry for the stage other"):
-        dvc_remote.lock_entry("other", here)
-    assert dvc.status(there, "work")
-    dvc_remote.set_lock_entry("work", dvc_remote.lock_entry("work", here), there)
-    assert dvc.status(there, "work"), "its product is not there yet"
-    dvc_remote.pull(there, "work")
-    assert dvc.status(there, "work") == {}
-    assert (there / "made").read_text() == "1"
-    assert (here / "dvc.lock").read_bytes() == (there / "dvc.lock").read_bytes()
+        dvc_remote.lock_entry("other", original)
+    assert dvc.status(copy, "work")
+    dvc_remote.set_lock_entry("work", dvc_remote.lock_entry("work", original), copy)
+    assert dvc.status(copy, "work"), "its output is not downloaded yet"
+    dvc_remote.pull(copy, "work")
+    assert dvc.status(copy, "work") == {}
+    assert (copy / "made").read_text() == "1"
+    assert (original / "dvc.lock").read_bytes() == (copy / "dvc.lock").read_bytes()
 
-    (there / "dvc.lock").unlink()
-    (there / "made").unlink()
-    assert not dvc.reproduce("work", there, options=dvc.PULL), "the memory of what it was made from came along"
-    assert (there / "made").read_text() == "1"
+    (copy / "dvc.lock").unlink()
+    (copy / "made").unlink()
+    assert not dvc.reproduce("work", copy, options=dvc.PULL), "the run cache was shared"
+    assert (copy / "made").read_text() == "1"
 
-    (here / "given").write_text("2")
-    assert dvc.reproduce("work", here)
-    text = (there / "dvc.lock").read_text() + '  zebra:\n    cmd: "true"\n'
-    (there / "dvc.lock").write_text(text)
-    dvc_remote.set_lock_entry("work", dvc_remote.lock_entry("work", here), there)
-    assert (there / "dvc.lock").read_text().endswith('  zebra:\n    cmd: "true"\n'), "other stages stay as they are"
-    assert dvc_remote.lock_entry("work", there) == dvc_remote.lock_entry("work", here)
+    (original / "given").write_text("2")
+    assert dvc.reproduce("work", original)
+    text = (copy / "dvc.lock").read_text() + '  zebra:\n    cmd: "true"\n'
+    (copy / "dvc.lock").write_text(text)
+    dvc_remote.set_lock_entry("work", dvc_remote.lock_entry("work", original), copy)
+    assert (copy / "dvc.lock").read_text().endswith('  zebra:\n    cmd: "true"\n'), "other stages stay as they are"
+    assert dvc_remote.lock_entry("work", copy) == dvc_remote.lock_entry("work", original)
 
 
-def test_another_machine_takes_what_lies_at_another_place(two: tuple[Path, Path], tmp_path: Path) -> None:
-    here, there = two
-    dvc_remote.use_remote(there, str(tmp_path / "other"))
-    assert dvc_remote.remote_url(there) == str(tmp_path / "other")
-    assert git.current_commit(there) == git.current_commit(here), "the commit has not changed"
-    finished.dvc(here, "remote", "remove", "store")
+def test_another_checkout_can_use_another_remote(clones: tuple[Path, Path], tmp_path: Path) -> None:
+    original, copy = clones
+    dvc_remote.use_remote(copy, str(tmp_path / "other"))
+    assert dvc_remote.remote_url(copy) == str(tmp_path / "other")
+    assert git.current_commit(copy) == git.current_commit(original), "the commit has not changed"
+    finished.dvc(original, "remote", "remove", "store")
     with pytest.raises(SettingsError, match="expected a DVC remote"):
-        dvc_remote.remote_url(here)
+        dvc_remote.remote_url(original)
     with pytest.raises(ServiceError, match="dvc push failed"):
-        dvc_remote.push(here, "work")
+        dvc_remote.push(original, "work")
 
 
-def test_what_others_would_not_get_is_known(two: tuple[Path, Path]) -> None:
-    here, there = two
-    assert git.origin_url(here) == str(here)
-    assert git.origin_url(there) == str(here)
-    assert git.is_pushed(there)
-    (there / "work.py").write_text("changed")
-    (there / "new.py").write_text("new")
-    assert git.uncommitted_files(there, "work.py", "new.py", "given") == ["work.py", "new.py"]
-    finished.git(there, "add", "--all")
-    finished.git(there, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "mine")
-    assert not git.is_pushed(there)
+def test_uncommitted_and_unpushed_changes_are_detected(clones: tuple[Path, Path]) -> None:
+    original, copy = clones
+    assert git.origin_url(original) == str(original)
+    assert git.origin_url(copy) == str(original)
+    assert git.is_pushed(copy)
+    (copy / "work.py").write_text("changed")
+    (copy / "new.py").write_text("new")
+    assert git.uncommitted_files(copy, "work.py", "new.py", "given") == ["work.py", "new.py"]
+    finished.git(copy, "add", "--all")
+    finished.git(copy, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", "mine")
+    assert not git.is_pushed(copy)
     with pytest.raises(DataError, match="cannot be checked out"):
-        git.clone_at_commit(here, "0" * 40, there / "deeper")
+        git.clone_at_commit(original, "0" * 40, copy / "deeper")
 
 
-def test_what_no_commit_and_no_lock_needs_is_cleared_away(two: tuple[Path, Path]) -> None:
-    root, _ = two
+def test_garbage_collection_keeps_what_a_commit_or_a_lock_needs(clones: tuple[Path, Path]) -> None:
+    root, _ = clones
     assert dvc.reproduce("work", root)
     first = (root / "dvc.lock").read_text()
     (root / "given").write_text("2")
@@ -311,7 +315,7 @@ def test_what_no_commit_and_no_lock_needs_is_cleared_away(two: tuple[Path, Path]
     assert dvc.status(root, "work") == {}
 
 
-def test_a_folder_is_known_as_a_stage_last_read_it(root: Path) -> None:
+def test_a_file_can_be_read_as_of_the_last_run_of_a_stage(root: Path) -> None:
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
     stages["work"]["deps"] = ["given", "read"]
     stages["writes"] = {"cmd": "mkdir -p read && cp given read/file", "deps": ["given"], "outs": ["read"]}
@@ -326,7 +330,7 @@ def test_a_folder_is_known_as_a_stage_last_read_it(root: Path) -> None:
     assert dvc_remote.file_at_last_run("work", Path("read"), "nothing", root) is None
 
 
-def test_the_code_that_lies_there_is_the_code_that_runs(tmp_path: Path) -> None:
+def test_a_child_runs_the_code_of_its_checkout(tmp_path: Path) -> None:
     (tmp_path / "src" / "deleatur").mkdir(parents=True)
     assert processes.environment(tmp_path)["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path / "src")
     assert processes.environment(tmp_path / "src").get("PYTHONPATH") == os.environ.get("PYTHONPATH")

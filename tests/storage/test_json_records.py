@@ -28,7 +28,7 @@ def changed(**fields_of_provenance: Any) -> bytes:
     return json.dumps(plain).encode()
 
 
-def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+def test_a_record_round_trips(tmp_path: Path) -> None:
     for document in (REPORT, VERDICT, JUDGE):
         json_records.write(tmp_path / "a.json", document)
         again = json_records.read(tmp_path / "a.json", type(document))
@@ -37,7 +37,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         assert json_records.digest(document) == hashlib.sha256((tmp_path / "a.json").read_bytes()).hexdigest()
 
 
-def test_the_digest_is_what_sha256sum_says(tmp_path: Path) -> None:
+def test_the_digest_equals_sha256sum_of_the_file(tmp_path: Path) -> None:
     json_records.write(tmp_path / "report.json", REPORT)
     said = subprocess.run(["sha256sum", tmp_path / "report.json"], capture_output=True, text=True, check=True)
     assert said.stdout.split()[0] == json_records.digest(REPORT)
@@ -90,7 +90,7 @@ def test_no_field_of_the_provenance_may_be_of_another_type(name: str) -> None:
         json_records.decode(changed(**{name: 1.5}), Report, "there")
 
 
-def test_nothing_may_be_added() -> None:
+def test_unknown_fields_are_refused() -> None:
     with pytest.raises(DataError, match=r"provenance\.extra: Unexpected"):
         json_records.decode(changed(extra=1), Report, "there")
 
@@ -103,7 +103,7 @@ def test_a_detector_without_name_or_weights_is_refused(field: str) -> None:
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Score)])
-def test_what_a_score_is_about_is_said_even_where_it_is_nothing(name: str) -> None:
+def test_null_fields_of_a_score_may_not_be_left_out(name: str) -> None:
     plain = asdict(replace(REPORT, scores=(replace(SCORE, versus=None, detector=None),)))
     json_records.decode(json.dumps(plain).encode(), Report, "there")
     del plain["scores"][0][name]
@@ -112,7 +112,7 @@ def test_what_a_score_is_about_is_said_even_where_it_is_nothing(name: str) -> No
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_are_finite_both_ways(value: float) -> None:
+def test_numbers_that_are_not_finite_are_refused_on_reading_and_writing(value: float) -> None:
     report = replace(REPORT, scores=(replace(SCORE, low=value),))
     with pytest.raises(DataError, match=r"scores\.0\.low: Input should be a finite number"):
         json_records.encode(report)
@@ -120,7 +120,7 @@ def test_numbers_are_finite_both_ways(value: float) -> None:
         json_records.decode(json.dumps(asdict(report)).encode(), Report, "there")
 
 
-def test_what_does_not_validate_is_not_written(tmp_path: Path) -> None:
+def test_an_invalid_record_is_not_written(tmp_path: Path) -> None:
     json_records.write(tmp_path / "report.json", REPORT)
     before = (tmp_path / "report.json").read_bytes()
     with pytest.raises(DataError):
@@ -130,18 +130,18 @@ def test_what_does_not_validate_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"null", b"{},{}", b"\xff"])
-def test_what_is_no_document(data: bytes) -> None:
+def test_data_that_is_no_record_is_refused(data: bytes) -> None:
     with pytest.raises(DataError, match="there is not a valid verdict"):
         json_records.decode(data, Verdict, "there")
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file") as caught:
         json_records.read(tmp_path / "none.json", Report)
     assert caught.value.hint
 
 
-def test_an_error_never_repeats_a_prompt() -> None:
+def test_an_error_message_never_contains_a_value() -> None:
     shot = {"variant": "base", "prompt": {"id": 3, "text": "unspeakable", "role": "unspeakable", "label": "x"}}
     with pytest.raises(DataError) as caught:
         json_records.decode(json.dumps(shot).encode(), Sample, "there")

@@ -1,4 +1,4 @@
-"""What a stage leaves goes along, whole file by whole file, whatever happens to the process that runs it."""
+"""Files of a stage are uploaded completely, whatever happens to the process that runs it."""
 
 from __future__ import annotations
 
@@ -28,66 +28,66 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def awaited(path: Path, text: str) -> None:
+def wait_for(path: Path, text: str) -> None:
     for _ in range(2000):
         if path.is_file() and path.read_text() == text:
             return
         time.sleep(0.01)
-    raise AssertionError(f"{path} never came")
+    raise AssertionError(f"{path} was not uploaded")
 
 
-def test_what_is_written_goes_along_and_comes_to_the_next_machine(
+def test_files_are_uploaded_and_downloaded_on_the_next_machine(
     root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path_factory.mktemp("store")
     (STATE / "before").write_text("was here")
     with synced([STATE, Path("out/samples")], str(store)):
         (STATE / "erase").write_text("step 1")
-        awaited(store / STATE / "erase", "step 1")
+        wait_for(store / STATE / "erase", "step 1")
         (STATE / ".erase.1.partial").write_text("half")
         (STATE / "erase").write_text("step 20")
-        awaited(store / STATE / "erase", "step 20")
-    assert not (store / STATE / "before").exists(), "nothing that was there already"
+        wait_for(store / STATE / "erase", "step 20")
+    assert not (store / STATE / "before").exists(), "files that existed before are not uploaded"
     assert {p.name for p in (store / STATE).iterdir()} == {"erase"}
     monkeypatch.chdir(tmp_path_factory.mktemp("second"))
     with synced([STATE], str(store)):
         assert (STATE / "erase").read_text() == "step 20"
 
 
-def test_what_is_written_last_goes_along_when_the_block_is_left_in_a_hurry(
+def test_the_newest_files_are_uploaded_when_the_block_raises(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "POLL_INTERVAL", 1000.0)
 
-    def hurried() -> None:
+    def interrupted() -> None:
         with synced([STATE], str(tmp_path / "store")):
             (STATE / "erase").write_text("saved on request")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hurried()
+        interrupted()
     assert (tmp_path / "store" / STATE / "erase").read_text() == "saved on request"
 
 
-def test_an_address_that_does_not_answer_stops_nothing_and_is_tried_again(
+def test_a_failed_upload_stops_nothing_and_is_retried(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    problems: list[str] = []
     plain = remote.upload
 
     def put(file: Path, address: str) -> None:
-        if len(told) < 2:
+        if len(problems) < 2:
             raise ServiceError("no answer")
         plain(file, address)
 
     monkeypatch.setattr(remote, "upload", put)
-    with synced([STATE], str(tmp_path / "store"), told.append):
+    with synced([STATE], str(tmp_path / "store"), problems.append):
         (STATE / "erase").write_text("step 1")
-        awaited(tmp_path / "store" / STATE / "erase", "step 1")
-    assert told == ["no answer"] * 2
+        wait_for(tmp_path / "store" / STATE / "erase", "step 1")
+    assert problems == ["no answer"] * 2
 
 
-def test_killed_at_any_moment_it_leaves_whole_files(root: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_leaves_complete_files(root: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     code = (
         "from pathlib import Path; from deleatur.storage import files, sync; sync.POLL_INTERVAL = 0\n"
