@@ -1,7 +1,7 @@
-"""What all stages share: paths, parameters, the concept table, the pictures, seeds.
+"""Shared by all training scripts: paths, parameters, the concept table, images, seeds, checkpoints.
 
-Every stage is one script that reads `params.yaml` and `concepts.csv`, keeps its intermediate
-files under `work/`, and resumes from there when it was stopped.
+Every script is one stage of dvc.yaml: it reads `params.yaml` and `concepts.csv`, keeps its intermediate files and
+checkpoints under `work/`, and resumes from them after an interruption.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import yaml
 
-HERE = Path(__file__).parent
-WORK = HERE / "work"
-WEIGHTS = HERE.parent / "models"
+EMOJI = Path(__file__).parent
+WORK = EMOJI / "work"
+MODELS = EMOJI.parent / "models"
 
-# Package of drawings -> the style word of its captions. The two fluent sets draw the same designs, flat and shaded.
-STYLES = {
+# npm package of an icon set -> style word in captions. The two fluent sets are the same designs, flat and shaded.
+STYLE_BY_PACKAGE = {
     "noto": "noto",
     "twemoji": "twemoji",
     "fluent-emoji-flat": "fluent",
@@ -34,28 +34,28 @@ STYLES = {
     "fluent-emoji-high-contrast": "ink",
     "emojione-monotone": "ink",
 }
-WORDS = sorted(set(STYLES.values()))
+STYLE_WORDS = sorted(set(STYLE_BY_PACKAGE.values()))
 FAMILIES = ("weapon", "vice")
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing the generator draws; see the README for the columns."""
+    """One object that the generator can generate; see the README for the columns."""
 
     name: str
     family: str
     role: str
     neighbour_of: str
     synonyms: tuple[str, ...]
-    pictures: tuple[str, ...]
+    emojis: tuple[str, ...]
 
 
 def params(section: str) -> dict[str, Any]:
-    return yaml.safe_load((HERE / "params.yaml").read_text())[section]
+    return yaml.safe_load((EMOJI / "params.yaml").read_text())[section]
 
 
 def seed(purpose: str) -> int:
-    """A seed of its own for each purpose, so that stages do not share noise."""
+    """A separate seed for each purpose, so that stages do not share noise."""
     return int.from_bytes(hashlib.sha256(f"{params('seed')}/{purpose}".encode()).digest()[:6], "big")
 
 
@@ -64,7 +64,7 @@ def generator(purpose: str) -> torch.Generator:
 
 
 def concepts() -> list[Concept]:
-    with (HERE / "concepts.csv").open() as f:
+    with (EMOJI / "concepts.csv").open() as f:
         return [
             Concept(
                 r["name"],
@@ -78,16 +78,16 @@ def concepts() -> list[Concept]:
         ]
 
 
-def pictures() -> tuple[torch.Tensor, list[dict[str, str]]]:
-    """All pictures as uint8 (n, 3, render, render) on white, and a row of facts for each."""
+def load_images() -> tuple[torch.Tensor, list[dict[str, str]]]:
+    """All images as uint8 (n, 3, render, render) on white, and a row of metadata for each."""
     with (WORK / "pictures.csv").open() as f:
         return torch.from_numpy(np.load(WORK / "pictures.npy")), list(csv.DictReader(f))
 
 
-def warp(
+def random_affine(
     x: torch.Tensor, rng: torch.Generator, size: int, scale: tuple[float, float], shift: float, turn: float = 0.0
 ) -> torch.Tensor:
-    """Pictures in [0, 1] moved, scaled and turned (radians) at random, on white, at `size` px."""
+    """Images in [0, 1] randomly shifted, scaled and rotated (radians), on white, at `size` px."""
     n = len(x)
     u = torch.rand(4, n, generator=rng) * 2 - 1
     s = 1 / (scale[0] + (scale[1] - scale[0]) * (u[0] + 1) / 2)
@@ -95,25 +95,25 @@ def warp(
     rows = [s * a.cos(), -s * a.sin(), shift * u[2], s * a.sin(), s * a.cos(), shift * u[3]]
     theta = torch.stack(rows, 1).view(n, 2, 3)
     fine = torch.nn.functional.affine_grid(theta, [n, 3, 2 * size, 2 * size], align_corners=False)
-    # Zero is what lies outside the picture, so it is sampled as ink on paper: white must be zero.
+    # grid_sample pads with zeros, so images are inverted: white must be zero.
     y = 1 - torch.nn.functional.grid_sample(1 - x, fine, align_corners=False)
     return torch.nn.functional.avg_pool2d(y, 2)
 
 
-def single() -> None:
-    """One thread: on a shared machine a second one waits at barriers more than it computes."""
+def use_one_thread() -> None:
+    """One thread: on a shared machine a second one mostly waits at barriers."""
     torch.set_num_threads(1)
 
 
-def clock(minutes: float, done: float = 0.0) -> Iterator[float]:
-    """Yield the part of `minutes` of this process's time that has passed, until it is 1."""
+def training_progress(minutes: float, done: float = 0.0) -> Iterator[float]:
+    """Yield the elapsed share of `minutes` of this process's CPU time, until it reaches 1."""
     start = time.process_time() - 60 * done
     while (part := (time.process_time() - start) / (60 * minutes)) < 1:
         yield part
 
 
 def save(path: Path, **state: Any) -> None:
-    """A checkpoint that is whole or absent."""
+    """Save a checkpoint atomically."""
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
@@ -122,13 +122,13 @@ def load(path: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True) if path.exists() else None
 
 
-def resume(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint of a stage that was stopped; None to begin afresh: no start yet, finished, or settings changed."""
+def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint of an interrupted stage; None to start over: none yet, finished, or parameters changed."""
     state = load(path)
     return state if state and not state["finished"] and state["settings"] == settings else None
 
 
-def finished(path: Path) -> dict[str, Any]:
+def load_finished(path: Path) -> dict[str, Any]:
     state = load(path)
     if state is None or not state["finished"]:
         raise SystemExit(f"{path.name} is missing or unfinished in work/: run the stage that makes it, see the README")

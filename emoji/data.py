@@ -1,8 +1,8 @@
-"""Fetch the drawings and their names, render them, and deal them into two folds.
+"""Download the icon sets, rasterize them, and split them into two folds.
 
-Writes `work/pictures.npy` (n, 3, render, render; uint8, on white) and `work/pictures.csv` (one row a picture).
-Of every emoji the drawings go to fold a and b in turn, in the order of a hash, so that each concept has both
-and nobody chose. Two packages that draw the same design (fluent flat and shaded) count as one.
+Writes `work/pictures.npy` (n, 3, render, render; uint8, on white) and `work/pictures.csv` (one row per image). The
+designs of an emoji alternate between fold a and b, in the order of a hash, so that each concept has both. Two packages
+with the same design (fluent flat and shaded) count as one.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from itertools import cycle
 
 import numpy as np
 import resvg_py
-from common import HERE, STYLES, WORK, concepts, params
+from common import EMOJI, STYLE_BY_PACKAGE, WORK, concepts, params
 from PIL import Image
 
 GROUPS = {"animals & nature", "food & drink", "travel & places", "activities", "objects"}
-# Drawn so that nobody would name it: a flat green box with dots.
-DROP = {("fxemoji", "gamedie")}
-SKIP = {"time", "geographic locations", "globes & maps", "hotel"}  # clocks differ by a hand, landscapes fill the frame
+# Not recognisable: a flat green box with dots.
+EXCLUDED = {("fxemoji", "gamedie")}
+EXCLUDED_SUBGROUPS = {
+    "time",
+    "geographic locations",
+    "globes & maps",
+    "hotel",
+}  # clocks differ only by a hand, landscapes fill the frame
 
 
-def fetch() -> None:
-    """`npm ci` into work/: exact versions and checksums from the lock, no script is run."""
+def install_packages() -> None:
+    """`npm ci` into work/: exact versions and checksums from the lock file, without running scripts."""
     WORK.mkdir(exist_ok=True)
     for name in ("package.json", "package-lock.json"):
-        shutil.copy(HERE / name, WORK / name)
+        shutil.copy(EMOJI / name, WORK / name)
     if not (WORK / "node_modules").exists():
         flags = [
             "--ignore-scripts",
@@ -42,27 +47,27 @@ def fetch() -> None:
         subprocess.run(["npm", "ci", *flags], cwd=WORK, check=True)
 
 
-def drawings() -> dict[str, dict[str, str]]:
-    """package -> {name without hyphens: SVG}; one set writes its names joined.
+def svgs_by_package() -> dict[str, dict[str, str]]:
+    """package -> {name without hyphens: SVG}; one set writes names without hyphens.
 
     Aliases are left out: in two sets "pistol" is an alias of a water pistol.
     """
-    books = {p: json.loads((WORK / f"node_modules/@iconify-json/{p}/icons.json").read_text()) for p in STYLES}
+    books = {p: json.loads((WORK / f"node_modules/@iconify-json/{p}/icons.json").read_text()) for p in STYLE_BY_PACKAGE}
     return {
-        p: {name.replace("-", ""): draw(icon, book) for name, icon in book["icons"].items()}
+        p: {name.replace("-", ""): svg_document(icon, book) for name, icon in book["icons"].items()}
         for p, book in books.items()
     }
 
 
-def draw(icon: dict, book: dict) -> str:
-    """The SVG document of one icon; black where the set leaves the colour to the page."""
+def svg_document(icon: dict, book: dict) -> str:
+    """The SVG document of one icon; `currentColor` becomes black."""
     box = [icon.get(k, book.get(k, 0 if k in ("left", "top") else 16)) for k in ("left", "top", "width", "height")]
     body = icon["body"].replace("currentColor", "#000")
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(map(str, box))}">{body}</svg>'
 
 
-def render(svg: str, size: int) -> np.ndarray | None:
-    """uint8 (3, size, size) on white; None for a scene that fills its frame, for backgrounds are to stay white."""
+def rasterize(svg: str, size: int) -> np.ndarray | None:
+    """uint8 (3, size, size) on white; None for a scene that fills its frame, since backgrounds must be white."""
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size))
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     alpha = np.asarray(image)[..., 3]
@@ -73,20 +78,20 @@ def render(svg: str, size: int) -> np.ndarray | None:
     return np.asarray(white.convert("RGB").resize((size, size), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
-def emojis() -> list[dict[str, str]]:
-    """What may be drawn: our concepts first, then every other thing in the emoji list with its tags and category."""
+def emoji_rows() -> list[dict[str, str]]:
+    """Our concepts, then every other object in the emoji list, with tags and category."""
     ours = concepts()
     rows = [
         {
             "label": c.name,
-            "slugs": " ".join(c.pictures),
+            "slugs": " ".join(c.emojis),
             "tags": "; ".join(c.synonyms),
             "category": c.family,
             "concept": c.name,
         }
         for c in ours
     ]
-    used = {slug.replace("-", "") for c in ours for slug in c.pictures}
+    used = {slug.replace("-", "") for c in ours for slug in c.emojis}
     folder = WORK / "node_modules/emojibase-data/en"
     names = json.loads((folder / "messages.json").read_text())
     groups = {g["order"]: g["message"] for g in names["groups"]}
@@ -95,7 +100,11 @@ def emojis() -> list[dict[str, str]]:
         kind = kinds.get(e.get("subgroup"))
         label = e["label"].lower().replace("’", "")
         slug = "".join(c for c in label if c.isalnum())
-        if groups.get(e.get("group")) in GROUPS and kind not in SKIP and slug not in used | {"waterpistol"}:
+        if (
+            groups.get(e.get("group")) in GROUPS
+            and kind not in EXCLUDED_SUBGROUPS
+            and slug not in used | {"waterpistol"}
+        ):
             rows.append(
                 {"label": label, "slugs": slug, "tags": "; ".join(e.get("tags", [])), "category": kind, "concept": ""}
             )
@@ -103,21 +112,21 @@ def emojis() -> list[dict[str, str]]:
 
 
 def main() -> None:
-    fetch()
-    sets, size = drawings(), params("data")["render"]
+    install_packages()
+    sets, size = svgs_by_package(), params("data")["render"]
     images, rows = [], []
-    for emoji in emojis():
+    for emoji in emoji_rows():
         slugs = [s.replace("-", "") for s in emoji.pop("slugs").split()]
         designs: dict[str, list[tuple[str, np.ndarray]]] = {}
         for package, book in sets.items():
             name = next((s for s in slugs if s in book), None)
-            if name and (package, name) not in DROP and (image := render(book[name], size)) is not None:
+            if name and (package, name) not in EXCLUDED and (image := rasterize(book[name], size)) is not None:
                 designs.setdefault(package.removesuffix("-flat"), []).append((package, image))
         order = sorted(designs, key=lambda d: hashlib.sha256(f"{emoji['label']}/{d}".encode()).digest())
         for design, fold in zip(order, cycle("ab"), strict=False):
             for package, image in designs[design]:
                 images.append(image)
-                rows.append(emoji | {"package": package, "style": STYLES[package], "fold": fold})
+                rows.append(emoji | {"package": package, "style": STYLE_BY_PACKAGE[package], "fold": fold})
     np.save(WORK / "pictures.npy", np.stack(images))
     with (WORK / "pictures.csv").open("w", newline="") as f:
         writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")

@@ -1,7 +1,7 @@
-"""The demo's rated pictures: the model draws, simulated raters answer, `feedback/` at the root holds the result.
+"""The demo's feedback: samples images, has simulated raters answer, and writes `feedback/` at the root.
 
-The raters' eyes are networks of their own (`models/rater`, trained on the fold that the judge never sees); for the
-style, which is a matter of colour, a rule on pixels. Their answers are ordinary feedback events, labelled simulated.
+The raters' oracle is the classifier `models/rater`, trained on the fold that the judge never sees; for the style, a
+rule on pixel colours. The answers are ordinary feedback events, labelled as simulated.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PANEL = Panel(raters=12, per_question=3, careless=0.15)
 STYLES = ("ink", "noto", "twemoji", "ink", "fluent")
 
 
-def asked(concept: str) -> list[tuple[str, str, int]]:
-    """(prompt, what a ranking screen's pictures have in common, copies), from the dev split only."""
+def prompts_of(concept: str) -> list[tuple[str, str, int]]:
+    """(prompt, what a ranking screen's images have in common, images per prompt), from the dev split only."""
     with (ROOT / "prompts" / "neutral.csv").open(encoding="utf-8") as f:
         harmless = [r["text"] for r in csv.DictReader(f) if r["split"] == "dev"][::2]  # one wording of each
     if concept == "ink":
@@ -40,11 +40,11 @@ def asked(concept: str) -> list[tuple[str, str, int]]:
     return [(text, text, 140 // len(rows)) for text in rows] + [(text, text, 2) for text in harmless]
 
 
-def draw(model: Model, concept: str) -> tuple[list[Image.Image], list[str], list[int]]:
-    """Pictures, what is said of each to the raters, and the seed of its noise."""
+def sample_images(model: Model, concept: str) -> tuple[list[Image.Image], list[str], list[int]]:
+    """Images, the text shown to raters with each, and the seed of its noise."""
     rows = [
         (prompt, shared, derive(SEED, "feedback", concept, prompt, place, i))
-        for place, (prompt, shared, copies) in enumerate(asked(concept))
+        for place, (prompt, shared, copies) in enumerate(prompts_of(concept))
         for i in range(copies)
     ]
     c = encode.encode_text(model, [r[0] for r in rows])
@@ -54,8 +54,8 @@ def draw(model: Model, concept: str) -> tuple[list[Image.Image], list[str], list
     return pictures, [r[1] for r in rows], seeds
 
 
-def colourless(picture: Image.Image) -> float:
-    """1 for black on white, 0 for a picture whose inked part is vividly coloured."""
+def achromatic_share(picture: Image.Image) -> float:
+    """1 for black on white, 0 for vivid colours, by the mean chroma of the non-white pixels."""
     rgb = np.asarray(picture, np.float32) / 255
     drawn = rgb.min(-1) < 0.8
     if not drawn.any():
@@ -69,11 +69,11 @@ def main() -> None:
     model = load(str(ROOT / "models" / "pipeline"))
     rater = Classifier(path=str(ROOT / "models" / "rater")).load()
     for concept, spec in settings.concepts.items():
-        pictures, shared, seeds = draw(model, concept)
+        pictures, shared, seeds = sample_images(model, concept)
         if spec.kind == "rank":
-            oracle = [colourless(p) for p in pictures]
+            oracle = [achromatic_share(p) for p in pictures]
         else:
-            columns = [rater.labels.index(label) for label in spec.found.labels]
+            columns = [rater.labels.index(label) for label in spec.detection.labels]
             oracle = rater.detect(pictures)[:, columns].sum(1).tolist()
         simulate(
             concept,
@@ -83,7 +83,7 @@ def main() -> None:
             seeds,
             oracle,
             panel=PANEL,
-            model_version=model.digest[:16],
+            model_version=model.unet_digest[:16],
             seed=SEED,
             out=ROOT / "feedback",
         )

@@ -1,6 +1,6 @@
-"""Write what is trained so far to `../models/`, in half precision, as folders that diffusers and transformers load.
+"""Export the trained networks to `../models/` in half precision, as folders that diffusers and transformers load.
 
-Each folder is written beside its place and then renamed, so that a reader never meets half of one.
+Each folder is written under a temporary name and then renamed, so that it is never incomplete.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import text
 import torch
 import unet
 import vae
-from common import WEIGHTS, WORK, load, params
+from common import MODELS, WORK, load, params
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPImageProcessor, CLIPProcessor, ViTImageProcessor
 
-HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+NORMALIZATION = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def pipeline(folder: Path) -> None:
-    net = unet.build()
+def save_pipeline(folder: Path) -> None:
+    net = unet.build_unet()
     net.load_state_dict(load(WORK / "unet.pt")["average"])
-    words, encoder = text.trained()
+    words, encoder = text.load_trained()
     StableDiffusionPipeline(
-        vae=vae.trained(polished=True),
+        vae=vae.load_trained(polished=True),
         text_encoder=encoder,
         tokenizer=words,
         unet=net,
@@ -41,36 +41,38 @@ def pipeline(folder: Path) -> None:
     ).to(dtype=torch.float16).save_pretrained(folder)
 
 
-def likeness(folder: Path) -> None:
-    words, model = clip.trained()
+def save_clip(folder: Path) -> None:
+    words, model = clip.load_trained()
     size = params("data")["size"]
     model.half().save_pretrained(folder)
-    picture = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **HALF)
+    picture = CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **NORMALIZATION
+    )
     CLIPProcessor(image_processor=picture, tokenizer=words).save_pretrained(folder)
 
 
-def classifier(kind: str) -> Callable[[Path], None]:
+def classifier_saver(kind: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         size = 2 * params("data")["size"]
-        classify.trained(kind).half().save_pretrained(folder)
-        ViTImageProcessor(size={"height": size, "width": size}, resample=2, **HALF).save_pretrained(folder)
+        classify.load_trained(kind).half().save_pretrained(folder)
+        ViTImageProcessor(size={"height": size, "width": size}, resample=2, **NORMALIZATION).save_pretrained(folder)
 
     return write
 
 
-def widen(folder: Path) -> None:
-    """Say "float32" in transformers' configs: stored in half, loaded in single precision, as diffusers does unasked."""
+def set_float32(folder: Path) -> None:
+    """Set transformers' configs to float32: weights are stored in half precision and load as float32, as in diffusers."""
     for path in folder.rglob("config.json"):
         config = json.loads(path.read_text())
         if "dtype" in config:
             path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
 
 
-def place(name: str, write: Callable[[Path], None]) -> None:
-    fresh, old, target = WEIGHTS / f".{name}.new", WEIGHTS / f".{name}.old", WEIGHTS / name
+def replace_folder(name: str, write: Callable[[Path], None]) -> None:
+    fresh, old, target = MODELS / f".{name}.new", MODELS / f".{name}.old", MODELS / name
     shutil.rmtree(fresh, ignore_errors=True)
     write(fresh)
-    widen(fresh)
+    set_float32(fresh)
     if target.exists():
         target.rename(old)
     fresh.rename(target)
@@ -78,16 +80,16 @@ def place(name: str, write: Callable[[Path], None]) -> None:
 
 
 def main() -> None:
-    WEIGHTS.mkdir(exist_ok=True)
-    parts = {"pipeline": pipeline, "clip": likeness} | {kind: classifier(kind) for kind in classify.KINDS}
+    MODELS.mkdir(exist_ok=True)
+    parts = {"pipeline": save_pipeline, "clip": save_clip} | {kind: classifier_saver(kind) for kind in classify.KINDS}
     for name, write in parts.items():
         state = load(WORK / f"{'unet' if name == 'pipeline' else name}.pt")
         if state is None or not state.get("finished", True):
             print(f"{name}: not trained yet, left as it is")
             continue
-        place(name, write)
-        print(f"{name}: {sum(f.stat().st_size for f in (WEIGHTS / name).rglob('*') if f.is_file()):,} bytes")
-    made = {str(f.relative_to(WEIGHTS)): f for f in sorted(WEIGHTS.rglob("*")) if f.is_file()}
+        replace_folder(name, write)
+        print(f"{name}: {sum(f.stat().st_size for f in (MODELS / name).rglob('*') if f.is_file()):,} bytes")
+    made = {str(f.relative_to(MODELS)): f for f in sorted(MODELS.rglob("*")) if f.is_file()}
     print(f"together: {sum(f.stat().st_size for f in made.values()):,} bytes")
     digests = {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in made.items()}
     (WORK / "packed.json").write_text(json.dumps(digests, indent=2) + "\n")

@@ -1,21 +1,21 @@
-"""Contact sheets to look at: `sheet.png` (what is drawn) and `rebuilt.png` (pictures, each with its reconstruction).
+"""Contact sheets: `sheet.png` (generated images) and `rebuilt.png` (images, each with its reconstruction).
 
-A row of the first holds six concepts, each with four plain seeds and two in ink style.
+A row of the first has six concepts, each with four plain seeds and two in ink style.
 """
 
 from __future__ import annotations
 
 import torch
-from captions import article
-from common import HERE, concepts, params, pictures, single
-from measure import draw, open_pipeline
+from captions import with_article
+from common import EMOJI, concepts, load_images, params, use_one_thread
+from measure import open_pipeline, sample_images
 from PIL import Image
 from torch.nn.functional import interpolate
-from vae import trained
+from vae import load_trained
 
 
 def grid(x: torch.Tensor, columns: int, zoom: int = 2) -> Image.Image:
-    """(n, 3, h, w) in [0, 1] as one picture, row by row."""
+    """Tile (n, 3, h, w) in [0, 1] into one image, row by row."""
     n, _, h, w = x.shape
     x = torch.cat([x, x.new_ones((-n) % columns, 3, h, w)])
     y = x.view(-1, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
@@ -24,17 +24,17 @@ def grid(x: torch.Tensor, columns: int, zoom: int = 2) -> Image.Image:
 
 
 def main() -> None:
-    single()
+    use_one_thread()
     pipe, table = open_pipeline(), concepts()
-    prompts = [p for c in table for p in (article(c.name),) * 4 + (f"{article(c.name)} in ink style",) * 2]
-    grid(draw(pipe, prompts, range(len(prompts))), 36).save(HERE / "sheet.png")
-    x, rows = pictures()
-    size, net = params("data")["size"], trained(polished=True)
+    prompts = [p for c in table for p in (with_article(c.name),) * 4 + (f"{with_article(c.name)} in ink style",) * 2]
+    grid(sample_images(pipe, prompts, range(len(prompts))), 36).save(EMOJI / "sheet.png")
+    x, rows = load_images()
+    size, net = params("data")["size"], load_trained(polished=True)
     some = [i for i, r in enumerate(rows) if r["concept"]][::11]
     y = interpolate(x[some].float() / 255, size=size, mode="area")
     with torch.no_grad():
         back = net.decode(net.encode(y * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-    grid(torch.stack([y, back], 1).flatten(0, 1), 20).save(HERE / "rebuilt.png")
+    grid(torch.stack([y, back], 1).flatten(0, 1), 20).save(EMOJI / "rebuilt.png")
 
 
 if __name__ == "__main__":

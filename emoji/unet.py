@@ -1,9 +1,9 @@
-"""Train the denoiser on latents of our pictures, with the text encoder frozen.
+"""Train the UNet on latents of our images, with the text encoder frozen.
 
-Noise prediction, weights min(SNR, 5)/SNR, AdamW with a cosine, averaged weights (these are what is shipped).
-Processes share one set of weights and update it without locks (Hogwild): on a CPU two such processes do about
-twice the work of one, two threads do not. A run that is stopped continues from `work/unet.pt`; one that has
-reached its number of samples begins afresh, unless that number was raised.
+Noise prediction, min-SNR weighting min(SNR, 5)/SNR, AdamW with a cosine schedule; the EMA weights are exported.
+Processes share one set of weights and update it without locks (Hogwild): on a CPU two such processes do about twice the
+work of one, two threads do not. An interrupted run resumes from `work/unet.pt`; a finished one starts over, unless its
+number of samples was raised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,20 @@ import torch
 import torch.multiprocessing as mp
 import vae
 from captions import caption
-from common import FAMILIES, WORK, Concept, concepts, generator, load, params, pictures, save, seed, single, warp
+from common import (
+    FAMILIES,
+    WORK,
+    Concept,
+    concepts,
+    generator,
+    load,
+    load_images,
+    params,
+    random_affine,
+    save,
+    seed,
+    use_one_thread,
+)
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -35,7 +48,7 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def build() -> UNet2DConditionModel:
+def build_unet() -> UNet2DConditionModel:
     unet = UNet2DConditionModel(
         sample_size=params("data")["size"] // 4,
         in_channels=params("vae")["latents"],
@@ -53,20 +66,20 @@ def build() -> UNet2DConditionModel:
 
 
 def encode_latents() -> None:
-    """Write scaled latents of `views` moved copies of each of our pictures, and which picture each is of."""
-    p, net, rng = params("data"), vae.trained(), generator("unet/views")
-    x, rows = pictures()
+    """Write scaled latents of `views` augmented copies of each of our images, and the image of each."""
+    p, net, rng = params("data"), vae.load_trained(), generator("unet/views")
+    x, rows = load_images()
     ours = torch.tensor([i for i, r in enumerate(rows) if r["concept"]]).repeat(p["views"])
     with torch.no_grad():
         parts = [
-            net.encode(warp(x[i].float() / 255, rng, p["size"], (0.84, 1.0), 0.05) * 2 - 1).latent_dist.mode()
+            net.encode(random_affine(x[i].float() / 255, rng, p["size"], (0.84, 1.0), 0.05) * 2 - 1).latent_dist.mode()
             for i in ours.split(200)
         ]
     save(WORK / "latents.pt", z=torch.cat(parts) * net.config.scaling_factor, picture=ours)
 
 
-def odds(rows: list[dict[str, str]]) -> torch.Tensor:
-    """How often each picture is shown: shares of families and ink as in the parameters, else even by concept."""
+def sampling_weights(rows: list[dict[str, str]]) -> torch.Tensor:
+    """Sampling weight of each image: shares of families and ink as in the parameters, else balanced by concept."""
     p, table = params("data"), concepts()
     share = {f: p[f"{f}_share"] for f in FAMILIES}
     weight = {c.name: p["gun_weight"] if c.name == "gun" else 1.0 for c in table}
@@ -84,40 +97,40 @@ def odds(rows: list[dict[str, str]]) -> torch.Tensor:
     return torch.where(ink, even * p["ink_share"] / even[ink].sum(), even * (1 - p["ink_share"]) / even[~ink].sum())
 
 
-class Speaker:
-    """Captions as text-encoder states, each string encoded once."""
+class CaptionEncoder:
+    """Samples captions and encodes them; every string is encoded once."""
 
     def __init__(self, rows: list[dict[str, str]], rng: Random) -> None:
-        self.words, self.model = text.trained()
+        self.tokenizer, self.model = text.load_trained()
         self.rows, self.rng, self.p = rows, rng, params("unet")
-        self.table: list[Concept] = concepts()
-        self.ours = {c.name: c for c in self.table}
-        self.known: dict[str, torch.Tensor] = {}
+        self.concepts: list[Concept] = concepts()
+        self.concept_by_name = {c.name: c for c in self.concepts}
+        self.cache: dict[str, torch.Tensor] = {}
 
-    def say(self, picture: int) -> str:
+    def sample_caption(self, picture: int) -> str:
         if self.rng.random() < self.p["drop"]:
             return ""
         row = self.rows[picture]
-        return caption(self.ours[row["concept"]], row["style"], self.rng, self.p["lists"], self.table)
+        return caption(self.concept_by_name[row["concept"]], row["style"], self.rng, self.p["lists"], self.concepts)
 
     def __call__(self, chosen: list[int]) -> torch.Tensor:
-        texts = [self.say(i) for i in chosen]
-        new = sorted({t for t in texts if t not in self.known})
+        texts = [self.sample_caption(i) for i in chosen]
+        new = sorted({t for t in texts if t not in self.cache})
         if new:
             with torch.no_grad():
-                states = self.model(text.encode(self.words, new)).last_hidden_state
-            self.known.update(zip(new, states.bfloat16(), strict=True))
-        return torch.stack([self.known[t] for t in texts]).float()
+                states = self.model(text.encode(self.tokenizer, new)).last_hidden_state
+            self.cache.update(zip(new, states.bfloat16(), strict=True))
+        return torch.stack([self.cache[t] for t in texts]).float()
 
 
-def learn(rank: int, unet: UNet2DConditionModel, average: dict[str, torch.Tensor], seen: torch.Tensor) -> None:
-    """One Hogwild process; the first also averages, reports and saves."""
-    single()
-    p, (_, rows) = params("unet"), pictures()
+def train_process(rank: int, unet: UNet2DConditionModel, average: dict[str, torch.Tensor], seen: torch.Tensor) -> None:
+    """One Hogwild process; the first also updates the EMA weights, prints and saves."""
+    use_one_thread()
+    p, (_, rows) = params("unet"), load_images()
     latents = load(WORK / "latents.pt")
     rng = torch.Generator().manual_seed(seed(f"unet/{rank}") + int(seen))
-    speak = Speaker(rows, Random(seed(f"unet/captions/{rank}") + int(seen)))
-    weight = odds(rows)[latents["picture"]]
+    speak = CaptionEncoder(rows, Random(seed(f"unet/captions/{rank}") + int(seen)))
+    weight = sampling_weights(rows)[latents["picture"]]
     signal = scheduler().alphas_cumprod
     snr = signal / (1 - signal)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=p["lr"], weight_decay=1e-3)
@@ -163,9 +176,9 @@ def learn(rank: int, unet: UNet2DConditionModel, average: dict[str, torch.Tensor
 
 
 def main() -> None:
-    single()
+    use_one_thread()
     torch.manual_seed(seed("unet/init") % 2**31)
-    unet = build()
+    unet = build_unet()
     seen = torch.zeros((), dtype=torch.long)
     state = load(WORK / "unet.pt")
     if state and state["samples"] < params("unet")["samples"]:
@@ -180,7 +193,7 @@ def main() -> None:
     print(f"{sum(w.numel() for w in unet.parameters()):,} parameters, {int(seen)} samples so far", flush=True)
     unet.share_memory()
     seen.share_memory_()
-    mp.spawn(learn, (unet, average, seen), nprocs=params("unet")["processes"])
+    mp.spawn(train_process, (unet, average, seen), nprocs=params("unet")["processes"])
 
 
 if __name__ == "__main__":

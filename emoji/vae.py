@@ -1,9 +1,8 @@
-"""Train the autoencoder: 32 px pictures to 8x8 latents and back.
+"""Train the autoencoder: 32 px images to 8x8 latents and back.
 
-Half of each batch is what the generator draws, half is everything else. The loss is squared error
-(what PSNR measures) with a little absolute error (which keeps edges) and a weak pull to a normal latent.
-`vae.py decoder` then goes on with the decoder alone: the latents stay what they are, so this may run while
-the denoiser is being trained.
+Half of each batch shows our concepts, half all objects. The loss is the squared error (as in PSNR) with a small
+absolute error (which keeps edges) and a weak KL term. `vae.py decoder` then trains the decoder alone: latents do not
+change, so it may run in parallel with the UNet's training.
 """
 
 from __future__ import annotations
@@ -13,11 +12,23 @@ import sys
 from typing import Any
 
 import torch
-from common import WORK, clock, finished, load, params, pictures, resume, save, seed, single, warp
+from common import (
+    WORK,
+    load,
+    load_checkpoint,
+    load_finished,
+    load_images,
+    params,
+    random_affine,
+    save,
+    seed,
+    training_progress,
+    use_one_thread,
+)
 from diffusers import AutoencoderKL
 
 
-def build() -> AutoencoderKL:
+def build_vae() -> AutoencoderKL:
     p = params("vae")
     depth = len(p["channels"])
     return AutoencoderKL(
@@ -34,25 +45,25 @@ def build() -> AutoencoderKL:
     )
 
 
-def trained(polished: bool = False) -> AutoencoderKL:
-    """The network in evaluation mode, scaling factor set; with its final decoder if asked and if there is one yet."""
-    state = finished(WORK / "vae.pt")
+def load_trained(polished: bool = False) -> AutoencoderKL:
+    """The network in evaluation mode with its scaling factor; `polished`: with the final decoder, if trained."""
+    state = load_finished(WORK / "vae.pt")
     if polished and (final := load(WORK / "decoder.pt")) and final["finished"]:
         state = final
-    vae = build().eval().requires_grad_(False)
+    vae = build_vae().eval().requires_grad_(False)
     vae.load_state_dict(state["model"])
     vae.register_to_config(scaling_factor=state["scale"])
     return vae
 
 
-def batches(x: torch.Tensor, ours: torch.Tensor, size: int, batch: int, rng: torch.Generator) -> torch.Tensor:
+def sample_batch(x: torch.Tensor, ours: torch.Tensor, size: int, batch: int, rng: torch.Generator) -> torch.Tensor:
     rest = torch.randint(len(x), (batch - batch // 2,), generator=rng)
     mine = ours[torch.randint(len(ours), (batch // 2,), generator=rng)]
-    return warp(x[torch.cat([mine, rest])].float() / 255, rng, size, (0.8, 1.0), 0.08) * 2 - 1
+    return random_affine(x[torch.cat([mine, rest])].float() / 255, rng, size, (0.8, 1.0), 0.08) * 2 - 1
 
 
 def psnr(vae: AutoencoderKL, x: torch.Tensor, size: int) -> float:
-    """Mean over pictures of 10 log10(1 / mse), values in [0, 1]."""
+    """Mean over images of 10 log10(1 / mse), values in [0, 1]."""
     y = torch.nn.functional.interpolate(x.float() / 255, size=size, mode="area")
     with torch.no_grad():
         z = torch.cat([vae.decode(vae.encode(part * 2 - 1).latent_dist.mode()).sample for part in y.split(200)])
@@ -60,14 +71,14 @@ def psnr(vae: AutoencoderKL, x: torch.Tensor, size: int) -> float:
 
 
 def start(stage: str) -> tuple[AutoencoderKL, dict[str, Any]]:
-    """Network and progress: where this stage stopped, or fresh, or (the decoder's stage) from the first stage's end."""
+    """Network and progress: from a checkpoint, or initialised (the decoder's stage: from the trained autoencoder)."""
     torch.manual_seed(seed("vae/init") % 2**31)
-    vae = build()
-    state = resume(WORK / f"{stage}.pt", params(stage)) or {"minutes": 0.0, "step": 0}
+    vae = build_vae()
+    state = load_checkpoint(WORK / f"{stage}.pt", params(stage)) or {"minutes": 0.0, "step": 0}
     if "model" in state:
         vae.load_state_dict(state["model"])
     elif stage == "decoder":
-        vae.load_state_dict(trained().state_dict())
+        vae.load_state_dict(load_trained().state_dict())
     if stage == "decoder":
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -75,9 +86,9 @@ def start(stage: str) -> tuple[AutoencoderKL, dict[str, Any]]:
 
 
 def main(stage: str) -> None:
-    single()
+    use_one_thread()
     p, size = params(stage), params("data")["size"]
-    x, rows = pictures()
+    x, rows = load_images()
     ours = torch.tensor([i for i, r in enumerate(rows) if r["concept"]])
     vae, state = start(stage)
     learning = [w for w in vae.parameters() if w.requires_grad]
@@ -87,10 +98,10 @@ def main(stage: str) -> None:
     path, step = WORK / f"{stage}.pt", state["step"]
     rng = torch.Generator().manual_seed(seed(stage) + step)
     print(f"{sum(w.numel() for w in vae.parameters()):,} parameters", flush=True)
-    for part in clock(p["minutes"], state["minutes"]):
+    for part in training_progress(p["minutes"], state["minutes"]):
         for group in optimiser.param_groups:
             group["lr"] = p["lr"] * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * part))
-        y = batches(x, ours, size, p["batch"], rng)
+        y = sample_batch(x, ours, size, p["batch"], rng)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(y).latent_dist
             out = vae.decode(posterior.sample(generator=rng) if stage == "vae" else posterior.mode()).sample.float()
@@ -106,10 +117,10 @@ def main(stage: str) -> None:
             vae.eval()
             print(f"{part:4.0%} step {step} psnr {psnr(vae, x[ours[::8]], size):.2f} dB", flush=True)
             vae.train()
-            made = {"model": vae.state_dict(), "optimiser": optimiser.state_dict()}
-            save(path, **made, minutes=part * p["minutes"], step=step, settings=p, finished=False)
+            checkpoint = {"model": vae.state_dict(), "optimiser": optimiser.state_dict()}
+            save(path, **checkpoint, minutes=part * p["minutes"], step=step, settings=p, finished=False)
     vae.eval()
-    print(f"psnr of our pictures {psnr(vae, x[ours], size):.2f} dB, of all {psnr(vae, x[::4], size):.2f} dB")
+    print(f"psnr of our images {psnr(vae, x[ours], size):.2f} dB, of all {psnr(vae, x[::4], size):.2f} dB")
     y = torch.nn.functional.interpolate(x[ours].float() / 127.5 - 1, size=size, mode="area")
     with torch.no_grad():
         scale = 1 / vae.encode(y).latent_dist.mode().std().item()
