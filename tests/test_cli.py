@@ -20,6 +20,7 @@ from deleatur import plugins
 from deleatur.cli import app
 
 run = CliRunner().invoke
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +360,12 @@ def test_methods_estimates_costs_on_stable_diffusion_and_on_this_machine(in_proj
     output = run(app, ["methods", "attacks", "--cost"]).output
     assert "Stable Diffusion 1.4" in output
     assert "concept_inversion" in output
+
+
+def test_the_schema_in_the_repository_is_up_to_date(tmp_path: Path) -> None:
+    assert run(app, ["schema", str(tmp_path / "schema.json")]).exit_code == 0
+    text = (tmp_path / "schema.json").read_text("utf-8")
+    assert text == (ROOT / "params.schema.json").read_text("utf-8"), "deleatur schema params.schema.json"
+    assert json.loads(run(app, ["schema"]).output) == json.loads(text)
+    params = (ROOT / "params.yaml").read_text("utf-8")
+    assert params.startswith("# yaml-language-server: $schema=params.schema.json\n")
