@@ -1,4 +1,4 @@
-"""A page in a real browser."""
+"""Opens HTML pages in a headless browser."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ QUIET = (
     "--disable-sync",
 )
 Visit = tuple[Page, list[str], list[str]]
-"""The page, the requests it made and what it said on the console."""
+"""The page, the URLs that it requested, and its console messages."""
 
 
 @contextmanager
 def started() -> Iterator[Browser]:
     if not (chromium := shutil.which("chromium") or shutil.which("chromium-browser")):
-        without = pytest.fail if "BROWSER_REQUIRED" in os.environ else pytest.skip
-        without("no chromium here (Debian: apt-get install chromium)")
+        missing = pytest.fail if "BROWSER_REQUIRED" in os.environ else pytest.skip
+        missing("no chromium here (Debian: apt-get install chromium)")
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=list(QUIET))
         yield browser
@@ -37,10 +37,10 @@ def started() -> Iterator[Browser]:
 
 def visit(browser: Browser, html: Path) -> Visit:
     requests: list[str] = []
-    said: list[str] = []
+    messages: list[str] = []
     view = browser.new_page(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
     view.on("request", lambda request: requests.append(request.url))
-    view.on("console", lambda message: said.append(message.text))
-    view.on("pageerror", lambda error: said.append(str(error)))
+    view.on("console", lambda message: messages.append(message.text))
+    view.on("pageerror", lambda error: messages.append(str(error)))
     view.goto(html.as_uri())
-    return view, requests, said
+    return view, requests, messages

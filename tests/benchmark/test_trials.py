@@ -18,7 +18,7 @@ import workspace
 import yaml
 from typer.testing import CliRunner
 
-from deleatur import stages
+from deleatur import dependencies, stages
 from deleatur.benchmark import aggregate, log, plan, resources, schedule
 from deleatur.benchmark import trial as trials
 from deleatur.benchmark.digests import TrialDigests
@@ -316,6 +316,7 @@ def test_dvc_runs_only_stale_trials(done: Path, tmp_path: Path, monkeypatch: pyt
     params.write_text(yaml.safe_dump(numbers), "utf-8")
     ran(settings := Settings.load())  # whatever other tests did to it
     plan.write_plan(settings, "weapon")
+    dependencies.write_digests(root)  # the stage `code` of dvc.yaml
     finished.git(root, "init", "--quiet")
     finished.dvc(root, "init", "--quiet")
     finished.dvc(root, "commit", "--force", "--quiet", "compare/dvc.yaml")

@@ -1,4 +1,4 @@
-"""What a person is told of the newest verdict: `deleatur explain` and `deleatur report` on a finished project."""
+"""`deleatur explain` and `deleatur report` on a finished project."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ VERDICTS = [
     ({"min": -5.0}, "pass", 0),
     ({"min": 5.0}, "fail", 10),
     ({"min_n": 10**6}, "not enough evidence", 11),
-    ({"metric": "nobody_measures"}, "not enough evidence", 11),
+    ({"metric": "not_measured"}, "not enough evidence", 11),
 ]
 
 
 @pytest.mark.parametrize(("rule", "outcome", "code"), VERDICTS)
 def test_explain_ends_with_the_verdict(done: Settings, rule: dict[str, Any], outcome: str, code: int) -> None:
     judge(done, **rule)
-    told = run("explain")
-    assert told.exit_code == code, told.output
-    assert outcome in told.output.lower()
-    assert "pictures_fit_prompts" in told.output
-    spoken = run("explain", "--json")
-    assert spoken.exit_code == code
-    verdict = json.loads(spoken.stdout)
+    result = run("explain")
+    assert result.exit_code == code, result.output
+    assert outcome in result.output.lower()
+    assert "pictures_fit_prompts" in result.output
+    as_json = run("explain", "--json")
+    assert as_json.exit_code == code
+    verdict = json.loads(as_json.stdout)
     assert verdict["outcome"] == outcome
     assert [f["outcome"] for f in verdict["findings"]] == [outcome]
 
 
-def test_explain_says_by_what_margin_and_what_would_change_it(done: Settings) -> None:
+def test_explain_has_the_margin_and_the_reason(done: Settings) -> None:
     judge(done, min=5.0)
     verdict = json_records.read(done.paths.verdict / "verdict.json", Verdict)
     [finding] = verdict.findings
@@ -63,53 +63,53 @@ def test_explain_says_by_what_margin_and_what_would_change_it(done: Settings) ->
     assert finding.reason in re.sub(r"\s+", " ", run("explain").output)
 
 
-def test_report_shows_every_number_and_paths_that_exist(done: Settings) -> None:
-    told = run("report")
-    assert told.exit_code == 0, told.output
-    assert "PASS" in told.output
+def test_report_shows_every_metric_and_paths_that_exist(done: Settings) -> None:
+    result = run("report")
+    assert result.exit_code == 0, result.output
+    assert "PASS" in result.output
     report = json_records.read(done.paths.report / "report.json", Report)
     for metric in {score.metric for score in report.scores}:
-        assert metric in told.output
-    named = dict(re.findall(r"^(Page|Sheet): +(\S+)$", told.output, re.MULTILINE))
-    assert set(named) == {"Page", "Sheet"}
-    assert "<h1>Pass</h1>" in Path(named["Page"]).read_text("utf-8")
-    assert Path(named["Sheet"]).read_bytes().startswith(b"\x89PNG")
+        assert metric in result.output
+    paths = dict(re.findall(r"^(Page|Sheet): +(\S+)$", result.output, re.MULTILINE))
+    assert set(paths) == {"Page", "Sheet"}
+    assert "<h1>Pass</h1>" in Path(paths["Page"]).read_text("utf-8")
+    assert Path(paths["Sheet"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_as_json_is_the_verdict_and_the_report_of_the_files(done: Settings) -> None:
-    told = run("report", "--json")
-    assert told.exit_code == 0
-    found = json.loads(told.output)
+def test_report_as_json_has_verdict_and_report(done: Settings) -> None:
+    result = run("report", "--json")
+    assert result.exit_code == 0
+    output = json.loads(result.output)
     verdict, report = (
-        json_records.decode(json.dumps(found[kind.__name__.lower()]).encode(), kind, "") for kind in (Verdict, Report)
+        json_records.decode(json.dumps(output[kind.__name__.lower()]).encode(), kind, "") for kind in (Verdict, Report)
     )
     assert verdict == json_records.read(done.paths.verdict / "verdict.json", Verdict)
     assert report == json_records.read(done.paths.report / "report.json", Report)
     assert verdict.report == json_records.digest(report)
 
 
-def test_report_of_a_failing_verdict_is_no_failure_to_report(done: Settings) -> None:
+def test_report_succeeds_on_a_failing_verdict(done: Settings) -> None:
     judge(done, min=5.0)
-    told = run("report")
-    assert (told.exit_code, "FAIL" in told.output) == (0, True)
+    result = run("report")
+    assert (result.exit_code, "FAIL" in result.output) == (0, True)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "reason"),
     [
         ({}, ""),
         ({"gate": finished.passing_policy(-6.0)}, "by other rules than params.yaml has now"),
         ({"seed": 43}, "with other settings than params.yaml has now"),
     ],
 )
-def test_numbers_of_other_settings_are_not_shown_as_todays(done: Settings, changes: dict[str, Any], said: str) -> None:
+def test_results_of_other_settings_are_marked(done: Settings, changes: dict[str, Any], reason: str) -> None:
     params = yaml.safe_load(Path("params.yaml").read_text("utf-8")) | changes
     Path("params.yaml").write_text(yaml.safe_dump(params), "utf-8")
-    told = [run("report").stderr, run("explain").stderr, json.loads(run("report", "--json").stdout)["stale"]]
-    assert all(said in one and bool(said) == bool(one) for one in told), told
-    assert run("export", "erased").stdout.splitlines()[1].startswith("Verdict: pass" + (", but " if said else ""))
+    outputs = [run("report").stderr, run("explain").stderr, json.loads(run("report", "--json").stdout)["stale"]]
+    assert all(reason in output and bool(reason) == bool(output) for output in outputs), outputs
+    assert run("export", "erased").stdout.splitlines()[1].startswith("Verdict: pass" + (", but " if reason else ""))
 
 
-def test_weights_nobody_judged_are_exported_with_that_word(done: Settings) -> None:
+def test_the_export_of_unjudged_weights_says_so(done: Settings) -> None:
     shutil.rmtree(done.paths.verdict)
     assert "Verdict: none: these weights were not judged" in run("export", "erased").stdout

@@ -1,4 +1,4 @@
-"""What a release says of itself can be read by those who read such papers, and leaves nothing of the evidence out."""
+"""Model card and bill of materials: valid in their formats, and complete."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ REPORT = Report(PROVENANCE, SCORES, [NOTE])
 VERDICT = Verdict("pass", [Finding("concept_is_gone", "pass", "0.17 is below 0.3", 0.13, "")], "9" * 64, "8" * 64, True)
 
 
-def paper(report: Report = REPORT) -> dict[str, Any]:
+def build_bom(report: Report = REPORT) -> dict[str, Any]:
     return bom.build("deleatur", "models/pipeline", "e" * 64, report, VERDICT)
 
 
-def test_the_card_is_one_that_the_hub_reads() -> None:
+def test_the_hub_reads_the_card() -> None:
     text = model_card.render("deleatur", "models/pipeline", 0.95, REPORT, VERDICT)
     assert text == model_card.render("deleatur", "models/pipeline", 0.95, REPORT, VERDICT), "no clock"
     data = ModelCard(text).data
@@ -41,10 +41,12 @@ def test_the_card_is_one_that_the_hub_reads() -> None:
     )
     assert data.eval_results is not None
     assert [r.dataset_config for r in data.eval_results] == ["concept"]
-    assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("concept_rate", 0.1)], "its own, absolute"
+    assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("concept_rate", 0.1)], (
+        "the candidate's own scores"
+    )
     digests = [v for v in vars(PROVENANCE).values() if isinstance(v, str) and len(v) == 64]
     assert len(digests) == 8
-    for said in (
+    for expected in (
         *digests,
         JUDGE.weights,
         VERDICT.report,
@@ -54,29 +56,29 @@ def test_the_card_is_one_that_the_hub_reads() -> None:
         "0.17 is below 0.3",
         "+0.13",
     ):
-        assert said in text
+        assert expected in text
     assert "| clip_score | unseen | candidate-base | -0.01 | -0.02 … 0.001 | 90 |" in text
     assert "{{" not in text
 
 
 def test_the_bill_of_materials_is_valid_and_complete() -> None:
-    text = json.dumps(paper())
+    text = json.dumps(build_bom())
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     for digest in ("pipeline", "delta", "feedback", "prompts", "base", "tokens", "settings", "images"):
         assert getattr(PROVENANCE, digest) in text
-    assert {c["bom-ref"] for c in paper()["components"]} >= {"base", "feedback", "prompts", "library:torch"}
-    metrics = paper()["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert {c["bom-ref"] for c in build_bom()["components"]} >= {"base", "feedback", "prompts", "library:torch"}
+    metrics = build_bom()["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     assert [m["slice"] for m in metrics] == ["concept/base", "concept/candidate", "unseen/candidate-base"]
     assert metrics[1]["confidenceInterval"] == {"lowerBound": "0.05", "upperBound": "0.17"}
 
 
-def test_the_validator_finds_what_does_not_belong() -> None:
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(paper() | {"unknown": 1})) is not None
+def test_the_validator_rejects_unknown_keys() -> None:
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(build_bom() | {"unknown": 1})) is not None
 
 
 @pytest.mark.parametrize("version", ["2.13.0+cpu", "5.0rc1"])
-def test_versions_are_package_addresses(version: str) -> None:
-    made_by = replace(PROVENANCE, versions={"torch": version})
-    text = json.dumps(paper(replace(REPORT, provenance=made_by)))
+def test_versions_are_package_urls(version: str) -> None:
+    provenance = replace(PROVENANCE, versions={"torch": version})
+    text = json.dumps(build_bom(replace(REPORT, provenance=provenance)))
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     assert f"pkg:pypi/torch@{version.replace('+', '%2B')}" in text
