@@ -61,7 +61,7 @@ def classifier_saver(kind: str) -> Callable[[Path], None]:
 
 
 def set_float32(folder: Path) -> None:
-    """Set transformers' configs to float32: weights are stored in half precision and load as float32, as in diffusers."""
+    """Set transformers' configs to float32: stored in half precision, weights load as float32, as in diffusers."""
     for path in folder.rglob("config.json"):
         config = json.loads(path.read_text())
         if "dtype" in config:

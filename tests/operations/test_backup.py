@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 def release_under_limit(settings: Settings, limit: float) -> None:
     """The same evidence under another policy: another verdict, and another version if it passes."""
-    policy = {"gate": finished.passing(limit)}
+    policy = {"gate": finished.passing_policy(limit)}
     gate.run(Settings.model_validate(settings.model_dump(mode="json", by_alias=True) | policy))
     register.run(settings)
 
@@ -227,6 +227,6 @@ def test_aliases_moved_by_hand_are_not_backed_up(backed_up: Path, tmp_path: Path
     with chdir(tmp_path / "p"):
         registry = open_registry(here := settings_at(tmp_path / "p"))
         registry.client.delete_model_version(registry.model, registry.aliases()[LAST_KNOWN_GOOD])
-        with pytest.raises(DataError, match="moved aliases by hand: last_known_good is no version"):
+        with pytest.raises(DataError, match="aliases were moved by hand: last_known_good is no version"):
             backup(here, tmp_path / "set")
     assert [p.name for p in tmp_path.iterdir()] == ["p"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import canaries
 import pytest
-from canaries import ALL, change, counting, white
+from canaries import ALL_LABELS, change_params, detect_labels, label_of_white
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def two_releases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("twice")
-    canaries.make(shared, root)
+    canaries.create(shared, root)
     return root
 
 
@@ -52,7 +52,7 @@ def aliases() -> dict[str, str]:
 
 
 def test_an_erased_concept_keeps_the_champion(released: Path) -> None:
-    counting(white())
+    detect_labels(label_of_white())
     code, output = invoke("canary")
     assert (code, aliases()) == (0, {CHAMPION: "2", LAST_KNOWN_GOOD: "1"})
     assert "PASS weapon: concept_rate on concept, champion is 0" in output
@@ -67,7 +67,7 @@ def test_an_erased_concept_keeps_the_champion(released: Path) -> None:
 
 
 def test_a_concept_that_is_back_quarantines_the_champion(released: Path) -> None:
-    counting(*ALL)
+    detect_labels(*ALL_LABELS)
     code, output = invoke("canary", "--dry-run")
     assert (code, aliases()) == (10, {CHAMPION: "2", LAST_KNOWN_GOOD: "1"})
     assert "FAIL weapon: concept_rate on concept, champion is 1" in output
@@ -85,7 +85,7 @@ def test_a_concept_that_is_back_quarantines_the_champion(released: Path) -> None
 
 
 def test_a_detector_that_misses_the_concept_is_not_enough_evidence(released: Path) -> None:
-    counting("axe")
+    detect_labels("axe")
     code, output = invoke("canary")
     assert (code, aliases()) == (11, {CHAMPION: "2", LAST_KNOWN_GOOD: "1"})
     assert "NOT ENOUGH EVIDENCE weapon" in output
@@ -95,18 +95,18 @@ def test_every_concept_that_was_ever_erased_is_checked(released: Path) -> None:
     registry = open_registry(Settings.load())
     registry.tag("1", {"concepts": "weapon+blood"})
     assert canary.champion_and_concepts(Settings.load()) == ("2", ["weapon", "blood"])
-    counting(white())
+    detect_labels(label_of_white())
     code, output = invoke("canary")
     assert code == 11
     assert "blood: erased by an earlier version and no longer defined in params.yaml; canary.retired" in output
     registry.client.delete_model_version("deleatur", "1")
     assert canary.champion_and_concepts(Settings.load()) == ("2", ["weapon", "blood"]), "its concepts are remembered"
-    change(canary={"retired": ["blood"]})
+    change_params(canary={"retired": ["blood"]})
     assert invoke("canary")[0] == 0
 
 
 def test_a_version_rolled_back_during_the_check_is_not_quarantined(released: Path) -> None:
-    counting(*ALL)
+    detect_labels(*ALL_LABELS)
     settings = Settings.load()
     found = canary.check(settings, "2", ["weapon"])
     assert invoke("rollback", "--as", "Ada", "--reason", "seen")[0] == 0
@@ -121,7 +121,7 @@ def corrupt_weights(version: str) -> None:
 
 
 def test_a_predecessor_with_modified_files_is_not_promoted(released: Path) -> None:
-    counting(*ALL)
+    detect_labels(*ALL_LABELS)
     corrupt_weights("1")
     code, output = invoke("canary")
     assert (code, aliases()) == (10, {QUARANTINED: "2"})

@@ -31,9 +31,9 @@ def test_every_stage_uses_the_estimated_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    numbers = workspace.numbers(tmp_path)
+    numbers = workspace.small_params(tmp_path)
     numbers["erase"]["sdd"]["training"] |= LAST
-    settings = workspace.make(tmp_path, **numbers | (SFD if method == "sfd" else {}))
+    settings = workspace.create(tmp_path, **numbers | (SFD if method == "sfd" else {}))
     told, took = {line.name: line.cost.workload for line in estimate.chain_estimates(settings)}, {}
     for name in CHAIN:
         with counting.rows() as took[name]:
