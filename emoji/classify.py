@@ -182,7 +182,7 @@ def validate(model: ResNetForImageClassification, kind: str) -> str:
     with torch.no_grad():
         small = interpolate(x[test].float() / 127.5 - 1, size=params("data")["size"], mode="area")
         right = torch.cat([model(upscale(part)).logits.argmax(1) for part in small.split(200)]) == truth
-    return f"{right.float().mean():.3f} of {len(test)} pictures of the other fold"
+    return f"{right.float().mean():.3f} of {len(test)} images of the other fold"
 
 
 def balance_other(model: ResNetForImageClassification, kind: str) -> None:
@@ -214,7 +214,7 @@ def main(kind: str) -> None:
         optimiser.load_state_dict(state["optimiser"])
         done, step = state["minutes"], state["step"]
         rng.manual_seed(seed(kind) + step)
-    print(f"{kind}: {sum(w.numel() for w in model.parameters()):,} parameters, {len(table.x)} pictures", flush=True)
+    print(f"{kind}: {sum(w.numel() for w in model.parameters()):,} parameters, {len(table.x)} images", flush=True)
     turn, colours = (0.1, 0.2) if kind == "style" else (0.3, 0.7)
     for part in training_progress(p[kind]["minutes"], done):
         for group in optimiser.param_groups:

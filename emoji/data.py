@@ -133,7 +133,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     ours = sum(bool(r["concept"]) for r in rows)
-    print(f"{len(rows)} pictures of {len({r['label'] for r in rows})} things, {ours} of ours")
+    print(f"{len(rows)} images of {len({r['label'] for r in rows})} objects, {ours} of our concepts")
 
 
 if __name__ == "__main__":

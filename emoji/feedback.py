@@ -50,18 +50,18 @@ def sample_images(model: Model, concept: str) -> tuple[list[Image.Image], list[s
     c = encode.encode_text(model, [r[0] for r in rows])
     seeds = [r[2] for r in rows]
     guide = CFG(scale=4.0)
-    pictures = sample(model, c, seeds, guide=guide, conditions=guide.conditions(model, []), steps=8, batch=32)
-    return pictures, [r[1] for r in rows], seeds
+    images = sample(model, c, seeds, guide=guide, conditions=guide.conditions(model, []), steps=8, batch=32)
+    return images, [r[1] for r in rows], seeds
 
 
-def achromatic_share(picture: Image.Image) -> float:
+def achromatic_share(image: Image.Image) -> float:
     """1 for black on white, 0 for vivid colours, by the mean chroma of the non-white pixels."""
-    rgb = np.asarray(picture, np.float32) / 255
-    drawn = rgb.min(-1) < 0.8
-    if not drawn.any():
+    rgb = np.asarray(image, np.float32) / 255
+    non_white = rgb.min(-1) < 0.8
+    if not non_white.any():
         return 0.0
     chroma = rgb.max(-1) - rgb.min(-1)
-    return float(np.clip(1 - chroma[drawn].mean() / 0.25, 0, 1))
+    return float(np.clip(1 - chroma[non_white].mean() / 0.25, 0, 1))
 
 
 def main() -> None:
@@ -69,16 +69,16 @@ def main() -> None:
     model = load(str(ROOT / "models" / "pipeline"))
     rater = Classifier(path=str(ROOT / "models" / "rater")).load()
     for concept, spec in settings.concepts.items():
-        pictures, shared, seeds = sample_images(model, concept)
+        images, shared, seeds = sample_images(model, concept)
         if spec.kind == "rank":
-            oracle = [achromatic_share(p) for p in pictures]
+            oracle = [achromatic_share(p) for p in images]
         else:
             columns = [rater.labels.index(label) for label in spec.detection.labels]
-            oracle = rater.detect(pictures)[:, columns].sum(1).tolist()
+            oracle = rater.detect(images)[:, columns].sum(1).tolist()
         simulate(
             concept,
             spec,
-            pictures,
+            images,
             shared,
             seeds,
             oracle,

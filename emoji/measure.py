@@ -162,7 +162,7 @@ def main() -> None:
     bytes_ = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in sorted(MODELS.iterdir())}
     bytes_["all"] = sum(bytes_.values())
     files = {str(f.relative_to(MODELS)): sha256(f.read_bytes()) for f in sorted(MODELS.rglob("*.safetensors"))}
-    weights = {name: found.hexdigest() for name, found in files.items()}
+    weights = {name: digest.hexdigest() for name, digest in files.items()}
     report = {"rates": rates, **fixed, "sampler": params("measure"), "bytes": bytes_, "sha256": weights}
     (EMOJI / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
 

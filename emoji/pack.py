@@ -45,10 +45,10 @@ def save_clip(folder: Path) -> None:
     words, model = clip.load_trained()
     size = params("data")["size"]
     model.half().save_pretrained(folder)
-    picture = CLIPImageProcessor(
+    processor = CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **NORMALIZATION
     )
-    CLIPProcessor(image_processor=picture, tokenizer=words).save_pretrained(folder)
+    CLIPProcessor(image_processor=processor, tokenizer=words).save_pretrained(folder)
 
 
 def classifier_saver(kind: str) -> Callable[[Path], None]:

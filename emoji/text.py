@@ -140,10 +140,10 @@ class Captions:
         self.rng = Random(seed("text/captions"))
 
     def phrases(self) -> list[str]:
-        found = {c.name for c in self.concepts.values()}
+        phrases = {c.name for c in self.concepts.values()}
         for r in self.rows:
-            found.update([r["label"], r["category"], *r["tags"].split("; ")])
-        return sorted(found - {""})
+            phrases.update([r["label"], r["category"], *r["tags"].split("; ")])
+        return sorted(phrases - {""})
 
     def __call__(self, i: int) -> tuple[str, str]:
         row, rng = self.rows[i], self.rng

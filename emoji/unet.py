@@ -86,13 +86,13 @@ def sampling_weights(rows: list[dict[str, str]]) -> torch.Tensor:
     family = {c.name: c.family if c.family in FAMILIES else "" for c in table}
     total = {f: sum(w for n, w in weight.items() if family[n] == f) for f in (*FAMILIES, "")}
     part = {n: w / total[family[n]] * share.get(family[n], 1 - sum(share.values())) for n, w in weight.items()}
-    drawn: dict[tuple[str, bool], int] = {}
+    counts: dict[tuple[str, bool], int] = {}
     for r in rows:
         key = (r["concept"], r["style"] == "ink")
-        drawn[key] = drawn.get(key, 0) + 1
+        counts[key] = counts.get(key, 0) + 1
     ink = torch.tensor([r["style"] == "ink" for r in rows])
     even = torch.tensor(
-        [part[r["concept"]] / drawn[r["concept"], r["style"] == "ink"] if r["concept"] else 0.0 for r in rows]
+        [part[r["concept"]] / counts[r["concept"], r["style"] == "ink"] if r["concept"] else 0.0 for r in rows]
     )
     return torch.where(ink, even * p["ink_share"] / even[ink].sum(), even * (1 - p["ink_share"]) / even[~ink].sum())
 
@@ -107,10 +107,10 @@ class CaptionEncoder:
         self.concept_by_name = {c.name: c for c in self.concepts}
         self.cache: dict[str, torch.Tensor] = {}
 
-    def sample_caption(self, picture: int) -> str:
+    def sample_caption(self, image: int) -> str:
         if self.rng.random() < self.p["drop"]:
             return ""
-        row = self.rows[picture]
+        row = self.rows[image]
         return caption(self.concept_by_name[row["concept"]], row["style"], self.rng, self.p["lists"], self.concepts)
 
     def __call__(self, chosen: list[int]) -> torch.Tensor:

@@ -319,7 +319,7 @@ class Stack:
 
     def _create_bucket(self) -> None:
         store = self.s3_client()
-        if BUCKET not in {found["Name"] for found in store.list_buckets()["Buckets"]}:
+        if BUCKET not in {bucket["Name"] for bucket in store.list_buckets()["Buckets"]}:
             store.create_bucket(Bucket=BUCKET)
 
 
@@ -338,15 +338,15 @@ def free_ports(count: int) -> Iterator[list[int]]:
 
 def _find_program(name: str, install: str) -> str:
     path = os.pathsep.join([str(Path(PYTHON).parent), os.environ.get("PATH", os.defpath)])
-    if found := shutil.which(name, path=path):
-        return found
+    if executable := shutil.which(name, path=path):
+        return executable
     raise MissingProgram(f"{name} is not installed: {install}")
 
 
-def _clean_environment(own: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `own`, without variables that point to other servers."""
-    led = ("PREFECT_", "MLFLOW_", "AWS_", "PG")
-    return {name: value for name, value in os.environ.items() if not name.startswith(led)} | dict(own)
+def _clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `extra`, without variables that point to other servers."""
+    prefixes = ("PREFECT_", "MLFLOW_", "AWS_", "PG")
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)} | dict(extra)
 
 
 def _run_checked(

@@ -149,10 +149,10 @@ class Rehearsal:
     @property
     def env(self) -> dict[str, str]:
         quick = {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "1"}
-        own = {"PYTHONPATH": "src", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
+        extra = {"PYTHONPATH": "src", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_", "DELEATUR_"))}
         path = os.pathsep.join([str(Path(PYTHON).parent), clean.get("PATH", os.defpath)])
-        return clean | {"PATH": path} | self.stack.client_environment | quick | own
+        return clean | {"PATH": path} | self.stack.client_environment | quick | extra
 
     def log(self, what: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)

@@ -41,8 +41,8 @@ def release_under_limit(settings: Settings, limit: float) -> None:
 
 @pytest.fixture(scope="module")
 def backed_up(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with four versions, of which one was deleted and one backed_up back, and a verdict that failed. Beside it
-    its set, and a registry with nothing in it.
+    """A project with four versions, one deleted and one rolled back, and a failed verdict. Its backup and an empty
+    registry are next to it.
     """
     root = tmp_path_factory.mktemp("backed_up") / "project"
     root.mkdir()
@@ -55,7 +55,7 @@ def backed_up(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         rollback.rollback(settings, "Ada", "it draws swords")
         registry = open_registry(settings)
         registry.client.delete_model_version(registry.model, "1")
-        backup(settings, root.parent / "set")
+        backup(settings, root.parent / "backup")
     shutil.copy(finished.template(shared) / "mlflow.db", root.parent / "empty.db")
     return root
 
@@ -112,7 +112,7 @@ def file_texts(settings: Settings, version: str) -> dict[str, str]:
 
 def test_restore_brings_back_registry_ledger_and_workspace(backed_up: Path, clone: Settings) -> None:
     assert registry_content(clone)["runs"] == []
-    found = restore(clone, backed_up.parent / "set")
+    found = restore(clone, backed_up.parent / "backup")
     assert (found.versions, found.decisions) == (3, len(ledger.read(clone.register_.ledger).entries))
     with chdir(backed_up):
         before, weights = registry_content(settings_at(backed_up)), file_texts(settings_at(backed_up), "3")
@@ -158,9 +158,9 @@ def kill_before_commit(commit: int, work: Callable[[], object]) -> int:
 def test_an_interrupted_restore_resumes_to_the_same_result(backed_up: Path, clone: Settings) -> None:
     again = 0
     for commit in (1, 5, 15, 40, 80):
-        again += kill_before_commit(commit, lambda: restore(clone, backed_up.parent / "set")) == -signal.SIGKILL
+        again += kill_before_commit(commit, lambda: restore(clone, backed_up.parent / "backup")) == -signal.SIGKILL
     assert again >= 3, "some come to an end"
-    assert exit_code_of_fork(lambda: restore(clone, backed_up.parent / "set")) == 0
+    assert exit_code_of_fork(lambda: restore(clone, backed_up.parent / "backup")) == 0
     with chdir(backed_up):
         before = registry_content(settings_at(backed_up))
     assert registry_content(clone) == before
@@ -172,7 +172,7 @@ def test_a_version_that_the_backup_lacks_is_not_overwritten(backed_up: Path, clo
     registry.client.create_registered_model(registry.model)
     registry.client.create_model_version(registry.model, str(tmp_path), tags={EVIDENCE_TAG: "another"})
     with pytest.raises(DataError, match="has a version 1 here that is not the dump's"):
-        restore(clone, backed_up.parent / "set")
+        restore(clone, backed_up.parent / "backup")
     assert not clone.register_.ledger.exists()
 
 
@@ -183,7 +183,7 @@ def test_a_ledger_with_later_decisions_is_not_overwritten(backed_up: Path, clone
         book.append("decline", Subject(None, "", ""), "Ada", "no", last.aliases)
     before = clone.register_.ledger.read_bytes()
     with pytest.raises(DataError, match="decisions that the backup lacks"):
-        restore(clone, backed_up.parent / "set")
+        restore(clone, backed_up.parent / "backup")
     assert clone.register_.ledger.read_bytes() == before
 
 
@@ -193,7 +193,7 @@ def test_a_damaged_backup_is_refused(backed_up: Path, clone: Settings, tmp_path:
         (Path.unlink, "is missing"),
     ):
         copy = tmp_path / said
-        shutil.copytree(backed_up.parent / "set", copy)
+        shutil.copytree(backed_up.parent / "backup", copy)
         change(next(copy.rglob("*.safetensors")))
         with pytest.raises(DataError, match=said):
             restore(clone, copy)
@@ -205,7 +205,7 @@ def test_uncommitted_changes_are_not_overwritten(backed_up: Path, clone: Setting
     changed = lock.read_text() + "# mine\n"
     lock.write_text(changed)
     with pytest.raises(DataError, match=r"dvc\.lock: uncommitted changes"):
-        restore(clone, backed_up.parent / "set")
+        restore(clone, backed_up.parent / "backup")
     assert lock.read_text() == changed
 
 
@@ -215,11 +215,11 @@ def test_a_modified_ledger_is_not_backed_up_and_leaves_no_files(backed_up: Path,
         path = Path("ledger.jsonl")
         path.write_text(path.read_text().replace('"who":"', '"who":"Not ', 1))
         with pytest.raises(DataError, match="changed"):
-            backup(settings_at(tmp_path / "p"), tmp_path / "set")
+            backup(settings_at(tmp_path / "p"), tmp_path / "backup")
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
     with pytest.raises(DataError, match="exists already"):
-        backup(settings_at(backed_up), backed_up.parent / "set")
-    assert files.read_json(backed_up.parent / "set" / "manifest.json")["versions"] == 3
+        backup(settings_at(backed_up), backed_up.parent / "backup")
+    assert files.read_json(backed_up.parent / "backup" / "manifest.json")["versions"] == 3
 
 
 def test_aliases_moved_by_hand_are_not_backed_up(backed_up: Path, tmp_path: Path) -> None:
@@ -228,5 +228,5 @@ def test_aliases_moved_by_hand_are_not_backed_up(backed_up: Path, tmp_path: Path
         registry = open_registry(here := settings_at(tmp_path / "p"))
         registry.client.delete_model_version(registry.model, registry.aliases()[LAST_KNOWN_GOOD])
         with pytest.raises(DataError, match="aliases were moved by hand: last_known_good is no version"):
-            backup(here, tmp_path / "set")
+            backup(here, tmp_path / "backup")
     assert [p.name for p in tmp_path.iterdir()] == ["p"]

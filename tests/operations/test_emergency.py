@@ -46,7 +46,8 @@ def invoke(*command: str) -> tuple[int, str]:
 
 def release_by_chain(settings: Settings, limit: float) -> None:
     os.environ[STARTED_BY] = "chain"
-    gate.run(changed := Settings.model_validate(settings.model_dump(by_alias=True) | {"gate": finished.passing_policy(limit)}))
+    policy = {"gate": finished.passing_policy(limit)}
+    gate.run(changed := Settings.model_validate(settings.model_dump(by_alias=True) | policy))
     register.run(changed)
 
 
