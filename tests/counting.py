@@ -1,4 +1,4 @@
-"""Network calls as torch itself sees them."""
+"""Counts network calls with PyTorch hooks; kills processes for the tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = "CLIPTextModel"
 
 @contextmanager
 def calls(on_call: Callable[[Counter[str]], None] = lambda counts: None) -> Iterator[Counter[str]]:
-    """Inside, every forward call of every module counts, by the name of its class."""
+    """Counts forward calls of all modules, by the name of their class."""
     counts: Counter[str] = Counter()
 
     def count(module: Any, args: Any, output: Any) -> None:
@@ -35,17 +35,17 @@ def calls(on_call: Callable[[Counter[str]], None] = lambda counts: None) -> Iter
 
 @contextmanager
 def rows() -> Iterator[Counter[str]]:
-    """Inside, every latent that goes through a UNet counts: "forward" without gradient, "backward" with; beside them,
-    the most that went through at once, as "wide" and "deep".
+    """Counts latents that pass through a UNet: "forward" without gradient, "backward" with; beside them the most in
+    one call, "max_forward_batch" and "max_backward_batch".
     """
     counts: Counter[str] = Counter()
 
     def count(module: Any, args: Any, output: Any) -> None:
         if type(module).__name__ == UNET:
             n = len(args[0])
-            total, most = ("backward", "deep") if output.sample.requires_grad else ("forward", "wide")
-            counts[total] += n
-            counts[most] = max(counts[most], n)
+            kind = "backward" if output.sample.requires_grad else "forward"
+            counts[kind] += n
+            counts[f"max_{kind}_batch"] = max(counts[f"max_{kind}_batch"], n)
 
     handle = register_module_forward_hook(count)
     try:
@@ -55,7 +55,7 @@ def rows() -> Iterator[Counter[str]]:
 
 
 def killed(work: Callable[[], object], when: Callable[[], object] = lambda: None) -> bool:
-    """Whether a process of its own was killed while it worked; `when` runs in it before, and arranges that."""
+    """Runs `work` in a child process, after `when`, which arranges its death. Returns whether it was killed."""
     child = os.fork()
     if child == 0:
         try:

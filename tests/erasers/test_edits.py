@@ -1,4 +1,4 @@
-"""UCE's and RECE's promises: projections say of the concept what they say of its alternative, and little else moves."""
+"""UCE and RECE: projections map the concept to the values of its alternative, and little else changes."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ EXACT = {"lam": 1e-4, "preserve": 1.0}
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """A tiny pipeline whose states have room: sixteen dimensions could not hold a sentence of sixteen states and lead
-    another one elsewhere."""
+    """A tiny pipeline with wider states: in 16 dimensions, 16 preserved states would fix every direction."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "WIDTH", 64)
         return tiny.model()
 
 
-def words(model: Model, *names: str, concept: str = "weapon", sentences: tuple[str, ...] = ("{}",)) -> Concept:
-    return encode.concept_from_words(model, concept, names, sentences)
+def words(model: Model, *names: str, concept: str = "weapon", templates: tuple[str, ...] = ("{}",)) -> Concept:
+    return encode.concept_from_words(model, concept, names, templates)
 
 
 def erase(
@@ -47,11 +46,11 @@ def erase(
 
 
 def values(weights: dict[str, Tensor], states: Tensor) -> Tensor:
-    """What every key and value projection says of states (n, d)."""
+    """The outputs of every key and value projection for states (n, d)."""
     return torch.cat([states @ w.T for w in weights.values()], -1)
 
 
-def own_and_edited(model: Model, delta: Delta) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def base_and_edited(model: Model, delta: Delta) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     edited = edited_weights(model, delta)
     return {n: model.unet.get_parameter(n) for n in edited}, edited
 
@@ -63,23 +62,23 @@ def distance(x: Tensor, y: Tensor) -> float:
 @pytest.mark.parametrize("eraser", [UCE(edit=EXACT), RECE(edit=EXACT, hold=True)])
 def test_the_concept_becomes_the_empty_prompt_and_preserved_prompts_stay(model: Model, eraser: Eraser) -> None:
     gun = words(model, "gun")
-    own, edited = own_and_edited(model, erase(model, eraser, gun))
+    base, edited = base_and_edited(model, erase(model, eraser, gun))
     empty, cat = encode.encode_text(model, ["", "a cat"])
-    assert distance(values(own, gun.states[0]), values(own, empty)) > 0.25, "the effect exists before"
-    assert distance(values(edited, gun.states[0]), values(own, empty)) < 0.02, "and is gone after"
-    for kept in (empty, cat):
-        assert distance(values(edited, kept), values(own, kept)) < 0.02
+    assert distance(values(base, gun.states[0]), values(base, empty)) > 0.25, "the effect exists before"
+    assert distance(values(edited, gun.states[0]), values(base, empty)) < 0.02, "and is gone after"
+    for preserved in (empty, cat):
+        assert distance(values(edited, preserved), values(base, preserved)) < 0.02
 
 
-def test_what_the_network_predicts_follows(model: Model) -> None:
+def test_the_networks_prediction_follows(model: Model) -> None:
     weights = edited_weights(model, erase(model, UCE(edit=EXACT), words(model, "gun")))
     g = torch.Generator().manual_seed(5)
     z, t = torch.randn(16, 4, 4, 4, generator=g), torch.linspace(50, 950, 16).long()
 
     def gap(weights: dict[str, Tensor], prompt: str, versus: str) -> float:
         states = encode.encode_text(model, [prompt, versus])
-        ours, other = predict(model, weights, z, t, states[:1]), predict(model, {}, z, t, states[1:])
-        return float((ours - other).square().mean())
+        prediction, other = predict(model, weights, z, t, states[:1]), predict(model, {}, z, t, states[1:])
+        return float((prediction - other).square().mean())
 
     before = gap({}, "gun", "")
     assert before > 1e-5
@@ -87,78 +86,78 @@ def test_what_the_network_predicts_follows(model: Model) -> None:
     assert gap(weights, "a cat", "a cat") < 0.01 * before
 
 
-def test_an_alternative_is_what_the_concept_becomes(model: Model) -> None:
-    gun, sword = words(model, "gun", sentences=("a {} of",)), words(model, "sword", concept="blade")
+def test_the_concept_becomes_its_alternative(model: Model) -> None:
+    gun, sword = words(model, "gun", templates=("a {} of",)), words(model, "sword", concept="blade")
     delta = erase(model, UCE(edit=EXACT, alternatives={"weapon": "dog"}), gun, sword)
-    own, edited = own_and_edited(model, delta)
+    base, edited = base_and_edited(model, delta)
     dog, empty = encode.encode_text(model, ["a dog of", ""])
-    assert distance(values(own, gun.states[0, 2:]), values(own, dog[2:])) > 0.25
-    assert distance(values(edited, gun.states[0, 2:]), values(own, dog[2:])) < 0.05
-    assert distance(values(edited, sword.states[0, 1:]), values(own, empty[1:])) < 0.05, "the other has none"
+    assert distance(values(base, gun.states[0, 2:]), values(base, dog[2:])) > 0.25
+    assert distance(values(edited, gun.states[0, 2:]), values(base, dog[2:])) < 0.05
+    assert distance(values(edited, sword.states[0, 1:]), values(base, empty[1:])) < 0.05, "the other has none"
 
 
-def test_preserved_prompts_stay_the_more_they_weigh(model: Model) -> None:
+def test_preserved_prompts_change_less_the_higher_their_weight(model: Model) -> None:
     cat = encode.encode_text(model, ["a cat"])[0]
 
     def drift(eta_p: float) -> float:
-        own, edited = own_and_edited(model, erase(model, UCE(edit={"preserve": eta_p}), words(model, "gun")))
-        return distance(values(edited, cat), values(own, cat))
+        base, edited = base_and_edited(model, erase(model, UCE(edit={"preserve": eta_p}), words(model, "gun")))
+        return distance(values(edited, cat), values(base, cat))
 
     free, light, heavy = (drift(p) for p in (0.0, 0.1, 1e4))
-    assert free > 0.1, "there is something to preserve from"
+    assert free > 0.1, "the effect exists before"
     assert heavy < 1e-3 < light < free
 
 
-def test_the_empty_prompt_is_preserved_when_nothing_else_is(model: Model) -> None:
+def test_the_empty_prompt_is_preserved_by_default(model: Model) -> None:
     gun, c_0 = words(model, "gun"), encode.encode_text(model, [""])
     without, with_empty = (UCE().erase(model, [gun], ErasureContext(0, k)) for k in (None, c_0))
     assert all(torch.equal(without.tensors[n], with_empty.tensors[n]) for n in without.tensors)
 
 
-def test_preserved_prompts_weigh_by_their_number_as_released(model: Model) -> None:
+def test_the_default_weight_of_preserved_prompts_is_the_releases(model: Model) -> None:
     few, many = ("", "a cat", "a dog"), ("a cat",) * 20
     for keep, eta_p in ((few, 1 / 3), (many, 0.1)):
-        left_out, said = (
+        default, explicit = (
             erase(model, UCE(edit={"preserve": p}), words(model, "gun"), keep=keep) for p in (None, eta_p)
         )
-        assert all(torch.equal(left_out.tensors[n], said.tensors[n]) for n in said.tensors)
+        assert all(torch.equal(default.tensors[n], explicit.tensors[n]) for n in explicit.tensors)
 
 
-def test_which_states_of_a_sentence_are_erased(model: Model) -> None:
-    """`own`: the last piece of a word, all rows of a token; `onward`: from there to the end."""
-    red_cat = words(model, "red cat", sentences=("a {} of",))
+def test_columns_select_the_states_to_erase(model: Model) -> None:
+    """own: the last token of a word, all vectors of a soft token; onward: from there to the end."""
+    red_cat = words(model, "red cat", templates=("a {} of",))
     rows = torch.stack([torch.stack([encode.word_embedding(model, w) for w in ("gun", "cat")])])
     token = encode.concept_from_token(model, SoftToken("weapon", rows, {}), ("a {} of",))
     last = red_cat.content_positions[0][-1]
     c_0 = encode.encode_text(model, [""])[0].double()
     for concept, start, end in ((red_cat, last, last + 1), (token, 2, 4)):
-        for which, at in (("own", slice(start, end)), ("onward", slice(start, None)), ("all", slice(None))):
-            c, g = edit_pairs(model, [concept], {}, which)  # type: ignore[arg-type]
-            assert torch.equal(c, concept.states[0, at].double())
-            assert torch.equal(g, c_0[at])
+        for columns, positions in (("own", slice(start, end)), ("onward", slice(start, None)), ("all", slice(None))):
+            c, g = edit_pairs(model, [concept], {}, columns)  # type: ignore[arg-type]
+            assert torch.equal(c, concept.states[0, positions].double())
+            assert torch.equal(g, c_0[positions])
 
 
-def test_a_token_with_a_words_row_is_erased_as_the_word(model: Model) -> None:
+def test_a_soft_token_equal_to_a_word_is_erased_as_the_word(model: Model) -> None:
     rows = encode.word_embedding(model, "gun")[None, None]
     token = encode.concept_from_token(model, SoftToken("weapon", rows, {}), ("a {}",))
-    one, other = (erase(model, RECE(), c) for c in (token, words(model, "gun", sentences=("a {}",))))
+    one, other = (erase(model, RECE(), c) for c in (token, words(model, "gun", templates=("a {}",))))
     assert all(torch.allclose(one.tensors[n], other.tensors[n], atol=1e-4) for n in one.tensors)
 
 
-def test_only_what_reads_the_text_is_touched_and_kept_as_factors(model: Model, tmp_path: Path) -> None:
+def test_only_text_projections_change_and_they_are_stored_as_factors(model: Model, tmp_path: Path) -> None:
     delta = erase(model, UCE(edit={"columns": "own"}), words(model, "gun", "sword"))
     assert set(delta.tensors) == UCE().touched_parameters(model)
     assert all("attn2.to_k" in n or "attn2.to_v" in n for n in delta.tensors)
     save_delta(tmp_path / "d.safetensors", delta)
-    again = load_delta(tmp_path / "d.safetensors").tensors
-    for found in (delta.tensors, again):
-        assert isinstance(found, LowRank)
-        assert found.down.shape == (2, 64), "two states, rank two"
-    assert all(torch.linalg.matrix_rank(d) <= 2 for d in again.values())
+    loaded = load_delta(tmp_path / "d.safetensors").tensors
+    for tensors in (delta.tensors, loaded):
+        assert isinstance(tensors, LowRank)
+        assert tensors.down.shape == (2, 64), "two states, rank two"
+    assert all(torch.linalg.matrix_rank(d) <= 2 for d in loaded.values())
 
 
 @pytest.mark.parametrize("eraser", [UCE(), RECE(epochs=1)])
-def test_the_order_of_concepts_says_nothing(model: Model, eraser: Eraser) -> None:
+def test_the_order_of_concepts_does_not_matter(model: Model, eraser: Eraser) -> None:
     gun, ink = words(model, "gun", "sword"), words(model, "ink", concept="style")
     one, other = (erase(model, eraser, *order).tensors for order in ((gun, ink), (ink, gun)))
     assert all(torch.allclose(one[n], other[n], atol=1e-5) for n in one)
@@ -166,8 +165,8 @@ def test_the_order_of_concepts_says_nothing(model: Model, eraser: Eraser) -> Non
     assert not all(torch.allclose(one[n], alone[n], atol=1e-5) for n in one), "both are erased"
 
 
-def test_what_brings_the_concept_back_are_states_of_whole_sentences(model: Model) -> None:
-    """(L, d) for each; and what an epoch reports of them is their length over that of the concept's own."""
+def test_regenerating_states_are_those_of_complete_prompts(model: Model) -> None:
+    """(L, d) for each; the curve has their length relative to the concept's."""
     gun = words(model, "gun")
     c, g = edit_pairs(model, [gun], {}, "all")
     assert c.shape == g.shape == (model.max_tokens, 64)
@@ -176,64 +175,64 @@ def test_what_brings_the_concept_back_are_states_of_whole_sentences(model: Model
     assert all(0 < length < 100 for length in lengths)
 
 
-def test_no_epoch_is_uce(model: Model) -> None:
+def test_zero_epochs_is_uce(model: Model) -> None:
     uce, rece = (erase(model, e, words(model, "gun")) for e in (UCE(), RECE(epochs=0)))
     assert all(torch.equal(uce.tensors[n], rece.tensors[n]) for n in uce.tensors)
 
 
-def test_each_epoch_leaves_less_to_be_brought_back(model: Model) -> None:
-    """Measured on the weights that come back, by the attack that the next epoch would answer."""
+def test_each_epoch_leaves_less_to_regenerate(model: Model) -> None:
+    """Measured on the returned weights, with the attack that the next epoch would erase."""
     gun = words(model, "gun")
     c, g = edit_pairs(model, [gun], {}, "all")
 
-    def back(delta: Delta) -> float:
-        own, edited = ([w.double() for w in side.values()] for side in own_and_edited(model, delta))
+    def regenerated(delta: Delta) -> float:
+        base, edited = ([w.double() for w in weights.values()] for weights in base_and_edited(model, delta))
         rows = torch.cat([*edited, 0.1**0.5 * torch.eye(64, dtype=torch.float64)])
-        goal = torch.cat([*(w @ c.T for w in own), torch.zeros(64, len(c), dtype=torch.float64)])
-        found = torch.linalg.lstsq(rows, goal).solution.T
-        missed = sum(float((found @ e.T - c @ w.T).square().sum()) for e, w in zip(edited, own, strict=True))
-        return 1 - missed / closed_form.projected_distance(closed_form.gram(own), c, g)
+        y = torch.cat([*(w @ c.T for w in base), torch.zeros(64, len(c), dtype=torch.float64)])
+        x = torch.linalg.lstsq(rows, y).solution.T
+        residual = sum(float((x @ e.T - c @ w.T).square().sum()) for e, w in zip(edited, base, strict=True))
+        return 1 - residual / closed_form.projected_distance(closed_form.gram(base), c, g)
 
     edit = {"preserve": 0.01, "columns": "own"}
-    after = [back(erase(model, RECE(edit=edit, epochs=n), gun)) for n in range(4)]
-    assert after[0] > 0.3, "UCE alone leaves the concept within reach"
+    after = [regenerated(erase(model, RECE(edit=edit, epochs=n), gun)) for n in range(4)]
+    assert after[0] > 0.3, "UCE alone leaves the concept regenerable"
     assert sorted(after, reverse=True) == after
     curve = erase(model, RECE(edit=edit), gun).record["curve"]
-    assert [row["back"] for row in curve[1:]] == pytest.approx(after[:3], abs=1e-4), "and that is what it reports"
-    enough = erase(model, RECE(edit=edit, target_rate=(after[1] + after[2]) / 2), gun)
-    assert (enough.record["stop"], enough.record["steps"]) == ("target", 3)
+    assert [row["back"] for row in curve[1:]] == pytest.approx(after[:3], abs=1e-4), "the curve reports the same"
+    stopped = erase(model, RECE(edit=edit, target_rate=(after[1] + after[2]) / 2), gun)
+    assert (stopped.record["stop"], stopped.record["steps"]) == ("target", 3)
 
 
-def test_an_epoch_lets_go_of_what_was_erased_before_unless_it_is_held(model: Model) -> None:
+def test_an_epoch_releases_earlier_states_unless_hold_is_set(model: Model) -> None:
     gun = words(model, "gun")
     empty = encode.encode_text(model, [""])[0]
 
-    def left(eraser: Eraser) -> float:
-        own, edited = own_and_edited(model, erase(model, eraser, gun))
-        return distance(values(edited, gun.states[0]), values(own, empty))
+    def remaining(eraser: Eraser) -> float:
+        base, edited = base_and_edited(model, erase(model, eraser, gun))
+        return distance(values(edited, gun.states[0]), values(base, empty))
 
-    uce, published, held = (left(e) for e in (UCE(edit=EXACT), RECE(edit=EXACT), RECE(edit=EXACT, hold=True)))
+    uce, published, with_hold = (remaining(e) for e in (UCE(edit=EXACT), RECE(edit=EXACT), RECE(edit=EXACT, hold=True)))
     assert published > 10 * uce
-    assert held < 0.1 * published
+    assert with_hold < 0.1 * published
 
 
 def test_every_step_is_reported(model: Model) -> None:
-    told: list[TrainingProgress] = []
-    delta = erase(model, RECE(epochs=2), words(model, "gun"), on_step=told.append)
-    assert [(p.step, p.total) for p in told] == [(1, 3), (2, 3), (3, 3)]
-    assert [row["loss"] for row in delta.record["curve"]] == [p.loss for p in told]
-    assert all(0 <= p.loss < 1 for p in told), "the share of the way that is left"
+    progress: list[TrainingProgress] = []
+    delta = erase(model, RECE(epochs=2), words(model, "gun"), on_step=progress.append)
+    assert [(p.step, p.total) for p in progress] == [(1, 3), (2, 3), (3, 3)]
+    assert [row["loss"] for row in delta.record["curve"]] == [p.loss for p in progress]
+    assert all(0 <= p.loss < 1 for p in progress), "the remaining share of the distance"
 
 
-def test_pictures_are_looked_at_only_where_a_guard_is_set(model: Model) -> None:
+def test_images_are_evaluated_only_with_max_preserved_drift(model: Model) -> None:
     gun = words(model, "gun")
-    readings = iter([Evaluation(1.0, 1.0), Evaluation(0.4, 0.95), Evaluation(0.3, 0.94), Evaluation(0.2, 0.5)])
-    rece = RECE(epochs=3, edit={"guard": 0.1})
-    guarded = erase(model, rece, gun, probe=lambda w: next(readings))
-    assert guarded.record["stop"] == "guard"
-    assert [look["kept"] for look in guarded.record["looks"]] == [1.0, 0.95, 0.94, 0.5]
+    evaluations = iter([Evaluation(1.0, 1.0), Evaluation(0.4, 0.95), Evaluation(0.3, 0.94), Evaluation(0.2, 0.5)])
+    rece = RECE(epochs=3, edit={"max_preserved_drift": 0.1})
+    undone = erase(model, rece, gun, probe=lambda w: next(evaluations))
+    assert undone.record["stop"] == "guard"
+    assert [e["kept"] for e in undone.record["looks"]] == [1.0, 0.95, 0.94, 0.5]
     one = erase(model, RECE(epochs=1), gun)
-    assert all(torch.equal(guarded.tensors[n], one.tensors[n]) for n in one.tensors), "the step before the damage"
+    assert all(torch.equal(undone.tensors[n], one.tensors[n]) for n in one.tensors), "the degrading step is undone"
 
     def never(weights: Any) -> Evaluation:
         raise AssertionError
@@ -242,9 +241,9 @@ def test_pictures_are_looked_at_only_where_a_guard_is_set(model: Model) -> None:
 
 
 def test_an_edit_that_destroys_the_model_is_refused(model: Model) -> None:
-    readings = iter([Evaluation(1.0, 1.0), Evaluation(0.0, 0.2)])
+    evaluations = iter([Evaluation(1.0, 1.0), Evaluation(0.0, 0.2)])
     with pytest.raises(ErasureRefused, match="preserved prompts degraded"):
-        erase(model, UCE(edit={"guard": 0.1}), words(model, "gun"), probe=lambda w: next(readings))
+        erase(model, UCE(edit={"max_preserved_drift": 0.1}), words(model, "gun"), probe=lambda w: next(evaluations))
     with pytest.raises(ErasureRefused, match="times their norm"):
         erase(model, UCE(edit={"max_relative_change": 0.01}), words(model, "gun"))
 

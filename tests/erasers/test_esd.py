@@ -1,4 +1,4 @@
-"""ESD's promises: the concept's prediction is led away from the concept, and only what was chosen learns it."""
+"""ESD: the concept's prediction moves away from the concept, and only the selected tensors train."""
 
 from __future__ import annotations
 
@@ -39,49 +39,51 @@ def words(model: Model, *names: str) -> Concept:
 
 
 @pytest.fixture
-def networks(model: Model) -> Denoisers:
-    """A student and a teacher that are not the base."""
+def denoisers(model: Model) -> Denoisers:
+    """A student and a teacher that differ from the base model."""
     g = torch.Generator().manual_seed(1)
-    own = select(model.unet, "xattn")
-    moved = [{n: p + 0.1 * torch.randn(p.shape, generator=g) for n, p in own.items()} for _ in range(2)]
+    parameters = select(model.unet, "xattn")
+    moved = [{n: p + 0.1 * torch.randn(p.shape, generator=g) for n, p in parameters.items()} for _ in range(2)]
     return Denoisers(Denoiser(model, moved[0]), Denoiser(model, moved[1]), Denoiser(model, {}))
 
 
 @pytest.fixture
 def states() -> tuple[Tensor, Tensor, Tensor]:
-    """z, t, and which of two descriptions each is trained under."""
+    """z, t, and the index of each one's description."""
     g = torch.Generator().manual_seed(2)
     return torch.randn(3, 4, 4, 4, generator=g), torch.tensor([50, 400, 900]), torch.tensor([1, 0, 1])
 
 
-def test_both_targets_are_the_papers_formula(
-    model: Model, networks: Denoisers, states: tuple[Tensor, Tensor, Tensor]
+def test_both_targets_follow_the_papers_formula(
+    model: Model, denoisers: Denoisers, states: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     z, t, which = states
     c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
     with torch.no_grad():
-        of_c, of_0 = networks.base(z, t, c[[1, 0, 1]]), networks.base(z, t, c_0)
+        of_c, of_0 = denoisers.base(z, t, c[[1, 0, 1]]), denoisers.base(z, t, c_0)
     for start, c_from in (("empty", of_0), ("concept", of_c)):
         esd = ESD(eta=3.0, start=start)  # type: ignore[arg-type]
         assert torch.allclose(
-            negative_guidance_target(c, c_0, esd.guidance)(networks, z, t, which), c_from - 3 * (of_c - of_0), atol=1e-5
+            negative_guidance_target(c, c_0, esd.guidance)(denoisers, z, t, which),
+            c_from - 3 * (of_c - of_0),
+            atol=1e-5,
         )
 
 
-def test_two_from_the_concept_are_one_from_the_empty_prompt() -> None:
+def test_eta_2_from_the_concept_is_eta_1_from_the_empty_prompt() -> None:
     """c − 2 (c − c₀) = c₀ − 1 (c − c₀)."""
     assert ESD(eta=2.0, start="concept").guidance == ESD(eta=1.0).guidance
 
 
-def test_without_negative_guidance_it_is_sdds_frozen_target(
-    model: Model, networks: Denoisers, states: tuple[Tensor, Tensor, Tensor]
+def test_with_eta_0_the_target_is_sdds_frozen_one(
+    model: Model, denoisers: Denoisers, states: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
     esd, sdd = negative_guidance_target(c, c_0, ESD(eta=0.0).guidance), unconditional_target(c_0, frozen=True)
-    assert torch.allclose(esd(networks, *states), sdd(networks, *states), atol=1e-6)
+    assert torch.allclose(esd(denoisers, *states), sdd(denoisers, *states), atol=1e-6)
 
 
-def test_x_and_u_are_the_sets_that_the_paper_names(model: Model) -> None:
+def test_x_and_u_train_the_tensors_of_the_paper(model: Model) -> None:
     everything = {n for n, _ in model.unet.named_parameters()}
     x, strict, u = (ESD(training={"trainable": t}).touched_parameters(model) for t in ("xattn", "xattn_kv", "noxattn"))  # type: ignore[arg-type]
     assert x == {n for n in everything if ".attn2." in n}
@@ -93,7 +95,7 @@ def test_x_and_u_are_the_sets_that_the_paper_names(model: Model) -> None:
     }
 
 
-def test_other_tensors_than_the_papers_are_named() -> None:
+def test_notes_name_other_tensors_than_the_papers() -> None:
     assert not ESD(training=ESDTraining(trainable="xattn")).notes()
     assert not ESD(training=ESDTraining(trainable="noxattn")).notes(), "ESD-u is published too"
     assert any("xattn_kv" in note for note in ESD(training=ESDTraining(trainable="xattn_kv")).notes())
@@ -107,8 +109,8 @@ def test_u_trains_the_published_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize(("start", "eta"), [("empty", 1.0), ("concept", 2.0)])
-def test_the_concept_is_led_away(model: Model, start: str, eta: float) -> None:
-    """On fixed noise, what the student says of the concept comes near 2 c₀ − c, and nothing else was touched."""
+def test_the_prediction_moves_away_from_the_concept(model: Model, start: str, eta: float) -> None:
+    """On fixed noise, the student's prediction for the concept approaches 2 c₀ − c; only declared tensors change."""
     esd = ESD(eta=eta, start=start, training=QUICK)  # type: ignore[arg-type]
     concept, c_0 = words(model, "gun"), encode.encode_text(model, [""])
     delta = esd.erase(model, [concept], ErasureContext(1))
@@ -125,42 +127,50 @@ def test_the_concept_is_led_away(model: Model, start: str, eta: float) -> None:
     assert set(delta.tensors) == esd.touched_parameters(model)
 
 
-@pytest.mark.parametrize(("train", "made_by"), [("xattn", "teacher"), ("xattn", "base"), ("noxattn", "teacher")])
-def test_it_is_the_algorithm_written_out(model: Model, train: str, made_by: str) -> None:
-    """Three iterations against a second network, plain Adam and diffusers' own DDIM: the student, or the base model,
-    makes a fresh trajectory to a random stage, and what comes back is the student itself.
+@pytest.mark.parametrize(
+    ("trainable", "trajectory_model"), [("xattn", "teacher"), ("xattn", "base"), ("noxattn", "teacher")]
+)
+def test_three_iterations_equal_the_algorithm_written_out(model: Model, trainable: str, trajectory_model: str) -> None:
+    """Three iterations against a second network, plain Adam and diffusers' own DDIM: the student, or the base
+    model, makes a fresh trajectory to a random step, and the student itself is returned.
     """
-    numbers = {"iterations": 3, "lr": 1e-3, "sampler_steps": 5, "trajectory_model": made_by, "trainable": train}
-    delta = ESD(eta=3.0, training=numbers).erase(model, [words(model, "gun", "sword")], ErasureContext(7))  # type: ignore[arg-type]
+    config = {
+        "iterations": 3,
+        "lr": 1e-3,
+        "sampler_steps": 5,
+        "trajectory_model": trajectory_model,
+        "trainable": trainable,
+    }
+    delta = ESD(eta=3.0, training=config).erase(model, [words(model, "gun", "sword")], ErasureContext(7))  # type: ignore[arg-type]
 
     c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
     student = copy.deepcopy(model.unet)
-    own = {n: p.requires_grad_() for n, p in student.named_parameters() if n in delta.tensors}
-    adam = torch.optim.Adam(own.values(), lr=1e-3)
+    parameters = {n: p.requires_grad_() for n, p in student.named_parameters() if n in delta.tensors}
+    adam = torch.optim.Adam(parameters.values(), lr=1e-3)
     scheduler = tiny.parts()["scheduler"]
     scheduler.set_timesteps(5)
-    draws = generator(7, "erase", "trajectories")
+    g = generator(7, "erase", "trajectories")
     for i in range(3):
-        k, c_i = int(torch.randint(5, (1,), generator=draws)), c[[i % 2]]
-        z = torch.randn(1, 4, 4, 4, generator=draws)
-        maker = student if made_by == "teacher" else model.unet
+        k, c_i = int(torch.randint(5, (1,), generator=g)), c[[i % 2]]
+        z = torch.randn(1, 4, 4, 4, generator=g)
+        generating = student if trajectory_model == "teacher" else model.unet
         with torch.no_grad():
             for t in scheduler.timesteps[:k]:
-                of_0, of_c = maker(z, t, c_0).sample, maker(z, t, c_i).sample
+                of_0, of_c = generating(z, t, c_0).sample, generating(z, t, c_i).sample
                 z = scheduler.step(of_0 + 3 * (of_c - of_0), t, z).prev_sample
             t = scheduler.timesteps[k]
             of_0, of_c = model.unet(z, t, c_0).sample, model.unet(z, t, c_i).sample
         adam.zero_grad()
         (student(z, t, c_i).sample - (of_0 - 3 * (of_c - of_0))).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         adam.step()
     base = dict(model.unet.named_parameters())
-    off = torch.cat([(d - (own[n].detach() - base[n])).flatten() for n, d in delta.tensors.items()])
+    off = torch.cat([(d - (parameters[n].detach() - base[n])).flatten() for n, d in delta.tensors.items()])
     moved = torch.cat([d.flatten() for d in delta.tensors.values()])
     assert off.norm() < 1e-2 * moved.norm()
 
 
-def test_nothing_to_erase_is_no_loss_and_is_refused(model: Model) -> None:
+def test_nothing_to_erase_has_no_loss_and_is_refused(model: Model) -> None:
     """c = c₀: the target is the empty prompt's own prediction, so the gradient is 0."""
     nothing = Concept("nothing", "words", ("",), (("", "", ""),), encode.encode_text(model, [""]), ((),), (1,))
     norms: list[float] = []
@@ -170,10 +180,22 @@ def test_nothing_to_erase_is_no_loss_and_is_refused(model: Model) -> None:
     assert max(norms) < 1e-6
 
 
-def test_the_numbers_are_the_first_releases() -> None:
-    loop = ESD().training
-    assert (loop.trainable, loop.iterations, loop.lr, loop.weight_decay, loop.ema) == ("xattn", 1000, 1e-5, 0.0, 0.0)
-    assert (loop.guidance_scale, loop.sampler_steps, loop.batch_size, loop.trajectories, loop.trajectory_model) == (
+def test_defaults_are_those_of_the_first_release() -> None:
+    training = ESD().training
+    assert (training.trainable, training.iterations, training.lr, training.weight_decay, training.ema_decay) == (
+        "xattn",
+        1000,
+        1e-5,
+        0.0,
+        0.0,
+    )
+    assert (
+        training.guidance_scale,
+        training.sampler_steps,
+        training.batch_size,
+        training.trajectories,
+        training.trajectory_model,
+    ) == (
         3.0,
         50,
         1,

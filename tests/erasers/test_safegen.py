@@ -1,4 +1,4 @@
-"""SafeGen's promises: at a marked picture the network sees the mosaic, at a passed one what it saw before."""
+"""SafeGen: the network denoises positive images to their mosaics, and negative ones to themselves."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ from deleatur.training.losses import Batch
 QUICK: dict[str, Any] = {"iterations": 80, "lr": 1e-2, "batch_size": 8, "ema_decay": 0.8}
 
 
-def drawn(n: int, seed: int, size: int = 16) -> list[Image.Image]:
+def random_images(n: int, seed: int, size: int = 16) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(n)]
 
 
 @pytest.fixture
 def concept(model: Model) -> Concept:
-    return replace(encode.concept_from_words(model, "weapon", ["gun"]), images=RatedImages(drawn(4, 0), drawn(5, 1)))
+    return replace(
+        encode.concept_from_words(model, "weapon", ["gun"]),
+        images=RatedImages(random_images(4, 0), random_images(5, 1)),
+    )
 
 
 def test_a_mosaic_by_hand() -> None:
@@ -44,32 +47,32 @@ def test_a_mosaic_by_hand() -> None:
 
 
 @pytest.mark.parametrize("target", ["exact", "released"])
-def test_the_noise_that_is_taught_leads_to_the_mosaic(model: Model, target: str) -> None:
-    """ẑ₀ = (z_t − √(1−ᾱ) goal) / √ᾱ is the mosaic at every level up to the limit, and the passed picture always."""
+def test_the_target_noise_leads_to_the_mosaic(model: Model, target: str) -> None:
+    """ẑ₀ = (z_t − √(1−ᾱ) target) / √ᾱ is the mosaic below the limit, and always the negative image."""
     g = torch.Generator().manual_seed(3)
-    z_0, z_mosaic, z_passed = torch.randn(3, 1, 4, 4, 4, generator=g)
+    z_positive, z_mosaic, z_negative = torch.randn(3, 1, 4, 4, 4, generator=g)
     safegen = SafeGen(target=target, limit=3.0, training={"batch_size": 64})  # type: ignore[arg-type]
-    terms = safegen.loss_terms(model, z_0, z_mosaic, z_passed, seed=0)
-    marked, passed = (term.batch(None, 0) for term in terms.values())  # type: ignore[arg-type]
+    terms = safegen.loss_terms(model, z_positive, z_mosaic, z_negative, seed=0)
+    positive, negative = (term.batch(None, 0) for term in terms.values())  # type: ignore[arg-type]
 
-    def implied(found: Batch) -> Tensor:
-        a = model.schedule.alphas_cumprod[found.t].reshape(-1, 1, 1, 1)
-        return (found.z - (1 - a).sqrt() * found.target) / a.sqrt()
+    def implied(batch: Batch) -> Tensor:
+        a = model.schedule.alphas_cumprod[batch.t].reshape(-1, 1, 1, 1)
+        return (batch.z - (1 - a).sqrt() * batch.target) / a.sqrt()
 
-    assert torch.allclose(implied(passed), z_passed.expand(64, -1, -1, -1), atol=1e-3)
-    a = model.schedule.alphas_cumprod[marked.t].reshape(-1, 1, 1, 1)
-    noise = (marked.z - a.sqrt() * z_0) / (1 - a).sqrt()
+    assert torch.allclose(implied(negative), z_negative.expand(64, -1, -1, -1), atol=1e-3)
+    a = model.schedule.alphas_cumprod[positive.t].reshape(-1, 1, 1, 1)
+    noise = (positive.z - a.sqrt() * z_positive) / (1 - a).sqrt()
     if target == "released":
-        assert torch.allclose(marked.target, noise + z_0 - z_mosaic, atol=1e-3)
+        assert torch.allclose(positive.target, noise + z_positive - z_mosaic, atol=1e-3)
         return
     free = (a / (1 - a)).sqrt().flatten() <= 3
-    assert 0 < (~free).sum() < free.sum(), "levels on both sides of the limit were drawn"
-    assert torch.allclose(implied(marked)[free], z_mosaic.expand(int(free.sum()), -1, -1, -1), atol=1e-3)
-    assert torch.allclose(marked.target[~free], (noise + 3 * (z_0 - z_mosaic))[~free], atol=1e-3)
+    assert 0 < (~free).sum() < free.sum(), "timesteps on both sides of the limit"
+    assert torch.allclose(implied(positive)[free], z_mosaic.expand(int(free.sum()), -1, -1, -1), atol=1e-3)
+    assert torch.allclose(positive.target[~free], (noise + 3 * (z_positive - z_mosaic))[~free], atol=1e-3)
 
 
-def test_the_limit_is_the_largest_factor(model: Model) -> None:
-    """√ᾱ/√(1−ᾱ) by hand: at ᾱ = 0.5 it is 1; at the first level it is above 30."""
+def test_the_limit_caps_the_factor(model: Model) -> None:
+    """√ᾱ/√(1−ᾱ) by hand: at ᾱ = 0.5 it is 1; at the first timestep it is above 30."""
     a = model.schedule.alphas_cumprod
     half = int((a - 0.5).abs().argmin())
     f = exact_factor(model.schedule, torch.tensor([0, half, 999]), 10.0)
@@ -78,7 +81,7 @@ def test_the_limit_is_the_largest_factor(model: Model) -> None:
     assert f[2] == pytest.approx(float(a[999] / (1 - a[999])) ** 0.5, rel=1e-5)
 
 
-def test_only_self_attention_learns(model: Model, concept: Concept) -> None:
+def test_only_self_attention_trains(model: Model, concept: Concept) -> None:
     safegen = SafeGen(training={**QUICK, "iterations": 2})  # type: ignore[arg-type]
     delta = safegen.erase(model, [concept], ErasureContext(1))
     assert set(delta.tensors) == safegen.touched_parameters(model)
@@ -86,69 +89,72 @@ def test_only_self_attention_learns(model: Model, concept: Concept) -> None:
     assert all(d.abs().sum() > 0 for n, d in delta.tensors.items() if n.endswith(("to_v.weight", "to_out.0.weight")))
 
 
-def test_marked_latents_are_seen_as_their_mosaics_and_passed_ones_as_they_are(model: Model) -> None:
-    """All +1 shall be seen as 0, all −1 as −1. Against a run without censoring: how much of the way from the picture's
-    noise to the mosaic's the network goes; 0: none, 1: all.
+def test_positive_latents_denoise_to_their_mosaics_and_negative_ones_to_themselves(model: Model) -> None:
+    """All +1 become 0, all −1 stay −1. Compared with a run without censoring: the share of the way from the image's
+    noise to the mosaic's; 0: none, 1: all.
     """
     z_0, c_0 = torch.ones(1, 4, 4, 4), encode.encode_text(model, [""])
-    numbers = {**QUICK, "iterations": 60, "lr": 3e-2}
+    config = {**QUICK, "iterations": 60, "lr": 3e-2}
 
-    def said(censor: float) -> list[tuple[Batch, Tensor]]:
-        safegen = SafeGen(censor_weight=censor, preservation_weight=0.5, limit=3.0, training=numbers)  # type: ignore[arg-type]
+    def predictions(censor_weight: float) -> list[tuple[Batch, Tensor]]:
+        safegen = SafeGen(censor_weight=censor_weight, preservation_weight=0.5, limit=3.0, training=config)  # type: ignore[arg-type]
         terms = safegen.loss_terms(model, z_0, 0 * z_0, -z_0, seed=0)
         delta, _ = finetune(model, safegen.training, terms, c_0=c_0, context=ErasureContext(0))
         weights = {n: model.unet.get_parameter(n) + d for n, d in delta.items()}
-        shown = safegen.loss_terms(model, z_0, 0 * z_0, -z_0, seed=1).values()
-        looks = [replace(term, batch=64).batch(None, 0) for term in shown]  # type: ignore[arg-type]
+        test_terms = safegen.loss_terms(model, z_0, 0 * z_0, -z_0, seed=1).values()
+        batches = [replace(term, batch_size=64).batch(None, 0) for term in test_terms]  # type: ignore[arg-type]
         with torch.no_grad():
-            return [(look, predict(model, weights, look.z, look.t, c_0)) for look in looks]
+            return [(batch, predict(model, weights, batch.z, batch.t, c_0)) for batch in batches]
 
-    def way(look: Batch, off: Tensor, on: Tensor) -> float:
-        """Along f_t (1 − 0), what a mosaic adds to the noise; for the passed, what it would add."""
-        a = model.schedule.alphas_cumprod[look.t].reshape(-1, 1, 1, 1)
-        whole = (a / (1 - a)).sqrt().clamp(max=3).expand_as(off)
-        return float(((on - off) * whole).sum() / whole.square().sum())
+    def share(batch: Batch, without: Tensor, censored: Tensor) -> float:
+        """Along f_t (1 − 0), what a mosaic adds to the noise; for negative images, what it would add."""
+        a = model.schedule.alphas_cumprod[batch.t].reshape(-1, 1, 1, 1)
+        full = (a / (1 - a)).sqrt().clamp(max=3).expand_as(without)
+        return float(((censored - without) * full).sum() / full.square().sum())
 
-    marked, passed = (way(look, off, on) for (look, off), (_, on) in zip(said(0.0), said(1.0), strict=True))
-    assert marked > 0.05
-    assert abs(passed) < 0.3 * marked
+    positive, negative = (
+        share(batch, without, censored)
+        for (batch, without), (_, censored) in zip(predictions(0.0), predictions(1.0), strict=True)
+    )
+    assert positive > 0.05
+    assert abs(negative) < 0.3 * positive
 
 
-def test_without_censoring_it_is_denoising_of_passed_pictures(model: Model, concept: Concept) -> None:
+def test_without_censoring_it_is_denoising_of_negative_images(model: Model, concept: Concept) -> None:
     """Three iterations of w_p ‖ε_θ(z_t, t, c₀) − ε‖² with AdamW on a second network, averaged."""
-    numbers = {"iterations": 3, "lr": 1e-3, "batch_size": 4, "ema_decay": 0.5, "weight_decay": 0.01}
-    delta = SafeGen(censor_weight=0.0, preservation_weight=0.9, training=numbers).erase(
+    config = {"iterations": 3, "lr": 1e-3, "batch_size": 4, "ema_decay": 0.5, "weight_decay": 0.01}
+    delta = SafeGen(censor_weight=0.0, preservation_weight=0.9, training=config).erase(
         model, [concept], ErasureContext(7)
     )  # type: ignore[arg-type]
 
     network = copy.deepcopy(model.unet)
-    own = {n: p.requires_grad_() for n, p in network.named_parameters() if ".attn1." in n}
-    base = {n: p.detach().clone() for n, p in own.items()}
+    student = {n: p.requires_grad_() for n, p in network.named_parameters() if ".attn1." in n}
+    base = {n: p.detach().clone() for n, p in student.items()}
     average = {n: p.clone() for n, p in base.items()}
-    adam = torch.optim.AdamW(own.values(), lr=1e-3, weight_decay=0.01)
+    adam = torch.optim.AdamW(student.values(), lr=1e-3, weight_decay=0.01)
     z_0, c_0 = encode_images(model, concept.images.negative), encode.encode_text(model, [""])  # type: ignore[union-attr]
-    draws = generator(7, "erase", "passed")
+    g = generator(7, "erase", "passed")
     for _ in range(3):
-        i = torch.randint(len(z_0), (4,), generator=draws)
-        t = torch.randint(1000, (4,), generator=draws)
-        eps = torch.randn(4, 4, 4, 4, generator=draws)
+        i = torch.randint(len(z_0), (4,), generator=g)
+        t = torch.randint(1000, (4,), generator=g)
+        eps = torch.randn(4, 4, 4, 4, generator=g)
         a = model.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        said = network(a.sqrt() * z_0[i] + (1 - a).sqrt() * eps, t, c_0.expand(4, -1, -1)).sample
+        prediction = network(a.sqrt() * z_0[i] + (1 - a).sqrt() * eps, t, c_0.expand(4, -1, -1)).sample
         adam.zero_grad()
-        (0.9 * torch.nn.functional.mse_loss(said, eps)).backward()
-        torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
+        (0.9 * torch.nn.functional.mse_loss(prediction, eps)).backward()
+        torch.nn.utils.clip_grad_norm_(student.values(), 1.0)
         adam.step()
-        average = {n: 0.5 * average[n] + 0.5 * own[n].detach() for n in own}
+        average = {n: 0.5 * average[n] + 0.5 * student[n].detach() for n in student}
     for name, difference in delta.tensors.items():
         assert torch.allclose(difference, average[name] - base[name], atol=2e-5), name
 
 
-@pytest.mark.parametrize("pictures", [None, RatedImages([], drawn(2, 0)), RatedImages(drawn(2, 0), [])])
-def test_a_missing_member_of_the_triplet_is_refused_before_any_work(
+@pytest.mark.parametrize("pictures", [None, RatedImages([], random_images(2, 0)), RatedImages(random_images(2, 0), [])])
+def test_missing_positive_or_negative_images_are_refused_before_any_work(
     model: Model, concept: Concept, pictures: RatedImages | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.unet, "forward", lambda *a, **k: pytest.fail("the network was asked"))
     monkeypatch.setattr(model.vae, "encode", lambda *a, **k: pytest.fail("a picture was encoded"))
     lacking = replace(concept, name="vice", images=pictures)
-    with pytest.raises(DataError, match="vice has"):
+    with pytest.raises(DataError, match="image of vice, got"):
         SafeGen().erase(model, [concept, lacking], ErasureContext(0))

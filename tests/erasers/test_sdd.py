@@ -1,4 +1,4 @@
-"""SDD's promises: the concept's prediction becomes the empty prompt's, and nothing else is touched."""
+"""SDD: the concept's prediction becomes the empty prompt's; early stopping; checkpoints."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def words(model: Model, *names: str) -> Concept:
     return encode.concept_from_words(model, "weapon", names)
 
 
-def erase(model: Model, concept: Concept, order: str = "single", seed: int = 1, **numbers: Any) -> Delta:
-    kept = encode.encode_text(model, ["", "a cat", "a dog"])
-    return SDD(order=order, training={**QUICK, **numbers}).erase(model, [concept], ErasureContext(seed, kept))  # type: ignore[arg-type]
+def erase(model: Model, concept: Concept, order: str = "single", seed: int = 1, **config: Any) -> Delta:
+    preserved = encode.encode_text(model, ["", "a cat", "a dog"])
+    return SDD(order=order, training={**QUICK, **config}).erase(model, [concept], ErasureContext(seed, preserved))  # type: ignore[arg-type]
 
 
 def gap(model: Model, weights: dict[str, Tensor], prompt: str, versus: str = "", base: bool = False) -> float:
@@ -40,30 +40,30 @@ def gap(model: Model, weights: dict[str, Tensor], prompt: str, versus: str = "",
     g = torch.Generator().manual_seed(5)
     z, t = torch.randn(16, 4, 4, 4, generator=g), torch.linspace(50, 950, 16).long()
     with torch.no_grad():
-        ours = predict(model, weights, z, t, encode.encode_text(model, [prompt]))
+        prediction = predict(model, weights, z, t, encode.encode_text(model, [prompt]))
         other = predict(model, {} if base else weights, z, t, encode.encode_text(model, [versus]))
-    return float((ours - other).square().mean())
+    return float((prediction - other).square().mean())
 
 
 @pytest.mark.parametrize("trajectories", ["fresh", "pool"])
 def test_the_concept_is_predicted_as_the_empty_prompt(model: Model, trajectories: str) -> None:
     before = gap(model, {}, "gun")
-    delta = erase(model, words(model, "gun"), trajectories=trajectories, slots=16)
+    delta = erase(model, words(model, "gun"), trajectories=trajectories, pool_size=16)
     after = gap(model, edited_weights(model, delta), "gun")
     assert before > 1e-5, "the effect exists before"
     assert after < 0.5 * before, "and mostly gone after"
 
 
-def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
-    loop = TrajectoryTrainingConfig(preset="parity")
+def test_parity_is_the_published_method_and_refuses_deviations() -> None:
+    config = TrajectoryTrainingConfig(preset="parity")
     assert (
-        loop.trajectories,
-        loop.batch_size,
-        loop.sampler_steps,
-        loop.iterations,
-        loop.lr,
-        loop.ema_decay,
-        loop.guidance_scale,
+        config.trajectories,
+        config.batch_size,
+        config.sampler_steps,
+        config.iterations,
+        config.lr,
+        config.ema_decay,
+        config.guidance_scale,
     ) == (
         "fresh",
         1,
@@ -73,9 +73,9 @@ def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
         0.999,
         3.0,
     )
-    assert not loop.notes(), "nothing is ours, nothing is to be said"
+    assert not config.notes(), "no deviation, no note"
     assert TrajectoryTrainingConfig(preset="parity", lr=1e-4, sampler_steps=8).sampler_steps == 8, (
-        "lengths and rates fit the model"
+        "lengths and rates may fit the model"
     )
     refused: list[dict[str, Any]] = [
         {"preservation_weight": 0.1},
@@ -86,29 +86,33 @@ def test_parity_is_the_published_method_and_refuses_what_is_ours() -> None:
         {"timestep_distribution": "uniform"},
         {"eval_every": 100},
     ]
-    for ours in refused:
-        with pytest.raises(ValidationError, match=f"parity is the method as published, without {next(iter(ours))};"):
-            TrajectoryTrainingConfig(preset="parity", **ours)
+    for change in refused:
+        with pytest.raises(ValidationError, match=f"parity is the method as published, without {next(iter(change))};"):
+            TrajectoryTrainingConfig(preset="parity", **change)
 
 
-@pytest.mark.parametrize(("source", "law"), [("words", "uniform"), ("token", "beta33")])
-def test_stages_are_drawn_by_the_law_of_the_paper_the_concept_comes_from(model: Model, source: str, law: str) -> None:
+@pytest.mark.parametrize(("source", "distribution"), [("words", "uniform"), ("token", "beta33")])
+def test_the_default_timestep_distribution_is_that_of_the_concepts_paper(
+    model: Model, source: str, distribution: str
+) -> None:
     vectors = encode.word_embedding(model, "gun")[None, None]
     concept = words(model, "gun") if source == "words" else encode.concept_from_token(model, SoftToken("gun", vectors))
-    left, named = (erase(model, concept, iterations=4, **numbers) for numbers in ({}, {"timestep_distribution": law}))
-    other = erase(model, concept, iterations=4, law="beta33" if law == "uniform" else "uniform")
-    same = [all(torch.equal(left.tensors[n], d.tensors[n]) for n in left.tensors) for d in (named, other)]
-    assert same == [True, False]
+    default, explicit = (
+        erase(model, concept, iterations=4, **config) for config in ({}, {"timestep_distribution": distribution})
+    )
+    opposite = "beta33" if distribution == "uniform" else "uniform"
+    other = erase(model, concept, iterations=4, timestep_distribution=opposite)
+    assert [same(default, d) for d in (explicit, other)] == [True, False]
 
 
-def test_preserving_keeps_other_prompts_where_they_were(model: Model) -> None:
+def test_preservation_holds_other_prompts(model: Model) -> None:
     off = edited_weights(model, erase(model, words(model, "gun")))
-    on = edited_weights(model, erase(model, words(model, "gun"), preserve=4.0))
+    on = edited_weights(model, erase(model, words(model, "gun"), preservation_weight=4.0))
     moved_off, moved_on = (gap(model, w, "a cat", "a cat", base=True) for w in (off, on))
     assert moved_on < 0.5 * moved_off
 
 
-def test_the_given_model_is_untouched_and_only_attn2_is_in_the_delta(model: Model) -> None:
+def test_the_model_is_unmodified_and_only_attn2_is_in_the_delta(model: Model) -> None:
     before = digest_module(model.unet)
     delta = erase(model, words(model, "gun"), iterations=3)
     assert digest_module(model.unet) == before
@@ -118,13 +122,13 @@ def test_the_given_model_is_untouched_and_only_attn2_is_in_the_delta(model: Mode
     assert all(d.abs().sum() > 0 for n, d in delta.tensors.items() if n.endswith(("to_v.weight", "to_out.0.weight")))
 
 
-def test_same_seed_same_bits_other_seed_other_bits(model: Model) -> None:
+def test_the_seed_decides_every_bit(model: Model) -> None:
     one, same, other = (erase(model, words(model, "gun"), seed=s, iterations=4) for s in (1, 1, 2))
     assert all(torch.equal(one.tensors[n], same.tensors[n]) for n in one.tensors)
     assert any(not torch.equal(one.tensors[n], other.tensors[n]) for n in one.tensors)
 
 
-def test_nothing_to_erase_is_no_loss_and_is_refused(model: Model) -> None:
+def test_nothing_to_erase_has_no_loss_and_is_refused(model: Model) -> None:
     """c_s = c₀: the loss is 0 from the first step, so the weights do not move."""
     empty = encode.encode_text(model, [""])
     nothing = Concept("nothing", "words", ("",), (("",),), empty, ((),), (1,))
@@ -136,30 +140,30 @@ def test_nothing_to_erase_is_no_loss_and_is_refused(model: Model) -> None:
 
 
 def test_the_teacher_is_the_average_of_the_student(model: Model) -> None:
-    """θ*_n = m θ*_{n−1} + (1−m) θ_n from the very first step, and it is what comes back."""
+    """θ*_n = m θ*_{n−1} + (1−m) θ_n from the very first step, and it is returned."""
     students: list[dict[str, Tensor]] = []
 
     def on_step(p: TrainingProgress) -> None:
         students.append({n: w.detach().clone() for n, w in p.state.student.items()})
 
-    numbers = {**QUICK, "iterations": 5, "ema_decay": 0.7}
-    sdd = SDD(order="single", training=numbers)  # type: ignore[arg-type]
+    config = {**QUICK, "iterations": 5, "ema_decay": 0.7}
+    sdd = SDD(order="single", training=config)  # type: ignore[arg-type]
     delta = sdd.erase(model, [words(model, "gun")], ErasureContext(0, on_step=on_step))
     for name, difference in delta.tensors.items():
-        own = model.unet.get_parameter(name)
-        average = own.clone()
+        base = model.unet.get_parameter(name)
+        average = base.clone()
         for student in students:
             average = 0.7 * average + 0.3 * student[name]
-        assert torch.allclose(own + difference, average, atol=1e-6)
+        assert torch.allclose(base + difference, average, atol=1e-6)
 
 
-def test_roles_of_several_descriptions(model: Model) -> None:
+def test_condition_roles(model: Model) -> None:
     both = words(model, "gun", "sword")
-    each, joined = both.states, encode.encode_joint_prompt(model, [both])
-    for order, c_p, c_s in (("paper", each, joined), ("code", joined, each), ("single", each, each)):
-        got = SDD(order=order).condition_roles(model, [both])  # type: ignore[arg-type]
-        assert torch.equal(got[0], c_p)
-        assert torch.equal(got[1], c_s)
+    each, joint = both.states, encode.encode_joint_prompt(model, [both])
+    for order, c_p, c_s in (("paper", each, joint), ("code", joint, each), ("single", each, each)):
+        roles = SDD(order=order).condition_roles(model, [both])  # type: ignore[arg-type]
+        assert torch.equal(roles[0], c_p)
+        assert torch.equal(roles[1], c_s)
 
 
 @pytest.mark.parametrize("order", ["paper", "code"])
@@ -167,14 +171,18 @@ def test_every_order_of_roles_runs(model: Model, order: str) -> None:
     assert erase(model, words(model, "gun", "sword"), order=order, iterations=3).record["steps"] == 3
 
 
-def looked(model: Model, *readings: Evaluation, told: list[TrainingProgress] | None = None, **numbers: Any) -> Delta:
-    """A run whose looks, the one before its first step included, say what is given."""
-    says = iter(readings)
-    loop = {**QUICK, "iterations": 40, "eval_every": 2, "max_preserved_drop": 0.1, **numbers}
-    return SDD(order="single", training=loop).erase(  # type: ignore[arg-type]
+def evaluated(
+    model: Model, *evaluations: Evaluation, progress: list[TrainingProgress] | None = None, **config: Any
+) -> Delta:
+    """A run with these evaluations, the first of them of the base model."""
+    remaining = iter(evaluations)
+    config = {**QUICK, "iterations": 40, "eval_every": 2, "max_preserved_drop": 0.1, **config}
+    return SDD(order="single", training=config).erase(  # type: ignore[arg-type]
         model,
         [words(model, "gun")],
-        ErasureContext(0, probe=lambda w: next(says), on_step=lambda p: told.append(p) if told is not None else None),
+        ErasureContext(
+            0, probe=lambda w: next(remaining), on_step=lambda p: progress.append(p) if progress is not None else None
+        ),
     )
 
 
@@ -182,72 +190,74 @@ def same(one: Delta, other: Delta) -> bool:
     return all(torch.equal(one.tensors[n], other.tensors[n]) for n in other.tensors)
 
 
-def test_stops_at_the_target(model: Model) -> None:
-    told: list[TrainingProgress] = []
-    reached = looked(
+def test_stops_at_the_target_rate(model: Model) -> None:
+    progress: list[TrainingProgress] = []
+    reached = evaluated(
         model,
         Evaluation(1.0, 1.0),
         Evaluation(0.5, 0.97),
         Evaluation(0.1, 0.96),
         Evaluation(0.0, 0.95),
-        told=told,
-        stop_at=0.2,
+        progress=progress,
+        target_rate=0.2,
     )
     assert (reached.record["stop"], reached.record["steps"]) == ("target", 4)
-    assert [(p.step, p.total) for p in told] == [(1, 40), (2, 40), (3, 40), (4, 4)], "there is no more to wait for"
+    assert [(p.step, p.total) for p in progress] == [(1, 40), (2, 40), (3, 40), (4, 4)], (
+        "the total shrinks to the last step"
+    )
     assert same(reached, erase(model, words(model, "gun"), seed=0, iterations=4))
 
 
 @pytest.mark.parametrize(
-    ("readings", "best"),
+    ("evaluations", "best"),
     [
         ([(0.6, 0.95), (0.3, 0.5)], 2),
-        ([(0.2, 0.95), (0.4, 0.95), (0.3, 0.5)], 2),  # fewest of the concept's pictures, not newest
+        ([(0.2, 0.95), (0.4, 0.95), (0.3, 0.5)], 2),  # the fewest images of the concept, not the newest
         ([(0.4, 0.95), (0.2, 0.95), (0.3, 0.5)], 4),
-        ([(0.2, 0.92), (0.2, 0.95), (0.1, 0.5)], 4),  # of two alike, the one that keeps more
-        ([(0.2, 0.95), (0.1, 0.95, 0.2)], 2),  # what is kept is recognised still, but blank or noise
+        ([(0.2, 0.92), (0.2, 0.95), (0.1, 0.5)], 4),  # of two equal ones, the higher preserved score
+        ([(0.2, 0.95), (0.1, 0.95, 0.2)], 2),  # preserved images are aligned, but blank or noise
     ],
 )
-def test_at_the_guard_the_best_look_before_it_comes_back(
-    model: Model, readings: list[tuple[float, ...]], best: int
+def test_degraded_preserved_prompts_return_the_best_earlier_weights(
+    model: Model, evaluations: list[tuple[float, ...]], best: int
 ) -> None:
-    guarded = looked(model, Evaluation(1.0, 1.0), *(Evaluation(*r) for r in readings))
-    assert (guarded.record["stop"], guarded.record["steps"]) == ("guard", 2 * len(readings))
-    assert same(guarded, erase(model, words(model, "gun"), seed=0, iterations=best))
+    stopped = evaluated(model, Evaluation(1.0, 1.0), *(Evaluation(*r) for r in evaluations))
+    assert (stopped.record["stop"], stopped.record["steps"]) == ("guard", 2 * len(evaluations))
+    assert same(stopped, erase(model, words(model, "gun"), seed=0, iterations=best))
 
 
-def test_the_last_step_is_looked_at_too(model: Model) -> None:
-    readings = [Evaluation(1.0, 1.0), Evaluation(0.5, 0.95), Evaluation(0.4, 0.95)]
-    well = looked(model, *readings, Evaluation(0.3, 0.95), iterations=5)
-    assert [look["step"] for look in well.record["looks"]] == [0, 2, 4, 5]
-    assert well.record["stop"] == "end"
-    spoiled = looked(model, *readings, Evaluation(0.0, 0.1), iterations=5)
-    assert (spoiled.record["stop"], spoiled.record["steps"]) == ("guard", 5)
-    assert same(spoiled, erase(model, words(model, "gun"), seed=0, iterations=4))
+def test_the_last_step_is_evaluated_too(model: Model) -> None:
+    evaluations = [Evaluation(1.0, 1.0), Evaluation(0.5, 0.95), Evaluation(0.4, 0.95)]
+    good = evaluated(model, *evaluations, Evaluation(0.3, 0.95), iterations=5)
+    assert [e["step"] for e in good.record["looks"]] == [0, 2, 4, 5]
+    assert good.record["stop"] == "end"
+    degraded = evaluated(model, *evaluations, Evaluation(0.0, 0.1), iterations=5)
+    assert (degraded.record["stop"], degraded.record["steps"]) == ("guard", 5)
+    assert same(degraded, erase(model, words(model, "gun"), seed=0, iterations=4))
 
 
 def test_a_run_that_destroys_the_model_at_once_is_refused(model: Model) -> None:
     with pytest.raises(ErasureRefused, match=r"kept from 1.000 to 0.200$"):
-        looked(model, Evaluation(1.0, 1.0), Evaluation(0.9, 0.2))
+        evaluated(model, Evaluation(1.0, 1.0), Evaluation(0.9, 0.2))
     with pytest.raises(ErasureRefused, match=r"contrast from 30.000 to 2.000$"):
-        looked(model, Evaluation(1.0, 1.0, 30.0), Evaluation(0.9, 1.0, 2.0))
+        evaluated(model, Evaluation(1.0, 1.0, 30.0), Evaluation(0.9, 1.0, 2.0))
 
 
 @pytest.mark.parametrize(
-    ("lr", "iterations", "said"), [(5.0, 1, "times their norm"), (1e30, 1, "by inf times"), (1e30, 3, "became")]
+    ("lr", "iterations", "message"), [(5.0, 1, "times their norm"), (1e30, 1, "by inf times"), (1e30, 3, "became")]
 )
-def test_without_a_look_too_a_run_that_destroys_the_model_is_refused(
-    model: Model, lr: float, iterations: int, said: str
+def test_without_evaluations_a_run_that_destroys_the_model_is_refused(
+    model: Model, lr: float, iterations: int, message: str
 ) -> None:
-    with pytest.raises(ErasureRefused, match=said):
+    with pytest.raises(ErasureRefused, match=message):
         erase(model, words(model, "gun"), lr=lr, iterations=iterations)
 
 
 @pytest.mark.parametrize("trajectories", ["fresh", "pool"])
-def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, trajectories: str, tmp_path: Path) -> None:
-    """Convolutions included, whose tensors are laid out in memory as no file lays them out; and the best look."""
-    concept, kept = words(model, "gun", "sword"), encode.encode_text(model, ["", "a cat"])
-    numbers = {
+def test_a_run_resumed_after_any_step_has_the_same_bits(model: Model, trajectories: str, tmp_path: Path) -> None:
+    """Including convolutions, whose memory layout a file does not have, and the best weights."""
+    concept, preserved = words(model, "gun", "sword"), encode.encode_text(model, ["", "a cat"])
+    config = {
         **QUICK,
         "iterations": 6,
         "preservation_weight": 1.0,
@@ -255,35 +265,35 @@ def test_a_run_saved_after_any_step_goes_on_with_the_same_bits(model: Model, tra
         "pool_size": 6,
         "timestep_distribution": "beta33",
     }
-    numbers |= {"trainable": "full", "eval_every": 2, "max_preserved_drop": 0.1}
-    sdd = SDD(order="single", training=numbers)  # type: ignore[arg-type]
-    readings = {0: Evaluation(1.0, 1.0), 2: Evaluation(0.2, 0.95), 4: Evaluation(0.3, 0.95), 6: Evaluation(0.1, 0.5)}
+    config |= {"trainable": "full", "eval_every": 2, "max_preserved_drop": 0.1}
+    sdd = SDD(order="single", training=config)  # type: ignore[arg-type]
+    evaluations = {0: Evaluation(1.0, 1.0), 2: Evaluation(0.2, 0.95), 4: Evaluation(0.3, 0.95), 6: Evaluation(0.1, 0.5)}
 
     def run(state: SavedState | None = None) -> tuple[Delta, list[int]]:
-        told = [-1] if state is None else []
+        steps = [-1] if state is None else []
 
         def on_step(p: TrainingProgress) -> None:
-            told.append(p.step)
+            steps.append(p.step)
             if state is None:
                 save(tmp_path / str(p.step), p.state.tensors(), p.state.metadata())
 
         delta = sdd.erase(
             model,
             [concept],
-            ErasureContext(3, kept, on_step=on_step, state=state, probe=lambda w: readings[told[-1] + 1]),
+            ErasureContext(3, preserved, on_step=on_step, state=state, probe=lambda w: evaluations[steps[-1] + 1]),
         )
-        return delta, told
+        return delta, steps
 
-    whole, _ = run()
-    assert whole.record["stop"] == "guard"
+    complete, _ = run()
+    assert complete.record["stop"] == "guard"
     for step in range(1, 7):
-        again, told = run(load(tmp_path / str(step)))
-        assert told == list(range(step, 7)), "it goes on where it was"
-        assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors)
-        assert whole.record == again.record
+        resumed, steps = run(load(tmp_path / str(step)))
+        assert steps == list(range(step, 7)), "it resumes after that step"
+        assert all(torch.equal(complete.tensors[n], resumed.tensors[n]) for n in complete.tensors)
+        assert complete.record == resumed.record
 
 
-def test_trainable_parameters_of_stable_diffusion_are_the_published_number() -> None:
+def test_selectors_match_the_published_numbers_of_parameters() -> None:
     from diffusers import UNet2DConditionModel
 
     from deleatur.training.parameters import select
@@ -294,7 +304,7 @@ def test_trainable_parameters_of_stable_diffusion_are_the_published_number() -> 
     assert counts == {"xattn": 43_962_560, "xattn_kv": 19_169_280, "full": 859_520_964}
 
 
-def test_keep_is_the_untouched_model(model: Model) -> None:
+def test_keep_is_the_unmodified_model(model: Model) -> None:
     delta = Keep().erase(model, [words(model, "gun")], ErasureContext(0))
     assert delta.tensors == {}
     assert edited_weights(model, delta) == {}

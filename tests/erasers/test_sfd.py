@@ -1,4 +1,4 @@
-"""SFD's promises: nothing to learn where both scores agree, one call for a picture, and the concept is not in it."""
+"""SFD: no loss where both scores agree, one network call per image, and images without the concept."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def words(model: Model, *names: str) -> Concept:
     return encode.concept_from_words(model, "weapon", names)
 
 
-def terms(model: Model, instead: str) -> dict[str, DistillationTerm]:
-    """The concept is "gun"; preserved is "gun" as well, so that the two terms can be compared."""
-    gun, other = encode.encode_text(model, ["gun"]), encode.encode_text(model, [instead])
+def terms(model: Model, alternative: str) -> dict[str, DistillationTerm]:
+    """The concept is "gun", and so is the preserved prompt: the two terms can be compared."""
+    gun, other = encode.encode_text(model, ["gun"]), encode.encode_text(model, [alternative])
     return SFD(training={"batch_size": 3}).loss_terms(model, gun, other, gun, seed=0)  # type: ignore[arg-type]
 
 
 def loss(model: Model, term: DistillationTerm, student: dict[str, Tensor]) -> Tensor:
-    networks = Denoisers(Denoiser(model, student), Denoiser(model, student), Denoiser(model, {}))
+    denoisers = Denoisers(Denoiser(model, student), Denoiser(model, student), Denoiser(model, {}))
     term.trains_fake = False
     term.generator.manual_seed(5)
     with torch.no_grad():
-        rows = term.batch(networks, 0)
-    return term.error(networks.student(rows.z, rows.t, rows.c), rows.target)
+        rows = term.batch(denoisers, 0)
+    return term.error(denoisers.student(rows.z, rows.t, rows.c), rows.target)
 
 
 def leaves(model: Model) -> dict[str, Tensor]:
@@ -59,24 +59,24 @@ def test_the_loss_by_hand() -> None:
     assert score_identity(x, real, fake, 2.0).tolist() == [0.0]
 
 
-def test_for_alpha_one_it_is_the_other_way_to_write_it() -> None:
+def test_alpha_1_has_a_simpler_form() -> None:
     x, real, fake = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     w = (x - real).abs().flatten(1).mean(1)
     by_hand = ((real - fake) * (fake - x)).flatten(1).mean(1) / w
     assert torch.allclose(score_identity(x, real, fake, 1.0), by_hand, atol=1e-6)
 
 
-def test_where_both_scores_agree_nothing_is_learned(model: Model) -> None:
-    """At the start ψ = φ: the loss of preserved prompts is 0, and so is its gradient."""
+def test_where_both_scores_agree_the_loss_is_0(model: Model) -> None:
+    """At first ψ = φ: the loss of preserved prompts is 0, and so is its gradient."""
     student = leaves(model)
-    found = loss(model, terms(model, "cat")["keep"], student)
-    assert found.abs().max() < 1e-6
-    found.mean().backward()
+    errors = loss(model, terms(model, "cat")["keep"], student)
+    assert errors.abs().max() < 1e-6
+    errors.mean().backward()
     assert max(float(p.grad.abs().max()) for p in student.values() if p.grad is not None) < 1e-4
-    assert loss(model, terms(model, "cat")["erase"], student).abs().max() > 1e-3, "of the concept it is not"
+    assert loss(model, terms(model, "cat")["erase"], student).abs().max() > 1e-3, "the concept's is not"
 
 
-def test_with_the_concept_for_its_own_alternative_it_is_the_loss_of_a_preserved_prompt(model: Model) -> None:
+def test_a_concept_that_is_its_own_alternative_has_the_loss_of_a_preserved_prompt(model: Model) -> None:
     student = {n: p.detach() + 0.01 for n, p in leaves(model).items()}
     forget, remain = (terms(model, "gun")[name] for name in ("erase", "keep"))
     for term in (forget, remain):
@@ -87,7 +87,7 @@ def test_with_the_concept_for_its_own_alternative_it_is_the_loss_of_a_preserved_
     assert torch.equal(loss(model, forget, student), same)
 
 
-def test_only_the_generator_gets_a_gradient_and_it_comes_through_both_scores(model: Model) -> None:
+def test_only_the_generator_has_a_gradient_and_it_passes_through_both_scores(model: Model) -> None:
     student, term = leaves(model), terms(model, "cat")["erase"]
     loss(model, term, student).mean().backward()
     assert all(p.grad is None and not p.requires_grad for p in model.unet.parameters()), "φ has none"
@@ -107,24 +107,24 @@ def test_the_fake_score_learns_to_denoise_what_the_generator_makes(model: Model)
         )["erase"]
         .fake
     )
-    student, draws = Denoiser(model, {}), torch.Generator().manual_seed(0)
+    student, g = Denoiser(model, {}), torch.Generator().manual_seed(0)
 
     def error() -> float:
         z, t_0, t, eps = fake.sample_noise(64, torch.Generator().manual_seed(9))
         c = fake.conditions[torch.arange(64) % 2]
         with torch.no_grad():
             x = model.schedule.predict_z0(z, student(z, t_0, c), t_0)
-            said = fake.denoiser()(model.schedule.add_noise(x, eps, t), t, c)
-        return float((said - eps).square().mean())
+            prediction = fake.denoiser()(model.schedule.add_noise(x, eps, t), t, c)
+        return float((prediction - eps).square().mean())
 
     before = error()
     for _ in range(80):
         with torch.no_grad():
-            fake.train_step(student, draws)
+            fake.train_step(student, g)
     assert error() < 0.8 * before
 
 
-def test_a_picture_is_one_call_of_the_network_and_no_guide_is_asked(model: Model) -> None:
+def test_an_image_is_one_network_call_without_guide(model: Model) -> None:
     c, guide = encode.encode_text(model, ["a cat", "a dog"]), CFG()
     conditions = guide.conditions(model, [])
     with counting.calls() as calls, counting.rows() as rows:
@@ -134,7 +134,7 @@ def test_a_picture_is_one_call_of_the_network_and_no_guide_is_asked(model: Model
     assert [p.tobytes() for p in once] == [p.tobytes() for p in other]
 
 
-def test_what_is_drawn_is_the_clean_latent_seen_in_pure_noise(model: Model) -> None:
+def test_an_image_is_the_clean_latent_predicted_from_pure_noise(model: Model) -> None:
     n = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     c, t = encode.encode_text(model, ["a cat", "a dog"]), torch.tensor([625, 625])
     a = float(model.schedule.alphas_cumprod[625])
@@ -145,51 +145,51 @@ def test_what_is_drawn_is_the_clean_latent_seen_in_pure_noise(model: Model) -> N
 
 
 @pytest.mark.slow
-def test_on_the_built_in_model_the_concept_goes_while_the_others_come() -> None:
-    """What the judge makes of pictures of one step: few are right before, since the base model draws in many."""
+def test_on_the_built_in_model_the_concept_goes_and_the_others_improve() -> None:
+    """The judge's opinion of one-step images: few are right before, since the base model needs many steps."""
     model, judge = load(str(MODELS / "pipeline"), device="cpu"), Classifier(path=str(MODELS / "judge")).load()
     gun, others = ["gun"], ["cat", "frog", "fish", "rose"]
     keep = encode.encode_text(model, ["", *(f"a {name}" for name in others)])
-    numbers = {"iterations": 30, "lr": 1e-4, "batch_size": 8}
-    sfd = SFD(kappa=2.0, fake_lr=3e-4, training=numbers)  # type: ignore[arg-type]
-    after = edited_weights(
-        model, sfd.erase(model, [encode.concept_from_words(model, "gun", gun, ["a {}"])], ErasureContext(1, keep))
-    )
+    sfd = SFD(kappa=2.0, fake_lr=3e-4, training={"iterations": 30, "lr": 1e-4, "batch_size": 8})  # type: ignore[arg-type]
+    concept = encode.concept_from_words(model, "gun", gun, ["a {}"])
+    edited = edited_weights(model, sfd.erase(model, [concept], ErasureContext(1, keep)))
 
-    def right(weights: Weights, names: list[str]) -> float:
-        """Mean probability of what the prompt names."""
-        asked = [name for name in names for _ in range(16 // len(names))]
-        c = encode.encode_text(model, [f"a {name}" for name in asked])
-        drawn = sample(model, c, range(16), guide=CFG(), conditions={}, steps=1, weights=weights, one_step=625)
-        return float(np.mean([said[judge.labels.index(n)] for said, n in zip(judge.detect(drawn), asked, strict=True)]))
+    def recognition(weights: Weights, names: list[str]) -> float:
+        """Mean probability of the prompt's subject."""
+        subjects = [name for name in names for _ in range(16 // len(names))]
+        c = encode.encode_text(model, [f"a {name}" for name in subjects])
+        images = sample(model, c, range(16), guide=CFG(), conditions={}, steps=1, weights=weights, one_step=625)
+        scores = judge.detect(images)
+        return float(np.mean([row[judge.labels.index(n)] for row, n in zip(scores, subjects, strict=True)]))
 
-    found = {what: (right({}, names), right(after, names)) for what, names in (("gun", gun), ("others", others))}
-    print(found)
-    assert found["gun"][1] < 0.5 * found["gun"][0]
-    assert found["others"][1] > found["others"][0]
+    before, after = ({"gun": recognition(w, gun), "others": recognition(w, others)} for w in ({}, edited))
+    print(before, after)
+    assert after["gun"] < 0.5 * before["gun"]
+    assert after["others"] > before["others"]
 
 
-def test_what_comes_back_says_that_it_draws_in_one_step_and_adds_to_nothing(model: Model) -> None:
+def test_the_delta_has_its_timestep_and_adds_to_no_other(model: Model) -> None:
     delta = SFD(training={**QUICK, "iterations": 1}).erase(  # type: ignore[arg-type]
         model, [words(model, "gun")], ErasureContext(1, encode.encode_text(model, [""]))
     )
     assert delta.one_step == 625
-    with pytest.raises(ModelError, match="one step"):
+    with pytest.raises(ModelError, match="one-step"):
         add_deltas(delta, delta)
 
 
-def test_without_a_prompt_to_preserve_it_is_refused(model: Model) -> None:
+def test_prompts_to_preserve_are_required(model: Model) -> None:
     with pytest.raises(SettingsError, match="prompts to preserve"):
         SFD().erase(model, [words(model, "gun")], ErasureContext(0))
 
 
-def test_levels_are_two_in_order() -> None:
+def test_levels_are_in_order() -> None:
     with pytest.raises(ValidationError, match="the smaller one first, got 980 and 20"):
         SFD(levels=(980, 20))
 
 
-def test_the_numbers_are_those_of_the_released_script() -> None:
+def test_defaults_are_those_of_the_released_script() -> None:
     sfd = SFD()
     assert (sfd.start, sfd.kappa, sfd.alpha, sfd.levels, sfd.fake_lr) == (625, 4.5, 1.0, (20, 980), 3e-6)
-    loop = sfd.training
-    assert (loop.train, loop.iterations, loop.lr, loop.batch, loop.momentum) == ("full", 12500, 1e-6, 8, 0.0)
+    training = sfd.training
+    assert (training.trainable, training.iterations, training.lr) == ("full", 12500, 1e-6)
+    assert (training.batch_size, training.adam_beta1) == (8, 0.0)

@@ -179,7 +179,7 @@ def test_max_norm_limits_the_length_of_vectors(model: Model, norm: float | None)
 
 def test_nan_loss_raises(model: Model) -> None:
     start = torch.full_like(encode.word_embedding(model, "object")[None, None], torch.nan)
-    with pytest.raises(DataError, match="no number at iteration 1"):
+    with pytest.raises(DataError, match="NaN or infinite at iteration 1"):
         learn_tokens(model, TextualInversionConfig(iterations=4, batch_size=2), [token_target(2)], start)
 
 

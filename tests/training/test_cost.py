@@ -1,4 +1,4 @@
-"""What is said of a run before it begins, against the run."""
+"""Cost estimates against what runs take."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ BUILT_IN = ROOT / "models" / "pipeline"
 
 
 @pytest.fixture(scope="module")
-def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+def tiny_architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
     return architecture.from_folder(tiny.save_pipeline(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.mark.parametrize(
-    "numbers",
+    "config",
     [
         {},
         {
@@ -45,29 +45,29 @@ def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
         {"preservation_weight": 1.0, "trainable": "full"},
     ],
 )
-def test_operations_are_those_that_torch_counts_in_the_run(
-    model: Model, tiny_shape: Architecture, numbers: dict[str, object]
+def test_flops_are_those_that_torch_counts_in_the_run(
+    model: Model, tiny_architecture: Architecture, config: dict[str, object]
 ) -> None:
-    sdd = SDD(order="single", training={"iterations": 20, "batch_size": 2, "sampler_steps": 3, "lr": 1e-3, **numbers})  # type: ignore[arg-type]
+    sdd = SDD(order="single", training={"iterations": 20, "batch_size": 2, "sampler_steps": 3, "lr": 1e-3, **config})  # type: ignore[arg-type]
     concept = encode.concept_from_words(model, "weapon", ["gun"])
     keep = encode.encode_text(model, ["a cat"])
-    with FlopCounterMode(display=False) as counted:
+    with FlopCounterMode(display=False) as counter:
         sdd.erase(model, [concept], ErasureContext(1, keep))
-    said = estimate_cost(sdd.workload("words"), tiny_shape)
-    assert counted.get_total_flops() == pytest.approx(said.flops, rel=0.1)
+    estimated = estimate_cost(sdd.workload("words"), tiny_architecture)
+    assert counter.get_total_flops() == pytest.approx(estimated.flops, rel=0.1)
 
 
-def test_a_shape_has_what_the_model_has(model: Model, tiny_shape: Architecture) -> None:
+def test_an_architecture_has_the_models_sizes(model: Model, tiny_architecture: Architecture) -> None:
     nets = (model.unet, model.vae, model.text_encoder)
-    assert tiny_shape.num_parameters == sum(p.numel() for net in nets for p in net.parameters())
-    assert (tiny_shape.latent_shape, tiny_shape.text_states_shape) == (
+    assert tiny_architecture.num_parameters == sum(p.numel() for net in nets for p in net.parameters())
+    assert (tiny_architecture.latent_shape, tiny_architecture.text_states_shape) == (
         model.latent_shape,
         (model.max_tokens, tiny.WIDTH),
     )
-    assert all(p.is_meta for p in tiny_shape.unet.parameters()), "and takes no memory"
+    assert all(p.is_meta for p in tiny_architecture.unet.parameters()), "it takes no memory"
 
 
-def test_stable_diffusion_has_the_published_numbers() -> None:
+def test_stable_diffusion_has_the_published_sizes() -> None:
     """859,520,964 of the UNet, 83,653,863 of the VAE, 123,060,480 of the text encoder."""
     sd = stable_diffusion()
     assert sd.num_parameters == 859_520_964 + 83_653_863 + 123_060_480
@@ -80,17 +80,17 @@ def test_stable_diffusion_has_the_published_numbers() -> None:
     assert 4 * sd.num_parameters < uce.peak_memory < sdd.peak_memory < 24e9
 
 
-def test_pictures_are_drawn_in_whole_batches(model: Model) -> None:
+def test_images_are_sampled_in_full_batches(model: Model) -> None:
     import counting
 
     guide, c = CFG(), encode.encode_text(model, ["a cat"] * 5)
-    with counting.rows() as took:
+    with counting.rows() as counts:
         sample(model, c, range(5), guide=guide, conditions=guide.conditions(model, []), steps=3, batch=4)
-    work = sampling_workload(5, 3, 2, 4)
-    assert (took["forward"], took["wide"]) == (work.forward, work.max_forward_batch)
+    workload = sampling_workload(5, 3, 2, 4)
+    assert (counts["forward"], counts["max_forward_batch"]) == (workload.forward, workload.max_forward_batch)
 
 
-def test_one_after_the_other_adds_what_is_done_and_takes_the_most_of_what_is_held() -> None:
+def test_a_sum_adds_calls_and_takes_the_maximum_of_memory() -> None:
     both = Workload(forward=10, max_forward_batch=4, bytes_per_parameter=8, evaluations=1) + Workload(
         forward=5, backward=3, max_forward_batch=2, max_backward_batch=2, bytes_per_parameter=4
     )
@@ -99,9 +99,9 @@ def test_one_after_the_other_adds_what_is_done_and_takes_the_most_of_what_is_hel
     )
 
 
-def test_speed_is_operations_over_time(tmp_path: Path, tiny_shape: Architecture) -> None:
+def test_speed_is_flops_over_time(tmp_path: Path, tiny_architecture: Architecture) -> None:
     folder = tiny.save_pipeline(tmp_path)
-    assert 1e5 < measure_speed(folder, tiny_shape, "float32", "cpu") < 1e13
+    assert 1e5 < measure_speed(folder, tiny_architecture, "float32", "cpu") < 1e13
 
 
 MEASURE = """
@@ -123,45 +123,47 @@ def memory(what):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 folder, what = Path(sys.argv[1]), sys.argv[2]
-model, of = load(str(folder), device="cpu"), architecture.from_folder(folder)
+model, network = load(str(folder), device="cpu"), architecture.from_folder(folder)
 concept, guide = encode.concept_from_words(model, "weapon", ["gun"]), CFG()
 
 def run(rows):
-    if what == "draw":
+    if what == "sample":
         c = encode.encode_text(model, ["a gun"] * rows)
         sample(model, c, range(rows), guide=guide, conditions=guide.conditions(model, []), steps=1, batch=rows)
         return sampling_workload(rows, 1, 2, rows)
-    loop = {"iterations": 2, "sampler_steps": 2, "batch_size": rows, "lr": 1e-4, "trainable": "full", "min_relative_change": 0}
-    sdd = SDD(order="single", training=loop)
+    training = {"iterations": 2, "sampler_steps": 2, "batch_size": rows, "lr": 1e-4}
+    training |= {"trainable": "full", "min_relative_change": 0}
+    sdd = SDD(order="single", training=training)
     sdd.erase(model, [concept], ErasureContext(0))
     return sdd.workload("words")
 
 run(2)
-Path("/proc/self/clear_refs").write_text("5")  # the highest point so far is forgotten
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 before = memory("VmRSS")
-work = run(96)
-print(json.dumps({"said": estimate_cost(work, of).peak_memory - 4 * of.num_parameters, "was": memory("VmHWM") - before}))
+workload = run(96)
+estimated = estimate_cost(workload, network).peak_memory - 4 * network.num_parameters
+print(json.dumps({"estimated": estimated, "measured": memory("VmHWM") - before}))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["train", "draw"])
-def test_memory_is_what_a_process_takes_on_the_built_in_model(what: str) -> None:
-    """Within a third: an allocator gives back late, and convolutions have buffers that no shape tells of."""
+@pytest.mark.parametrize("what", ["train", "sample"])
+def test_memory_is_that_of_a_process_on_the_built_in_model(what: str) -> None:
+    """Within a third: allocators free late, and convolutions have buffers that no shape reveals."""
     env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT / "src"), "PATH": ""}
     command = [sys.executable, "-c", MEASURE, str(BUILT_IN), what]
-    found = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
-    assert found["was"] > 5e7, "there is something to measure"
-    assert found["said"] == pytest.approx(found["was"], rel=1 / 3), found
+    result = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+    assert result["measured"] > 5e7, "large enough to measure"
+    assert result["estimated"] == pytest.approx(result["measured"], rel=1 / 3), result
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_memory_is_what_a_gpu_gives() -> None:
+def test_memory_is_that_of_a_gpu() -> None:
     from deleatur.diffusion.model import load
 
-    model, of = load(str(BUILT_IN), device="cuda"), architecture.from_folder(BUILT_IN)
-    loop = {
+    model, network = load(str(BUILT_IN), device="cuda"), architecture.from_folder(BUILT_IN)
+    training = {
         "iterations": 2,
         "sampler_steps": 2,
         "batch_size": 96,
@@ -169,10 +171,10 @@ def test_memory_is_what_a_gpu_gives() -> None:
         "trainable": "full",
         "min_relative_change": 0,
     }
-    sdd = SDD(order="single", training=loop)  # type: ignore[arg-type]
+    sdd = SDD(order="single", training=training)  # type: ignore[arg-type]
     concept = encode.concept_from_words(model, "weapon", ["gun"])
-    before = torch.cuda.memory_allocated() - 4 * of.num_parameters
+    before = torch.cuda.memory_allocated() - 4 * network.num_parameters
     torch.cuda.reset_peak_memory_stats()
     sdd.erase(model, [concept], ErasureContext(0))
-    was = torch.cuda.max_memory_allocated() - before
-    assert estimate_cost(sdd.workload("words"), of).peak_memory == pytest.approx(was, rel=1 / 3)
+    measured = torch.cuda.max_memory_allocated() - before
+    assert estimate_cost(sdd.workload("words"), network).peak_memory == pytest.approx(measured, rel=1 / 3)
