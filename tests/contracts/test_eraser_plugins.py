@@ -22,7 +22,8 @@ from deleatur.erasers import Eraser
 from deleatur.inversion import InversionContext, InversionData, Inverter
 from deleatur.records.model import Concept, RatedImages, SoftToken
 from deleatur.storage.tensors import load, load_delta, save, save_delta
-from deleatur.training.loop import ErasureContext, Evaluation, TrainingProgress
+from deleatur.training.early_stopping import Evaluation
+from deleatur.training.loop import ErasureContext, TrainingProgress
 from deleatur.training.parameters import select
 from deleatur.training.textual_inversion import prompt_templates
 

@@ -22,7 +22,8 @@ from deleatur.maths import closed_form
 from deleatur.records.model import Concept, Delta, LowRank, SoftToken
 from deleatur.storage.tensors import load_delta, save_delta
 from deleatur.training.closed_form_editor import edit_pairs
-from deleatur.training.loop import ErasureContext, Evaluation, TrainingProgress
+from deleatur.training.early_stopping import Evaluation
+from deleatur.training.loop import ErasureContext, TrainingProgress
 
 EXACT = {"lam": 1e-4, "preserve": 1.0}
 

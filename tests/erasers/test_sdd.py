@@ -20,7 +20,8 @@ from deleatur.errors import ErasureRefused
 from deleatur.records.model import Concept, Delta, SoftToken
 from deleatur.storage.tensors import load, save
 from deleatur.training.config import TrajectoryTrainingConfig
-from deleatur.training.loop import ErasureContext, Evaluation, TrainingProgress
+from deleatur.training.early_stopping import Evaluation
+from deleatur.training.loop import ErasureContext, TrainingProgress
 from deleatur.training.optimizer_state import SavedState
 
 QUICK = {"iterations": 60, "lr": 3e-3, "ema_decay": 0.8, "sampler_steps": 4, "batch_size": 4}

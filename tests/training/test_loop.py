@@ -20,7 +20,8 @@ from deleatur.diffusion.predict import predict
 from deleatur.erasers.sdd import SDD
 from deleatur.records.model import Delta
 from deleatur.storage.tensors import load, save
-from deleatur.training.loop import ErasureContext, Evaluation, TrainingProgress
+from deleatur.training.early_stopping import Evaluation
+from deleatur.training.loop import ErasureContext, TrainingProgress
 from deleatur.training.parameters import select
 
 NAMES = ("gun", "sword", "cat")

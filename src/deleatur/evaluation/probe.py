@@ -21,7 +21,7 @@ from deleatur.feedback.reward import RewardHead
 from deleatur.maths.distances import cosine_similarity
 from deleatur.maths.seeds import derive
 from deleatur.records.model import Concept
-from deleatur.training.loop import Evaluation, Probe
+from deleatur.training.early_stopping import Evaluation, Probe
 from deleatur.training.textual_inversion import TokenEvaluator
 
 EVAL_PROMPTS = 20

@@ -25,10 +25,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import weight_difference
-from deleatur.diffusion.predict import Weights
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.seeds import generator
 from deleatur.training.config import DRIFT_INTERVAL, TrainingConfig, TrajectoryTrainingConfig
+from deleatur.training.early_stopping import Evaluation, Probe, acceptable, best, thresholds
 from deleatur.training.losses import (
     Batch,
     Denoiser,
@@ -48,25 +48,6 @@ from deleatur.training.trajectories import (
     TrajectorySampler,
     build_trajectories,
 )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of sampled images, a row of looks.json."""
-
-    concept: float
-    """Share of the concept's images that still show it."""
-    kept: float
-    """Prompt alignment of preserved prompts' images; any scale, higher is better."""
-    contrast: float = 1.0
-    """Coarse contrast of the preserved prompts' images; near 0 for blank images and for noise."""
-
-
-Probe = Callable[[Weights], Evaluation]
-"""Validation: weights → scores of images sampled with them. {} is the base model."""
-
-MIN_CONTRAST = 0.25
-"""Share of the base model's contrast below which images count as blank or as noise."""
 
 
 @dataclass
@@ -220,7 +201,7 @@ def finetune(
                 _early_stopping(config, run)
             context.on_step(_progress(config, run))
     if run.stop == "guard":
-        weights, selected = run.best, _best(_acceptable(config, run))["step"]
+        weights, selected = run.best, best(acceptable(run.evaluations, config.max_preserved_drop))["step"]
     else:
         weights, selected = run.teacher, run.step
     delta = weight_difference(model, weights)
@@ -298,43 +279,25 @@ def _early_stopping(config: TrainingConfig, run: TrainingState) -> None:
 
     Raises ErasureRefused where no evaluation was acceptable: there are no weights to return to.
     """
-    first, last = run.evaluations[0], run.evaluations[-1]
-    thresholds, acceptable = _thresholds(config, run), _acceptable(config, run)
-    if not acceptable:
+    base, last = run.evaluations[0], run.evaluations[-1]
+    candidates = acceptable(run.evaluations, config.max_preserved_drop)
+    if not candidates:
         drops = [
-            f"{name} from {first[name]:.3f} to {last[name]:.3f}"
-            for name, threshold in thresholds.items()
+            f"{name} from {base[name]:.3f} to {last[name]:.3f}"
+            for name, threshold in thresholds(base, config.max_preserved_drop).items()
             if not last[name] >= threshold  # true for NaN as well
         ]
         raise ErasureRefused(
             f"preserved prompts degraded before the concept was erased: {', '.join(drops)}",
             hint="lower training.lr, raise training.preservation_weight, or evaluate more often (training.eval_every)",
         )
-    if last not in acceptable:
+    if last not in candidates:
         run.stop = "guard"
         return
-    if last is _best(acceptable):
+    if last is best(candidates):
         run.best = {n: w.clone() for n, w in run.teacher.items()}
     if last["concept"] <= config.target_rate:
         run.stop = "target"
-
-
-def _thresholds(config: TrainingConfig, run: TrainingState) -> dict[str, float]:
-    """Least scores of preserved prompts: prompts are still followed, and images are neither blank nor noise."""
-    base = run.evaluations[0]
-    kept = base["kept"] - config.max_preserved_drop * abs(base["kept"])  # the score may be negative
-    return {"kept": kept, "contrast": MIN_CONTRAST * base["contrast"]}
-
-
-def _acceptable(config: TrainingConfig, run: TrainingState) -> list[dict[str, float]]:
-    """Evaluations above both thresholds, the base model's excluded."""
-    thresholds = _thresholds(config, run)
-    return [e for e in run.evaluations[1:] if all(e[name] >= threshold for name, threshold in thresholds.items())]
-
-
-def _best(evaluations: list[dict[str, float]]) -> dict[str, float]:
-    """The lowest concept rate, then the highest preserved score."""
-    return min(evaluations, key=lambda e: (e["concept"], -e["kept"]))
 
 
 def _check_relative_change(model: Model, config: TrainingConfig, delta: dict[str, Tensor]) -> None:
