@@ -45,15 +45,15 @@ class Checkpointable(Protocol):
     step: int
 
     def tensors(self) -> dict[str, Tensor]: ...
-    def numbers(self) -> dict[str, Any]: ...
+    def metadata(self) -> dict[str, Any]: ...
 
 
 class Checkpoint:
     """The checkpoint of one loop of a stage. `state` is what to resume from, or None.
 
     Used as a context around the loop, which calls it after every step. Inside, the first Ctrl-C or SIGTERM lets the
-    step end, saves and raises Interrupted; a second one does not wait. A refused erasure leaves no checkpoint; after any
-    other end it stays until `remove`, which is called when the stage's output is complete.
+    step end, saves and raises Interrupted; a second one does not wait. A refused erasure leaves no checkpoint; after
+    any other end it stays until `remove`, which is called when the stage's output is complete.
     """
 
     def __init__(self, settings: Settings, stage: str, name: str, identity: Mapping[str, Any]) -> None:
@@ -115,8 +115,8 @@ class Checkpoint:
 
     def _save(self, state: Checkpointable) -> None:
         start = time.monotonic()
-        numbers = json.dumps(state.numbers())  # as text, so that keys keep their order
-        tensors.save(self.path, state.tensors(), {"identity": self._identity, "numbers": numbers})
+        progress = json.dumps(state.metadata())  # as text, so that keys keep their order
+        tensors.save(self.path, state.tensors(), {"identity": self._identity, "progress": progress})
         now = time.monotonic()
         self._due = now + max(self._interval, (now - start) / MAX_OVERHEAD)
 
@@ -135,16 +135,16 @@ class Checkpoint:
             saved, metadata = tensors.load(self.path)
         except DataError as e:
             raise DataError(f"{self.path} cannot be read as a checkpoint", hint=f"rm {self.path}") from e
-        numbers = json.loads(metadata["numbers"])
+        progress = json.loads(metadata["progress"])
         if changes := list(_changes(metadata["identity"], self._identity)):
             lines = "".join(f"\n  {change}" for change in changes)
             raise SettingsError(
-                f"{self._stage} was interrupted after step {numbers['step']}, and has changed since:{lines}\n"
+                f"{self._stage} was interrupted after step {progress['step']}, and has changed since:{lines}\n"
                 "Undo the change to resume, or remove the checkpoint to start again.",
                 hint=f"rm {self.path}",
             )
-        print(f"{self._stage} resumes after step {numbers['step']}", file=sys.stderr)
-        return saved, numbers
+        print(f"{self._stage} resumes after step {progress['step']}", file=sys.stderr)
+        return saved, progress
 
 
 def run_identity(
