@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def passing_policy(limit: float = -5.0) -> dict[str, object]:
     """A policy that random weights pass."""
     rule = {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": limit, "min_n": 2}
-    return {"rules": {"pictures_fit_prompts": rule}}
+    return {"rules": {"images_match_prompts": rule}}
 
 
 def template(shared: Path) -> Path:

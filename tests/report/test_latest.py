@@ -46,7 +46,7 @@ def test_explain_ends_with_the_verdict(done: Settings, rule: dict[str, Any], out
     result = run("explain")
     assert result.exit_code == code, result.output
     assert outcome in result.output.lower()
-    assert "pictures_fit_prompts" in result.output
+    assert "images_match_prompts" in result.output
     as_json = run("explain", "--json")
     assert as_json.exit_code == code
     verdict = json.loads(as_json.stdout)
