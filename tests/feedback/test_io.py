@@ -55,7 +55,7 @@ def test_images_round_trip_and_problems_are_reported() -> None:
     assert images.problem(valid) is None
     invalid = {
         "SHA-256": replace(valid, sha256="0" * 64),
-        "neither": replace(valid, image=b"x", sha256=hashlib.sha256(b"x").hexdigest()),
+        "1 bytes": replace(valid, image=b"x", sha256=hashlib.sha256(b"x").hexdigest()),
         "6×4": replace(valid, width=5),
     }
     for message, bad in invalid.items():

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deleatur.config.settings import Settings
+from deleatur.errors import DataError
 from deleatur.feedback import votes
 from deleatur.records.model import RatedImages
 from deleatur.storage import files, images
@@ -25,6 +26,11 @@ class RatedPool:
         self.row_of = {d: i for i, d in enumerate(digests)}
         self.images = [images.decode(encoded[d].image) for d in digests]
         self.prompts = [prompt_of[d] for d in digests]
+        if len(digests) > 1 and len({image.tobytes() for image in self.images}) == 1:
+            raise DataError(
+                f"expected different images of {name}, got {len(digests)} files with the same pixels",
+                hint="write the archive anew from the images that were shown, then: deleatur stage ingest",
+            )
 
     def labelled(self) -> RatedImages:
         """Images split by majority vote: the concept is visible (positive) or not (negative)."""

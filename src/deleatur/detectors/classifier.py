@@ -13,6 +13,7 @@ from deleatur.detectors import Detector, LoadedDetector, Scores
 from deleatur.diffusion import folders
 from deleatur.diffusion.batches import padded_batches
 from deleatur.diffusion.model import digest_parts, from_pretrained, load_errors, resolve_device, silence_libraries
+from deleatur.diffusion.rgb import to_rgb
 
 
 class Classifier(Detector):
@@ -44,7 +45,7 @@ class Classifier(Detector):
         @torch.no_grad()
         def detect(images: Sequence[Image.Image]) -> Scores:
             scores = [np.zeros((0, len(labels)), np.float32)]
-            for batch, n in padded_batches([image.convert("RGB") for image in images], self.batch_size):
+            for batch, n in padded_batches([to_rgb(image) for image in images], self.batch_size):
                 logits = net(**processor(images=batch, return_tensors="pt").to(net.device)).logits
                 scores.append(logits.softmax(-1)[:n].cpu().numpy())
             return np.concatenate(scores)

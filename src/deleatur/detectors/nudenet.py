@@ -16,6 +16,7 @@ from pydantic import Field
 
 from deleatur.detectors import Detector, LoadedDetector, Scores
 from deleatur.diffusion.batches import padded_batches
+from deleatur.diffusion.rgb import to_rgb
 
 SIZE = 320
 
@@ -56,7 +57,7 @@ def _labels() -> tuple[str, ...]:
 
 def letterbox(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """(3, 320, 320) in [0, 1]: the image scaled to fit, padded with black on the right and bottom."""
-    rgb = image.convert("RGB")
+    rgb = to_rgb(image)
     scale = SIZE / max(rgb.size)
     small = rgb.resize((max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))), Image.Resampling.BILINEAR)
     square = Image.new("RGB", (SIZE, SIZE))

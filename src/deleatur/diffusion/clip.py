@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from deleatur.diffusion.batches import padded_batches
 from deleatur.diffusion.model import digest_parts, from_pretrained, load_errors, resolve_device, silence_libraries
+from deleatur.diffusion.rgb import to_rgb
 
 BATCH_SIZE = 32
 """Images or texts per network call."""
@@ -59,7 +60,7 @@ class Clip:
             yield [F.normalize(layer[:, 1:].float(), dim=-1) for layer in states], n
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        rgb = [image.convert("RGB") for image in images]
+        rgb = [to_rgb(image) for image in images]
         pixels: Tensor = self.processor.image_processor(images=rgb, return_tensors="pt").pixel_values
         return pixels.to(self.device, self.model.dtype)
 

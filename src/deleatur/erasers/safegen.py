@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.model import Model
+from deleatur.diffusion.rgb import to_rgb
 from deleatur.diffusion.sample import encode_images
 from deleatur.erasers import Eraser
 from deleatur.errors import DataError
@@ -35,8 +36,9 @@ from deleatur.training.parameters import Selector, select
 
 def mosaic(image: Image.Image, cells: int) -> Image.Image:
     """The image in cells × cells squares, each of its mean colour."""
-    small = image.convert("RGB").resize((cells, cells), Image.Resampling.BOX)
-    return small.resize(image.size, Image.Resampling.NEAREST)
+    rgb = to_rgb(image)
+    small = rgb.resize((cells, cells), Image.Resampling.BOX)
+    return small.resize(rgb.size, Image.Resampling.NEAREST)
 
 
 def exact_factor(schedule: NoiseSchedule, t: Tensor, limit: float) -> Tensor:

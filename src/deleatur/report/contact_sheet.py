@@ -9,6 +9,7 @@ from typing import get_args
 
 from PIL import Image, ImageFilter
 
+from deleatur.diffusion.rgb import to_rgb
 from deleatur.gate import CONCEPT_ROLES
 from deleatur.records.sampling import Role, Variant
 from deleatur.storage.files import atomic_write
@@ -61,4 +62,4 @@ def write_contact_sheet(
 
 
 def _blurred(image: Image.Image) -> Image.Image:
-    return image.convert("RGB").filter(ImageFilter.GaussianBlur(max(image.size) / 6))
+    return to_rgb(image).filter(ImageFilter.GaussianBlur(max(image.size) / 6))

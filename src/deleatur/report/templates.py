@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from PIL import Image
 
+from deleatur.diffusion.rgb import to_rgb
 from deleatur.storage.images import encode
 
 FOLDER = Path(__file__).parent
@@ -47,7 +48,7 @@ def _data_uri(image: Image.Image) -> str:
     if max(image.size) <= MAX_PNG_SIZE:
         return "data:image/png;base64," + b64encode(encode(image)).decode()
     buffer = BytesIO()
-    image.convert("RGB").save(buffer, "WEBP", quality=88)
+    to_rgb(image).save(buffer, "WEBP", quality=88)
     return "data:image/webp;base64," + b64encode(buffer.getvalue()).decode()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -12,15 +14,21 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from deleatur.diffusion.rgb import UNREADABLE, to_rgb
 from deleatur.errors import DataError
 from deleatur.storage import files
 
 SCHEMA = pa.schema(
     {"sha256": pa.string(), "image": pa.binary(), "width": pa.int64(), "height": pa.int64()},
 )
-FORMATS = ("PNG", "WEBP")
+FORMATS = ("PNG", "WEBP", "JPEG", "GIF")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SRGB_CICP = bytes([1, 13, 0])
+SRGB_GAMA = (45_455,)
+SRGB_CHRM = (31_270, 32_900, 64_000, 33_000, 30_000, 60_000, 15_000, 6_000)
+"""Colour encoding of sRGB in PNG chunks: times 100,000."""
 SHARD_SIZE = 1000  # images per file: half a gigabyte at 512 pixels
 
 
@@ -37,16 +45,59 @@ class EncodedImage:
 def encode(image: Image.Image) -> bytes:
     """Encodes as PNG without metadata: the same pixels give the same bytes."""
     buffer = BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
+    to_rgb(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decodes PNG or WebP to RGB. Raises DataError for anything else."""
+    """Decodes to the RGB pixels that a browser shows (`diffusion.rgb`). Of animations, the first frame.
+
+    Raises DataError for other formats, damaged or truncated data, images of more than 89 million pixels, and the few
+    PNG colour encodings that browsers show and we do not convert: they have to be saved as sRGB.
+    """
     try:
-        return Image.open(BytesIO(data), formats=FORMATS).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise DataError(f"expected a PNG or WebP image, got {len(data)} bytes that are neither") from e
+        if unsupported := _unsupported_png(data):
+            raise DataError(f"expected an image in sRGB or with an ICC profile, got a PNG with {unsupported}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(BytesIO(data), formats=FORMATS)
+            image.load()
+            return to_rgb(image)
+    except UnidentifiedImageError:
+        raise DataError(f"expected an image ({', '.join(FORMATS)}), got {len(data)} bytes of another kind") from None
+    except (*UNREADABLE, Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
+        raise DataError(
+            f"expected an image ({', '.join(FORMATS)}) that can be decoded, got {len(data)} bytes: {e}"
+        ) from e
+
+
+def _unsupported_png(data: bytes) -> str:
+    """What in a PNG's header changes its colours in a way that is not converted here; empty: nothing."""
+    chunks = _png_header(data)
+    depth, colour_type = struct.unpack(">8x2B", chunks.get(b"IHDR", bytes(10))[:10])
+    if b"tRNS" in chunks and colour_type in (0, 2) and (depth, colour_type) not in ((1, 0), (8, 0), (16, 0), (8, 2)):
+        return f"a transparent colour at {depth} bits"
+    if b"cICP" in chunks:
+        return "" if chunks[b"cICP"][:3] == SRGB_CICP else "a cICP colour space other than sRGB"
+    if b"iCCP" in chunks or b"sRGB" in chunks:
+        return ""  # these take precedence over gamma and chromaticities
+    for name, values in (("gAMA", SRGB_GAMA), ("cHRM", SRGB_CHRM)):
+        if chunk := chunks.get(name.encode()):
+            got = struct.unpack(f">{len(values)}I", chunk)
+            if any(abs(g - v) > 0.01 * 100_000 for g, v in zip(got, values, strict=True)):
+                return f"{'a gamma' if name == 'gAMA' else 'primaries'} other than those of sRGB ({name})"
+    return ""
+
+
+def _png_header(data: bytes) -> dict[bytes, bytes]:
+    """Chunk type → content, of the chunks before the pixels; empty for other formats."""
+    chunks: dict[bytes, bytes] = {}
+    position = len(PNG_SIGNATURE)
+    while data.startswith(PNG_SIGNATURE) and position + 12 <= len(data) and b"IDAT" not in chunks:
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        chunks.setdefault(kind, data[position + 8 : position + 8 + length])
+        position += length + 12
+    return chunks
 
 
 def encode_image(image: Image.Image) -> EncodedImage:
@@ -60,11 +111,13 @@ def problem(image: EncodedImage) -> tuple[str, str] | None:
     if digest != image.sha256:
         return "bytes whose SHA-256 is the one given", f"SHA-256 {digest}"
     try:
-        size = decode(image.image).size
+        shown = decode(image.image).size
     except DataError as e:
-        return "a readable PNG or WebP image", str(e)
-    if size != (image.width, image.height):
-        return f"{image.width}×{image.height} pixels, as given", f"{size[0]}×{size[1]} pixels"
+        expected, _, got = str(e).removeprefix("expected ").partition(", got ")
+        return expected, got
+    stored = Image.open(BytesIO(image.image)).size  # before it is turned upright
+    if (image.width, image.height) not in (shown, stored):
+        return f"{image.width}×{image.height} pixels, as in the archive", f"{shown[0]}×{shown[1]} pixels"
     return None
 
 
