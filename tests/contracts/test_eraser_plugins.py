@@ -85,7 +85,7 @@ def test_an_eraser_mixes_words_and_tokens_evaluates_and_resumes(model: Model, na
         resumed = eraser.erase(model, concepts, ErasureContext(1, preserve, probe=probe, state=load(path)))
         assert all(torch.equal(complete.tensors[n], resumed.tensors[n]) for n in complete.tensors), "the same bits"
         assert resumed.record["curve"] == complete.record["curve"]
-        assert resumed.record["looks"] == complete.record["looks"]
+        assert resumed.record["evaluations"] == complete.record["evaluations"]
 
 
 @pytest.mark.parametrize("name", plugins.names("erasers"))

@@ -231,14 +231,14 @@ def test_images_are_evaluated_only_with_max_preserved_drift(model: Model) -> Non
     rece = RECE(epochs=3, edit={"max_preserved_drift": 0.1})
     undone = erase(model, rece, gun, probe=lambda w: next(evaluations))
     assert undone.record["stop"] == "guard"
-    assert [e["kept"] for e in undone.record["looks"]] == [1.0, 0.95, 0.94, 0.5]
+    assert [e["preserved"] for e in undone.record["evaluations"]] == [1.0, 0.95, 0.94, 0.5]
     one = erase(model, RECE(epochs=1), gun)
     assert all(torch.equal(undone.tensors[n], one.tensors[n]) for n in one.tensors), "the degrading step is undone"
 
     def never(weights: Any) -> Evaluation:
         raise AssertionError
 
-    assert erase(model, RECE(epochs=1), gun, probe=never).record["looks"] == []
+    assert erase(model, RECE(epochs=1), gun, probe=never).record["evaluations"] == []
 
 
 def test_an_edit_that_destroys_the_model_is_refused(model: Model) -> None:

@@ -46,6 +46,17 @@ def test_a_mosaic_by_hand() -> None:
     assert seen.tolist() == [[5, 5, 100, 100], [5, 5, 100, 100], [20, 20, 40, 40], [20, 20, 40, 40]]
 
 
+def test_the_target_of_a_v_prediction_model_leads_to_the_mosaic(model: Model) -> None:
+    schedule = replace(model.schedule, prediction_type="v_prediction")
+    z_0, z_mosaic = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    safegen = SafeGen(limit=3.0, training={"batch_size": 64})  # type: ignore[arg-type]
+    term = safegen.loss_terms(replace(model, schedule=schedule), z_0, z_mosaic, z_0, seed=0)["erase"]
+    batch = term.batch(None, 0)  # type: ignore[arg-type]
+    below_limit = schedule.alphas_cumprod[batch.t] < 1 - 1 / 9
+    implied = schedule.predict_z0(batch.z, batch.target, batch.t)[below_limit]
+    assert torch.allclose(implied, z_mosaic.expand_as(implied), atol=1e-5)
+
+
 @pytest.mark.parametrize("target", ["exact", "released"])
 def test_the_target_noise_leads_to_the_mosaic(model: Model, target: str) -> None:
     """ẑ₀ = (z_t − √(1−ᾱ) target) / √ᾱ is the mosaic below the limit, and always the negative image."""

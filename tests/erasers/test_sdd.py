@@ -230,7 +230,7 @@ def test_degraded_preserved_prompts_return_the_best_earlier_weights(
 def test_the_last_step_is_evaluated_too(model: Model) -> None:
     evaluations = [Evaluation(1.0, 1.0), Evaluation(0.5, 0.95), Evaluation(0.4, 0.95)]
     good = evaluated(model, *evaluations, Evaluation(0.3, 0.95), iterations=5)
-    assert [e["step"] for e in good.record["looks"]] == [0, 2, 4, 5]
+    assert [e["step"] for e in good.record["evaluations"]] == [0, 2, 4, 5]
     assert good.record["stop"] == "end"
     degraded = evaluated(model, *evaluations, Evaluation(0.0, 0.1), iterations=5)
     assert (degraded.record["stop"], degraded.record["steps"]) == ("guard", 5)

@@ -38,7 +38,7 @@ def test_safegen_learns_from_positive_and_negative_images(tmp_path: Path, monkey
     delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
     assert delta.method == "safegen"
     assert all(".attn1." in n for n in delta.tensors)
-    assert [look["step"] for look in files.read_json(settings.paths.delta / "looks.json")][:2] == [0, 2]
+    assert [look["step"] for look in files.read_json(settings.paths.delta / "evaluations.json")][:2] == [0, 2]
 
 
 def test_all_but_one_without_alternative_is_refused_by_check_and_by_the_stage(

@@ -132,6 +132,6 @@ def _summary(trial_settings: Settings, trial: Trial) -> dict[str, Any]:
         "guide": trial_settings.guide.method,
         "trained": sum(prod(t.shape) for t in delta.tensors.values()),
         "bytes": (folder / tensors.DELTA_FILE).stat().st_size if is_erased else 0,
-        "steps": record.get("kept"),
+        "steps": record.get("selected"),
         "notes": record["notes"] if is_erased else [],
     }

@@ -19,9 +19,9 @@ TRAINING_METRICS = {
 """Column of curve.json, and series in MLflow → title of the plot."""
 EVALUATION_METRICS = {
     "concept": "concept rate",
-    "kept": "CLIP score of preserved prompts",
+    "preserved": "CLIP score of preserved prompts",
 }
-"""Column of looks.json → name of the series."""
+"""Column of evaluations.json → name of the series."""
 
 
 def training_curves(settings: Settings) -> Iterator[Curve]:
@@ -42,12 +42,12 @@ def training_curves(settings: Settings) -> Iterator[Curve]:
 
 def _erasure_curves(settings: Settings) -> Iterator[Curve]:
     delta = settings.paths.delta
-    steps, evaluations = (files.read_json(delta / f"{name}.json") for name in ("curve", "looks"))
+    steps, evaluations = (files.read_json(delta / f"{name}.json") for name in ("curve", "evaluations"))
     for key, name in TRAINING_METRICS.items():
         if points := [(step["step"], step[key]) for step in steps if key in step]:
             yield Curve("erase", f"Erasure: {name}", "step", [Series(key, points)])
     if evaluations:
-        selected = files.read_json(delta / "record.json")["kept"]
+        selected = files.read_json(delta / "record.json")["selected"]
         marker = (selected, "selected") if selected < evaluations[-1]["step"] else None
         series = [Series(name, [(e["step"], e[key]) for e in evaluations]) for key, name in EVALUATION_METRICS.items()]
         yield Curve("erase/look", "Erasure: evaluations on sampled images", "step", series, marker)

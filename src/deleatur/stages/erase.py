@@ -37,7 +37,7 @@ def run(settings: Settings) -> None:
                 checkpoint(p.state)
             if p.state and p.state.evaluations:
                 newest = p.state.evaluations[-1]
-                note += f"  concept {newest['concept']:.2f}  kept {newest['kept']:.3f}"
+                note += f"  concept {newest['concept']:.2f}  preserved {newest['preserved']:.3f}"
             advance.set(p.step, p.total, note)
 
         delta = eraser.erase(
@@ -55,7 +55,7 @@ def run(settings: Settings) -> None:
     tensors.save_delta(folder / tensors.DELTA_FILE, delta)
     record = {"method": delta.method, "concepts": list(delta.concepts), **delta.record}
     record["notes"] = [*_token_notes(settings), *eraser.notes()]
-    for name in ("curve", "looks"):
+    for name in ("curve", "evaluations"):
         files.write_json(folder / f"{name}.json", record.pop(name, []))
     files.write_json(folder / "record.json", record)
     checkpoint.remove()

@@ -103,6 +103,6 @@ def _describe(model: Model, learned: LearnedToken) -> dict[str, Any]:
         "nearest_words": encode.nearest_words(model, learned.vectors[0]),
         "norm_over_vocabulary_mean": float(learned.vectors.norm(dim=-1).mean() / table.norm(dim=-1).mean()),
         "effective_pictures": learned.effective_images,
-        "looks": learned.evaluations,
+        "evaluations": learned.evaluations,
         "losses": [round(x, 5) for x in learned.losses],
     }

@@ -124,8 +124,8 @@ class ClosedFormEditor:
         """The result of all steps. Raises ErasureRefused when it changed nothing, or far too much."""
         self._check_relative_change()
         steps, undone = len(self._curve), self.stop == "guard"
-        record = {"steps": steps, "kept": steps - undone, "stop": self.stop or "end"}
-        record |= {"looks": self._evaluations, "curve": self._curve}
+        record = {"steps": steps, "selected": steps - undone, "stop": self.stop or "end"}
+        record |= {"evaluations": self._evaluations, "curve": self._curve}
         names = tuple(c.name for c in concepts)
         return Delta(self._differences(self.m), self._model.unet_digest, method, settings, names, record)
 
@@ -141,7 +141,7 @@ class ClosedFormEditor:
             self._evaluations.append({"step": 0, **asdict(self._probe({}))})
         edited = edited_weights(self._model, Delta(self._differences(m), self._model.unet_digest, "", {}, ()))
         self._evaluations.append({"step": len(self._curve), **asdict(self._probe(edited))})
-        base, last = self._evaluations[0]["kept"], self._evaluations[-1]["kept"]
+        base, last = self._evaluations[0]["preserved"], self._evaluations[-1]["preserved"]
         degraded = base - last > (self._config.max_preserved_drift or 0) * abs(base)
         if degraded and len(self._curve) == 1:
             raise ErasureRefused(

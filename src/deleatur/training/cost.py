@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,6 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from deleatur.diffusion.architecture import Architecture
 from deleatur.diffusion.model import DTYPES, load_unet, resolve_device
 from deleatur.training.parameters import Selector, select
+
+MIN_REPEATS, STABLE_REPEATS = 3, 10
+"""Timed calls before time may run out, and before they may count as stable."""
+STABLE_SPREAD = 0.1
+"""Distance of the 10th to the 90th percentile, relative to the median, up to which durations count as stable."""
+MEASURING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -106,15 +113,26 @@ def estimate_cost(workload: Workload, architecture: Architecture, dtype: str = "
     cast_copies = 2 * precision.itemsize if workload.max_backward_batch and precision != torch.float32 else 0
     # Without gradient, memory grows with the rows; the gradients of the weights have the same size for every batch.
     activations = max(workload.max_forward_batch * row.memory, workload.decode_batch * image.memory, batch.memory)
-    latents = workload.stored_latents * torch.Size(architecture.latent_shape).numel()
-    resident = (architecture.num_parameters + latents) * precision.itemsize
+    latents = workload.stored_latents * torch.Size(architecture.latent_shape).numel() * torch.float32.itemsize
+    resident = architecture.num_parameters * precision.itemsize + latents
     resident += trainable * (workload.bytes_per_parameter + cast_copies)
     flops = workload.forward * row.flops + workload.backward * batch.flops / max(workload.max_backward_batch, 1)
     return CostEstimate(workload, trainable, flops, resident + activations)
 
 
-def measure_speed(folder: Path, architecture: Architecture, dtype: str, device: str) -> float:
-    """FLOP per second of the UNet in a pipeline's folder, measured on one guided step of one image (two rows)."""
+@dataclass(frozen=True)
+class Speed:
+    """FLOP per second over repeated calls. Their spread shows how far other work on the machine disturbs them."""
+
+    median: float
+    low: float
+    """10th percentile."""
+    high: float
+    """90th percentile."""
+
+
+def measure_speed(folder: Path, architecture: Architecture, dtype: str, device: str) -> Speed:
+    """Speed of the UNet in a pipeline's folder, measured on guided steps of one image (two rows)."""
     place, precision = resolve_device(device), DTYPES[dtype]
     unet = load_unet(str(folder), precision, place)
     z, c = (
@@ -127,9 +145,24 @@ def measure_speed(folder: Path, architecture: Architecture, dtype: str, device: 
         unet(z, 500, c).sample.sum().item()  # item() waits for the device
         return time.perf_counter() - began
 
+    flops = 2 * _pass_cost(architecture.unet, architecture.unet_input_shapes(1), precision).flops
     with torch.no_grad():
         seconds()  # warm-up: allocations and kernel selection
-        return 2 * _pass_cost(architecture.unet, architecture.unet_input_shapes(1), precision).flops / seconds()
+        durations = repeat_until_stable(seconds)
+    median, slow, fast = np.quantile(durations, [0.5, 0.9, 0.1])
+    return Speed(flops / median, flops / slow, flops / fast)
+
+
+def repeat_until_stable(measure: Callable[[], float]) -> list[float]:
+    """Durations in seconds of repeated measurements: until they agree or, once there are a few, time is up."""
+    durations: list[float] = []
+    while len(durations) < MIN_REPEATS or sum(durations) < MEASURING_SECONDS:
+        durations.append(measure())
+        if len(durations) >= STABLE_REPEATS:
+            median, slow, fast = np.quantile(durations, [0.5, 0.9, 0.1])
+            if slow - fast <= STABLE_SPREAD * median:
+                break
+    return durations
 
 
 @dataclass(frozen=True)

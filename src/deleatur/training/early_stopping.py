@@ -10,11 +10,11 @@ from deleatur.diffusion.predict import Weights
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of sampled images, a row of looks.json."""
+    """Scores of sampled images, a row of evaluations.json."""
 
     concept: float
     """Share of the concept's images that still show it."""
-    kept: float
+    preserved: float
     """Prompt alignment of preserved prompts' images; any scale, higher is better."""
     contrast: float = 1.0
     """Coarse contrast of the preserved prompts' images; near 0 for blank images and for noise."""
@@ -27,13 +27,13 @@ MIN_CONTRAST = 0.25
 """Share of the base model's contrast below which images count as blank or as noise."""
 
 Row = Mapping[str, float]
-"""An evaluation with its step, as in looks.json."""
+"""An evaluation with its step, as in evaluations.json."""
 
 
 def thresholds(base: Row, max_preserved_drop: float) -> dict[str, float]:
     """Lowest acceptable scores: preserved prompts are still followed, and their images neither blank nor noise."""
-    kept = base["kept"] - max_preserved_drop * abs(base["kept"])  # the score may be negative
-    return {"kept": kept, "contrast": MIN_CONTRAST * base["contrast"]}
+    preserved = base["preserved"] - max_preserved_drop * abs(base["preserved"])  # the score may be negative
+    return {"preserved": preserved, "contrast": MIN_CONTRAST * base["contrast"]}
 
 
 def acceptable(evaluations: Sequence[Row], max_preserved_drop: float) -> list[Row]:
@@ -44,4 +44,4 @@ def acceptable(evaluations: Sequence[Row], max_preserved_drop: float) -> list[Ro
 
 def best(evaluations: Sequence[Row]) -> Row:
     """The one with the lowest concept rate, and among equals the highest preserved score."""
-    return min(evaluations, key=lambda e: (e["concept"], -e["kept"]))
+    return min(evaluations, key=lambda e: (e["concept"], -e["preserved"]))

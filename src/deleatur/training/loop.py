@@ -206,8 +206,8 @@ def finetune(
         weights, selected = run.teacher, run.step
     delta = weight_difference(model, weights)
     _check_relative_change(model, config, delta)
-    record = {"steps": run.step, "kept": selected, "stop": run.stop or "end"}
-    return delta, record | {"looks": run.evaluations, "curve": run.curve}
+    record = {"steps": run.step, "selected": selected, "stop": run.stop or "end"}
+    return delta, record | {"evaluations": run.evaluations, "curve": run.curve}
 
 
 def _initial_state(model: Model, config: TrainingConfig, terms: Mapping[str, LossTerm]) -> TrainingState:

@@ -1,7 +1,7 @@
 """Weighted textual inversion (Gal et al. 2022): soft vectors that make a frozen model generate given images.
 
 v: m·rows of the text encoder's input-embedding table     w: weight of each image, Σw = 1
-L(v) = Σ_x w(x) E_{t, ε} ‖ ε − ε_θ(√ᾱ_t z₀(x) + √(1−ᾱ_t) ε, t, E(template[v])) ‖²
+L(v) = Σ_x w(x) E_{t, ε} ‖ ε − ε_θ(√ᾱ_t z₀(x) + √(1−ᾱ_t) ε, t, E(template[v])) ‖²        (v-prediction: of v_t)
 
 A third of the samples use the token alone, without a template, since erasers and guides use it alone.
 """
@@ -241,9 +241,9 @@ def _train_step(
     """One optimizer step of the tokens of a group."""
     vectors = run.vectors[group]
     batches = [_sample_batch(model, config, target, v) for target, v in zip(targets[group], vectors, strict=True)]
-    z_t, t, eps = (torch.cat(part) for part in zip(*((b.z_t, b.t, b.eps) for b in batches), strict=True))
+    z_t, t, target = (torch.cat(part) for part in zip(*((b.z_t, b.t, b.target) for b in batches), strict=True))
     c = encode(model, [prompt for b in batches for prompt in b.prompts]).states
-    error = (predict(model, unet_weights, z_t, t, c) - eps).float().square()
+    error = (predict(model, unet_weights, z_t, t, c) - target).square()
     losses = error.reshape(len(vectors), -1).mean(1)
     run.optimizer.zero_grad()
     losses.sum().backward()  # a sum, so that each token's gradient is that of its own loss
@@ -272,7 +272,7 @@ def _evaluate(run: InversionState, group: slice, step: int, evaluate: TokenEvalu
 class _NoisyBatch:
     z_t: Tensor
     t: Tensor
-    eps: Tensor
+    target: Tensor
     prompts: list[PromptParts]
 
 
@@ -288,8 +288,9 @@ def _sample_batch(model: Model, config: TextualInversionConfig, target: TokenTar
     templates = [
         "{}" if j < 0 else target.templates[i][j] for i, j in zip(image.tolist(), choice.tolist(), strict=True)
     ]
-    z_t = model.schedule.add_noise(z_0[image.to(z_0.device)], eps, t)
-    return _NoisyBatch(z_t, t, eps, [_fill_template(template, vectors) for template in templates])
+    z_0 = z_0[image.to(z_0.device)]
+    z_t, regression_target = model.schedule.add_noise(z_0, eps, t), model.schedule.target(z_0, eps, t)
+    return _NoisyBatch(z_t, t, regression_target, [_fill_template(template, vectors) for template in templates])
 
 
 def _fill_template(template: str, vectors: Tensor) -> PromptParts:

@@ -83,8 +83,7 @@ class TrajectorySampler:
 
     def noise(self, n: int) -> Tensor:
         # Drawn on the CPU: the same noise on every device.
-        z = torch.randn(n, *self.model.latent_shape, generator=self.generator)
-        return z.to(self.model.device, self.model.dtype)
+        return torch.randn(n, *self.model.latent_shape, generator=self.generator).to(self.model.device)
 
     def advance(self, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
         """z⁽ᵏ⁾ → z⁽ᵏ⁺¹⁾ for each row."""
