@@ -87,9 +87,11 @@ def test_missing_or_changed_last_line_is_detected_by_registry_position(path: Pat
             ledger.read(path).entries_after(mark)
 
 
-@pytest.mark.parametrize("left", [1, 40, -1])
-def test_line_torn_by_a_kill_decides_nothing(path: Path, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = path.read_bytes()
+@pytest.mark.parametrize("left", [1, 40, -2])
+def test_line_torn_by_a_kill_decides_nothing_and_is_set_aside(
+    path: Path, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = path.read_bytes()
     child = os.fork()
     if child == 0:
 
@@ -100,13 +102,41 @@ def test_line_torn_by_a_kill_decides_nothing(path: Path, left: int, monkeypatch:
         monkeypatch.setattr(ledger, "_write_all", torn)
         append_promotions(path, "4")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert path.read_bytes().startswith(whole)
-    assert ledger.read(path).torn_bytes == len(path.read_bytes()) - len(whole) > 0
+    torn = path.read_bytes()
+    assert torn.startswith(complete)
+    assert ledger.read(path).torn_bytes == len(torn) - len(complete) > 0
     assert [e.version for e in ledger.read(path).entries] == ["1", "2", "3"]
+    with ledger.locked(path):
+        pass
+    assert path.read_bytes() == torn, "a lock alone changes nothing"
     append_promotions(path, "5")  # the lock ended with the process that held it
     assert [e.version for e in ledger.read(path).entries] == ["1", "2", "3", "5"]
     assert (ledger.read(path).torn_bytes, ledger.read(path).problem) == (0, "")
-    assert path.read_bytes().startswith(whole)
+    assert path.read_bytes().startswith(complete)
+    [aside] = path.parent.glob("ledger.jsonl.*")
+    assert complete + aside.read_bytes() == torn
+
+
+def test_missing_last_newline_loses_no_decision(path: Path) -> None:
+    complete, recorded = path.read_bytes(), ledger.read(path)
+    path.write_bytes(complete[:-1])
+    assert ledger.read(path).entries == recorded.entries
+    assert ledger.read(path).head == recorded.head
+    with ledger.locked(path):
+        pass
+    assert path.read_bytes() == complete[:-1], "a lock alone changes nothing"
+    append_promotions(path, "4", "5")
+    assert path.read_bytes().startswith(complete)
+    assert [e.version for e in ledger.read(path).entries] == ["1", "2", "3", "4", "5"]
+    assert (ledger.read(path).problem, list(path.parent.glob("ledger.jsonl.*"))) == ("", [])
+
+
+def test_restart_that_is_abandoned_keeps_the_ledger(path: Path) -> None:
+    broken = path.read_bytes().replace(b"Ada", b"Eve", 1)
+    path.write_bytes(broken)
+    with ledger.locked(path) as writer:
+        writer.restart(GENESIS)
+    assert path.read_bytes() == broken
 
 
 def test_concurrent_writers_are_serialised(path: Path) -> None:

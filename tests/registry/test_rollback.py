@@ -228,6 +228,19 @@ def test_changed_or_lost_ledger_is_reported_and_can_be_restarted(fresh: Settings
     assert aliases(fresh) == {CHAMPION: "1", QUARANTINED: "2"}
 
 
+def test_refused_command_keeps_a_ledger_without_its_last_newline(fresh: Settings) -> None:
+    register_pass(fresh, "a")
+    register_pass(fresh, "b")
+    path = fresh.register_.ledger
+    complete = path.read_bytes()
+    path.write_bytes(complete[:-1])
+    assert run_cli("history")[0] == 0
+    assert run_cli("rollback", "--to", "9", *ACTOR)[0] == 3
+    assert path.read_bytes() == complete[:-1]
+    assert run_cli("rollback", *ACTOR)[0] == 0
+    assert path.read_bytes().startswith(complete)
+
+
 def test_registry_older_than_the_ledger_is_adopted(fresh: Settings) -> None:
     register_pass(fresh, "a")
     fresh.register_.ledger.unlink()

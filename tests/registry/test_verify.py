@@ -38,7 +38,7 @@ def signing(done: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def register_with_limit(settings: Settings, limit: float) -> None:
-    plain = settings.model_dump(mode="json", by_alias=True) | {"gate": finished.passing(limit=limit)}
+    plain = settings.model_dump(mode="json", by_alias=True) | {"gate": finished.passing_policy(limit=limit)}
     changed = Settings.model_validate(plain)
     gate.run(changed)
     register.run(changed)

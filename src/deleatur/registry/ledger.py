@@ -2,9 +2,10 @@
 
     sed -n 3p ledger.jsonl | tr -d '\\n' | sha256sum     equals `previous` in line 4
 
-One process at a time appends. A line counts once its newline is written: a line that a killed process left without one
-was never decided, and the next writer truncates it. A chain cannot show that its last lines were removed or changed, so
-the registry stores number and hash of the last line, see `Registry.ledger_position`.
+One process at a time appends. A line counts once it is complete; a missing last newline is added by the next append. An
+incomplete last line, which a killed process left, decided nothing, and is set aside in a file of its own. Nothing is
+changed before something is appended. A chain cannot show that its last lines were removed or changed, so the registry
+stores number and hash of the last line, see `Registry.ledger_position`.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class Ledger:
     positions: tuple[LedgerPosition, ...]
     """Of each entry."""
     torn_bytes: int = 0
-    """Length of a last line without a newline."""
+    """Length of an incomplete last line."""
+    terminated: bool = True
+    """Whether the last entry ends with a newline."""
     problem: str = ""
     """Where and how the chain is broken; empty: it is intact."""
 
@@ -153,6 +156,8 @@ class LedgerWriter:
 
     def __init__(self, file: FileIO, ledger: Ledger) -> None:
         self._file, self.ledger = file, ledger
+        self._discarded = ledger.torn_bytes
+        """Bytes at the end of the file to set aside before the next line is appended."""
 
     def append(self, event: Event, subject: Subject, who: str, why: str, aliases: Mapping[str, str]) -> None:
         """Appends a line; it is on disk when this returns. Raises DataError where the chain is broken."""
@@ -173,35 +178,40 @@ class LedgerWriter:
             previous=head.hash,
         )
         line = json.dumps(asdict(entry), ensure_ascii=False, separators=(",", ":")).encode()
-        _write_all(self._file, line + b"\n")
+        self._set_aside()
+        _write_all(self._file, (b"" if self.ledger.terminated else b"\n") + line + b"\n")
         entries, positions = (*self.ledger.entries, entry), (*self.ledger.positions, _position(entry.number, line))
-        self.ledger = replace(self.ledger, entries=entries, positions=positions)
+        self.ledger = replace(self.ledger, entries=entries, positions=positions, torn_bytes=0, terminated=True)
 
     def restart(self, start: LedgerPosition) -> None:
-        """Copies a broken ledger aside and empties it; the next line follows `start`."""
-        self._file.seek(0)
-        if data := self._file.read():
-            path = self.ledger.path
-            aside = path.with_name(f"{path.name}.{hashlib.sha256(data).hexdigest()[:12]}")
-            with aside.open("wb", buffering=0) as copy:
-                _write_all(copy, data)
-        self._file.truncate(0)
+        """Replaces a broken ledger, once something is appended: that line follows `start`."""
+        self._discarded = os.fstat(self._file.fileno()).st_size
         self.ledger = Ledger(self.ledger.path, start, (), ())
+
+    def _set_aside(self) -> None:
+        """Moves what is discarded into a file beside the ledger, which is on disk before the ledger is truncated."""
+        if not self._discarded:
+            return
+        kept = os.fstat(self._file.fileno()).st_size - self._discarded
+        self._file.seek(kept)
+        data, path = self._file.readall() or b"", self.ledger.path
+        with path.with_name(f"{path.name}.{hashlib.sha256(data).hexdigest()[:12]}").open("wb", buffering=0) as copy:
+            _write_all(copy, data)
+        _sync_folder(path.parent)
+        self._file.truncate(kept)
+        self._discarded = 0
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[LedgerWriter]:
-    """Locks the ledger for writing, once no other process does, and truncates a torn last line."""
+    """Locks the ledger for writing, once no other process does; changes nothing by itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("ab+", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends, however it ends
         if new:
             _sync_folder(path.parent)
-        ledger = _read(path, file)
-        if ledger.torn_bytes:
-            file.truncate(os.fstat(file.fileno()).st_size - ledger.torn_bytes)
-        yield LedgerWriter(file, replace(ledger, torn_bytes=0))
+        yield LedgerWriter(file, _read(path, file))
 
 
 def read(path: Path) -> Ledger:
@@ -227,15 +237,18 @@ def account() -> str:
 
 def _read(path: Path, file: FileIO) -> Ledger:
     file.seek(0)
-    *lines, torn = (file.readall() or b"").split(b"\n")
+    *lines, last = (file.readall() or b"").split(b"\n")
     entries: list[Entry] = []
     positions: list[LedgerPosition] = []
-    start, problem = GENESIS, ""
-    for i, line in enumerate(lines):
+    start, problem, torn = GENESIS, "", 0
+    for i, line in enumerate([*lines, last] if last else lines):
         try:
             entry = json_records.decode(line, Entry, f"{path}, line {i + 1}")
         except DataError as e:
-            problem = f"{e}: it was changed"
+            if i == len(lines) and not _complete(line):
+                torn = len(line)
+            else:
+                problem = f"{e}: it was changed"
             break
         if i == 0 and entry.event == "adoption":
             start = LedgerPosition(entry.number - 1, entry.previous)
@@ -248,7 +261,17 @@ def _read(path: Path, file: FileIO) -> Ledger:
             break
         entries.append(entry)
         positions.append(_position(entry.number, line))
-    return Ledger(path, start, tuple(entries), tuple(positions), len(torn), problem)
+    terminated = not last or bool(torn)
+    return Ledger(path, start, tuple(entries), tuple(positions), torn, terminated, problem)
+
+
+def _complete(line: bytes) -> bool:
+    """Whether a line is JSON: no beginning of an object is."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _position(number: int, line: bytes) -> LedgerPosition:
