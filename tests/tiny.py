@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -27,9 +32,7 @@ WIDTH = 16
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A tokenizer with a token for each character and for each word of WORDS."""
-    letters = [chr(i) for i in range(33, 127)]
-    vocab = {t: i for i, t in enumerate([*letters, *(f"{c}</w>" for c in letters)])}
+    """Every word of WORDS is one token; other words are characters."""
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         parts = [*word[:-1], f"{word[-1]}</w>"]
@@ -37,8 +40,24 @@ def tokenizer() -> CLIPTokenizer:
             pair = (parts[0], parts[1])
             if pair not in merges:
                 merges.append(pair)
-                vocab.setdefault("".join(pair), len(vocab))
             parts = ["".join(pair), *parts[2:]]
+    return _clip_tokenizer(merges)
+
+
+def splitting_tokenizer() -> CLIPTokenizer:
+    """A byte-pair encoding trained on WORDS that splits most of them, as CLIP's splits most names."""
+    bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = Whitespace()
+    trainer = BpeTrainer(vocab_size=50, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator([" ".join(WORDS)], trainer)
+    return _clip_tokenizer([tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]])
+
+
+def _clip_tokenizer(merges: list[tuple[str, str]]) -> CLIPTokenizer:
+    letters = [chr(i) for i in range(33, 127)]
+    vocab = {t: i for i, t in enumerate([*letters, *(f"{c}</w>" for c in letters)])}
+    for pair in merges:
+        vocab.setdefault("".join(pair), len(vocab))
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH, pad_token="<|endoftext|>")
@@ -59,10 +78,10 @@ def _text_config(tok: CLIPTokenizer) -> dict[str, int]:
     }
 
 
-def parts(seed: int = 0) -> dict[str, object]:
+def parts(seed: int = 0, tok: CLIPTokenizer | None = None) -> dict[str, object]:
+    tok = tok or tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tok = tokenizer()
         return {
             "unet": UNet2DConditionModel(
                 sample_size=4,
@@ -98,8 +117,8 @@ def parts(seed: int = 0) -> dict[str, object]:
         }
 
 
-def model(seed: int = 0) -> Model:
-    return assemble(**parts(seed))
+def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
+    return assemble(**parts(seed), dtype=dtype)
 
 
 def save_pipeline(folder: Path, seed: int = 0) -> Path:

@@ -16,13 +16,16 @@ Weights = Mapping[str, Tensor]
 
 
 def predict(model: Model, weights: Weights, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
-    """ε(z, t, c) for latents z (B, C, H, W), timesteps t (B,), states c (B, L, d) or (1, L, d).
+    """The network's output, ε(z, t, c) or v(z, t, c), in fp32, for latents z (B, C, H, W), timesteps t (B,), states
+    c (B, L, d) or (1, L, d).
 
+    Latents and outputs are in fp32; only the network's own arithmetic is in its precision.
     One network in memory serves any number of weight sets; the base model is never changed.
     """
-    c = c.expand(len(z), -1, -1)
+    z, c = z.to(model.dtype), c.to(model.dtype).expand(len(z), -1, -1)
     out = functional_call(model.unet, dict(weights), (z, t, c)) if weights else model.unet(z, t, c)
-    return model.schedule.to_epsilon(out.sample, z, t)
+    output: Tensor = out.sample.float()
+    return output
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights, predict
+from deleatur.diffusion.rgb import to_rgb
 
 
 class SamplerGuide(Protocol):
@@ -26,7 +27,7 @@ Conditions = Mapping[str, Tensor]
 def initial_noise(model: Model, seeds: Sequence[int]) -> Tensor:
     """z_T (B, C, H, W): each row from a CPU generator with its own seed, so that it depends on that seed only."""
     rows = [torch.randn(model.latent_shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds]
-    return torch.stack(rows).to(model.device, model.dtype)
+    return torch.stack(rows).to(model.device)
 
 
 @torch.no_grad()
@@ -60,8 +61,8 @@ def denoise_one_step(model: Model, n: Tensor, c: Tensor, timestep: int, weights:
 @torch.no_grad()
 def decode_latents(model: Model, z: Tensor) -> list[Image.Image]:
     """Latents (B, C, H, W) → images."""
-    pixels = model.vae.decode(z / model.vae.config.scaling_factor).sample
-    eight_bit = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = model.vae.decode((z / model.vae.config.scaling_factor).to(model.dtype)).sample.float()
+    eight_bit = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in eight_bit]
 
 
@@ -73,9 +74,10 @@ def encode_images(model: Model, images: Sequence[Image.Image], batch: int = 64) 
 
 def _encode(model: Model, images: Sequence[Image.Image]) -> Tensor:
     size = (model.image_size, model.image_size)
-    arrays = [torch.frombuffer(bytearray(i.convert("RGB").resize(size).tobytes()), dtype=torch.uint8) for i in images]
-    x = torch.stack(arrays).reshape(len(images), *size, 3).permute(0, 3, 1, 2).to(model.device, model.dtype)
-    z0: Tensor = model.vae.encode(x / 127.5 - 1).latent_dist.mean * model.vae.config.scaling_factor
+    arrays = [torch.frombuffer(bytearray(to_rgb(i).resize(size).tobytes()), dtype=torch.uint8) for i in images]
+    x = torch.stack(arrays).reshape(len(images), *size, 3).permute(0, 3, 1, 2).to(model.device)
+    mean = model.vae.encode((x / 127.5 - 1).to(model.dtype)).latent_dist.mean
+    z0: Tensor = mean.float() * model.vae.config.scaling_factor
     return z0
 
 

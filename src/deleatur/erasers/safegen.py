@@ -43,10 +43,11 @@ def mosaic(image: Image.Image, cells: int) -> Image.Image:
 
 def exact_factor(schedule: NoiseSchedule, t: Tensor, limit: float) -> Tensor:
     """f_t (b,) = √ᾱ_t / √(1−ᾱ_t), at most `limit`: with the noise ε + f_t (z₀ − z̃₀), the clean latent in
-    z_t = √ᾱ z₀ + √(1−ᾱ) ε is the mosaic's.
+    z_t = √ᾱ z₀ + √(1−ᾱ) ε is the mosaic's. For v-prediction, with v + f_t (z₀ − z̃₀), f_t = 1 / √(1−ᾱ_t).
     """
     a = schedule.alphas_cumprod.to(t.device)[t]
-    return (a / (1 - a)).sqrt().clamp(max=limit)
+    signal = torch.ones_like(a) if schedule.prediction_type == "v_prediction" else a
+    return (signal / (1 - a)).sqrt().clamp(max=limit)
 
 
 @dataclass
@@ -71,7 +72,7 @@ class DenoisingTerm:
         t = torch.randint(len(self.schedule.alphas_cumprod), (b,), generator=g).to(self.z_0.device)
         eps = torch.randn(b, *self.z_0.shape[1:], generator=g).to(self.z_0)
         f = self.factor(t).to(eps).reshape(-1, 1, 1, 1)
-        target = eps + f * (self.z_0[i] - self.z_target[i])
+        target = self.schedule.target(self.z_0[i], eps, t) + f * (self.z_0[i] - self.z_target[i])
         return Batch(self.schedule.add_noise(self.z_0[i], eps, t), t, self.c_0.expand(b, -1, -1), target)
 
     def error(self, prediction: Tensor, target: Tensor, /) -> Tensor:

@@ -161,19 +161,20 @@ class FakeScore:
         schedule, b = self.model.schedule, 2 * self.config.training.batch_size
         c = self.conditions[torch.randint(len(self.conditions), (b,), generator=g).to(self.conditions.device)]
         z, t_0, t, eps = self.sample_noise(b, g)
-        x_t = schedule.add_noise(schedule.predict_z0(z, student(z, t_0, c), t_0), eps, t)
+        x = schedule.predict_z0(z, student(z, t_0, c), t_0)
+        x_t = schedule.add_noise(x, eps, t)
         with torch.enable_grad():  # batches are made without gradient
             prediction = guided_noise(
                 self.denoiser(with_gradient=True), x_t.detach(), t, c, self.c_0, self.config.kappa
             )
             self.optimizer.zero_grad(set_to_none=True)
-            (prediction.float() - eps.float()).square().mean().backward()
+            (prediction - schedule.target(x, eps, t)).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.training.max_grad_norm)
         self.optimizer.step()
 
     def sample_noise(self, b: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """G's input z (b, C, H, W) at t₀ (b,); timesteps t (b,) and their noise (b, C, H, W)."""
-        n, eps = torch.randn(2, b, *self.model.latent_shape, generator=g).to(self.model.device, self.model.dtype)
+        n, eps = torch.randn(2, b, *self.model.latent_shape, generator=g).to(self.model.device)
         t = torch.randint(*self.config.levels, (b,), generator=g).to(self.model.device)
         t_0 = torch.full_like(t, self.config.start)
         return self.model.schedule.add_noise(torch.zeros_like(n), n, t_0), t_0, t, eps
@@ -230,12 +231,11 @@ class DistillationTerm:
         assert self.draw
         d, schedule = self.draw, self.fake.model.schedule
         x = schedule.predict_z0(target, prediction, d.t_0)
-        x_t = schedule.add_noise(x, d.eps.float(), d.t)
+        x_t = schedule.add_noise(x, d.eps, d.t)
 
         def clean(denoiser: Denoiser, c: Tensor) -> Tensor:
-            z = x_t.to(self.fake.model.dtype)
-            eps = guided_noise(denoiser, z, d.t, c[d.index], self.fake.c_0, self.fake.config.kappa)
-            return schedule.predict_z0(x_t, eps.float(), d.t)
+            output = guided_noise(denoiser, x_t, d.t, c[d.index], self.fake.c_0, self.fake.config.kappa)
+            return schedule.predict_z0(x_t, output, d.t)
 
         return score_identity(x, clean(d.base, self.c_t), clean(self.fake.denoiser(), self.c), self.fake.config.alpha)
 

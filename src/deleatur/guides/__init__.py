@@ -39,6 +39,8 @@ class Guide(BaseModel):
     def combine(self, step: int, eps_p: Tensor, eps: Mapping[str, Tensor], state: Any) -> tuple[Tensor, Any]:
         """ε̃ (B, …) at sampler step 0 … N−1, and the new state; the state of the first step is None.
 
+        ε is the network's output, as in the released pipelines: v for a v-prediction checkpoint.
+
         eps_p: prediction for the prompt. eps: for each name in `conditions`, the mean over its prompts. Rows are
         images and must be independent of each other.
         """
