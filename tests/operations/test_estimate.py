@@ -10,7 +10,9 @@ import pytest
 import workspace
 
 from deleatur import stages
+from deleatur.diffusion import architecture
 from deleatur.operations import estimate
+from deleatur.training.cost import Workload, estimate_cost
 
 CHAIN = ("ingest", "reward", "invert", "erase", "attack", "sample")
 LAST = {"eval_every": 6, "max_preserved_drop": 9.0}
@@ -42,3 +44,10 @@ def test_every_stage_uses_the_estimated_number_of_rows(
         assert took[name]["backward"] == work.backward, name
         chance = 0.2 if name == "erase" else 0  # trajectories end where chance has them
         assert took[name]["forward"] == pytest.approx(work.forward, rel=chance), name
+
+
+def test_times_state_their_range() -> None:
+    cost = estimate_cost(Workload(), architecture.stable_diffusion())
+    assert estimate.Estimate("erase", "sdd", cost, 7300.0, 7250.0, 7400.0).time == "2 h"
+    assert estimate.Estimate("erase", "sdd", cost, 7300.0, 3700.0, 15000.0).time == "2 h (62 min–4 h)"
+    assert estimate.Estimate("erase", "sdd", cost).time == ""

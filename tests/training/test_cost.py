@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -19,7 +21,16 @@ from deleatur.diffusion.sample import sample
 from deleatur.erasers.sdd import SDD
 from deleatur.erasers.uce import UCE
 from deleatur.guides.cfg import CFG
-from deleatur.training.cost import Workload, estimate_cost, measure_speed, sampling_workload
+from deleatur.training.cost import (
+    MEASURING_SECONDS,
+    MIN_REPEATS,
+    STABLE_REPEATS,
+    Workload,
+    estimate_cost,
+    measure_speed,
+    repeat_until_stable,
+    sampling_workload,
+)
 from deleatur.training.loop import ErasureContext
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +112,24 @@ def test_a_sum_adds_calls_and_takes_the_maximum_of_memory() -> None:
 
 def test_speed_is_flops_over_time(tmp_path: Path, tiny_architecture: Architecture) -> None:
     folder = tiny.save_pipeline(tmp_path)
-    assert 1e5 < measure_speed(folder, tiny_architecture, "float32", "cpu") < 1e13
+    speed = measure_speed(folder, tiny_architecture, "float32", "cpu")
+    assert 1e5 < speed.low <= speed.median <= speed.high < 1e13
+
+
+def test_calls_are_repeated_until_they_agree_and_one_slow_call_changes_little() -> None:
+    """A single timed call differs twenty-fold beside other work."""
+
+    def durations(*sequence: float) -> list[float]:
+        return repeat_until_stable(iter([*sequence, *[math.nan] * 99]).__next__)
+
+    assert durations(*[0.02] * 50) == [0.02] * STABLE_REPEATS, "agreeing calls end it"
+    disturbed = durations(0.4, *[0.02] * 50)
+    assert len(disturbed) > STABLE_REPEATS, "until the outlier is beyond the 90th percentile"
+    assert np.median(disturbed) == pytest.approx(0.02)
+    assert np.quantile(disturbed, 0.9) < 0.03
+    noisy = durations(*[0.02, 0.4] * 50)
+    assert sum(noisy[:-1]) < MEASURING_SECONDS <= sum(noisy), "calls that never agree end with the time"
+    assert durations(*[9.0] * 50) == [9.0] * MIN_REPEATS, "one call of a large network takes longer than that"
 
 
 MEASURE = """

@@ -77,7 +77,7 @@ def print_estimates(title: str, estimates: Sequence[Estimate], console: Console 
     """A table of network calls, memory and time; nothing where there is no estimate."""
     from rich.table import Table
 
-    from deleatur.operations.estimate import CAPTIONS, duration
+    from deleatur.operations.estimate import CAPTIONS
 
     if not estimates:
         return
@@ -100,7 +100,7 @@ def print_estimates(title: str, estimates: Sequence[Estimate], console: Console 
             f"{cost.trainable_parameters / 1e6:.1f} M",
             f"{cost.flops:.2g}",
             f"{cost.peak_memory / 1e9:.1f} GB" if cost.peak_memory >= 1e9 else f"{cost.peak_memory / 1e6:.0f} MB",
-            *([duration(estimate.seconds)] if estimate.seconds is not None else []),
+            *([estimate.time] if timed else []),
         )
     console.print(table)
 

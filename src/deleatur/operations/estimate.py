@@ -35,7 +35,8 @@ PUBLISHED_STEPS = 50
 CAPTIONS = {
     False: "rows: latents that pass the UNet once; memory without Python and its libraries.",
     True: "rows: latents that pass the UNet once; memory without Python and its libraries; time: FLOP of the UNet "
-    "divided by this machine's rate in one call of two rows, without any cached results.",
+    "divided by this machine's rate in calls of two rows (median, and 10th to 90th percentile if they differ), with "
+    "nothing cached.",
 }
 """Caption of a table of estimates, without and with times."""
 
@@ -57,7 +58,19 @@ class Estimate:
     method: str
     cost: CostEstimate
     seconds: float | None = None
-    """None: for no particular machine."""
+    """By the median speed of repeated calls. None: for no particular machine."""
+    seconds_low: float | None = None
+    """By the 90th percentile of the speed."""
+    seconds_high: float | None = None
+    """By the 10th percentile of the speed."""
+
+    @property
+    def time(self) -> str:
+        """The seconds and, if it differs, their range: 3 h (2 h–4 h). Empty: for no particular machine."""
+        if self.seconds is None or self.seconds_low is None or self.seconds_high is None:
+            return ""
+        low, high = duration(self.seconds_low), duration(self.seconds_high)
+        return duration(self.seconds) + (f" ({low}–{high})" if low != high else "")
 
 
 def published_estimates(kind: str | None = None) -> list[Estimate]:
@@ -111,9 +124,12 @@ def _estimates(settings: Settings, workloads: Sequence[tuple[Label, Workload]]) 
     if folder is None:
         return []
     network = architecture.from_folder(folder)
-    operations_per_second = measure_speed(folder, network, base.dtype, base.device)
+    speed = measure_speed(folder, network, base.dtype, base.device)
     costs = [(label, estimate_cost(work, network, base.dtype)) for label, work in workloads]
-    return [Estimate(*which, c, c.flops / operations_per_second) for which, c in costs]
+    return [
+        Estimate(*label, cost, cost.flops / speed.median, cost.flops / speed.high, cost.flops / speed.low)
+        for label, cost in costs
+    ]
 
 
 def _method_workloads(
