@@ -40,7 +40,7 @@ def create(shared: Path, root: Path) -> None:
         vae.save_pretrained("models/white/vae")
         with open("prompts/weapon.csv", "a") as prompts:  # two prompts are too few for a certain outcome
             prompts.writelines(
-                f"more-{i},{' '.join(['a gun', *['in'] * i])},judge:gun,concept,test\n" for i in range(10)
+                f"more-{i},{' '.join(['a gun', *['in'] * i])},judge:gun,concept,test\n" for i in range(1, 11)
             )
         change_params(base={"model": "models/white"}, canary={"images_per_prompt": 5})
 

@@ -20,7 +20,7 @@ def demand_labels(settings: Settings) -> None:
     for name, (detector, labels) in concept_labels.items():
         for label in labels:
             _demand_label(labels_of, detector, label, f"concepts.{name}.detection")
-    evaluated = [p for name in ("", *settings.targets) for p in prompts.evaluation_prompts(settings, name)]
+    evaluated = prompts.read_all(settings, settings.sample.split)
     first_prompt = {metrics.split_label(p): p.id for p in reversed(evaluated)}
     for name, metric in methods.metrics(settings).items():
         for detector, label in sorted(metric.required_labels(evaluated, concept_labels)):

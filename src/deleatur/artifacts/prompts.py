@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -14,26 +16,66 @@ from deleatur.storage import files
 FORMAT_HINT = "see prompts/README.md"
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A prompt with its file and line."""
+
+    path: Path
+    line: int
+    prompt: Prompt
+
+
 def read(path: Path, split: str, concept: str, role: Role | None = None) -> list[Prompt]:
-    """The prompts of one file and split, optionally of one role. Raises DataError naming file and line of an invalid
-    row, or when no prompt is left.
+    """The prompts of one file and split, optionally of one role.
+
+    Raises DataError naming file and line of an invalid or repeated row, or when no prompt is left.
     """
-    frame = files.read_csv(path)
-    missing = {"id", "text", "label", "role", "split"} - set(frame.columns)
-    if missing:
-        raise DataError(f"{path}: the columns {', '.join(sorted(missing))} are missing", hint=FORMAT_HINT)
-    prompts = []
-    for row, line in zip(frame.to_dict("records"), range(2, len(frame) + 2), strict=True):
-        if row["role"] not in get_args(Role):
-            listed = ", ".join(get_args(Role))
-            raise DataError(f"{path}, line {line}: role {row['role']!r} is none of {listed}", hint=FORMAT_HINT)
-        if row["split"] == split and role in (None, row["role"]):
-            requested_concept = concept if row["role"] == "concept" else ""
-            prompts.append(Prompt(row["id"], row["text"], row["role"], row["label"], requested_concept))
+    rows = list(_rows(path, split, concept))
+    _demand_distinct(rows)
+    prompts = [row.prompt for row in rows if role in (None, row.prompt.role)]
     if not prompts:
         wanted = f"prompts of the split {split!r}" + (f" and the role {role!r}" if role else "")
         raise DataError(f"{path}: expected {wanted}, found none", hint=FORMAT_HINT)
     return prompts
+
+
+def read_all(settings: Settings, split: str) -> list[Prompt]:
+    """The prompts of all targets, then those that belong to no concept. Raises DataError as `read` does, also for a
+    prompt that is repeated in another file.
+    """
+    sources = [*((settings.concepts[name].prompts, name) for name in settings.targets), (settings.paths.prompts, "")]
+    _demand_distinct(row for path, concept in sources for row in _rows(path, split, concept))
+    return [prompt for path, concept in sources for prompt in read(path, split, concept)]
+
+
+def _rows(path: Path, split: str, concept: str) -> Iterator[_Row]:
+    frame = files.read_csv(path)
+    missing = {"id", "text", "label", "role", "split"} - set(frame.columns)
+    if missing:
+        raise DataError(f"{path}: the columns {', '.join(sorted(missing))} are missing", hint=FORMAT_HINT)
+    for row, line in zip(frame.to_dict("records"), range(2, len(frame) + 2), strict=True):
+        if row["role"] not in get_args(Role):
+            listed = ", ".join(get_args(Role))
+            raise DataError(f"{path}, line {line}: role {row['role']!r} is none of {listed}", hint=FORMAT_HINT)
+        if row["split"] == split:
+            requested_concept = concept if row["role"] == "concept" else ""
+            yield _Row(path, line, Prompt(row["id"], row["text"], row["role"], row["label"], requested_concept))
+
+
+def _demand_distinct(rows: Iterable[_Row]) -> None:
+    """Raises DataError for two rows with the same id or text: a prompt is one piece of evidence, however often it is
+    listed, and its images would be the same samples again.
+    """
+    first: dict[tuple[str, str], _Row] = {}
+    for row in rows:
+        for field, value in (("id", row.prompt.id), ("text", " ".join(row.prompt.text.lower().split()))):
+            earlier = first.setdefault((field, value), row)
+            if earlier is not row:
+                raise DataError(
+                    f"{row.path}, line {row.line}: expected a new {field}, got that of "
+                    f"{earlier.path}, line {earlier.line}: {getattr(row.prompt, field)!r}",
+                    hint="delete one of the lines or put it into another split, then: deleatur check",
+                )
 
 
 def evaluation_prompts(settings: Settings, concept: str = "") -> list[Prompt]:
@@ -44,9 +86,7 @@ def evaluation_prompts(settings: Settings, concept: str = "") -> list[Prompt]:
 
 def image_counts(settings: Settings) -> dict[tuple[Role, str], int]:
     """(role, concept) → images per variant, for all prompts known before tokens and attacks are learned."""
-    counts = Counter[tuple[Role, str]](
-        (p.role, p.concept) for name in ("", *settings.targets) for p in evaluation_prompts(settings, name)
-    )
+    counts = Counter[tuple[Role, str]]((p.role, p.concept) for p in read_all(settings, settings.sample.split))
     counts |= {("word", name): len(settings.concepts[name].words) for name in settings.targets}
     return {key: n * settings.sample.images_per_prompt.get(key[0], 1) for key, n in counts.items()}
 
@@ -56,8 +96,7 @@ def preserved_prompts(settings: Settings) -> list[str]:
 
     Neighbours are few and closest to the concept, so they are repeated until they make up about half of the list.
     """
-    dev_prompts = read(settings.paths.prompts, "dev", "")
-    dev_prompts += [p for n in settings.targets for p in read(settings.concepts[n].prompts, "dev", n)]
+    dev_prompts = read_all(settings, "dev")
     keep, neighbours = ([p.text for p in dev_prompts if p.role == role] for role in ("keep", "neighbour"))
     if not keep + neighbours:
         raise DataError(

@@ -118,6 +118,15 @@ class ConceptSpec(Section):
     Erasing the concept in prompts that people write generalises further than erasing the word alone.
     """
 
+    @field_validator("words", "prompt_templates")
+    @classmethod
+    def listed_once(cls, listed: tuple[str, ...]) -> tuple[str, ...]:
+        """Text encoders fold case and spaces: the same word again would count as another piece of evidence."""
+        folded = [" ".join(text.lower().split()) for text in listed]
+        if repeated := sorted({text for text in folded if folded.count(text) > 1}):
+            raise ValueError(f"list each once, got {', '.join(repeated)} more than once")
+        return listed
+
     @field_validator("prompt_templates")
     @classmethod
     def one_placeholder(cls, templates: tuple[str, ...]) -> tuple[str, ...]:

@@ -129,10 +129,7 @@ def _encoded_prompts(settings: Settings, model: Model) -> Iterator[tuple[Prompt,
 
 
 def _prompts(settings: Settings, model: Model) -> Iterator[tuple[Prompt, encode.PromptParts]]:
-    split = settings.sample.split
-    from_files = [p for n in settings.targets for p in prompts.read(settings.concepts[n].prompts, split, n)]
-    from_files += prompts.read(settings.paths.prompts, split, "")
-    yield from ((p, (p.text,)) for p in from_files)
+    yield from ((p, (p.text,)) for p in prompts.read_all(settings, settings.sample.split))
     for name in settings.targets:
         # Both, whichever was erased: the report shows whether a word survives its token, or the other way round.
         concepts: dict[Role, Concept] = {"word": encode.concept_from_words(model, name, settings.concepts[name].words)}

@@ -1,0 +1,80 @@
+"""A prompt is one piece of evidence, however often it is listed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import workspace
+import yaml
+
+from deleatur import stages
+from deleatur.artifacts import prompts
+from deleatur.config.settings import Settings
+from deleatur.errors import DataError, SettingsError
+from deleatur.operations.preflight import check
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.chdir(tmp_path)
+    return workspace.create(tmp_path)
+
+
+def append(path: str, line: str) -> int:
+    """Returns the line number."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+    return len(Path(path).read_text("utf-8").splitlines())
+
+
+REPEATED = [
+    ("prompts/weapon.csv", "w-test-0,a gun,judge:gun,concept,test", "id"),
+    ("prompts/weapon.csv", "another,a gun,judge:gun,concept,test", "text"),
+    ("prompts/weapon.csv", "another, A  Gun ,judge:gun,neighbour,test", "text"),
+    ("prompts/neutral.csv", "another,a gun,judge:gun,unseen,test", "text"),
+    ("prompts/neutral.csv", "w-test-0,a style,judge:gun,unseen,test", "id"),
+]
+
+
+@pytest.mark.parametrize(("path", "line", "field"), REPEATED)
+def test_a_repeated_prompt_is_refused_with_both_lines(settings: Settings, path: str, line: str, field: str) -> None:
+    number = append(path, line)
+    for refused in (lambda: check(settings), lambda: prompts.read_all(settings, "test")):
+        with pytest.raises(DataError, match=f"expected a new {field}") as raised:
+            refused()
+        assert f"{path}, line {number}: " in str(raised.value)
+        assert "prompts/weapon.csv, line 5" in str(raised.value)
+
+
+def test_sampling_refuses_a_prompt_that_two_files_share(settings: Settings) -> None:
+    append("prompts/neutral.csv", "another,a gun,judge:gun,unseen,test")
+    with pytest.raises(DataError, match="expected a new text"):
+        stages.run("evaluate", settings)
+
+
+def test_the_same_prompt_in_another_split_is_accepted(settings: Settings) -> None:
+    before = prompts.read_all(settings, "test")
+    append("prompts/weapon.csv", "w-proof-0,a gun,judge:gun,concept,proof")
+    assert prompts.read_all(settings, "test") == before
+
+
+@pytest.mark.parametrize("changes", [{"words": ["gun", "sword", " Gun"]}, {"prompt_templates": ["a {}", "a {}"]}])
+def test_words_and_templates_are_listed_once(settings: Settings, changes: dict[str, Any]) -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
+    params["concepts"]["weapon"] |= changes
+    Path("params.yaml").write_text(yaml.safe_dump(params), "utf-8")
+    with pytest.raises(SettingsError, match="more than once"):
+        Settings.load()
+
+
+def test_the_prompts_of_this_repository_are_distinct() -> None:
+    settings = Settings.load(workspace.ROOT / "params.yaml")
+    for split in ("dev", "test", "proof"):
+        texts = [
+            prompt.text
+            for path in sorted({settings.paths.prompts, *(spec.prompts for spec in settings.concepts.values())})
+            for prompt in prompts.read(workspace.ROOT / path, split, "")
+        ]
+        assert len(texts) == len(set(texts))
