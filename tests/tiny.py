@@ -117,8 +117,8 @@ def parts(seed: int = 0, tok: CLIPTokenizer | None = None) -> dict[str, object]:
         }
 
 
-def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
-    return assemble(**parts(seed), dtype=dtype)
+def model(seed: int = 0, dtype: torch.dtype = torch.float32, tok: CLIPTokenizer | None = None) -> Model:
+    return assemble(**parts(seed, tok), dtype=dtype)
 
 
 def save_pipeline(folder: Path, seed: int = 0) -> Path:

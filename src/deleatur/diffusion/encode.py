@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deleatur.diffusion.model import Model
-from deleatur.errors import DataError
+from deleatur.errors import DataError, SettingsError
 from deleatur.records.model import Concept, ConceptSource, SoftToken
 
 PromptParts = Sequence[str | Tensor]
@@ -72,6 +72,12 @@ def encode(model: Model, prompts: Sequence[PromptParts]) -> EncodedPrompts:
     else:
         states = model.text_encoder(ids).last_hidden_state
     return EncodedPrompts(states, tuple(content), tuple(end))
+
+
+def check_lengths(model: Model, prompts: Sequence[PromptParts]) -> None:
+    """Raises DataError when a prompt is longer than the text encoder's L, without encoding any."""
+    for prompt in prompts:
+        _tokenize(model, prompt)
 
 
 def _tokenize(model: Model, prompt: PromptParts) -> tuple[list[int], list[int]]:
@@ -148,11 +154,18 @@ def count_tokens(model: Model, *parts: str | Tensor) -> int:
 
 
 @torch.no_grad()
+def replace_description(model: Model, concept: Concept, text: str) -> Concept:
+    """The concept's prompts with `text` in place of the description."""
+    parts = [(str(before), text, str(after)) for before, _, after in concept.prompt_parts]
+    return _concept(model, concept.name, "words", tuple(map("".join, parts)), parts)
+
+
+@torch.no_grad()
 def encode_replacement(model: Model, concept: Concept, text: str) -> Tensor:
     """States (n, L, d) of the concept's prompts with `text` in place of the description; "" gives the empty prompt."""
-    if not text:
+    if not count_tokens(model, text):  # blanks too
         return encode_text(model, [""]).expand(len(concept.states), -1, -1)
-    return encode(model, [(before, text, after) for before, _, after in concept.prompt_parts]).states
+    return replace_description(model, concept, text).states
 
 
 @torch.no_grad()
@@ -186,8 +199,16 @@ def _join(prompts: Sequence[PromptParts]) -> PromptParts:
 
 
 def word_embedding(model: Model, word: str) -> Tensor:
-    """The input-embedding row (d,) of a word; the mean of its rows when the tokenizer splits it."""
+    """The input-embedding row (d,) of a word; the mean of its rows when the tokenizer splits it.
+
+    Raises SettingsError for a word without any token, whose mean would be NaN.
+    """
     ids = model.tokenizer(word, add_special_tokens=False).input_ids
+    if not ids:
+        raise SettingsError(
+            f"concepts.*.initializer_token: expected a word of the text encoder's vocabulary, got {word!r}",
+            hint="a word close to the concept, object for example; then: deleatur check",
+        )
     table: Tensor = model.text_encoder.get_input_embeddings().weight
     return table[ids].mean(0).detach().float()
 

@@ -13,12 +13,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from deleatur.diffusion.encode import encode_replacement, encode_text
+from deleatur.diffusion.encode import count_tokens, encode_text, replace_description
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import edited_weights
 from deleatur.errors import ErasureRefused
 from deleatur.maths import closed_form
-from deleatur.records.model import Concept, ConceptSource, Delta, LowRank
+from deleatur.records.model import Concept, Delta, LowRank
 from deleatur.training.cost import Workload
 from deleatur.training.loop import ErasureContext, TrainingProgress
 from deleatur.training.parameters import select
@@ -66,22 +66,39 @@ def edit_pairs(
 ) -> tuple[Tensor, Tensor]:
     """(c, g), each (n, d): states to erase, and the states whose values they get.
 
-    g: states at the same positions of the prompt with the alternative in the concept's place, or of the empty prompt.
+    g: states of the prompt with the alternative in the concept's place, aligned at the last content token of each, as
+    both releases do; without an alternative, the empty prompt's states at the same positions.
     """
     c, g = [], []
     for concept in concepts:
-        replacement = encode_replacement(model, concept, alternatives.get(concept.name, ""))
+        text = alternatives.get(concept.name, "")
+        alternative = replace_description(model, concept, text) if count_tokens(model, text) else None
+        states = alternative.states if alternative else encode_text(model, [""]).expand(len(concept.states), -1, -1)
         for i, content in enumerate(concept.content_positions):
-            positions = _select_positions(concept.source, content or (concept.end_positions[i],), columns)
+            content = content or (concept.end_positions[i],)  # of an empty description
+            # The first tokens of a word are parts of other words too; the vectors of a soft token are its own.
+            erased = content[-1:] if concept.source == "words" else content
+            positions = {
+                "own": [*erased],
+                "onward": [*erased, *range(content[-1] + 1, model.max_tokens)],
+                "all": [*range(model.max_tokens)],
+            }[columns]
+            counterparts = positions
+            if alternative:
+                end = alternative.content_positions[i][-1]
+                if columns == "onward":  # as many states as both prompts have after the last content token
+                    positions = [p for p in positions if p - content[-1] < model.max_tokens - end]
+                counterparts = [_counterpart(p, content, end, model.max_tokens) for p in positions]
             c.append(concept.states[i, positions])
-            g.append(replacement[i, positions])
+            g.append(states[i, counterparts])
     return _flatten(c), _flatten(g)
 
 
-def _select_positions(source: ConceptSource, content: tuple[int, ...], columns: Columns) -> slice:
-    # The first tokens of a word are parts of other words too; the vectors of a soft token are its own.
-    start = content[-1] if source == "words" else content[0]
-    return {"own": slice(start, content[-1] + 1), "onward": slice(start, None), "all": slice(None)}[columns]
+def _counterpart(position: int, content: Sequence[int], end: int, length: int) -> int:
+    """Where a position of a concept's prompt is in its alternative's, whose last content token is at `end`."""
+    if position < content[0]:
+        return position
+    return min(end + max(position - content[-1], 0), length - 1)
 
 
 def _flatten(states: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from deleatur.diffusion.encode import PromptParts, encode
+from deleatur.diffusion.encode import PromptParts, check_lengths, encode
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights, predict
 from deleatur.errors import DataError
@@ -200,6 +200,9 @@ def learn_tokens(
     if state:
         run.restore(*state)
         report()
+    # Templates are sampled at random: one that is too long would end the run after hours.
+    templates = {t for target in targets for of_image in target.templates for t in of_image}
+    check_lengths(model, [_fill_template(t, run.vectors[0]) for t in sorted(templates)])
     table = model.text_encoder.get_input_embeddings().weight.float()
     max_norm = config.max_norm * table.norm(dim=-1).mean() if config.max_norm else None
     while run.step < total:
