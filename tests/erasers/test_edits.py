@@ -17,7 +17,7 @@ from deleatur.diffusion.predict import predict
 from deleatur.erasers import Eraser
 from deleatur.erasers.rece import RECE
 from deleatur.erasers.uce import UCE
-from deleatur.errors import ErasureRefused
+from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths import closed_form
 from deleatur.records.model import Concept, Delta, LowRank, SoftToken
 from deleatur.storage.tensors import load_delta, save_delta
@@ -122,6 +122,34 @@ def test_the_default_weight_of_preserved_prompts_is_the_releases(model: Model) -
             erase(model, UCE(edit={"preserve": p}), words(model, "gun"), keep=keep) for p in (None, eta_p)
         )
         assert all(torch.equal(default.tensors[n], explicit.tensors[n]) for n in explicit.tensors)
+
+
+def test_preserve_columns_select_the_states_to_preserve(model: Model) -> None:
+    """all: every state of the prompts (first release); own: the last token's (current release), by its own formula."""
+    gun, texts = words(model, "gun"), ["", "a cat", "a picture of dog"]
+    encoded = encode.encode_texts(model, texts)
+    last = [int(model.tokenizer(t, return_tensors="pt").attention_mask.sum()) - 2 for t in texts]
+    assert last == [0, 2, 4], "of the empty prompt, the start token"
+    c, g = edit_pairs(model, [gun], {}, "own")
+    for columns, k in (
+        ("all", encoded.states.double().flatten(0, 1)),
+        ("own", torch.stack([encoded.states[i, p].double() for i, p in enumerate(last)])),
+    ):
+        uce = UCE(edit={"columns": "own", "preserve_columns": columns, "preserve": 1.0, "lam": 0.5})
+        delta = uce.erase(model, [gun], ErasureContext(0, encoded.states, encoded.end_positions))
+        a = 0.5 * torch.eye(64, dtype=torch.float64) + c.T @ c + k.T @ k  # λI + Σcc' + Σkk'
+        for name, d in delta.tensors.items():
+            w = model.unet.get_parameter(name).double()
+            released = torch.linalg.solve(a, (0.5 * w + w @ g.T @ c + w @ k.T @ k).T).T
+            assert torch.allclose(d.double(), released - w, atol=1e-5)
+
+
+def test_preserving_last_tokens_needs_their_positions(model: Model) -> None:
+    gun, preserve = words(model, "gun"), encode.encode_text(model, ["a cat"])
+    own = UCE(edit={"preserve_columns": "own"})
+    with pytest.raises(SettingsError, match="end position of each of 1 preserved prompts, got 0"):
+        own.erase(model, [gun], ErasureContext(0, preserve))
+    own.erase(model, [gun], ErasureContext(0))  # the empty prompt's is known
 
 
 def test_columns_select_the_states_to_erase(model: Model) -> None:

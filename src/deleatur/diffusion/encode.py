@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -74,13 +74,23 @@ def encode(model: Model, prompts: Sequence[PromptParts]) -> EncodedPrompts:
     return EncodedPrompts(states, tuple(content), tuple(end))
 
 
-def check_lengths(model: Model, prompts: Sequence[PromptParts]) -> None:
+class Tokenizing(Protocol):
+    """What prompt lengths depend on: a Model, or `pipelines.TextLimits` without any weights."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+
+def check_lengths(model: Tokenizing, prompts: Sequence[PromptParts]) -> None:
     """Raises DataError when a prompt is longer than the text encoder's L, without encoding any."""
     for prompt in prompts:
         _tokenize(model, prompt)
 
 
-def _tokenize(model: Model, prompt: PromptParts) -> tuple[list[int], list[int]]:
+def _tokenize(model: Tokenizing, prompt: PromptParts) -> tuple[list[int], list[int]]:
     """Token ids with start and end token, and the positions of soft rows, which hold a placeholder id."""
     tokenizer = model.tokenizer
     placeholder = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else tokenizer.pad_token_id
@@ -103,9 +113,14 @@ def _tokenize(model: Model, prompt: PromptParts) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
+def encode_texts(model: Model, texts: Sequence[str]) -> EncodedPrompts:
+    """States and positions of plain prompts, without gradient; the empty prompt is ""."""
+    return encode(model, [(t,) for t in texts])
+
+
 def encode_text(model: Model, texts: Sequence[str]) -> Tensor:
     """States (n, L, d) of plain prompts; the empty prompt is ""."""
-    return encode(model, [(t,) for t in texts]).states
+    return encode_texts(model, texts).states
 
 
 @torch.no_grad()
@@ -113,18 +128,18 @@ def concept_from_words(
     model: Model, name: str, words: Sequence[str], prompt_templates: Sequence[str] = BARE_TEMPLATE
 ) -> Concept:
     """A concept specified by words: each word in each of the templates."""
-    prompts, parts = _fill_templates([(w, w) for w in words], prompt_templates)
+    prompts, parts = fill_templates([(w, w) for w in words], prompt_templates)
     return _concept(model, name, "words", prompts, parts)
 
 
 @torch.no_grad()
 def concept_from_token(model: Model, token: SoftToken, prompt_templates: Sequence[str] = BARE_TEMPLATE) -> Concept:
     """A concept specified by soft tokens: each token in each of the templates."""
-    prompts, parts = _fill_templates(list(zip(token.placeholders, token.vectors, strict=True)), prompt_templates)
+    prompts, parts = fill_templates(list(zip(token.placeholders, token.vectors, strict=True)), prompt_templates)
     return _concept(model, token.concept, "token", prompts, parts)
 
 
-def _fill_templates(
+def fill_templates(
     descriptions: Sequence[tuple[str, str | Tensor]], templates: Sequence[str]
 ) -> tuple[tuple[str, ...], list[tuple[str, str | Tensor, str]]]:
     """Readable prompt and (before, description, after) of each (name, description) in each template."""
@@ -171,7 +186,7 @@ def encode_replacement(model: Model, concept: Concept, text: str) -> Tensor:
 @torch.no_grad()
 def encode_joint_prompt(model: Model, concepts: Sequence[Concept]) -> Tensor:
     """E("c₁, c₂, …, c_K") (1, L, d): all descriptions of all concepts in one prompt."""
-    return encode(model, [_join([p for c in concepts for p in c.prompt_parts])]).states
+    return encode(model, [join_prompts([p for c in concepts for p in c.prompt_parts])]).states
 
 
 @torch.no_grad()
@@ -184,13 +199,13 @@ def encode_concept_list(model: Model, concepts: Sequence[Concept]) -> Tensor:
     parts, limit = [p for c in concepts for p in c.prompt_parts], model.max_tokens - 2  # without start and end token
     for s in range(1, len(parts) + 1):
         cuts = [len(parts) * i // s for i in range(s + 1)]
-        prompts = [_join(parts[a:b]) for a, b in pairwise(cuts)]
+        prompts = [join_prompts(parts[a:b]) for a, b in pairwise(cuts)]
         if all(count_tokens(model, *prompt) <= limit for prompt in prompts):
             return encode(model, prompts).states
     return encode(model, [()]).states
 
 
-def _join(prompts: Sequence[PromptParts]) -> PromptParts:
+def join_prompts(prompts: Sequence[PromptParts]) -> PromptParts:
     """ "c₁, c₂, …" """
     joined: list[str | Tensor] = []
     for prompt in prompts:
@@ -203,14 +218,19 @@ def word_embedding(model: Model, word: str) -> Tensor:
 
     Raises SettingsError for a word without any token, whose mean would be NaN.
     """
-    ids = model.tokenizer(word, add_special_tokens=False).input_ids
+    table: Tensor = model.text_encoder.get_input_embeddings().weight
+    return table[word_token_ids(model, word)].mean(0).detach().float()
+
+
+def word_token_ids(model: Tokenizing, word: str) -> list[int]:
+    """Token ids of a word. Raises SettingsError for a word without any token."""
+    ids: list[int] = model.tokenizer(word, add_special_tokens=False).input_ids
     if not ids:
         raise SettingsError(
             f"concepts.*.initializer_token: expected a word of the text encoder's vocabulary, got {word!r}",
             hint="a word close to the concept, object for example; then: deleatur check",
         )
-    table: Tensor = model.text_encoder.get_input_embeddings().weight
-    return table[ids].mean(0).detach().float()
+    return ids
 
 
 def nearest_words(model: Model, row: Tensor, n: int = 4) -> list[str]:

@@ -28,6 +28,7 @@ def run(settings: Settings) -> None:
     if eraser.learns_from_images:
         concepts = [replace(c, images=rated_images.RatedPool(settings, c.name).labelled()) for c in concepts]
     preserved = prompts.preserved_prompts(settings)
+    encoded = encode.encode_texts(model, ["", *preserved])
     checkpoint = Checkpoint(settings, "erase", "erase", _run_identity(settings, eraser, model, clip))
     with checkpoint, bar(f"erase {'+'.join(settings.targets)}", 1) as advance:
 
@@ -45,19 +46,20 @@ def run(settings: Settings) -> None:
             concepts,
             ErasureContext(
                 seed=settings.seed,
-                preserve=encode.encode_text(model, ["", *preserved]),
+                preserve=encoded.states,
+                preserve_ends=encoded.end_positions,
                 on_step=on_step,
                 probe=validation_probe(settings, model, clip, concepts, preserved, eraser.one_step),
                 state=checkpoint.state,
             ),
         )
-    folder = files.empty_folder(settings.paths.delta)
-    tensors.save_delta(folder / tensors.DELTA_FILE, delta)
-    record = {"method": delta.method, "concepts": list(delta.concepts), **delta.record}
-    record["notes"] = [*_token_notes(settings), *eraser.notes()]
-    for name in ("curve", "evaluations"):
-        files.write_json(folder / f"{name}.json", record.pop(name, []))
-    files.write_json(folder / "record.json", record)
+    with files.replace_folder(settings.paths.delta) as folder:
+        tensors.save_delta(folder / tensors.DELTA_FILE, delta)
+        record = {"method": delta.method, "concepts": list(delta.concepts), **delta.record}
+        record["notes"] = [*_token_notes(settings), *eraser.notes()]
+        for name in ("curve", "evaluations"):
+            files.write_json(folder / f"{name}.json", record.pop(name, []))
+        files.write_json(folder / "record.json", record)
     checkpoint.remove()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from deleatur.diffusion.encode import count_tokens, encode_text, replace_description
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import edited_weights
-from deleatur.errors import ErasureRefused
+from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths import closed_form
 from deleatur.records.model import Concept, Delta, LowRank
 from deleatur.training.cost import Workload
@@ -29,7 +29,7 @@ Columns = Literal["onward", "own", "all"]
 class ClosedFormConfig(BaseModel):
     """Hyperparameters of a closed-form edit. Defaults are those of UCE's first release, which RECE builds on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     columns: Literal["onward", "own"] = "onward"
     """Which states of a prompt are erased: own, those of the concept (of words the last token, as in UCE's current
@@ -38,7 +38,11 @@ class ClosedFormConfig(BaseModel):
     erase: float = Field(1.0, gt=0)
     """η_e. Large values damage the model: blank or noisy images."""
     preserve: float | None = Field(None, ge=0)
-    """η_p, of every state of every preserved prompt. None: 1/q for q prompts, at least 0.1, as released."""
+    """η_p, of each preserved state. None: 1/q for q prompts, at least 0.1, as in the first release; the current one's
+    is 1."""
+    preserve_columns: Literal["all", "own"] = "all"
+    """Which states of a preserved prompt are preserved: all of them, as in the first release; or own, the last token's,
+    as in the current one (of the empty prompt, the start token's)."""
     lam: float = Field(0.1, gt=0)
     """λ, which holds W in the directions that no state above constrains. 0.1 in the first release, 0.5 in the current
     one; the squared norm of a state is close to its width."""
@@ -101,6 +105,22 @@ def _counterpart(position: int, content: Sequence[int], end: int, length: int) -
     return min(end + max(position - content[-1], 0), length - 1)
 
 
+def _preserved_states(model: Model, config: ClosedFormConfig, context: ErasureContext) -> Sequence[Tensor]:
+    """(…, d) of each preserved prompt, of the empty prompt where there is none."""
+    states, ends = context.preserve, context.preserve_ends
+    if states is None:
+        states, ends = encode_text(model, [""]), (1,)
+    if config.preserve_columns == "all":
+        return list(states)
+    if len(ends) != len(states):
+        raise SettingsError(
+            f"edit.preserve_columns: own needs the end position of each of {len(states)} preserved prompts, "
+            f"got {len(ends)}",
+            hint="pass ErasureContext.preserve_ends, or preserve_columns: all",
+        )
+    return [prompt[end - 1] for prompt, end in zip(states, ends, strict=True)]
+
+
 def _flatten(states: Sequence[Tensor]) -> Tensor:
     """Any number of (…, d) as one (n, d), in float64 on the CPU: small, and the same on every device."""
     return torch.cat([s.reshape(-1, s.shape[-1]) for s in states]).double().cpu()
@@ -113,8 +133,8 @@ class ClosedFormEditor:
         self._model, self._config, self._steps, self._on_step = model, config, steps, context.on_step
         self._probe = context.probe if config.max_preserved_drift is not None else None
         self._projections = {n: p.detach().double().cpu() for n, p in text_projections(model).items()}
-        preserved = encode_text(model, [""]) if context.preserve is None else context.preserve
-        self._preserved = _flatten([preserved])
+        preserved = _preserved_states(model, config, context)
+        self._preserved = _flatten(preserved)
         self._eta_p = max(0.1, 1 / len(preserved)) if config.preserve is None else config.preserve
         self.gram = closed_form.gram(self._projections.values())
         self.m = torch.eye(len(self.gram), dtype=torch.float64)

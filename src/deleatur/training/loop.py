@@ -116,6 +116,8 @@ class ErasureContext:
     seed: int
     preserve: Tensor | None = None
     """(q, L, d): states of prompts to preserve, for methods that use them."""
+    preserve_ends: tuple[int, ...] = ()
+    """(q,) positions of their end tokens, for methods that preserve single tokens."""
     on_step: Callable[[TrainingProgress], None] = lambda progress: None
     """Called after every step."""
     probe: Probe | None = None
