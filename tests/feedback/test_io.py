@@ -79,7 +79,7 @@ def test_shards_are_ordered_and_earlier_ones_do_not_change(tmp_path: Path, monke
 
 def test_archive_without_the_columns_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"sha256": ["a"]}).to_parquet(tmp_path / "a")
-    with pytest.raises(DataError, match="not an image archive"):
+    with pytest.raises(DataError, match="not an intact image archive"):
         list(images.read_archive(tmp_path / "a"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import image_files
 import numpy as np
 import pytest
 import workspace
+from PIL import Image
 
 from deleatur import stages
 from deleatur.artifacts.rated_images import RatedPool
@@ -27,14 +29,14 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return workspace.create(tmp_path)
 
 
-def replace_images(encoded: Sequence[bytes]) -> None:
-    """The rated images in the given files instead, in the same order, each 16 × 12 pixels."""
+def replace_images(encoded: Sequence[bytes], size: tuple[int, int] = (image_files.W, image_files.H)) -> None:
+    """Replaces the rated images by other files, in the same order."""
     lines = ANSWERS.read_text("utf-8")
     archive = []
     for old, data in zip(images.read_archive(ARCHIVE), encoded, strict=True):
         digest = hashlib.sha256(data).hexdigest()
         lines = lines.replace(old.sha256, digest)
-        archive.append(images.EncodedImage(digest, data, image_files.W, image_files.H))
+        archive.append(images.EncodedImage(digest, data, *size))
     ANSWERS.write_text(lines, "utf-8")
     images.write_archive(ARCHIVE, archive)
 
@@ -76,3 +78,34 @@ def test_files_that_cannot_be_decoded_are_quarantined_with_the_reason(settings: 
     for (_, _, reason), got in zip([u for u in image_files.undecodable() if u[1]], rows["got"], strict=True):
         assert reason in got
     assert len(RatedPool(settings, "weapon").images) == 24 - len(damaged)
+
+
+def test_a_damaged_archive_is_quarantined_and_the_other_sources_are_used(settings: Settings) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8)
+    replace_images([images.encode(Image.fromarray(pixels)) for pixels in noise], size=(64, 64))
+    for path in (ARCHIVE, ANSWERS):
+        shutil.copy(path, path.with_name(path.name.replace("weapon", "damaged")))
+    damaged = ARCHIVE.with_name("damaged.images.parquet")
+    data = bytearray(damaged.read_bytes())
+    data[4:40] = bytes(36)  # the header of the first page
+    damaged.write_bytes(data)
+    with pytest.raises(DataError, match=r"damaged\.images\.parquet is not an intact image archive"):
+        list(images.read_archive(damaged))
+    stages.run("ingest", settings)
+    quarantine = files.read_table(settings.paths.feedback / "quarantine.parquet")
+    assert list(quarantine["rule"]) == ["image archive"]
+    assert quarantine["file"].tolist() == [damaged.as_posix()]
+    assert len(RatedPool(settings, "weapon").images) == 24
+
+
+def test_a_failed_ingest_leaves_the_tables_of_the_last_one(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages.run("ingest", settings)
+    before = {path: path.read_bytes() for path in settings.paths.feedback.iterdir()}
+    monkeypatch.setattr(files, "write_table", _no_space)
+    with pytest.raises(OSError, match="No space left"):
+        stages.run("ingest", settings)
+    assert {path: path.read_bytes() for path in settings.paths.feedback.iterdir()} == before
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")

@@ -204,6 +204,16 @@ def test_a_stage_interrupted_under_dvc_resumes(shared: Path, tmp_path: Path) -> 
         assert path.read_bytes() == (root / "out/delta" / path.name).read_bytes(), path.name
 
 
+def test_a_failed_stage_leaves_the_outputs_of_its_last_success(root: Path) -> None:
+    assert dvc.reproduce("work", root)
+    (root / "given").unlink()
+    (root / "given").mkdir()  # which the script cannot read
+    with pytest.raises(ServiceError, match="exit code 1"):
+        dvc.reproduce("work", root)
+    assert (root / "made").read_text() == "1"
+    assert "work" in dvc.status(root), "it is still out of date"
+
+
 def wait_for(path: Path) -> str:
     for _ in range(600):
         if path.is_file() and (text := path.read_text()):

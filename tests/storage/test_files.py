@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
 import pytest
 
 from deleatur.errors import DataError, SettingsError
 from deleatur.storage import files
+from deleatur.storage.cache import RowCache
 
 
 def test_a_folder_with_tracked_files_is_not_emptied(tmp_path: Path) -> None:
@@ -45,3 +48,56 @@ def test_nothing_is_emptied_when_git_fails(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="git cannot list the files it tracks"):
         files.empty_folder(tmp_path)
     assert (tmp_path / "page.md").exists()
+
+
+def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+
+    def write(text: str, *, fails: bool = False) -> None:
+        with files.replace_folder(folder) as new:
+            assert not list(new.iterdir())
+            (new / text).write_text(text)
+            if fails:
+                raise OSError("no space left")
+
+    write("first")
+    with pytest.raises(OSError, match="no space"):
+        write("second", fails=True)
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    killed = tmp_path / ".report.123.new.partial"
+    killed.mkdir()
+    write("third")
+    assert [path.name for path in folder.iterdir()] == ["third"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_with_tracked_files_is_not_replaced(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text("text")
+    subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
+    with pytest.raises(SettingsError, match=r"git tracks page\.md"), files.replace_folder(tmp_path / "docs"):
+        pass
+    assert (tmp_path / "docs" / "page.md").read_text() == "text"
+
+
+def damage(path: Path) -> None:
+    """Zeroes within a page, and the footer intact, as after a bad copy."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 4)
+    path.write_bytes(data)
+
+
+def test_a_damaged_page_is_named(tmp_path: Path) -> None:
+    schema = pa.schema({"key": pa.string(), "value": pa.float64()})
+    rows = pd.DataFrame({"key": [f"{i:064d}" for i in range(2000)], "value": [i / 7 for i in range(2000)]})
+    files.write_table(tmp_path / "table.parquet", rows, schema)
+    damage(tmp_path / "table.parquet")
+    with pytest.raises(DataError, match=r"table\.parquet is not an intact Parquet table"):
+        files.read_table(tmp_path / "table.parquet")
+    cache = RowCache(tmp_path / "cache", schema)
+    shard = cache.add(rows)
+    damage(shard)
+    with pytest.raises(DataError, match="not a readable shard of the cache") as raised:
+        cache.read(list(rows["key"]))
+    assert f"rm {shard}" in raised.value.hint

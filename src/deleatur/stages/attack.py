@@ -51,11 +51,11 @@ def run(settings: Settings) -> None:
             soft_prompts[f"{name}-{kind}"] = (result.vectors, metadata)
             curves[f"{name}-{kind}"] = list(result.losses)
             record[f"{name}-{kind}"] = metadata | {"pictures": len(images), "last_loss": result.losses[-1]}
-    folder = files.empty_folder(settings.paths.attacks)
-    for stem, (vectors, metadata) in soft_prompts.items():
-        tensors.save(folder / f"{stem}.safetensors", {"vectors": vectors}, metadata)
-    files.write_json(folder / "record.json", record)
-    files.write_json(folder / "curves.json", curves)
+    with files.replace_folder(settings.paths.attacks) as folder:
+        for stem, (vectors, metadata) in soft_prompts.items():
+            tensors.save(folder / f"{stem}.safetensors", {"vectors": vectors}, metadata)
+        files.write_json(folder / "record.json", record)
+        files.write_json(folder / "curves.json", curves)
     for checkpoint in checkpoints:
         checkpoint.remove()
 

@@ -62,10 +62,10 @@ def run(settings: Settings, notes: Sequence[str] = ()) -> None:
     files.write_table(settings.paths.scores / VALUES_FILE, pd.concat(tables), VALUES)
     cache.remove_unused()
     report = Report(provenance.collect(settings), tuple(scores), (*notes, *report_notes(settings)))
-    folder = files.empty_folder(settings.paths.report)
-    json_records.write(folder / "report.json", report)
-    files.write_json(folder / "metrics.json", _nested_values(scores))
-    files.write_csv(folder / "scores.csv", pd.DataFrame([_csv_row(s) for s in scores]))
+    with files.replace_folder(settings.paths.report) as folder:
+        json_records.write(folder / "report.json", report)
+        files.write_json(folder / "metrics.json", _nested_values(scores))
+        files.write_csv(folder / "scores.csv", pd.DataFrame([_csv_row(s) for s in scores]))
 
 
 def _value_rows(samples_: pd.DataFrame, variant: Variant, metric: str, values: Array) -> pd.DataFrame:

@@ -34,13 +34,13 @@ def run(settings: Settings) -> None:
     verdict = gate.judge(
         report, rules, report_digest=json_records.digest(report), policy_digest=policy_digest(settings)
     )
-    folder = files.empty_folder(settings.paths.verdict)
-    json_records.write(folder / "verdict.json", verdict)
-    files.write_json(folder / "summary.json", _summary(verdict))
-    sheets = list(_contact_sheets(settings))
-    write_html(report, verdict, sheets, list(training_curves(settings)), folder / "report.html", rules=rules)
-    cover = settings.evaluate.blur_contact_sheet
-    write_contact_sheet(sheets[0], folder / "sheet.png", simulated=verdict.simulated, cover=cover, cell_size=96)
+    with files.replace_folder(settings.paths.verdict) as folder:
+        json_records.write(folder / "verdict.json", verdict)
+        files.write_json(folder / "summary.json", _summary(verdict))
+        sheets = list(_contact_sheets(settings))
+        write_html(report, verdict, sheets, list(training_curves(settings)), folder / "report.html", rules=rules)
+        cover = settings.evaluate.blur_contact_sheet
+        write_contact_sheet(sheets[0], folder / "sheet.png", simulated=verdict.simulated, cover=cover, cell_size=96)
 
 
 def _summary(verdict: Verdict) -> dict[str, Any]:

@@ -67,10 +67,10 @@ def run(settings: Settings) -> None:
         }
         soft_tokens.append(SoftToken(name, vectors, token_provenance))
         metrics[name] = [_describe(model, t) for t in learned]
-    folder = files.empty_folder(settings.paths.tokens)
-    for token in soft_tokens:
-        tensors.save_token(folder / token.concept, token)
-    files.write_json(folder / "metrics.json", metrics)
+    with files.replace_folder(settings.paths.tokens) as folder:
+        for token in soft_tokens:
+            tensors.save_token(folder / token.concept, token)
+        files.write_json(folder / "metrics.json", metrics)
     for checkpoint in checkpoints:
         checkpoint.remove()
 

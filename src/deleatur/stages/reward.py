@@ -24,7 +24,7 @@ from deleatur.storage import files, tensors
 def run(settings: Settings) -> None:
     clip = models.clip_model(settings)
     hyperparameters = RewardHyperparameters(**settings.reward.model_dump(exclude={"clip", "held_out_raters"}))
-    files.empty_folder(settings.paths.reward)
+    heads: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
     metrics: dict[str, Any] = {}
     curves: dict[str, dict[str, list[float]]] = {}
     with bar("reward", 2 * len(settings.targets)) as advance:
@@ -59,9 +59,12 @@ def run(settings: Settings) -> None:
             curves[name] = {titles[split]: fit.validation_losses for split, fit in fits.items()}
             weights = {f"{split}/{n}": t for split, fit in fits.items() for n, t in fit.head.tensors.items()}
             metadata = {"rank": spec.kind == "rank", "clip": clip.digest, "concept": name}
-            tensors.save(settings.paths.reward / f"{name}.safetensors", weights, metadata)
-    files.write_json(settings.paths.reward / "metrics.json", metrics)
-    files.write_json(settings.paths.reward / "curves.json", curves)
+            heads[name] = weights, metadata
+    with files.replace_folder(settings.paths.reward) as folder:
+        for name, (weights, metadata) in heads.items():
+            tensors.save(folder / f"{name}.safetensors", weights, metadata)
+        files.write_json(folder / "metrics.json", metrics)
+        files.write_json(folder / "curves.json", curves)
 
 
 def _measure(kind: FeedbackKind) -> str:

@@ -8,7 +8,8 @@ loses at most the shard it was computing, and the final folder is a function of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,7 +52,8 @@ class RowCache:
             raise DataError(f"{self.folder} lacks {len(missing)} of the requested rows", hint="dvc repro")
         requested, frames = set(keys), [pd.DataFrame(columns=self._schema.names)]
         for path in dict.fromkeys(self._shard_of[key] for key in keys):
-            rows = files.read_table(path)
+            with _demand_intact(path):
+                rows = pq.read_table(path).to_pandas()
             frames.append(rows[rows["key"].isin(requested)])
         return pd.concat(frames[1:] or frames).drop_duplicates("key").set_index("key").loc[list(keys)].reset_index()
 
@@ -76,10 +78,16 @@ class RowCache:
 
 
 def _read_keys(path: Path) -> list[str]:
-    try:
+    with _demand_intact(path):
         keys: list[str] = pq.read_table(path, columns=["key"])["key"].to_pylist()
-    except (pa.ArrowException, KeyError) as e:
-        raise DataError(
-            f"{path} is not a readable shard of the cache: {e}", hint=f"rm {path}: its rows are recomputed"
-        ) from e
     return keys
+
+
+@contextmanager
+def _demand_intact(path: Path) -> Iterator[None]:
+    """Errors of pyarrow inside become a DataError: DVC keeps the folder between runs, so a damaged shard would stay."""
+    try:
+        yield
+    except files.UNREADABLE_PARQUET as e:
+        hint = f"rm {path}, then the same command: its rows are recomputed"
+        raise DataError(f"{path} is not a readable shard of the cache: {e}", hint=hint) from e

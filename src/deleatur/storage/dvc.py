@@ -14,6 +14,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from deleatur import dependencies
 from deleatur.errors import (
     DataError,
@@ -52,6 +54,8 @@ def reproduce(
     crashed or was killed, and DataError when DVC refused to run it. SIGINT or SIGTERM to this process is passed on to
     the stage, which saves its state; the interruption itself then propagates, because a scheduler would retry after an
     error of this package.
+
+    A failed stage leaves the outputs of its last success.
     """
     ran = False
 
@@ -65,8 +69,17 @@ def reproduce(
         dvc_command("repro", "--single-item", *options, stage), root, record_line, on_progress
     )
     if exit_code:
+        _restore_outputs(stage, root)
         raise _repro_error(stage, root, tail)
     return ran
+
+
+def _restore_outputs(stage: str, root: Path) -> None:
+    """Outputs of the last success, which DVC deleted before the run that has failed."""
+    lock = root / "dvc.lock"
+    entry = yaml.safe_load(lock.read_text("utf-8"))["stages"].get(stage, {}) if lock.is_file() else {}
+    if missing := [out["path"] for out in entry.get("outs", []) if not (root / out["path"]).exists()]:
+        run_captured(dvc_command("checkout", "--quiet", *missing), root)
 
 
 def reproduce_all(

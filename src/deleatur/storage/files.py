@@ -17,6 +17,9 @@ import pyarrow.parquet as pq
 from deleatur.errors import DataError, SettingsError
 from deleatur.storage.git import first_tracked_file
 
+UNREADABLE_PARQUET = (pa.ArrowException, OSError, KeyError)
+"""What pyarrow raises for files that are no Parquet, are damaged (OSError), or lack a column (KeyError)."""
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -42,6 +45,27 @@ def empty_folder(folder: Path) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder; when the block succeeds, it replaces `folder`, which until then stays as it is.
+
+    Raises SettingsError when git tracks files in the folder.
+    """
+    demand_untracked(folder)
+    for left in folder.parent.glob(f".{folder.name}.*.partial"):  # of killed processes
+        shutil.rmtree(left)
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}.partial") for kind in ("new", "old"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def keep_only(folder: Path, keep: Collection[Path]) -> None:
@@ -74,8 +98,8 @@ def read_table(path: Path) -> pd.DataFrame:
     _demand_file(path)
     try:
         frame: pd.DataFrame = pq.read_table(path).to_pandas()
-    except pa.ArrowException as e:
-        raise DataError(f"{path} is not a Parquet table: {e}", hint="dvc repro") from e
+    except UNREADABLE_PARQUET as e:
+        raise DataError(f"{path} is not an intact Parquet table: {e}", hint="dvc repro") from e
     return frame
 
 

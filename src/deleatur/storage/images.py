@@ -137,8 +137,8 @@ def read_archive(path: Path) -> Iterator[EncodedImage]:
             for batch in file.iter_batches(batch_size=64, columns=SCHEMA.names):
                 for row in pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA).to_pylist():
                     yield EncodedImage(row["sha256"] or "", row["image"] or b"", row["width"] or 0, row["height"] or 0)
-    except (pa.ArrowException, KeyError) as e:
-        raise DataError(f"{path} is not an image archive ({', '.join(SCHEMA.names)}): {e}") from e
+    except files.UNREADABLE_PARQUET as e:
+        raise DataError(f"{path} is not an intact image archive ({', '.join(SCHEMA.names)}): {e}") from e
 
 
 def write_shards(folder: Path, images: Iterable[EncodedImage]) -> int:
