@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from deleatur.detectors.classifier import Classifier
-from deleatur.diffusion import folders
+from deleatur.diffusion import architecture, folders, pipelines
 from deleatur.diffusion.clip import load_clip
 from deleatur.diffusion.model import load
-from deleatur.errors import ModelError
+from deleatur.errors import ModelError, ServiceError
 
 LABELS = tuple(f"kind {i}" for i in range(12))
 LOADERS: dict[str, Callable[[Path], Any]] = {
@@ -26,7 +27,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "judge": lambda folder: Classifier(path=str(folder)).load().detect([Image.new("RGB", (16, 16))]),
 }
 CHECKS: dict[str, Callable[[Path], Any]] = {
-    "pipeline": folders.check_pipeline,
+    "pipeline": pipelines.check_pipeline,
     "clip": folders.check_clip,
     "judge": folders.classifier_labels,
 }
@@ -143,3 +144,133 @@ def test_a_hub_id_is_looked_up_in_the_local_cache_only(tmp_path: Path, monkeypat
     (snapshot.parents[1] / "refs" / "main").write_text("1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert folders.locate("owner/name") == snapshot
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def pipeline(models: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models / "pipeline", tmp_path / "pipeline"))
+
+
+def refusal(folder: Path) -> ModelError:
+    """The error of the check, which loading raises too."""
+    with pytest.raises(ModelError) as error:
+        pipelines.check_pipeline(folder)
+    with pytest.raises(ModelError) as again:
+        load(str(folder), device="cpu")
+    assert str(again.value) == str(error.value)
+    assert error.value.hint
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("StableDiffusionXLPipeline", {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}),
+        ("StableDiffusion3Pipeline", {"unet": [None, None], "transformer": ["diffusers", "SD3Transformer2DModel"]}),
+        ("FluxPipeline", {"unet": [None, None], "transformer": ["diffusers", "FluxTransformer2DModel"]}),
+        ("PixArtAlphaPipeline", {"text_encoder": ["transformers", "T5EncoderModel"]}),
+    ],
+)
+def test_a_pipeline_of_another_family_is_named(pipeline: Path, name: str, parts: dict[str, Any]) -> None:
+    edit(pipeline / "model_index.json", _class_name=name, **parts)
+    shutil.rmtree(pipeline / "unet")  # such a folder has none, which is no damage
+    error = refusal(pipeline)
+    assert name in str(error)
+    assert "expected a Stable Diffusion 1.x or 2.x pipeline" in str(error)
+    assert all(entry[1] in str(error) for entry in parts.values() if entry[1])
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("unet", {"sample_size": [4, 8]}, r"square sample_size of the UNet, got \[4, 8\]"),
+        ("unet", {"sample_size": None}, "square sample_size of the UNet, got None"),
+        ("unet", {"in_channels": 9}, "out_channels to be 9"),
+        ("unet", {"out_channels": 8}, "out_channels to be 4, the UNet's in_channels, got 8"),
+        ("vae", {"latent_channels": 16}, "latent_channels to be 4"),
+        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type text_time"),
+        ("unet", {"cross_attention_dim": 1024}, "cross_attention_dim to be 16, the text encoder's width, got 1024"),
+    ],
+)
+def test_parts_of_another_shape_are_refused_by_name(
+    pipeline: Path, file: str, values: dict[str, Any], message: str
+) -> None:
+    edit(pipeline / file / "config.json", **values)
+    error = refusal(pipeline)
+    with pytest.raises(ModelError, match=message):
+        raise error
+
+
+def test_a_square_list_is_a_sample_size(pipeline: Path) -> None:
+    expected = load(str(pipeline), device="cpu").latent_shape
+    edit(pipeline / "unet" / "config.json", sample_size=[4, 4])
+    pipelines.check_pipeline(pipeline)
+    assert load(str(pipeline), device="cpu").latent_shape == expected == (4, 4, 4)
+    assert architecture.from_folder(pipeline).latent_shape == expected
+
+
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "model_index.json"])
+@pytest.mark.parametrize(
+    ("content", "message", "hint"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "pointer of Git LFS", "lfs pull"),
+        ("<!DOCTYPE html><html>Sign in</html>", "is a web page: its download failed", "deleatur check"),
+        ("", "is empty: its download failed", "deleatur check"),
+    ],
+)
+def test_a_file_that_was_not_downloaded_is_named(
+    pipeline: Path, file: str, content: str, message: str, hint: str
+) -> None:
+    (pipeline / file).write_text(content)
+    error = refusal(pipeline)
+    assert str(pipeline / file) in str(error)
+    assert message in str(error)
+    assert hint in error.hint
+
+
+def test_weights_of_a_variant_are_named_and_the_hint_converts_them(pipeline: Path) -> None:
+    weights = pipeline / "text_encoder" / "model.safetensors"
+    weights.rename(weights.with_name("model.fp16.safetensors"))
+    error = refusal(pipeline)
+    assert "expected weights as safetensors, found model.fp16.safetensors alone" in str(error)
+    command = error.hint.removeprefix('python -c "').partition('"')[0]
+    assert "variant='fp16'" in command
+    exec(command)
+    pipelines.check_pipeline(pipeline)
+
+
+def test_pickled_weights_are_named(pipeline: Path) -> None:
+    weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    error = refusal(pipeline)
+    assert "found diffusion_pytorch_model.bin alone" in str(error)
+    assert "from diffusers import UNet2DConditionModel" in error.hint
+    assert "variant" not in error.hint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_checkpoint_in_one_file_is_named_with_a_command_that_converts_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"weights")
+    for address in (tmp_path / name, tmp_path):
+        with pytest.raises(ModelError, match=f"{name} alone.* got a checkpoint in one file") as error:
+            load(str(address), device="cpu")
+        assert f"from_single_file('{tmp_path / name}')" in error.value.hint
+
+
+def test_an_unreachable_hub_is_an_error_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Port 9 of this machine refuses connections, as a network without a route to the Hub does."""
+    from huggingface_hub import constants, hf_api
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hf_api, "ENDPOINT", "http://127.0.0.1:9", raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(ServiceError, match="owner/name is not on this disk, and the Hub does not answer") as error:
+        load("owner/name", device="cpu")
+    assert time.monotonic() - began < 8
+    assert "hf download owner/name" in error.value.hint

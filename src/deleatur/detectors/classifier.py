@@ -35,9 +35,11 @@ class Classifier(Detector):
         silence_libraries()
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        with load_errors(self.path, "an image classifier"):
-            net = from_pretrained(AutoModelForImageClassification, self.path)
-            processor = AutoImageProcessor.from_pretrained(self.path)
+        folder = folders.download(self.path)
+        folders.classifier_labels(folder)
+        with load_errors(str(folder), "an image classifier"):
+            net = from_pretrained(AutoModelForImageClassification, str(folder))
+            processor = AutoImageProcessor.from_pretrained(str(folder))
         digest = digest_parts(net, processor)
         net = net.float().to(resolve_device(self.device)).eval()
         labels = tuple(net.config.id2label[i] for i in range(net.config.num_labels))

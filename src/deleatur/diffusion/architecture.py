@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from deleatur.diffusion.folders import unsupported
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -28,8 +30,7 @@ class Architecture:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        config: Any = self.unet.config
-        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+        return latent_shape(cast(Any, self.unet.config))
 
     @property
     def text_states_shape(self) -> tuple[int, int]:
@@ -45,6 +46,15 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for net in (self.unet, self.vae, self.text_encoder) for p in net.parameters())
+
+
+def latent_shape(unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of a latent. Raises ModelError unless images are square."""
+    size = unet_config.get("sample_size")
+    sizes = set(size) if isinstance(size, list | tuple) and len(size) == 2 else {size}
+    if len(sizes) > 1 or not isinstance(side := sizes.pop(), int) or side < 1:
+        raise unsupported("a square sample_size of the UNet", size)
+    return int(unet_config.get("in_channels", 4)), side, side
 
 
 STABLE_DIFFUSION: dict[str, dict[str, Any]] = {

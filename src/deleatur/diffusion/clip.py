@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deleatur.diffusion.batches import padded_batches
+from deleatur.diffusion.folders import check_clip, download
 from deleatur.diffusion.model import digest_parts, from_pretrained, load_errors, resolve_device, silence_libraries
 from deleatur.diffusion.rgb import to_rgb
 
@@ -70,6 +71,9 @@ def load_clip(path: str, device: str = "auto") -> Clip:
     silence_libraries()
     from transformers import CLIPModel, CLIPProcessor
 
+    folder = download(path)
+    check_clip(folder)
+    path = str(folder)
     with load_errors(path, "a CLIP model"):
         model = from_pretrained(CLIPModel, path)
         processor = CLIPProcessor.from_pretrained(path)

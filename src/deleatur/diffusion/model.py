@@ -7,12 +7,15 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from deleatur.diffusion.folders import folder_hint
+from deleatur.diffusion.architecture import latent_shape
+from deleatur.diffusion.folders import download, folder_hint
+from deleatur.diffusion.pipelines import check_pipeline
+from deleatur.diffusion.scheduler import noise_schedule
 from deleatur.errors import ModelError, SettingsError
 from deleatur.maths.noise import NoiseSchedule
 
@@ -48,8 +51,7 @@ class Model:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape of one latent, for example (4, 64, 64)."""
-        config: Any = self.unet.config
-        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+        return latent_shape(cast(Any, self.unet.config))
 
     @property
     def image_size(self) -> int:
@@ -152,6 +154,9 @@ def load(path: str, *, dtype: str = "float32", device: str = "auto") -> Model:
 
     silence_libraries()
     target = resolve_device(device)
+    folder = download(path, "model_index.json")
+    check_pipeline(folder)
+    path = str(folder)
     with load_errors(path, "a Stable Diffusion 1.x/2.x pipeline with safetensors"):
         unet = from_pretrained(UNet2DConditionModel, path, subfolder="unet")
         vae = from_pretrained(AutoencoderKL, path, subfolder="vae")
@@ -192,21 +197,12 @@ def assemble(
         part.to(target, memory_format=torch.channels_last).eval().requires_grad_(False)
         if next(part.parameters()).dtype != dtype:
             part.to(dtype)
-    config = scheduler.config
-    if config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(f"scheduler: expected prediction_type epsilon or v_prediction, got {config.prediction_type!r}")
-    schedule = NoiseSchedule(
-        scheduler.alphas_cumprod,
-        float(scheduler.final_alpha_cumprod),
-        config.steps_offset,
-        config.prediction_type,
-    )
     return Model(
         unet,
         vae,
         text_encoder,
         tokenizer,
-        schedule,
+        noise_schedule(scheduler.config),
         unet_digest,
         text_encoder_digest,
         pipeline_digest,

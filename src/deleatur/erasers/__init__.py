@@ -9,6 +9,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from deleatur.diffusion.model import Model
+from deleatur.maths.noise import NoiseSchedule
 from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.cost import Workload
 from deleatur.training.loop import ErasureContext
@@ -37,6 +38,9 @@ class Eraser(BaseModel):
     @abstractmethod
     def workload(self, source: ConceptSource) -> Workload:
         """Network calls of an erasure, evaluations excluded."""
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """Raises SettingsError where a hyperparameter does not fit the model's timesteps."""
 
     @abstractmethod
     def touched_parameters(self, model: Model) -> set[str]:

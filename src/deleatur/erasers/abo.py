@@ -21,6 +21,7 @@ from deleatur.diffusion.encode import encode_replacement, encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError
+from deleatur.maths.noise import NoiseSchedule
 from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.config import TrajectoryTrainingConfig
 from deleatur.training.cost import Workload
@@ -79,6 +80,9 @@ class AllButOne(Eraser):
 
     def workload(self, source: ConceptSource) -> Workload:
         return self.training.trajectory_workload(2, extra_conditions=1)
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        schedule.timesteps(self.training.sampler_steps)
 
     def touched_parameters(self, model: Model) -> set[str]:
         return set(select(model.unet, self.training.trainable))

@@ -21,6 +21,7 @@ from deleatur.diffusion.encode import encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.maths.guidance import cfg
+from deleatur.maths.noise import NoiseSchedule
 from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.config import TrajectoryTrainingConfig
 from deleatur.training.cost import Workload
@@ -60,6 +61,9 @@ class ESD(Eraser):
 
     def workload(self, source: ConceptSource) -> Workload:
         return self.training.trajectory_workload(2)
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        schedule.timesteps(self.training.sampler_steps)
 
     def touched_parameters(self, model: Model) -> set[str]:
         return set(select(model.unet, self.training.trainable))

@@ -19,6 +19,7 @@ from torch import Tensor
 from deleatur.diffusion.encode import encode_joint_prompt, encode_text
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
+from deleatur.maths.noise import NoiseSchedule
 from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.config import TrajectoryTrainingConfig
 from deleatur.training.cost import Workload
@@ -64,6 +65,9 @@ class SDD(Eraser):
 
     def workload(self, source: ConceptSource) -> Workload:
         return self.training.trajectory_workload(1, default_distribution=DEFAULT_DISTRIBUTIONS[source])
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        schedule.timesteps(self.training.sampler_steps)
 
     def touched_parameters(self, model: Model) -> set[str]:
         return set(select(model.unet, self.training.trainable))

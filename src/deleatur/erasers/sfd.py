@@ -28,6 +28,7 @@ from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError
 from deleatur.maths.guidance import cfg
+from deleatur.maths.noise import NoiseSchedule
 from deleatur.maths.seeds import generator
 from deleatur.records.model import Concept, ConceptSource, Delta
 from deleatur.training.config import TrainingConfig
@@ -70,7 +71,7 @@ class SFDTraining(TrainingConfig):
 class SFD(Eraser):
     alternatives: dict[str, str] = Field(default_factory=dict)
     """What the model generates in a concept's place, {weapon: toy}; for concepts not listed, as without a prompt."""
-    start: int = Field(625, ge=0, lt=1000)
+    start: int = Field(625, ge=0)
     """t₀."""
     kappa: float = 4.5
     """κ, guidance scale of both scores. G itself is not guided: it learns guided images."""
@@ -89,8 +90,8 @@ class SFD(Eraser):
     @field_validator("levels")
     @classmethod
     def check_order(cls, levels: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= levels[0] < levels[1] <= 1000:
-            raise ValueError(f"expected two of 0 to 1000, the smaller one first, got {levels[0]} and {levels[1]}")
+        if not 0 <= levels[0] < levels[1]:
+            raise ValueError(f"expected two timesteps, the smaller one first, got {levels[0]} and {levels[1]}")
         return levels
 
     def notes(self) -> list[str]:
@@ -118,6 +119,14 @@ class SFD(Eraser):
         bytes_per_parameter = student.bytes_per_parameter + scores.bytes_per_parameter  # in memory at the same time
         return replace(student + scores, bytes_per_parameter=bytes_per_parameter)
 
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        last = max(self.start, self.levels[1] - 1)
+        if last >= schedule.num_timesteps:
+            raise SettingsError(
+                f"expected start and levels below {schedule.num_timesteps}, as the model has timesteps, got {last}",
+                hint="lower start or levels in params.yaml, then: deleatur check",
+            )
+
     def touched_parameters(self, model: Model) -> set[str]:
         return set(select(model.unet, self.training.trainable))
 
@@ -125,7 +134,7 @@ class SFD(Eraser):
         self, model: Model, c: Tensor, c_alt: Tensor, c_keep: Tensor, seed: int
     ) -> dict[str, DistillationTerm]:
         """c, c_alt (n, L, d): the concepts, and the conditions of φ in their place; c_keep (q, L, d)."""
-        fake = FakeScore(model, self, encode_text(model, [""]), torch.cat([c, c_keep]))
+        fake = FakeScore(model, self, encode_text(model, [""]), (c, c_keep))
         forget, remain = (generator(seed, "erase", label) for label in ("forget", "remain"))
         return {
             "erase": DistillationTerm(fake, c, c_alt, self.forget_weight, forget, trains_fake=True),
@@ -135,6 +144,7 @@ class SFD(Eraser):
     def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         if (c_keep := context.preserve) is None:
             raise SettingsError("sfd learns to generate prompts to preserve, and there are none")
+        self.check_schedule(model.schedule)
         c = torch.cat([c.states for c in concepts])
         c_alt = torch.cat([encode_replacement(model, c, self.alternatives.get(c.name, "")) for c in concepts])
         terms = self.loss_terms(model, c, c_alt, c_keep, context.seed)
@@ -146,7 +156,8 @@ class SFD(Eraser):
 class FakeScore:
     """ψ and its training."""
 
-    def __init__(self, model: Model, config: SFD, c_0: Tensor, conditions: Tensor) -> None:
+    def __init__(self, model: Model, config: SFD, c_0: Tensor, conditions: tuple[Tensor, Tensor]) -> None:
+        """conditions: of the concept (n, L, d), and of preserved prompts (q, L, d)."""
         self.model, self.config, self.c_0, self.conditions = model, config, c_0, conditions
         self.weights = {n: p.detach().clone().float().requires_grad_() for n, p in select(model.unet, "full").items()}
         betas = (config.training.adam_beta1, 0.999)
@@ -157,10 +168,11 @@ class FakeScore:
         return Denoiser(self.model, weights)
 
     def train_step(self, student: Denoiser, g: torch.Generator) -> None:
-        """One optimizer step on new images that G makes for all conditions."""
-        schedule, b = self.model.schedule, 2 * self.config.training.batch_size
-        c = self.conditions[torch.randint(len(self.conditions), (b,), generator=g).to(self.conditions.device)]
-        z, t_0, t, eps = self.sample_noise(b, g)
+        """One optimizer step on new images of G, b of the concept and b of preserved prompts."""
+        schedule, b = self.model.schedule, self.config.training.batch_size
+        # Equal parts, however many prompts are preserved: ψ must learn G's images of the concept as well as others.
+        c = torch.cat([rows[torch.randint(len(rows), (b,), generator=g).to(rows.device)] for rows in self.conditions])
+        z, t_0, t, eps = self.sample_noise(2 * b, g)
         x = schedule.predict_z0(z, student(z, t_0, c), t_0)
         x_t = schedule.add_noise(x, eps, t)
         with torch.enable_grad():  # batches are made without gradient

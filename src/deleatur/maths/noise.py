@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deleatur.errors import SettingsError
 
+HINT = "lower the number of steps in params.yaml, then: deleatur check"
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
 
@@ -52,7 +53,7 @@ class NoiseSchedule:
         """
         total = self.num_timesteps
         if not 1 <= n <= total:
-            raise SettingsError(f"expected 1 to {total} sampler steps, the model's training timesteps, got {n}")
+            raise SettingsError(f"expected 1 to {total} sampler steps, as the model has timesteps, got {n}", hint=HINT)
         taus: NDArray[np.float64]
         if self.timestep_spacing == "leading":
             taus = np.arange(n, dtype=float)[::-1] * (total // n) + self.steps_offset
@@ -63,7 +64,8 @@ class NoiseSchedule:
         if taus[0] >= total:
             raise SettingsError(
                 f"{n} sampler steps with steps_offset {self.steps_offset} would begin at timestep {taus[0]:g}: "
-                f"expected fewer steps, so that all timesteps are below {total}"
+                f"expected fewer steps, so that all timesteps are below {total}",
+                hint=HINT,
             )
         return [int(tau) for tau in taus]
 

@@ -15,13 +15,15 @@ from deleatur.benchmark import plan
 from deleatur.config import methods
 from deleatur.config.plugin_config import PluginSection
 from deleatur.config.settings import Settings
-from deleatur.diffusion import folders
+from deleatur.diffusion import folders, pipelines
 from deleatur.diffusion.model import resolve_device
 from deleatur.erasers import Eraser
 from deleatur.errors import SettingsError, error_context
 from deleatur.gate import CONCEPT_ROLES
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
+from deleatur.maths.noise import NoiseSchedule
+from deleatur.operations.prompt_lengths import check_prompt_lengths
 from deleatur.records.sampling import Role
 from deleatur.registry.signing import Keys
 from deleatur.stages import ingest
@@ -47,6 +49,13 @@ def check(settings: Settings) -> list[str]:
     lines.append(
         f"paths.prompts: {len(prompts.evaluation_prompts(settings))} prompts of the split {settings.sample.split}"
     )
+    if pipeline := _local_folder(settings.base.model, "model_index.json"):
+        schedule = pipelines.read_schedule(pipeline)
+        _check_timesteps(settings, schedule)
+        timesteps = schedule.timesteps(settings.sample.steps)
+        lines.append(f"sample.steps: DDIM, {schedule.timestep_spacing}, timesteps {timesteps[0]} to {timesteps[-1]}")
+        check_prompt_lengths(settings, pipeline)
+        lines.append("base.model: every word, template and prompt fits its text encoder")
     demand_labels(settings)
     lines.append(f"ingest.sources: {len(ingest.find_sources(settings.ingest.sources))} file(s)")
     if methods.eraser(settings).learns_from_images:
@@ -61,6 +70,15 @@ def check(settings: Settings) -> list[str]:
     return [*lines, *_benchmark(settings)]
 
 
+def _check_timesteps(settings: Settings, schedule: NoiseSchedule) -> None:
+    """The model's noise schedule has the timesteps that sampling and every configured eraser need."""
+    with error_context("sample.steps"):
+        schedule.timesteps(settings.sample.steps)
+    for name in settings.erase.configured:
+        with error_context(f"erase.{name}"):
+            methods.configured(settings.erase, Eraser, "erase", name).check_schedule(schedule)
+
+
 def _benchmark(settings: Settings) -> Iterator[str]:
     """Every concept has prompts and detector labels; every method entry runs, or is refused with a reason."""
     if settings.compare is None:
@@ -70,6 +88,11 @@ def _benchmark(settings: Settings) -> Iterator[str]:
         prompts.read(settings.concepts[concept].prompts, "dev", concept, "concept")
         demand_labels(plan.trial_settings(settings, plan.Trial(concept, plan.NONE, settings.seed)))
         refused = [row for row in rows if plan.refusal(settings, concept, row)]
+        if pipeline := _local_folder(settings.base.model, "model_index.json"):
+            schedule = pipelines.read_schedule(pipeline)
+            for row in (row for row in rows if row not in refused):
+                with error_context(f"compare, {row}"):
+                    _check_timesteps(plan.trial_settings(settings, plan.Trial(concept, row, settings.seed)), schedule)
         note = f", refused: {', '.join(refused)}" if refused else ""
         yield f"compare: {len(rows)} methods for {concept} with {len(section.seeds)} seeds{note}"
 
@@ -98,7 +121,7 @@ def _methods(settings: Settings) -> Iterator[str]:
 def _networks(settings: Settings) -> Iterator[str]:
     """Every network that is on this disk has all its files, with matching shapes."""
     resolve_device(settings.base.device)
-    yield from _network("base.model", settings.base.model, folders.check_pipeline, "model_index.json")
+    yield from _network("base.model", settings.base.model, pipelines.check_pipeline, "model_index.json")
     yield from _network("reward.clip", settings.reward.clip, folders.check_clip)
     for name, detector in methods.detectors(settings).items():
         with error_context(f"evaluate.detectors.{name}"):
@@ -111,10 +134,14 @@ NOT_LOCAL = "not on this disk, downloaded at first use"
 
 def _network(where: str, address: str, check: Callable[[Path], None], file: str = "config.json") -> Iterator[str]:
     with error_context(where):
-        folder = None if "://" in address or address.startswith("models:/") else folders.locate(address, file)
-        if folder:
+        if folder := _local_folder(address, file):
             check(folder)
     yield f"{where}: {address}" + ("" if folder else f", {NOT_LOCAL}")
+
+
+def _local_folder(address: str, file: str) -> Path | None:
+    """The folder of a model that is on this disk."""
+    return None if "://" in address or address.startswith("models:/") else folders.locate(address, file)
 
 
 def _check_rules(settings: Settings) -> None:
