@@ -111,7 +111,7 @@ def test_the_fake_score_learns_to_denoise_what_the_generator_makes(model: Model)
 
     def error() -> float:
         z, t_0, t, eps = fake.sample_noise(64, torch.Generator().manual_seed(9))
-        c = fake.conditions[torch.arange(64) % 2]
+        c = torch.cat(fake.conditions)[torch.arange(64) % 2]
         with torch.no_grad():
             x = model.schedule.predict_z0(z, student(z, t_0, c), t_0)
             prediction = fake.denoiser()(model.schedule.add_noise(x, eps, t), t, c)
@@ -122,6 +122,29 @@ def test_the_fake_score_learns_to_denoise_what_the_generator_makes(model: Model)
         with torch.no_grad():
             fake.train_step(student, g)
     assert error() < 0.8 * before
+
+
+def test_the_fake_score_learns_the_concept_as_often_as_all_preserved_prompts_together(model: Model) -> None:
+    """One description of the concept and seven preserved prompts: half of the rows are the concept's."""
+    gun = encode.encode_text(model, ["gun"])
+    keep = encode.encode_text(model, ["", *(f"a {name}" for name in ("cat", "dog", "ink", "sword", "object", "thing"))])
+    sfd = SFD(training={"batch_size": 8})  # type: ignore[arg-type]
+    fake = sfd.loss_terms(model, gun, encode.encode_text(model, [""]), keep, seed=0)["erase"].fake
+    conditions: list[Tensor] = []
+    generator = Denoiser(model, {})
+
+    class Recorder(Denoiser):
+        def __call__(self, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            conditions.extend(c)
+            return generator(z, t, c)
+
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(20):
+            fake.train_step(Recorder(model, {}), g)
+    counts = [sum(torch.equal(row, c) for row in conditions) for c in (*gun, *keep)]
+    assert counts[0] == sum(counts[1:]) == 160
+    assert min(counts[1:]) > 10, "all of them"
 
 
 def test_an_image_is_one_network_call_without_guide(model: Model) -> None:

@@ -7,8 +7,9 @@ c' = argmin_x Σ_l ‖W'_l x − W_l c‖² + λ_r ‖x‖²  =  (Σ_l W'_lᵀW'
 
 W: key and value projections of the base model, W': as edited so far. UCE's formula is then applied to W' with c' in
 place of c, at all L positions of a prompt. Deviations: concept and alternative are aligned at their last tokens, as in
-UCE, not position by position; an epoch preserves all that UCE preserves, not only the empty prompt; no detector on sampled images chooses the number of epochs: it is fixed, or follows from how much of the
-concept c' regenerates (`target_rate`).
+UCE, not position by position; an epoch preserves all that UCE preserves, not only the empty prompt; no detector on
+sampled images chooses the number of epochs: it is fixed, or follows from how much of the concept c' regenerates
+(`target_rate`).
 """
 
 from __future__ import annotations
