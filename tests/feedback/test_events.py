@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
+import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import EventFactory, digest
+from conftest import EventFactory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -131,72 +134,12 @@ def test_every_line_is_in_exactly_one_list(lines: list[bytes]) -> None:
     parsed = parse(*lines)
     lines_in_lists = [row.line for group in (parsed.rows, parsed.rejected, parsed.repeats) for row in group]
     assert sorted(lines_in_lists) == list(range(1, len(lines) + 1))
-    assert len({row.event.event_id for row in parsed.rows}) == len(parsed.rows)
-
-
-def rows(*feedback: FeedbackEvent) -> list[EventRow]:
-    return [EventRow("a.jsonl", i, e) for i, e in enumerate(feedback, 1)]
-
-
-def ids(event_rows: list[EventRow]) -> list[str]:
-    return [row.event.event_id for row in event_rows]
-
-
-def test_a_correction_replaces_and_a_withdrawal_removes(event: EventFactory) -> None:
-    feedback = rows(
-        event("e1"),
-        event("e2", rater="r2"),
-        event("e3", rater="r3"),
-        event("c1", answer="no", replaces="e1"),
-        event("w2", rater="r2", answer="withdrawn", replaces="e2", items=()),
-        event("c2", replaces="c1"),
-    )
-    valid, rejected = events.resolve_replacements(feedback, ())
-    assert valid == feedback, "replaced events stay in the table"
-    assert rejected == []
-    assert ids(events.current_answers(valid)) == ["e3", "c2"]
-
-
-def test_withdrawing_a_correction_does_not_restore_the_original(event: EventFactory) -> None:
-    feedback = rows(event("e1"), event("c1", replaces="e1"), event("w", answer="withdrawn", replaces="c1"))
-    assert events.current_answers(events.resolve_replacements(feedback, ())[0]) == []
-
-
-def test_corrections_are_independent_of_file_order(event: EventFactory) -> None:
-    new = event("c1", answer="no", replaces="e1", created_at="2024-05-01T11:00:00+00:00")
-    assert ids(events.current_answers(events.resolve_replacements(rows(new, event("e1")), ())[0])) == ["c1"]
-
-
-def test_latest_answer_of_a_rater_counts(event: EventFactory) -> None:
-    first, again = event("e1", created_at="2024-05-02T00:00:00Z"), event("e2", answer="no")
-    assert ids(events.current_answers(rows(first, again, event("e3", rater="r2")))) == ["e1", "e3"]
-
-
-WRONG = {
-    "unknown event": {"replaces": "e0"},
-    "itself": {"replaces": "c1"},
-    "another rater's": {"replaces": "e1", "rater": "r2"},
-    "another concept's": {"replaces": "e1", "concept": "style"},
-    "another picture's": {"replaces": "e1", "items": (digest("p9"),)},
-    "a newer one": {"replaces": "e1", "created_at": "2024-04-30T23:59:59Z"},
-}
-
-
-@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG.keys())
-def test_invalid_correction_is_quarantined(event: EventFactory, changes: dict[str, object]) -> None:
-    valid, [quarantined] = events.resolve_replacements(rows(event("e1"), event("c1", **changes)), ())
-    assert ids(valid) == ["e1"]
-    assert (quarantined.line, quarantined.rule, quarantined.event_id) == (2, "replaces", "c1")
-    assert quarantined.remedy
-
-
-def test_quarantined_event_can_be_replaced(event: EventFactory) -> None:
-    valid, rejected = events.resolve_replacements(rows(event("c1", replaces="broken")), {"broken"})
-    assert (ids(valid), rejected) == (["c1"], [])
+    ids = [row.event.event_id for row in parsed.rows if not row.is_withdrawal]
+    assert len(set(ids)) == len(ids)
 
 
 def test_digest_depends_on_content_only(event: EventFactory) -> None:
-    original = rows(event("e1"), event("e2"))
+    original = [EventRow("a.jsonl", i, event(f"e{i}")) for i in (1, 2)]
     moved = [dataclasses.replace(row, file="b.jsonl", line=9) for row in reversed(original)]
     assert events.digest(original) == events.digest(moved)
     assert events.digest(original) != events.digest(original[:1])
@@ -208,3 +151,89 @@ def test_digest_depends_on_content_only(event: EventFactory) -> None:
 def test_only_utc_times_are_valid(created_at: str) -> None:
     assert events.parse_utc(created_at) is None
     assert events.parse_utc("2024-05-01T10:00:00.5Z") == events.parse_utc("2024-05-01T10:00:00.500+00:00") is not None
+
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "is_valid"), [(-timedelta(days=900), True), (timedelta(hours=14), True), (timedelta(days=2), False)]
+)
+def test_times_in_the_future_are_invalid_beyond_a_tolerance(ahead: timedelta, is_valid: bool) -> None:
+    assert (events.event_time((NOW + ahead).isoformat(), NOW) is not None) == is_valid
+    assert events.event_time("2999-01-01T00:00:00Z", NOW) is None
+
+
+HOSTILE = {
+    "base64": b"A" * 1_000_000,
+    "base64 image": b'{"event_id": "e", "prompt": "' + b"QUJD" * 250_000 + b'", "seed": "x"}',
+    "at signs": b"@" * 1_000_000,
+    "words": b"a " * 500_000,
+    "almost addresses": b"a@ " * 300_000,
+    "raters": b'"rater"' * 140_000,
+    "spaces after rater": (b'"rater"' + b" " * 1000) * 1000,
+    "duplicate keys": b"{" + b",".join(b'"k%d":1,"k%d":1' % (i, i) for i in range(40_000)) + b"}",
+    "brackets": b"[" * 1_000_000,
+    "braces": b'{"a":' * 200_000,
+    "backslashes": b"\\" * 1_000_000,
+    "NUL bytes": b"\0" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_line_of_a_megabyte_is_quarantined_in_linear_time(line: bytes) -> None:
+    """A quadratic pattern takes hours on one of these."""
+    started = time.process_time()
+    [quarantined] = parse(line).rejected
+    assert time.process_time() - started < 1
+    assert len(quarantined.row) <= events.MAX_ROW_CHARS
+    assert len(quarantined.got) <= events.MAX_GOT_CHARS
+    assert (quarantined.row + quarantined.got).isprintable()
+
+
+def test_many_duplicate_fields_take_linear_time(event: EventFactory) -> None:
+    started = time.process_time()
+    [quarantined] = parse(line(event())[:-1] + b', "seed": 7' * 90_000 + b"}").rejected
+    assert time.process_time() - started < 2
+    assert quarantined.got == "seed more than once"
+
+
+@pytest.mark.parametrize("length", [40, 200, 2000])
+@pytest.mark.parametrize("offset", range(-24, 3, 2))
+def test_no_part_of_an_address_at_the_cut_is_shown(length: int, offset: int) -> None:
+    text = "x" * (length + offset - 1) + " jane.doe@example.org " + "y" * 3000
+    assert "jane" not in events.redact(text, length)
+    assert len(events.redact(text, length)) <= length
+
+
+IDS = {"blank": " ", "empty": "", "NUL": "a\0b", "line break": "a\nb", "bidi": "a\u202eb", "very long": "x" * 10_000}
+
+
+@pytest.mark.parametrize("event_id", IDS.values(), ids=IDS.keys())
+@pytest.mark.parametrize("field", ["event_id", "replaces"])
+def test_ids_are_short_and_printable(event: EventFactory, field: str, event_id: str) -> None:
+    parsed = parse(line(event("e1")), line(event("e2", rater="r2"), **{field: event_id}))
+    assert [row.event.event_id for row in parsed.rows] == ["e1"]
+    [quarantined] = parsed.rejected
+    assert (quarantined.rule, quarantined.event_id) == ("event id", "e2" if field == "replaces" else None)
+    assert len(quarantined.got) <= events.MAX_GOT_CHARS
+
+
+def test_byte_order_mark_inside_joined_files(event: EventFactory) -> None:
+    assert len(parse(line(event("e1")), codecs.BOM_UTF8 + line(event("e2"))).rows) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_file_is_one_quarantine_row(event: EventFactory, encoding: str) -> None:
+    text = "\ufeff" + "\r\n".join(line(event(f"e{i}")).decode() for i in range(5))
+    parsed = events.parse({"a.jsonl": text.encode(encoding).splitlines(True), "b.jsonl": [line(event("e9"))]})
+    assert [row.event.event_id for row in parsed.rows] == ["e9"]
+    [quarantined] = parsed.rejected
+    assert (quarantined.got, quarantined.remedy) == ("UTF-16", "save the file as UTF-8")
+
+
+def test_truncated_and_padded_lines_are_quarantined_and_the_rest_is_used(event: EventFactory) -> None:
+    valid = line(event("e1"))
+    parsed = parse(valid, valid[:-20], line(event("e2")) + b"\0" * 100, b"\0" * 4096, line(event("e3")))
+    assert [row.event.event_id for row in parsed.rows] == ["e1", "e3"]
+    assert [row.line for row in parsed.rejected] == [2, 3, 4]

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from browsing import started
 from conftest import EventFactory, digest
 
 from deleatur.feedback import expectations
 from deleatur.feedback.expectations import ValidationResult
 
 Table = Callable[..., pd.DataFrame]
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 AVAILABLE = [digest(f"p{i}") for i in range(5)]
 
 
 @pytest.fixture
 def check(table: Table, tmp_path: Path) -> Callable[..., ValidationResult]:
     return lambda *feedback: expectations.validate(
-        table(*feedback), {"weapon": "binary", "style": "rank"}, AVAILABLE, tmp_path / "docs"
+        table(*feedback), {"weapon": "binary", "style": "rank"}, AVAILABLE, tmp_path / "docs", now=NOW
     )
 
 
@@ -79,10 +82,69 @@ def test_ranks_are_distinct_numbers_up_to_m_or_x(event: EventFactory, check: Cal
     assert rule["event_ids"] == [name for name, (is_valid, _) in RANKS.items() if not is_valid]
 
 
-def test_withdrawal_is_valid_without_its_image(event: EventFactory, check: Callable[..., ValidationResult]) -> None:
-    withdrawal = event("w", answer="withdrawn", replaces="e1", items=(digest("gone"),))
-    assert check(withdrawal).summary["success"]
-    assert check(event("w", answer="withdrawn", replaces=None)).violations[0].rule == "answer"
+@pytest.mark.parametrize("created_at", ["2026-01-03T00:00:00Z", "2999-01-01T00:00:00Z", "9999-12-31T23:59:59Z"])
+def test_event_of_the_future_is_a_violation(
+    event: EventFactory, check: Callable[..., ValidationResult], created_at: str
+) -> None:
+    [violation] = check(event("e1"), event("e2", created_at=created_at)).violations
+    assert (violation.position, violation.rule, violation.got) == (1, "time", f"created_at {created_at!r}")
+
+
+def test_messages_quote_plain_values(event: EventFactory, check: Callable[..., ValidationResult]) -> None:
+    checked = check(event("e1", seconds_spent=-1.0), event("e2", kind="rank", ranks=(1, 1, 2, 3, None)))
+    assert {v.rule: v.got for v in checked.violations} == {
+        "seconds": "seconds_spent -1.0",
+        "ranks": "ranks [1, 1, 2, 3, None]",
+    }
+
+
+BLANK = ("event_id", "source", "model_version", "consent_version")
+
+
+@pytest.mark.parametrize("field", BLANK)
+def test_blank_is_empty(event: EventFactory, check: Callable[..., ValidationResult], field: str) -> None:
+    assert len(check(event(**{field: " \t"})).violations) == 1
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    '"><script>alert(2)</script>',
+    "' onmouseover='alert(3)",
+    "</script><script>alert(4)</script>",
+    "{{7*7}} $PARAMETER ${v__0} %s",
+    "&lt;img src=x onerror=alert(5)&gt;",
+)
+FIELDS = ("event_id", "concept", "rater", "source", "model_version", "consent_version", "created_at", "prompt")
+
+
+def test_no_value_is_executed_by_a_browser_that_shows_the_data_docs(
+    event: EventFactory, check: Callable[..., ValidationResult], tmp_path: Path
+) -> None:
+    bad = [
+        event(**{"event_id": f"e{i} {f}", "concept": "wepon", f: text})
+        for i, text in enumerate(HOSTILE)
+        for f in FIELDS
+    ]
+    bad += [event(f"items {i}", items=(text,), reason=text, labels=(text,)) for i, text in enumerate(HOSTILE)]
+    assert len({v.position for v in check(*bad).violations}) == len(bad)
+    pages = sorted((tmp_path / "docs").rglob("*.html"))
+    assert len(pages) >= 3
+    with started() as browser:
+        page = browser.new_page()
+        dialogs: list[str] = []
+        page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+        page.route("http*://**", lambda route: route.abort())
+        page.goto("data:text/html,<img src=x onerror=alert(0)>")
+        page.wait_for_timeout(200)
+        assert dialogs == ["0"], "a script of this kind is noticed"
+        for path in pages:
+            page.goto(path.as_uri(), wait_until="domcontentloaded")
+            page.evaluate("document.querySelectorAll('*').forEach(e => e.dispatchEvent(new Event('mouseover')))")
+            page.wait_for_timeout(200)
+            assert page.locator("img[src=x]").count() == 0
+            assert page.locator("[onmouseover]").count() == 0
+        assert dialogs == ["0"]
+        assert "img src=x onerror=alert(1)" in page.content(), "values are displayed"
 
 
 def test_empty_table_is_valid(check: Callable[..., ValidationResult]) -> None:

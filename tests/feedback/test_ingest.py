@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import EventFactory
 from PIL import Image
@@ -178,3 +179,56 @@ def test_invalid_archive_is_reported(root: Path) -> None:
 def test_missing_source_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no file"):
         ingest.run(settings(tmp_path))
+
+
+WITHDRAWN = {
+    "clock behind": {"created_at": "2000-01-01T00:00:00Z"},
+    "far in the future": {"created_at": "9999-01-01T00:00:00Z"},
+    "negative seconds": {"seconds_spent": -1.0},
+    "unknown concept": {"concept": "wepon"},
+    "image gone": {"items": ("0" * 64,)},
+}
+
+
+@pytest.mark.parametrize("changes", WITHDRAWN.values(), ids=WITHDRAWN.keys())
+def test_withdrawal_with_invalid_fields_counts(root: Path, changes: dict[str, Any]) -> None:
+    source, out = root / "sources" / "weapon.jsonl", root / "out" / "feedback"
+    answer = events.parse({"": files.read_lines(source)}).rows[0].event
+    withdrawal = replace(answer, event_id="w", answer="withdrawn", replaces=answer.event_id, **changes)
+    source.write_bytes(events.to_json(withdrawal).encode() + b"\n" + source.read_bytes())
+    ingest.run(settings(root))
+    assert answer.event_id not in set(files.read_table(out / "answers.parquet")["event_id"])
+    assert "w" in set(files.read_table(out / "events.parquet")["event_id"])
+    assert summary(root)["quarantined"]["rows"] == 0
+
+
+@pytest.mark.parametrize("created_at", ["2999-01-01T00:00:00Z", "9999-12-31T23:59:59Z"])
+def test_event_of_the_future_is_quarantined(root: Path, created_at: str) -> None:
+    source, out = root / "sources" / "weapon.jsonl", root / "out" / "feedback"
+    answer = events.parse({"": files.read_lines(source)}).rows[0].event
+    append(source, [events.to_json(replace(answer, event_id="future", created_at=created_at)).encode()])
+    ingest.run(settings(root))
+    assert "future" not in set(files.read_table(out / "events.parquet")["event_id"])
+    assert summary(root)["quarantined"]["by_rule"] == {"time": 1}
+
+
+def test_brackets_in_the_name_of_a_source_are_literal(root: Path) -> None:
+    folder = root / "[2024] a*b?"
+    folder.mkdir()
+    for path in list((root / "sources").iterdir()):
+        path.rename(folder / path.name.replace("weapon", "[weapon]"))
+    names = ["[weapon].jsonl", "style.jsonl"]
+    assert ingest.find_sources([str(folder / "[[]*.jsonl")]) == [folder / names[0]]
+    assert ingest.find_sources([str(folder / names[0])]) == [folder / names[0]]
+    assert ingest.find_sources([str(folder / "*.jsonl")]) == [folder / name for name in names]
+    assert ingest.find_sources([str(folder / "[a-z]*.jsonl")]) == [folder / names[1]]
+
+
+def test_no_cell_of_the_quarantine_table_is_a_formula(root: Path, event: EventFactory) -> None:
+    formulas = ["=HYPERLINK(1)", "+1", "-1", "@SUM(1)"]
+    append(root / "sources" / "weapon.jsonl", [events.to_json(event(f, concept="x")).encode() for f in formulas])
+    append(root / "sources" / "weapon.jsonl", [b"=1+1"])
+    ingest.run(settings(root))
+    cells = pd.read_csv(root / "out" / "feedback" / "quarantine.csv", dtype=str, keep_default_na=False)
+    assert {f"'{f}" for f in formulas} <= set(cells["event_id"])
+    assert not cells.apply(lambda column: column.str.match(r"[=+\-@]")).any(axis=None)

@@ -236,13 +236,15 @@ def test_an_approval_and_a_rollback_are_exported(empty: Settings) -> None:
 def test_reports_wait_again_after_a_rollback(empty: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     days = ("2025-01-01", "2025-01-03", "2025-01-05")
     lines = [{"concept": "ink", "answer": a, "created_at": f"{day}T00:00:00Z"} for day in days for a in ("yes", "no")]
+    lines += [lines[-2] | {"event_id": "e"}, lines[-1] | {"answer": "withdrawn", "replaces": "e"}]
+    lines += [lines[0] | {"created_at": "2999-01-01T00:00:00Z"}]
     source = Path("feedback/a.jsonl")
     files.write_lines(source, [*map(json.dumps, lines), "no JSON", "{}"])
     until = {"1": "2025-01-02T00:00:00+00:00", "2": "2025-01-04T00:00:00+00:00"}
     monkeypatch.setattr(feedback, "_version_sources", lambda registry, version: (frozenset({"ink"}), until[version]))
     register_pass(empty, "a")
     register_pass(empty, "b")
-    assert scrape()["reports_waiting"]["ink",] == 1
+    assert scrape()["reports_waiting"]["ink",] == 1, "neither the withdrawn report nor the one from the future waits"
     assert scrape()["reports_oldest_timestamp_seconds"] == {("ink",): 1736035200}
     assert scrape()["report_to_release_seconds_count"]["ink",] == 2
     rollback.rollback(empty, "Ada", "it draws swords")
@@ -250,10 +252,12 @@ def test_reports_wait_again_after_a_rollback(empty: Settings, monkeypatch: pytes
     assert scrape()["report_to_release_seconds_count"]["ink",] == 2, "that it was fixed for a while stays so"
     with source.open("a") as file:
         file.write(json.dumps(lines[0]) + "\n")
-    assert scrape()["feedback_answers"]["yes", "ink"] == 4, "what was appended is read"
+    assert scrape()["feedback_answers"]["yes", "ink"] == 5, "what was appended is read"
     with source.open("a") as file:
         file.writelines(json.dumps(lines[0] | {"answer": answer}) + "\n" for answer in ("a content sentence", ["yes"]))
-    assert set(scrape()["feedback_answers"]) == {("yes", "ink"), ("no", "ink")}, "a label is a word of ours"
+    assert set(scrape()["feedback_answers"]) == {("yes", "ink"), ("no", "ink"), ("withdrawn", "ink")}, (
+        "a label is a word of ours"
+    )
 
 
 def test_an_unreachable_registry_is_a_series(empty: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""JSON lines → feedback events → current answers. No line is dropped: one that cannot be used is quarantined with
-reason and remedy.
+"""JSON lines → feedback events. No line is dropped: one that cannot be used is quarantined with reason and remedy.
 
 One line is one `FeedbackEvent`: its fields as a JSON object, `ranks` a list with null for "X". Rules that need only the
-row itself are checked here; rules that need concepts or images are expectations (`feedback.expectations`).
+row itself are checked here; rules that need concepts or images are expectations (`feedback.expectations`). A withdrawal
+is exempt from all of them: it counts as long as it names its event and its rater.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -67,10 +68,14 @@ QUARANTINE_SCHEMA = pa.schema(
 FIELDS = tuple(f.name for f in dataclasses.fields(FeedbackEvent))
 MAX_ROW_CHARS = 2000  # a complete event with five images takes about 900
 MAX_GOT_CHARS = 200
+MAX_ID_CHARS = 200
+MAX_ADDRESS_CHARS = 320  # of an e-mail address, RFC 3696
+CLOCK_TOLERANCE = timedelta(days=1)
+"""How far ahead of this machine's clock an event may be: local time sent as UTC is ahead by up to 14 hours."""
 REDACTED = "[hidden]"
 NOT_A_HASH = re.compile(r"[@\s]")
 RATER = re.compile(r'("rater"\s*:\s*")((?:[^"\\]|\\.)*)')
-EMAIL = re.compile(r"[^\s\"'<>@]+@[^\s\"'<>@]+")
+WORD = re.compile(r"[^\s\"'<>]+")  # always matches to its end: linear, unlike a pattern that looks for an @
 
 _strict_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _event_adapter = TypeAdapter(validated(FeedbackEvent, frozen=True, config=_strict_config))
@@ -83,6 +88,10 @@ class EventRow:
     file: str
     line: int
     event: FeedbackEvent
+
+    @property
+    def is_withdrawal(self) -> bool:
+        return self.event.answer == "withdrawn"
 
 
 @dataclass(frozen=True)
@@ -108,18 +117,29 @@ class ParsedEvents:
 
 
 def parse(sources: Mapping[str, Iterable[bytes]]) -> ParsedEvents:
-    """Parses every file; each non-blank line ends up in exactly one of the three lists, in order of appearance."""
-    parsed, first_seen = ParsedEvents([], [], []), dict[str, FeedbackEvent]()
+    """Parses every file; each non-blank line ends up in exactly one of the three lists, in order of appearance.
+
+    Of a file in UTF-16, which has no lines of bytes, there is one quarantine row.
+    """
+    parsed, first_seen = ParsedEvents([], [], []), dict[object, FeedbackEvent]()
     for file, lines in sources.items():
         for number, line in enumerate(lines, 1):
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                parsed.rejected.append(
+                    QuarantineRow(file, 1, None, "json", "a file in UTF-8", "UTF-16", "save the file as UTF-8", "")
+                )
+                break
             if not line.strip():
                 continue
             row = parse_line(file, number, line)
             if isinstance(row, QuarantineRow):
                 parsed.rejected.append(row)
-            elif (known := first_seen.setdefault(row.event.event_id, row.event)) is row.event:
+                continue
+            # A withdrawal may repeat the id of the answer that it withdraws.
+            key = (row.event.event_id, row.event.rater, row.event.replaces) if row.is_withdrawal else row.event.event_id
+            if (known := first_seen.setdefault(key, row.event)) is row.event:
                 parsed.rows.append(row)
-            elif known == row.event:
+            elif known == row.event or row.is_withdrawal:
                 parsed.repeats.append(row)
             else:
                 parsed.rejected.append(_conflicting_repeat(row, known))
@@ -127,27 +147,66 @@ def parse(sources: Mapping[str, Iterable[bytes]]) -> ParsedEvents:
 
 
 def parse_line(file: str, number: int, line: bytes) -> EventRow | QuarantineRow:
-    """Validates one line strictly: every required field, each of its declared type, no unknown field."""
-    if number == 1:
-        line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors write one
+    """Validates one line strictly: every required field, each of its declared type, no unknown field.
+
+    A withdrawal with invalid fields counts all the same, without these fields.
+    """
+    line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors write one; joined files have it inside
+    row = _validate_line(file, number, line)
+    if isinstance(row, QuarantineRow):
+        withdrawal = _withdrawal(_json_object(line))
+        return EventRow(file, number, withdrawal) if withdrawal else row
+    if row.is_withdrawal and not row.event.replaces:
+        return dataclasses.replace(row, event=dataclasses.replace(row.event, replaces=row.event.event_id))
+    return row
+
+
+def _validate_line(file: str, number: int, line: bytes) -> EventRow | QuarantineRow:
     try:
         validated_event = _event_adapter.validate_json(line)
     except ValidationError as e:
         return _invalid_line(file, number, line, e)
     event = FeedbackEvent(**{name: getattr(validated_event, name) for name in FIELDS})
     # The line is now known to be one flat JSON object, so parsing it again for its keys cannot fail.
-    keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
+    keys = Counter(key for key, _ in json.loads(line, object_pairs_hook=list))
     integers = [event.seed, event.severity or 0, *(r or 0 for r in event.ranks or ())]
     row = EventRow(file, number, event)
-    if len(keys) != len(set(keys)):
-        duplicates = ", ".join(sorted({k for k in keys if keys.count(k) > 1}))
+    if keys.total() > len(keys):
+        duplicates = ", ".join(sorted(key for key, n in keys.items() if n > 1))
         return reject(row, "fields", "every field once", f"{duplicates} more than once", APPEND_CORRECTED)
     if max(map(abs, integers)) >= 2**63:
         return reject(row, "fields", "integers of at most 63 bits", str(max(integers, key=abs)), APPEND_CORRECTED)
     if not event.rater or NOT_A_HASH.search(event.rater):
         expected = "a salted hash of the rater, without @ and spaces"
         return reject(row, "rater", expected, "what may be a person's name or address", HASH_RATER)
+    for name in ("event_id", "rater", "replaces"):
+        value = getattr(event, name)
+        if value is not None and not _is_id(value):
+            expected = f"{name}: 1 to {MAX_ID_CHARS} printable characters"
+            return reject(row, "event id", expected, repr(value), APPEND_CORRECTED)
     return row
+
+
+def _withdrawal(values: Mapping[str, Any]) -> FeedbackEvent | None:
+    """The withdrawal in the fields of an invalid line, without its invalid fields; None where the line is none, or
+    names no event or no rater. Without `replaces`, its own event_id names the event.
+    """
+    texts: dict[str, Any] = {name: value if isinstance(value := values.get(name), str) else "" for name in TEXT_FIELDS}
+    texts = {name: text.encode("utf-8", "ignore").decode() for name, text in texts.items()}  # no lone surrogates
+    event_id, rater = texts["event_id"], texts["rater"]
+    target = values.get("replaces") or event_id
+    if values.get("answer") != "withdrawn" or not isinstance(target, str) or not _is_id(target):
+        return None
+    if not _is_id(rater) or NOT_A_HASH.search(rater):
+        return None
+    return FeedbackEvent(**texts, kind="binary", items=(), seed=0, answer="withdrawn", replaces=target)
+
+
+TEXT_FIELDS = ("event_id", "concept", "prompt", "model_version", "rater", "source", "created_at", "consent_version")
+
+
+def _is_id(text: str) -> bool:
+    return bool(text.strip()) and len(text) <= MAX_ID_CHARS and text.isprintable()
 
 
 APPEND_CORRECTED = "append the corrected row to the file; the event_id of a quarantined row may be used again"
@@ -157,16 +216,20 @@ USE_REPLACES = "a correction is a separate event: give it a new event_id and put
 
 def reject(row: EventRow, rule: str, expected: str, got: str, remedy: str) -> QuarantineRow:
     """The quarantine row of an event that was parsed but cannot be used."""
-    e = row.event
+    event_id = row.event.event_id if _is_id(row.event.event_id) else None
     return QuarantineRow(
-        row.file, row.line, e.event_id, rule, expected, redact(got, MAX_GOT_CHARS), remedy, redact(to_json(e))
+        row.file, row.line, event_id, rule, expected, redact(got, MAX_GOT_CHARS), remedy, redact(to_json(row.event))
     )
 
 
 def redact(text: str, length: int = MAX_ROW_CHARS) -> str:
-    """Text for display: e-mail addresses and raters that are not hashes replaced, at most `length` characters."""
+    """Text for display: e-mail addresses and raters that are not hashes replaced, control characters escaped, at most
+    `length` characters. Only the start of a long text is searched, far enough that no address is cut.
+    """
+    text = text[: length + MAX_ADDRESS_CHARS]
     text = RATER.sub(lambda m: m[1] + REDACTED if re.search(r"[@\s\\]", m[2]) else m[0], text)
-    text = EMAIL.sub(REDACTED, text)
+    text = WORD.sub(lambda m: REDACTED if "@" in m[0] else m[0], text)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -184,23 +247,22 @@ def _invalid_line(file: str, number: int, line: bytes, error: ValidationError) -
     return QuarantineRow(
         file,
         number,
-        _extract_event_id(line),
+        event_id if isinstance(event_id := _json_object(line).get("event_id"), str) and _is_id(event_id) else None,
         "json" if not_json else "fields",
         "one JSON object in UTF-8" if not_json else redact(expected),
         redact(expected if not_json else got, MAX_GOT_CHARS),
         APPEND_CORRECTED,
-        redact(line.decode("utf-8", "backslashreplace")),
+        redact(line.decode("utf-8", "backslashreplace").strip()),
     )
 
 
-def _extract_event_id(line: bytes) -> str | None:
-    """The id of a line that does not validate; None where it cannot be read."""
+def _json_object(line: bytes) -> Mapping[str, Any]:
+    """The fields of a line that does not validate; empty where it is no JSON object."""
     try:
         parsed: Any = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    event_id = parsed.get("event_id") if isinstance(parsed, dict) else None
-    return event_id if isinstance(event_id, str) and event_id.isprintable() else None
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def to_json(event: FeedbackEvent) -> str:
@@ -210,7 +272,7 @@ def to_json(event: FeedbackEvent) -> str:
 
 def digest(rows: Iterable[EventRow]) -> str:
     """SHA-256 over the canonical lines, sorted by event id: identifies the feedback independently of file names."""
-    lines = (to_json(row.event) for row in sorted(rows, key=lambda row: row.event.event_id))
+    lines = [line for _, line in sorted((row.event.event_id, to_json(row.event)) for row in rows)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -228,71 +290,13 @@ def quarantine_frame(rejected: Sequence[QuarantineRow]) -> pd.DataFrame:
 def parse_utc(created_at: str) -> datetime | None:
     """The time of an event; None unless it is ISO 8601 with a UTC offset of zero."""
     try:
-        moment = datetime.fromisoformat(created_at)
+        time = datetime.fromisoformat(created_at)
     except ValueError:
         return None
-    return moment.astimezone(UTC) if moment.utcoffset() == timedelta(0) else None
+    return time.astimezone(UTC) if time.utcoffset() == timedelta(0) else None
 
 
-def resolve_replacements(
-    rows: Sequence[EventRow], quarantined_ids: Collection[str]
-) -> tuple[list[EventRow], list[QuarantineRow]]:
-    """Separates rows with a valid `replaces` from those without; returns (valid, rejected).
-
-    `replaces` must name an older event of the same rater and question. quarantined_ids: ids of rejected rows; an event
-    that replaces one of them corrects a rejected answer, so it is valid. Every row needs a valid `created_at`.
-    """
-    positions = {row.event.event_id: i for i, row in enumerate(rows)}
-    valid, rejected = list[EventRow](), list[QuarantineRow]()
-    for i, row in enumerate(rows):
-        old = row.event.replaces
-        if old is None or (old not in positions and old in quarantined_ids):
-            valid.append(row)
-        elif old not in positions:
-            expected = "replaces: the event_id of an earlier answer"
-            remedy = "add the file with that event to ingest.sources"
-            rejected.append(reject(row, "replaces", expected, f"no event {old}", remedy))
-        elif problem := _replacement_problem(row.event, i, rows[positions[old]].event, positions[old]):
-            remedy = "put the event_id of the event that this one corrects in replaces, or withdraw it"
-            rejected.append(reject(row, "replaces", *problem, remedy))
-        else:
-            valid.append(row)
-    return valid, rejected
-
-
-def _replacement_problem(
-    new: FeedbackEvent, position: int, old: FeedbackEvent, old_position: int
-) -> tuple[str, str] | None:
-    """(expected, got) when `new` may not replace `old`, else None."""
-    if new.rater != old.rater:
-        return "a correction by the same rater", "another rater's answer"
-    if new.concept != old.concept or (new.answer != "withdrawn" and sorted(new.items) != sorted(old.items)):
-        return "a correction about the same concept and images", "an answer about other ones"
-    # Time, then position, is a strict order, so corrections cannot form a cycle.
-    if _order_key(new, position) <= _order_key(old, old_position):
-        return "a correction newer than the corrected event", f"{new.created_at}, not after {old.created_at}"
-    return None
-
-
-def _order_key(event: FeedbackEvent, position: int) -> tuple[datetime, int]:
-    created_at = parse_utc(event.created_at)
-    assert created_at is not None, "the expectations reject invalid times"
-    return created_at, position
-
-
-def current_answers(rows: Sequence[EventRow]) -> list[EventRow]:
-    """The latest answer of each rater to each question, without replaced and withdrawn ones.
-
-    A rater may answer a question again without `replaces`; the newer answer counts.
-    """
-    replaced = {row.event.replaces for row in rows}
-    latest = dict[tuple[str, str, tuple[str, ...]], int]()
-    for i, row in enumerate(rows):
-        e = row.event
-        if e.event_id in replaced or e.answer == "withdrawn":
-            continue
-        question = (e.concept, e.rater, tuple(sorted(e.items)))
-        previous = latest.get(question)
-        if previous is None or _order_key(e, i) > _order_key(rows[previous].event, previous):
-            latest[question] = i
-    return [rows[i] for i in sorted(latest.values())]
+def event_time(created_at: str, now: datetime) -> datetime | None:
+    """The time of an event; None where it is invalid, or in the future: it would be the latest answer for ever."""
+    time = parse_utc(created_at)
+    return time if time and time <= now + CLOCK_TOLERANCE else None

@@ -6,24 +6,31 @@ Great Expectations is imported inside the functions: the import takes five secon
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from deleatur.errors import DataError
-from deleatur.feedback.events import parse_utc
+from deleatur.feedback.events import MAX_GOT_CHARS, event_time
 from deleatur.records.feedback import FeedbackKind
 
 VALID_ANSWERS: Mapping[str, frozenset[str]] = {
-    "binary": frozenset({"yes", "no", "unsure", "skip", "withdrawn"}),
-    "rank": frozenset({"ranked", "unsure", "skip", "withdrawn"}),
+    "binary": frozenset({"yes", "no", "unsure", "skip"}),
+    "rank": frozenset({"ranked", "unsure", "skip"}),
 }
-COPIED_COLUMNS = ("event_id", "concept", "kind", "answer", "rater", "source", "model_version", "consent_version")
-DERIVED_COLUMNS = ("row", "asked", "moment", "seconds", "answer_fits", "items_fit", "ranks_fit", "digests", "missing")
+TEXT_COLUMNS = ("event_id", "concept", "kind", "answer", "rater", "source", "model_version", "consent_version")
+DERIVED_COLUMNS = (
+    *("row", "occurrences", "expected_kind", "time", "seconds", "answer_fits", "items_fit", "digests_fit"),
+    *("ranks_fit", "missing"),
+)
+HTML_LOOKALIKES = str.maketrans("<>&\"'", "‹›＆”’")
+RESUBMIT = "append the corrected row with a new event_id"
 
 
 @dataclass(frozen=True)
@@ -45,18 +52,21 @@ class ValidationResult:
 
 
 def validate(
-    table: pd.DataFrame, kinds: Mapping[str, FeedbackKind], image_digests: Collection[str], docs: Path
+    table: pd.DataFrame,
+    kinds: Mapping[str, FeedbackKind],
+    image_digests: Collection[str],
+    docs: Path,
+    *,
+    now: datetime,
 ) -> ValidationResult:
-    """Validates the table of events and writes Data Docs to the folder `docs`.
+    """Validates the table of answers and writes Data Docs to the folder `docs`.
 
-    table: from `events.to_frame`; kinds: feedback kind of each concept; image_digests: images in the archives.
-    Few rules apply to a withdrawal, because a person's withdrawal must count.
+    table: from `events.to_frame`, without withdrawals, which count whatever their fields are; kinds: feedback kind of
+    each concept; image_digests: images in the archives.
     """
     expectations = build_expectations(sorted(kinds))
-    results = {
-        r.expectation_config.meta["rule"]: r
-        for r in _run_checkpoint(derive_columns(table, kinds, image_digests), expectations, docs)
-    }
+    columns = derive_columns(table, kinds, image_digests, now)
+    results = {r.expectation_config.meta["rule"]: r for r in _run_checkpoint(columns, expectations, docs)}
     violations, rules = list[Violation](), list[dict[str, Any]]()
     for meta in (expectation.meta for expectation in expectations):
         result = results[meta["rule"]]
@@ -81,124 +91,108 @@ def validate(
 
 
 def derive_columns(
-    table: pd.DataFrame, kinds: Mapping[str, FeedbackKind], image_digests: Collection[str]
+    table: pd.DataFrame, kinds: Mapping[str, FeedbackKind], image_digests: Collection[str], now: datetime
 ) -> pd.DataFrame:
     """Scalar columns that expectations can check. Prompts and free text are left out: Data Docs display values."""
-    available, records = frozenset(image_digests), list[dict[str, Any]]()
+    available, occurrences = frozenset(image_digests), Counter(table["event_id"])
+    records = list[dict[str, Any]]()
     for position, row in enumerate(table.to_dict("records")):
-        is_answer, created_at = row["answer"] != "withdrawn", parse_utc(row["created_at"])
+        time = event_time(row["created_at"], now)
         records.append(
             {
-                **{name: row[name] for name in COPIED_COLUMNS},
+                **{name: row[name] if row[name] in kinds else _display_text(row[name]) for name in TEXT_COLUMNS},
                 "row": position,
-                "asked": kinds.get(row["concept"]) if is_answer else None,
-                "moment": str(created_at) if created_at else None,
+                "occurrences": occurrences[row["event_id"]],
+                "expected_kind": kinds.get(row["concept"]),
+                "time": str(time) if time else None,
                 "seconds": row["seconds_spent"],
-                "answer_fits": _answer_fits(row),
-                "items_fit": not is_answer or _items_fit(row),
-                "ranks_fit": not is_answer or _ranks_fit(row),
-                "digests": ",".join(row["items"]) if is_answer else None,
-                "missing": len(set(row["items"]) - available) if is_answer else 0,
+                "answer_fits": row["answer"] in VALID_ANSWERS.get(row["kind"], ()),
+                "items_fit": _items_fit(row),
+                "digests_fit": all(DIGEST.fullmatch(item) for item in row["items"]),
+                "ranks_fit": _ranks_fit(row),
+                "missing": len(set(row["items"]) - available),
             }
         )
-    return pd.DataFrame.from_records(records, columns=[*COPIED_COLUMNS, *DERIVED_COLUMNS]).astype(
-        {"seconds": "float64"}
-    )
+    return pd.DataFrame.from_records(records, columns=[*TEXT_COLUMNS, *DERIVED_COLUMNS]).astype({"seconds": "float64"})
+
+
+def _display_text(text: str) -> str:
+    """Text that needs no escaping in HTML, since Great Expectations does not escape every value in its Data Docs."""
+    printable = "".join(c if c.isprintable() else "�" for c in text.strip()[:MAX_GOT_CHARS])
+    return printable.translate(HTML_LOOKALIKES)
+
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def build_expectations(concepts: list[str]) -> list[Any]:
-    """The rules, most informative first. `shows`: the event fields quoted in the quarantine row."""
+    """The rules, most informative first."""
     import great_expectations.expectations as E
 
-    def rule(name: str, expected: str, remedy: str, *shows: str) -> dict[str, Any]:
-        return {
-            "meta": {"rule": name, "expected": expected, "remedy": remedy, "shows": shows},
-            "notes": f"{name}: {expected}",
-        }
+    def meta(rule: str, expected: str, *shows: str, remedy: str = RESUBMIT) -> dict[str, Any]:
+        """shows: the event fields quoted in the quarantine row."""
+        values = {"rule": rule, "expected": expected, "remedy": remedy, "shows": shows}
+        return {"meta": values, "notes": f"{rule}: {expected}"}
 
-    known_concepts = ", ".join(concepts)
-    resubmit = "append the corrected row with a new event_id"
+    def is_true(column: str, rule: str, expected: str, *shows: str) -> Any:
+        return E.ExpectColumnValuesToBeInSet(column=column, value_set=[True], **meta(rule, expected, *shows))
+
+    def is_filled(column: str, rule: str, expected: str) -> Any:
+        return E.ExpectColumnValueLengthsToBeBetween(column=column, min_value=1, **meta(rule, expected, column))
+
     return [
-        E.ExpectColumnValuesToBeUnique(
-            column="event_id", **rule("event id", "an event_id that occurs once", resubmit, "event_id")
+        E.ExpectColumnValuesToBeBetween(
+            column="occurrences", max_value=1, **meta("event id", "an event_id that occurs once", "event_id")
         ),
-        E.ExpectColumnValueLengthsToBeBetween(
-            column="event_id", min_value=1, **rule("event id given", "an event_id", resubmit, "event_id")
-        ),
+        is_filled("event_id", "event id given", "an event_id"),
         E.ExpectColumnValuesToBeInSet(
             column="concept",
             value_set=concepts,
-            **rule(
-                "concept", f"one of {known_concepts}", "add the concept to params.yaml, or correct its name", "concept"
+            **meta(
+                "concept",
+                f"one of {', '.join(concepts)}",
+                "concept",
+                remedy="add the concept to params.yaml, or correct its name",
             ),
         ),
         E.ExpectColumnPairValuesToBeEqual(
             column_A="kind",
-            column_B="asked",
+            column_B="expected_kind",
             ignore_row_if="either_value_is_missing",
-            **rule("kind", "the concept's kind in params.yaml", resubmit, "concept", "kind"),
+            **meta("kind", "the concept's kind in params.yaml", "concept", "kind"),
         ),
-        E.ExpectColumnValuesToBeInSet(
-            column="answer_fits",
-            value_set=[True],
-            **rule(
-                "answer",
-                "binary: yes, no, unsure, skip; rank: ranked, unsure, skip; either: withdrawn, with replaces",
-                resubmit,
-                *("kind", "answer", "replaces"),
-            ),
+        is_true("answer_fits", "answer", "binary: yes, no, unsure, skip; rank: ranked, unsure, skip", "kind", "answer"),
+        is_true(
+            "items_fit", "items", "one image for a yes/no question, two or more different images for a ranking", "items"
         ),
-        E.ExpectColumnValuesToBeInSet(
-            column="items_fit",
-            value_set=[True],
-            **rule(
-                "items",
-                "one image for a yes/no question, two or more different images for a ranking",
-                resubmit,
-                "items",
-            ),
-        ),
-        E.ExpectColumnValuesToMatchRegex(
-            column="digests",
-            regex=r"^[0-9a-f]{64}(?:,[0-9a-f]{64})*$",
-            **rule("digest", "SHA-256 digests of images, 64 lower-case hexadecimal digits", resubmit, "items"),
-        ),
-        E.ExpectColumnValuesToBeInSet(
-            column="ranks_fit",
-            value_set=[True],
-            **rule(
-                "ranks",
-                "M ranks for a ranking of M images: distinct numbers from 1 to M, or null for X; no ranks otherwise",
-                resubmit,
-                "ranks",
-            ),
+        is_true("digests_fit", "digest", "SHA-256 digests of images, 64 lower-case hexadecimal digits", "items"),
+        is_true(
+            "ranks_fit",
+            "ranks",
+            "M ranks for a ranking of M images: distinct numbers from 1 to M, or null for X; no ranks otherwise",
+            "ranks",
         ),
         E.ExpectColumnValuesToBeBetween(
             column="missing",
             min_value=0,
             max_value=0,
-            **rule(
+            **meta(
                 "image",
                 "every image in an archive (.images.parquet) next to the sources",
-                "add the archive with the image, or withdraw the answer",
                 "items",
+                remedy="add the archive with the image, or withdraw the answer",
             ),
         ),
         E.ExpectColumnValuesToNotBeNull(
-            column="moment", **rule("time", "created_at in ISO 8601, in UTC", resubmit, "created_at")
+            column="time", **meta("time", "created_at in ISO 8601, in UTC, not in the future", "created_at")
         ),
         E.ExpectColumnValuesToBeBetween(
-            column="seconds", min_value=0, **rule("seconds", "seconds_spent of 0 or more", resubmit, "seconds_spent")
+            column="seconds", min_value=0, **meta("seconds", "seconds_spent of 0 or more", "seconds_spent")
         ),
         E.ExpectColumnValuesToMatchRegex(
-            column="rater", regex=r"^[^@\s]+$", **rule("rater", "a salted hash: no name, no e-mail address", resubmit)
+            column="rater", regex=r"^[^@\s]+$", **meta("rater", "a salted hash: no name, no e-mail address")
         ),
-        *(
-            E.ExpectColumnValueLengthsToBeBetween(
-                column=column, min_value=1, **rule(column, f"a non-empty {column}", resubmit, column)
-            )
-            for column in ("source", "model_version", "consent_version")
-        ),
+        *(is_filled(c, c, f"a non-empty {c}") for c in ("source", "model_version", "consent_version")),
     ]
 
 
@@ -240,9 +234,7 @@ def _run_checkpoint(table: pd.DataFrame, expectations: list[Any], docs: Path) ->
 
 def _newest_event_time(table: pd.DataFrame) -> datetime:
     """Time of the newest event, used as the run time in Data Docs."""
-    times = pd.to_datetime(table["moment"], format="ISO8601", utc=True).dropna()
-    newest: datetime = times.max().to_pydatetime() if len(times) else datetime.fromtimestamp(0, UTC)
-    return newest
+    return max([datetime.fromtimestamp(0, UTC), *map(datetime.fromisoformat, table["time"].dropna())])
 
 
 TIMESTAMP = re.compile(r"\d{8}T\d{6}\.\d{6}Z")
@@ -264,11 +256,6 @@ def _exception_message(info: Mapping[str, Any]) -> str | None:
     return next((str(c.get("exception_message")) for c in candidates if c.get("raised_exception")), None)
 
 
-def _answer_fits(row: Mapping[Any, Any]) -> bool:
-    is_valid = row["answer"] in VALID_ANSWERS.get(row["kind"], ())
-    return is_valid and (row["answer"] != "withdrawn" or bool(row["replaces"]))
-
-
 def _items_fit(row: Mapping[Any, Any]) -> bool:
     n = len(row["items"])
     return (n == 1 if row["kind"] == "binary" else n >= 2) and len(set(row["items"])) == n
@@ -284,4 +271,6 @@ def _ranks_fit(row: Mapping[Any, Any]) -> bool:
 
 def _json_value(value: Any) -> Any:
     """The value as in the JSON line."""
+    if isinstance(value, np.generic):
+        return value.item()
     return list(value) if isinstance(value, tuple) else value

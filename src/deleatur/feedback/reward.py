@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deleatur.errors import DataError
+from deleatur.maths.finite import require_finite
 
 COLLECT_MORE = "collect more answers, append them to a source (docs/feedback.md), then: deleatur stage ingest"
 
@@ -66,7 +67,8 @@ class RewardHead:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """(n, d) → scores (n,)."""
-        return (_forward(self.tensors, x) - self.tensors["mean"]) / self.tensors["std"]
+        scores = (_forward(self.tensors, x) - self.tensors["mean"]) / self.tensors["std"]
+        return require_finite(scores, "scores of a reward head")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from glob import glob
+from datetime import UTC, datetime
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
+from deleatur.feedback import answers as resolution
 from deleatur.feedback import events, expectations, votes
 from deleatur.feedback.events import EventRow, QuarantineRow
 from deleatur.runtime.progress import bar
@@ -31,7 +33,9 @@ def run(settings: Settings) -> None:
     Raises DataError, after writing all of these, when a target concept has no usable answer.
     """
     with bar("ingest", 1) as advance:
-        summary, rejected = _ingest(settings)
+        paths = settings.paths
+        with files.replace_folder(paths.feedback) as out, files.replace_folder(paths.data_docs) as docs:
+            summary, rejected = _ingest(settings, out, docs)
         note = f"{summary['events']} events, {summary['answers']} answers"
         if quarantined := summary["quarantined"]["rows"]:
             note += f"; {quarantined} rows could not be used: {settings.paths.feedback / 'quarantine.csv'}"
@@ -39,25 +43,22 @@ def run(settings: Settings) -> None:
     _demand_answers(settings, summary["concepts"], rejected)
 
 
-def _ingest(settings: Settings) -> tuple[dict[str, Any], list[QuarantineRow]]:
+def _ingest(settings: Settings, out: Path, docs: Path) -> tuple[dict[str, Any], list[QuarantineRow]]:
     """Writes everything; returns the summary and the quarantined rows."""
     sources = find_sources(settings.ingest.sources)
-    out, docs = files.empty_folder(settings.paths.feedback), files.empty_folder(settings.paths.data_docs)
     parsed = events.parse({path.as_posix(): files.read_lines(path) for path in sources})
     rejected, digests = list(parsed.rejected), set[str]()
     images.write_shards(out, valid_images(sources, digests, rejected))
 
     kinds = {name: concept.kind for name, concept in settings.concepts.items()}
-    checked = expectations.validate(events.to_frame(parsed.rows), kinds, digests, docs)
-    rejected += [_quarantine_row(parsed.rows[v.position], v) for v in checked.violations]
-    violating = {v.position for v in checked.violations}
-    rejected_ids = {r.event_id for r in rejected if r.event_id}
-    conforming = [row for i, row in enumerate(parsed.rows) if i not in violating]
-    valid, unlinked = events.resolve_replacements(conforming, rejected_ids)
-    rejected += unlinked
+    given = [row for row in parsed.rows if not row.is_withdrawal]
+    checked = expectations.validate(events.to_frame(given), kinds, digests, docs, now=datetime.now(UTC))
+    rejected += [_quarantine_row(given[v.position], v) for v in checked.violations]
+    invalid = [given[position] for position in sorted({v.position for v in checked.violations})]
+    resolved = resolution.resolve(parsed.rows, invalid, {r.event_id for r in rejected if r.event_id})
+    rejected += resolved.rejected
 
-    current = events.current_answers(valid)
-    answers = events.to_frame(current)
+    valid, answers = resolved.events, events.to_frame(resolved.answers)
     raters = votes.rater_table(answers)
     vote_table, pair_table = votes.vote_table(answers, raters), votes.pair_table(answers, raters)
     files.write_table(out / "events.parquet", events.to_frame(valid), events.EVENT_SCHEMA)
@@ -73,7 +74,7 @@ def _ingest(settings: Settings) -> tuple[dict[str, Any], list[QuarantineRow]]:
         "simulated": any(c["simulated"] for c in concepts.values()),
         "sources": len(sources),
         "events": len(valid),
-        "answers": len(current),
+        "answers": len(answers),
         "repeated_lines": dict(Counter(row.file for row in parsed.repeats)),
         "pictures": len(digests),
         "quarantined": {"rows": len({(r.file, r.line) for r in rejected}), "by_rule": _by_rule(rejected)},
@@ -89,8 +90,10 @@ def demand_rated(settings: Settings, concept: str) -> None:
     that learns from rated images needs both.
     """
     parsed = events.parse({path.as_posix(): files.read_lines(path) for path in find_sources(settings.ingest.sources)})
-    of_concept = [row for row in parsed.rows if row.event.concept == concept and events.parse_utc(row.event.created_at)]
-    answers = events.to_frame(events.current_answers(events.resolve_replacements(of_concept, set())[0]))
+    rows = [row for row in parsed.rows if row.is_withdrawal or row.event.concept == concept]
+    now = datetime.now(UTC)
+    invalid = [row for row in rows if not row.is_withdrawal and not events.event_time(row.event.created_at, now)]
+    answers = events.to_frame(resolution.resolve(rows, invalid, ()).answers)
     share = votes.vote_shares(answers, votes.rater_table(answers))
     positive, negative = int((share >= 0.5).sum()), int((share < 0.5).sum())
     if not (positive and negative):
@@ -102,15 +105,26 @@ def demand_rated(settings: Settings, concept: str) -> None:
 
 
 def find_sources(patterns: Sequence[str]) -> list[Path]:
-    """The source files, by pattern, sorted by name within each. Raises DataError when a pattern matches no file."""
+    """The source files, by pattern, sorted by name within each. Raises DataError when a pattern matches no file.
+
+    Brackets in the name of an existing file or folder are part of its name, elsewhere of a pattern.
+    """
     sources = dict[Path, None]()
     for pattern in patterns:
-        paths = sorted(path for path in map(Path, glob(pattern, recursive=True)) if path.is_file())
+        paths = sorted(path for path in map(Path, glob(_escape_existing(pattern), recursive=True)) if path.is_file())
         if not paths:
             hint = "put JSON-lines files there or correct ingest.sources in params.yaml, then: deleatur stage ingest"
             raise DataError(f"expected feedback at {pattern}, found no file", hint=hint)
         sources |= dict.fromkeys(paths)
     return list(sources)
+
+
+def _escape_existing(pattern: str) -> str:
+    """The pattern with its leading folders, as far as they exist, escaped."""
+    existing, rest = Path(), Path(pattern).parts
+    while rest and (existing / rest[0]).exists():
+        existing, rest = existing / rest[0], rest[1:]
+    return str(Path(escape(str(existing)), *rest))
 
 
 def archive_path(source: Path) -> Path:
@@ -152,7 +166,8 @@ def _write_quarantine(out: Path, rejected: Sequence[QuarantineRow]) -> None:
     table = events.quarantine_frame(rejected)
     files.write_table(out / "quarantine.parquet", table, events.QUARANTINE_SCHEMA)
     if rejected:
-        files.write_csv(out / "quarantine.csv", table)
+        # A spreadsheet would evaluate a cell that starts like a formula.
+        files.write_csv(out / "quarantine.csv", table.replace(r"^(?=[=+\-@\t\r])", "'", regex=True))
 
 
 def _by_rule(rejected: Sequence[QuarantineRow]) -> dict[str, int]:

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -19,7 +20,7 @@ from prometheus_client.core import HistogramMetricFamily
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
-from deleatur.feedback.events import parse_utc
+from deleatur.feedback.events import event_time
 from deleatur.operations.exporter.series import gauge, unix_time
 from deleatur.records.feedback import FeedbackEvent
 from deleatur.registry import ledger
@@ -41,6 +42,9 @@ class RecordedAnswer:
     answer: str
     time: float
     """Unix time, as all times in this module."""
+    event_id: str
+    replaces: str
+    """Id of the answer that this one corrects or withdraws, if any."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ def waiting_metrics(settings: Settings) -> Iterator[Metric]:
     """Reports that the champion was not trained on, and how long the others waited for a release."""
     current = ledger.read(settings.register_.ledger).aliases.get(CHAMPION)
     champions = list(_champions(settings))
-    reports = [a for a in _answers(settings) if a.answer in REPORT_ANSWERS]
+    answers = _answers(settings)
+    replaced = {a.replaces for a in answers if a.replaces}  # a report that was withdrawn no longer waits
+    reports = [a for a in answers if a.answer in REPORT_ANSWERS and a.event_id not in replaced]
     waiting = [a for a in reports if not any(c.covers(a) for c in champions if c.version == current)]
     counts = {(name,): sum(a.concept == name for a in waiting) for name in settings.concepts}
     yield gauge("reports_waiting", "Reports that the champion was not trained on.", counts, "concept")
@@ -108,13 +114,14 @@ def _answers(settings: Settings) -> list[RecordedAnswer]:
 @lru_cache(maxsize=256)
 def _read_source(path: Path, size: int, mtime_ns: int) -> Sequence[RecordedAnswer]:
     """Answers of the valid lines of a source. Size and time of change are part of the cache key only."""
-    answers = []
+    answers, now = [], datetime.now(UTC)
     for line in files.read_lines(path):
         try:
             event = json.loads(line)
-            created_at = parse_utc(event["created_at"])
+            created_at = event_time(event["created_at"], now)
             if created_at and event["answer"] in ANSWERS:  # a label's values are fixed words, whatever a source holds
-                answers.append(RecordedAnswer(event["concept"], event["answer"], created_at.timestamp()))
+                ids = str(event.get("event_id")), str(event.get("replaces") or "")
+                answers.append(RecordedAnswer(event["concept"], event["answer"], created_at.timestamp(), *ids))
         except (ValueError, KeyError, TypeError):
             continue  # ingest reports and quarantines it
     return answers
