@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from deleatur.config.settings import Settings
-from deleatur.diffusion.model import digest_tensors, load
+from deleatur.diffusion.model import digest_tensors, load, load_errors
 from deleatur.diffusion.overlay import applied
 from deleatur.errors import SettingsError
 from deleatur.records.report import Report, Verdict
@@ -37,9 +37,9 @@ def export(settings: Settings, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with applied(model, delta):
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path, unet=model.unet, safety_checker=None, requires_safety_checker=False
-        )
+        with load_errors(path, "a Stable Diffusion pipeline"):
+            # All other components are the base model's, its safety checker among them.
+            pipeline = StableDiffusionPipeline.from_pretrained(path, unet=model.unet, use_safetensors=True)
         pipeline.save_pretrained(partial, safe_serialization=True)
     _write_model_card(settings, partial)
     partial.rename(folder)

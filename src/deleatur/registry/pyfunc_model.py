@@ -26,11 +26,7 @@ class ImageGenerator(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow
         for log in (diffusers_logging, transformers_logging):
             log.disable_progress_bar()  # it would end up in the server's log
         self.pipeline = StableDiffusionPipeline.from_pretrained(
-            context.artifacts["pipeline"],
-            use_safetensors=True,
-            local_files_only=True,
-            safety_checker=None,
-            requires_safety_checker=False,
+            context.artifacts["pipeline"], use_safetensors=True, local_files_only=True
         ).to("cuda" if torch.cuda.is_available() else "cpu")
         self.pipeline.set_progress_bar_config(disable=True)
 

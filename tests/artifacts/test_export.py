@@ -1,0 +1,79 @@
+"""The exported pipeline has every component of the base model, its safety checker among them."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import workspace
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from deleatur.artifacts.export import export
+from deleatur.config.settings import Settings
+from deleatur.records.model import Delta
+from deleatur.registry import mlflow_registry
+from deleatur.runtime import models
+from deleatur.storage import tensors
+
+
+def safety_checker() -> StableDiffusionSafetyChecker:
+    """A checker that flags every image: all of its thresholds are negative."""
+    config = CLIPConfig(
+        vision_config={
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        projection_dim=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        checker = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    return checker
+
+
+@pytest.mark.parametrize("has_checker", [True, False])
+def test_exported_and_served_pipeline_have_the_base_models_safety_checker(
+    has_checker: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings: Settings = workspace.create(tmp_path)
+    base = Path(settings.base.model)
+    checker = safety_checker() if has_checker else None
+    shutil.rmtree(base)
+    StableDiffusionPipeline(
+        **tiny.parts(),
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessor(size=16, crop_size=16) if has_checker else None,
+        requires_safety_checker=has_checker,
+    ).save_pretrained(base)
+    delta = Delta({}, models.base_model(settings).unet_digest, "keep", {}, ("weapon",))
+    tensors.save_delta(settings.paths.delta / tensors.DELTA_FILE, delta)
+    export(settings, tmp_path / "exported")
+
+    index = [json.loads((folder / "model_index.json").read_text()) for folder in (base, tmp_path / "exported")]
+    names = [{k: v for k, v in i.items() if not k.startswith("_")} for i in index]
+    assert names[0] == names[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow recommends other type hints
+        generator = runpy.run_path(str(mlflow_registry.MODEL_CODE))["ImageGenerator"]()
+    generator.load_context(SimpleNamespace(artifacts={"pipeline": str(tmp_path / "exported")}))
+    for pipeline in (StableDiffusionPipeline.from_pretrained(tmp_path / "exported"), generator.pipeline):
+        assert (pipeline.safety_checker is not None) == has_checker
+        assert pipeline.config.requires_safety_checker == has_checker
+        if checker:
+            loaded = pipeline.safety_checker.state_dict()
+            assert all(torch.equal(loaded[name], tensor) for name, tensor in checker.state_dict().items())
