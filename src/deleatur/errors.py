@@ -13,9 +13,12 @@ DeleaturError                 1   any of the below that defines no code of its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import Tensor
 
 
 class DeleaturError(Exception):
@@ -41,7 +44,20 @@ class ModelError(DeleaturError):
 
 
 class ErasureRefused(DeleaturError):
+    """`record` and `weights` are for inspection: evaluations and curve of the run, and the weight differences."""
+
     exit_code = 5
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        record: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.record, self.weights = record or {}, weights or {}
 
 
 class ServiceError(DeleaturError):

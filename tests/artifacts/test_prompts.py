@@ -13,6 +13,7 @@ from deleatur import stages
 from deleatur.artifacts import prompts
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError, SettingsError
+from deleatur.evaluation.probe import EVAL_PROMPTS
 from deleatur.operations.preflight import check
 
 
@@ -78,3 +79,19 @@ def test_the_prompts_of_this_repository_are_distinct() -> None:
             for prompt in prompts.read(workspace.ROOT / path, split, "")
         ]
         assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize("concept", ["weapon", "vice", "ink"])
+def test_prompts_of_an_evaluation_are_distinct_and_of_all_kinds(concept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace.ROOT)
+    settings = Settings.load().model_copy(update={"targets": (concept,)})
+    dev = {p.text: p for p in prompts.read_all(settings, "dev")}
+    preserved = [dev[text] for text in prompts.preserved_validation_prompts(settings, EVAL_PROMPTS)]
+    requested = [dev[text] for text in prompts.validation_prompts(settings, concept, EVAL_PROMPTS)]
+    assert len({p.text for p in preserved}) == EVAL_PROMPTS
+    neighbours = [p for p in preserved if p.role == "neighbour"]
+    available = [p for p in dev.values() if p.role == "neighbour"]
+    assert len(neighbours) == min(EVAL_PROMPTS // 2, len(available))
+    assert len({p.label for p in neighbours}) == min(len(neighbours), len({p.label for p in available}))
+    concept_labels = {p.label for p in dev.values() if p.role == "concept"}
+    assert len({p.label for p in requested}) == min(len(requested), len(concept_labels))

@@ -1,7 +1,8 @@
-"""The stage runs iterative erasers and closed-form ones."""
+"""The stage runs iterative erasers and closed-form ones, and keeps a refused run for inspection."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ import workspace
 
 from deleatur import stages
 from deleatur.config.sections import EraseSection
+from deleatur.config.settings import Settings
+from deleatur.errors import ErasureRefused
 from deleatur.records.model import LowRank
+from deleatur.stages import erase
 from deleatur.storage import files, tensors
+from deleatur.training.early_stopping import Evaluation
 
 
 def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +31,58 @@ def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pyt
         curve = files.read_json(settings.paths.delta / "curve.json")
         assert [row["step"] for row in curve] == list(range(1, len(curve) + 1))
         assert files.read_json(settings.paths.delta / "record.json")["steps"] == len(curve)
+
+
+REFUSED = [Evaluation(0.97, 0.5), Evaluation(0.125, 0.44)]
+"""The preserved score falls by 12 %."""
+
+
+def refusing(settings: Settings, monkeypatch: pytest.MonkeyPatch, drop: float, *scores: Evaluation) -> Settings:
+    """A run of two evaluations with these scores, whatever is sampled."""
+    remaining = iter([*scores, scores[-1]])
+    monkeypatch.setattr(erase, "validation_probe", lambda *_: lambda weights: next(remaining))
+    config = settings.erase.config("sdd")
+    config["training"] = {**config["training"], "max_preserved_drop": drop, "iterations": 3}
+    section = EraseSection.model_validate({"method": "sdd", "source": "words", "sdd": config})
+    return settings.model_copy(update={"erase": section})
+
+
+def test_a_refusal_reports_evaluations_and_prompts_and_keeps_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = workspace.create(tmp_path)
+    for name in ("ingest", "reward"):
+        stages.run(name, settings)
+    with pytest.raises(ErasureRefused) as raised:
+        stages.run("erase", refusing(settings, monkeypatch, 0.1, *REFUSED))
+    message = str(raised.value)
+    assert "step 0: concept 0.970, preserved 0.500" in message
+    assert "step 3: concept 0.125, preserved 0.440" in message
+    assert "2 preserved prompts: " in message
+    assert "a cat" in message
+    kept = settings.paths.checkpoints / "refused"
+    assert str(kept) in message
+    assert tensors.load_delta(kept / tensors.DELTA_FILE).method == "sdd"
+    record = files.read_json(kept / "record.json")
+    assert [e["concept"] for e in record["evaluations"]] == [0.97, 0.125]
+    assert [row["step"] for row in record["curve"]] == [1, 2, 3]
+    assert not settings.paths.delta.exists(), "no candidate"
+
+    advised = float(raised.value.hint.partition("training.max_preserved_drop: ")[2].split()[0])
+    stages.run("erase", refusing(settings, monkeypatch, advised, *REFUSED))
+    assert files.read_json(settings.paths.delta / "evaluations.json")[1]["concept"] == 0.125
+
+
+@pytest.mark.parametrize("last", [Evaluation(0.1, math.nan), Evaluation(0.1, 0.5, 0.01)])
+def test_damage_is_not_advised_to_be_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: Evaluation
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = workspace.create(tmp_path)
+    for name in ("ingest", "reward"):
+        stages.run(name, settings)
+    with pytest.raises(ErasureRefused) as raised:
+        stages.run("erase", refusing(settings, monkeypatch, 0.1, Evaluation(0.97, 0.5), last))
+    assert "max_preserved_drop" not in raised.value.hint
+    assert (settings.paths.checkpoints / "refused" / "record.json").is_file()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
+from deleatur.maths.subsets import stratified
 from deleatur.records.sampling import Prompt, Role
 from deleatur.storage import files
 
@@ -46,6 +47,11 @@ def read_all(settings: Settings, split: str) -> list[Prompt]:
     sources = [*((settings.concepts[name].prompts, name) for name in settings.targets), (settings.paths.prompts, "")]
     _demand_distinct(row for path, concept in sources for row in _rows(path, split, concept))
     return [prompt for path, concept in sources for prompt in read(path, split, concept)]
+
+
+def read_splits(path: Path, splits: Collection[str], concept: str) -> list[Prompt]:
+    """The prompts of one file in any of these splits. Raises DataError naming file and line of an invalid row."""
+    return [row.prompt for split in sorted(splits) for row in _rows(path, split, concept)]
 
 
 def _rows(path: Path, split: str, concept: str) -> Iterator[_Row]:
@@ -89,6 +95,18 @@ def image_counts(settings: Settings) -> dict[tuple[Role, str], int]:
     counts = Counter[tuple[Role, str]]((p.role, p.concept) for p in read_all(settings, settings.sample.split))
     counts |= {("word", name): len(settings.concepts[name].words) for name in settings.targets}
     return {key: n * settings.sample.images_per_prompt.get(key[0], 1) for key, n in counts.items()}
+
+
+def validation_prompts(settings: Settings, concept: str, n: int) -> list[str]:
+    """At most n prompts of the dev split that ask for a concept, spread over the labels they name."""
+    concept_prompts = read(settings.concepts[concept].prompts, "dev", concept, "concept")
+    return [p.text for p in stratified(concept_prompts, n, lambda p: p.text, lambda p: p.label)]
+
+
+def preserved_validation_prompts(settings: Settings, n: int) -> list[str]:
+    """At most n distinct preserved prompts, half of them neighbours, spread over the labels they name."""
+    preserved = [p for p in read_all(settings, "dev") if p.role in ("keep", "neighbour")]
+    return [p.text for p in stratified(preserved, n, lambda p: p.text, lambda p: p.role, lambda p: p.label)]
 
 
 def preserved_prompts(settings: Settings) -> list[str]:

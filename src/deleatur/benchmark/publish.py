@@ -19,6 +19,7 @@ from deleatur.benchmark.plan import Trial
 from deleatur.benchmark.table import BenchmarkTable, terminal, to_frame, to_json
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
+from deleatur.maths.subsets import stratified
 from deleatur.records.sampling import Role
 from deleatur.runtime import provenance
 from deleatur.storage import files, git, samples
@@ -82,12 +83,11 @@ def _gallery(settings: Settings, table: BenchmarkTable) -> SampleGallery | None:
 
 
 def _gallery_prompts(listing: pd.DataFrame, role: Role) -> list[GalleryPrompt]:
-    """Evenly spaced over the prompts of a role."""
+    """A few prompts of a role, of different labels."""
     count, heading = GALLERY_PROMPTS[role]
-    of_role = listing[listing["role"] == role]
-    selected = of_role[:: max(1, len(of_role) // count)][:count]
-    prompts = zip(selected["id"], selected["text"], strict=True)
-    return [GalleryPrompt(id, text, role, heading, i == 0) for i, (id, text) in enumerate(prompts)]
+    of_role = listing[listing["role"] == role].set_index("id")
+    selected = stratified(list(of_role.index), count, str, of_role["label"].__getitem__)
+    return [GalleryPrompt(id, of_role["text"][id], role, heading, i == 0) for i, id in enumerate(selected)]
 
 
 def _provenance(settings: Settings, tables: Sequence[BenchmarkTable]) -> dict[str, str]:

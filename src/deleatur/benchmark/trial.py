@@ -72,7 +72,7 @@ def run_trial(settings: Settings, digests: TrialDigests, trial: Trial) -> None:
         try:
             _run_stage(settings, trial_settings, trial, stage, digest)
         except ErasureRefused as e:
-            files.write_json(files.empty_folder(folder) / SUMMARY_FILE, {"refused": str(e)})
+            files.write_json(files.empty_folder(folder) / SUMMARY_FILE, {"refused": str(e).splitlines()[0]})
             break
         recorded = {name: value for name, value in recorded.items() if name != RUNNING} | {stage: digest}
     else:

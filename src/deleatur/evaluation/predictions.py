@@ -30,6 +30,7 @@ from deleatur.errors import ModelError
 from deleatur.evaluation import cache
 from deleatur.evaluation.cache import PREDICTIONS, EvaluationCache
 from deleatur.feedback.reward import RewardHead
+from deleatur.maths.finite import require_finite
 from deleatur.metrics import Array, ConceptLabels, Detections, EvaluationSet, Metric, RewardScores
 from deleatur.records.sampling import Prompt, Variant
 from deleatur.runtime import models, provenance
@@ -142,7 +143,7 @@ class _Predictor:
             store.add(pd.DataFrame({"key": batch, "numbers": list(predictions)}))
             self.advance(len(batch))
         store.compact(keys, size=cache.SHARD_SIZE)
-        return np.stack(list(store.read(keys)["numbers"]))
+        return require_finite(np.stack(list(store.read(keys)["numbers"])), f"predictions of {name or 'CLIP'}")
 
     def _compute(
         self, name: str, network: Network, weights: str, batches: Sequence[Sequence[str]]

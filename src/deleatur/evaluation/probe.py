@@ -19,12 +19,13 @@ from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
 from deleatur.feedback.reward import RewardHead
 from deleatur.maths.distances import cosine_similarity
+from deleatur.maths.finite import NonFiniteError
 from deleatur.maths.seeds import derive
 from deleatur.records.model import Concept
 from deleatur.training.early_stopping import Evaluation, Probe
 from deleatur.training.textual_inversion import TokenEvaluator
 
-EVAL_PROMPTS = 20
+EVAL_PROMPTS = 32
 """Prompts of each kind per evaluation: few enough to be cheap, and fixed, so that evaluations are comparable."""
 
 IMAGES_PER_TOKEN = 4
@@ -36,7 +37,6 @@ def validation_probe(
     model: Model,
     clip: Clip,
     concepts: Sequence[Concept],
-    preserved: Sequence[str],
     one_step: int | None,
 ) -> Probe:
     """Samples concept prompts, the concept's own words or tokens, and preserved prompts, always from the same noise,
@@ -46,11 +46,10 @@ def validation_probe(
     conditions = guide.conditions(model, concepts)
     concept_states: list[tuple[RewardHead, Tensor]] = []
     for concept in concepts:
-        spec = settings.concepts[concept.name]
-        texts = [p.text for p in prompts.read(spec.prompts, "dev", concept.name, "concept")][:EVAL_PROMPTS]
+        texts = prompts.validation_prompts(settings, concept.name, EVAL_PROMPTS)
         states = torch.cat([encode.encode_text(model, texts), concept.states])
         concept_states.append((reward_heads.load_head(settings, concept.name, "train"), states))
-    preserved_texts = list(preserved[:: max(1, len(preserved) // EVAL_PROMPTS)])[:EVAL_PROMPTS]
+    preserved_texts = prompts.preserved_validation_prompts(settings, EVAL_PROMPTS)
     preserved_states = encode.encode_text(model, preserved_texts)
     text_features = clip.embed_texts(preserved_texts)
 
@@ -68,6 +67,15 @@ def validation_probe(
         )
 
     def probe(weights: Weights) -> Evaluation:
+        try:
+            return evaluate(weights)
+        except NonFiniteError:
+            if not weights:
+                raise
+            # Training destroyed the model: no contrast, as of blank images, so that early stopping goes back.
+            return Evaluation(concept=1.0, preserved=0.0, contrast=0.0)
+
+    def evaluate(weights: Weights) -> Evaluation:
         shown = [
             reward_heads.shows_concept(head, clip.embed_images(sample_images(states, "concept", weights)))
             for head, states in concept_states

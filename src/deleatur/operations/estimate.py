@@ -74,7 +74,15 @@ class Estimate:
 
 
 def published_estimates(kind: str | None = None) -> list[Estimate]:
-    """Every method with default hyperparameters, for Stable Diffusion 1.4 in float32; guides: one image, 50 steps."""
+    """Every method with default hyperparameters, for Stable Diffusion 1.4 in float32; guides: one image, 50 steps.
+
+    Raises SettingsError for a kind that has no workload.
+    """
+    if kind not in (None, *WORKLOADS):
+        raise SettingsError(
+            f"expected a kind of plug-in that uses the UNet ({', '.join(WORKLOADS)}), got {kind!r}",
+            hint="deleatur methods --cost",
+        )
     stable_diffusion = architecture.stable_diffusion()
     return [
         Estimate(*label, estimate_cost(work, stable_diffusion))
@@ -207,4 +215,4 @@ def _evaluation_batches(settings: Settings, tokens: Mapping[str, int | None]) ->
         concept_prompts = len(prompts.read(spec.prompts, "dev", name, "concept"))
         terms = len(spec.words) if num_tokens is None else num_tokens
         batches.append(min(concept_prompts, probe.EVAL_PROMPTS) + terms * len(spec.prompt_templates))
-    return [*batches, min(len(prompts.preserved_prompts(settings)), probe.EVAL_PROMPTS)]
+    return [*batches, len(prompts.preserved_validation_prompts(settings, probe.EVAL_PROMPTS))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,9 @@ from deleatur.diffusion import encode
 from deleatur.diffusion.clip import Clip
 from deleatur.diffusion.model import Model
 from deleatur.erasers import Eraser
-from deleatur.evaluation.probe import validation_probe
+from deleatur.errors import ErasureRefused
+from deleatur.evaluation.probe import EVAL_PROMPTS, validation_probe
+from deleatur.records.model import Delta
 from deleatur.runtime import models, provenance
 from deleatur.runtime.checkpoint import Checkpoint, run_identity
 from deleatur.runtime.progress import bar
@@ -41,18 +44,18 @@ def run(settings: Settings) -> None:
                 note += f"  concept {newest['concept']:.2f}  preserved {newest['preserved']:.3f}"
             advance.set(p.step, p.total, note)
 
-        delta = eraser.erase(
-            model,
-            concepts,
-            ErasureContext(
-                seed=settings.seed,
-                preserve=encoded.states,
-                preserve_ends=encoded.end_positions,
-                on_step=on_step,
-                probe=validation_probe(settings, model, clip, concepts, preserved, eraser.one_step),
-                state=checkpoint.state,
-            ),
+        context = ErasureContext(
+            seed=settings.seed,
+            preserve=encoded.states,
+            preserve_ends=encoded.end_positions,
+            on_step=on_step,
+            probe=validation_probe(settings, model, clip, concepts, eraser.one_step),
+            state=checkpoint.state,
         )
+        try:
+            delta = eraser.erase(model, concepts, context)
+        except ErasureRefused as refused:
+            raise _kept_for_inspection(settings, model, eraser, refused) from refused
     with files.replace_folder(settings.paths.delta) as folder:
         tensors.save_delta(folder / tensors.DELTA_FILE, delta)
         record = {"method": delta.method, "concepts": list(delta.concepts), **delta.record}
@@ -61,6 +64,26 @@ def run(settings: Settings) -> None:
             files.write_json(folder / f"{name}.json", record.pop(name, []))
         files.write_json(folder / "record.json", record)
     checkpoint.remove()
+
+
+def _kept_for_inspection(settings: Settings, model: Model, eraser: Eraser, refused: ErasureRefused) -> ErasureRefused:
+    """Writes the curves and the weights of a refused run beside the checkpoints, and names them and the prompts."""
+    if not refused.weights:
+        return refused
+    preserved = prompts.preserved_validation_prompts(settings, EVAL_PROMPTS)
+    delta = Delta(
+        refused.weights, model.unet_digest, settings.erase.method, eraser.model_dump(), tuple(settings.targets)
+    )
+    with files.replace_folder(settings.paths.checkpoints / "refused") as folder:
+        tensors.save_delta(folder / tensors.DELTA_FILE, delta)
+        record = {**refused.record, "preserved_prompts": preserved}
+        # A score of a run that went wrong may be NaN, which JSON does not have: as text.
+        files.write_json(folder / "record.json", json.loads(json.dumps(record), parse_constant=str))
+    return ErasureRefused(
+        f"{refused}\nEvaluated on {len(preserved)} preserved prompts: {', '.join(preserved)}\n"
+        f"Evaluations, curve and weights are kept in {settings.paths.checkpoints / 'refused'}",
+        hint=refused.hint,
+    )
 
 
 def _token_notes(settings: Settings) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from deleatur import gate
 from deleatur.config.settings import Settings
+from deleatur.maths.subsets import stratified
 from deleatur.records.report import Report, Verdict
 from deleatur.records.sampling import Role, Variant
 from deleatur.report.contact_sheet import ContactSheet, PromptRow, write_contact_sheet
@@ -61,8 +62,9 @@ def _contact_sheets(settings: Settings) -> Iterator[ContactSheet]:
     base = samples.read(settings.paths.samples, "base").drop_duplicates("id")
     text_of = dict(zip(base["id"], base["text"], strict=True))
     for role, title in TITLES.items():
-        prompt_ids = list(base["id"][base["role"] == role])
-        shown = prompt_ids[:: max(1, len(prompt_ids) // PROMPTS_PER_ROLE)][:PROMPTS_PER_ROLE]
+        of_role = base[base["role"] == role]
+        label_of = dict(zip(of_role["id"], of_role["label"], strict=True))
+        shown = stratified(list(label_of), PROMPTS_PER_ROLE, str, label_of.__getitem__)
         if shown:
             rows = [PromptRow(i, {v: images.decode(e[i]) for v, e in encoded.items()}, text_of[i]) for i in shown]
             yield ContactSheet(title, role, rows)

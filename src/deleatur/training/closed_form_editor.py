@@ -20,6 +20,7 @@ from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths import closed_form
 from deleatur.records.model import Concept, Delta, LowRank
 from deleatur.training.cost import Workload
+from deleatur.training.early_stopping import describe
 from deleatur.training.loop import ErasureContext, TrainingProgress
 from deleatur.training.parameters import select
 
@@ -179,11 +180,14 @@ class ClosedFormEditor:
         edited = edited_weights(self._model, Delta(self._differences(m), self._model.unet_digest, "", {}, ()))
         self._evaluations.append({"step": len(self._curve), **asdict(self._probe(edited))})
         base, last = self._evaluations[0]["preserved"], self._evaluations[-1]["preserved"]
-        degraded = base - last > (self._config.max_preserved_drift or 0) * abs(base)
+        degraded = not base - last <= (self._config.max_preserved_drift or 0) * abs(base)  # true for NaN as well
         if degraded and len(self._curve) == 1:
             raise ErasureRefused(
-                f"preserved prompts degraded from {base:.3f} to {last:.3f} with the first edit",
+                f"preserved prompts degraded from {base:.3f} to {last:.3f} with the first edit"
+                f"{describe(self._evaluations)}",
                 hint="lower edit.erase, raise edit.preserve or edit.lam",
+                record={"steps": 1, "evaluations": self._evaluations, "curve": self._curve},
+                weights=self._differences(m),
             )
         return degraded
 

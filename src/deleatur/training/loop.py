@@ -28,7 +28,7 @@ from deleatur.diffusion.overlay import weight_difference
 from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths.seeds import generator
 from deleatur.training.config import DRIFT_INTERVAL, TrainingConfig, TrajectoryTrainingConfig
-from deleatur.training.early_stopping import Evaluation, Probe, acceptable, best, thresholds
+from deleatur.training.early_stopping import Evaluation, Probe, acceptable, advice, best, describe, thresholds
 from deleatur.training.losses import (
     Batch,
     Denoiser,
@@ -40,7 +40,13 @@ from deleatur.training.losses import (
     TrajectoryTerm,
     mean_squared_error,
 )
-from deleatur.training.optimizer_state import SavedState, group_by_prefix, optimizer_tensors, restore_optimizer
+from deleatur.training.optimizer_state import (
+    SavedState,
+    check_finite,
+    group_by_prefix,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from deleatur.training.parameters import select
 from deleatur.training.trajectories import (
     TimestepDistribution,
@@ -200,7 +206,7 @@ def finetune(
             run.curve.append({"step": run.step, **values})
             if probe and (run.step % config.eval_every == 0 or run.step == config.iterations):
                 _evaluate(run, probe(_cast(model, run.teacher)))
-                _early_stopping(config, run)
+                _early_stopping(model, config, run)
             context.on_step(_progress(config, run))
     if run.stop == "guard":
         weights, selected = run.best, best(acceptable(run.evaluations, config.max_preserved_drop))["step"]
@@ -248,10 +254,7 @@ def _train_step(
         with torch.no_grad():
             drift = F.mse_loss(denoisers.student(batch.z, batch.t, c_0), denoisers.base(batch.z, batch.t, c_0))
         values["drift"] = float(drift)
-    # Before the optimizer steps: NaN in Adam's moments would stay there.
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            raise ErasureRefused(f"{name} became {values[name]} at step {run.step}", hint="lower training.lr")
+    check_finite(values, run.step + 1, config.lr, "training.lr", trained=run.step > 0)
     run.optimizer.step()
     with torch.no_grad():
         update_average(list(run.teacher.values()), [p.detach() for p in run.student.values()], run.step)
@@ -276,7 +279,7 @@ def _evaluate(run: TrainingState, evaluation: Evaluation) -> None:
     run.evaluations.append({"step": run.step, **asdict(evaluation)})
 
 
-def _early_stopping(config: TrainingConfig, run: TrainingState) -> None:
+def _early_stopping(model: Model, config: TrainingConfig, run: TrainingState) -> None:
     """Stops at the target rate or at degraded preserved prompts; copies the weights of the best evaluation.
 
     Raises ErasureRefused where no evaluation was acceptable: there are no weights to return to.
@@ -290,8 +293,10 @@ def _early_stopping(config: TrainingConfig, run: TrainingState) -> None:
             if not last[name] >= threshold  # true for NaN as well
         ]
         raise ErasureRefused(
-            f"preserved prompts degraded before the concept was erased: {', '.join(drops)}",
-            hint="lower training.lr, raise training.preservation_weight, or evaluate more often (training.eval_every)",
+            f"preserved prompts degraded before the concept was erased: {', '.join(drops)}{describe(run.evaluations)}",
+            hint=advice(run.evaluations, config.max_preserved_drop),
+            record={"steps": run.step, "evaluations": run.evaluations, "curve": run.curve},
+            weights=weight_difference(model, run.teacher),
         )
     if last not in candidates:
         run.stop = "guard"

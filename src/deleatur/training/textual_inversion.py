@@ -19,9 +19,14 @@ from torch import Tensor
 from deleatur.diffusion.encode import PromptParts, check_lengths, encode
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights, predict
-from deleatur.errors import DataError
 from deleatur.training.cost import Workload
-from deleatur.training.optimizer_state import SavedState, group_by_prefix, optimizer_tensors, restore_optimizer
+from deleatur.training.optimizer_state import (
+    SavedState,
+    check_finite,
+    group_by_prefix,
+    optimizer_tensors,
+    restore_optimizer,
+)
 
 PROMPT_TEMPLATES = {
     "object": ("a {}", "a picture of a {}", "a photo of a {}", "a painting of a {}", "one {}", "a small {}"),
@@ -186,7 +191,7 @@ def learn_tokens(
     Only the vectors carry a gradient: UNet, text encoder and embedding table are frozen. `unet_weights` replace the
     base model's, for inversion against an erased model. With `evaluate`, called every `eval_every` iterations and
     after the last, the vectors of the best evaluation are returned, otherwise the last ones. Resuming from `state`
-    gives the same bits as an uninterrupted run. Raises DataError when a loss becomes NaN or infinite.
+    gives the same bits as an uninterrupted run. Raises ErasureRefused when training diverges.
     """
     run, n = _initial_state(model, config, targets, initial), config.iterations
     # Groups are learned one after the other: memory is that of one group, whatever the number of tokens.
@@ -248,19 +253,17 @@ def _train_step(
     c = encode(model, [prompt for b in batches for prompt in b.prompts]).states
     error = (predict(model, unet_weights, z_t, t, c) - target).square()
     losses = error.reshape(len(vectors), -1).mean(1)
+    run.losses[group, step] = losses.detach().cpu()
     run.optimizer.zero_grad()
     losses.sum().backward()  # a sum, so that each token's gradient is that of its own loss
+    norm = max(float(v.grad.norm()) for v in vectors if v.grad is not None)
+    values = {"the inversion's loss": float(losses.detach().sum()), "its gradient norm": norm}
+    check_finite(values, step + 1, config.lr, "training.lr of the inversion or attack", trained=step > 0)
     run.optimizer.step()
     if max_norm is not None:
         with torch.no_grad():
             for v in vectors:
                 v *= (max_norm / v.norm(dim=-1, keepdim=True)).clamp(max=1)
-    run.losses[group, step] = losses.detach().cpu()
-    if not run.losses[group, step].isfinite().all():
-        raise DataError(
-            f"the loss of the inversion became NaN or infinite at iteration {step + 1}",
-            hint="lower training.lr, or start from another word (concepts.*.initializer_token)",
-        )
 
 
 def _evaluate(run: InversionState, group: slice, step: int, evaluate: TokenEvaluator) -> None:
