@@ -17,6 +17,7 @@ from tasks import PROJECT, RETRY_OPTIONS, error_with_next_command
 from deleatur.config.settings import Settings
 from deleatur.registry.decisions import open_registry
 from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION, LAST_KNOWN_GOOD
+from deleatur.report.markdown import escape_markdown
 from deleatur.storage import dvc_remote, remote
 
 DAY_SECONDS = 24 * 3600.0
@@ -43,7 +44,7 @@ def housekeeping(dry_run: bool = True, days: int = 90, remote: bool = False) -> 
             *old_flow_runs(dry_run, days),
         ]
         title = "What would be removed" if dry_run else "What was removed"
-        lines = "\n".join(f"- {line}" for line in items)
+        lines = "\n".join(f"- {escape_markdown(line)}" for line in items)
         create_markdown_artifact(f"# {title}\n\n{lines or 'Nothing.'}", key="housekeeping", description=title)
         return items
 

@@ -28,6 +28,7 @@ from deleatur.errors import DeleaturError, Interrupted, ServiceError
 from deleatur.records.report import Verdict
 from deleatur.registry import approval
 from deleatur.registry.decisions import STARTED_BY
+from deleatur.report.markdown import escape_markdown
 from deleatur.storage import dvc, dvc_remote, json_records, processes
 
 PROJECT = Path()
@@ -135,10 +136,13 @@ def read_verdict(settings: Settings) -> Verdict:
 def verdict_markdown(settings: Settings, verdict: Verdict) -> str:
     """The verdict as Markdown: rules, margins and reasons, without prompts or images."""
     margins = ["" if f.margin is None else f"{f.margin:+.3g}" for f in verdict.findings]
-    rows = [f"| {f.rule} | {f.outcome} | {m} | {f.reason} |" for f, m in zip(verdict.findings, margins, strict=True)]
+    rows = [
+        f"| {escape_markdown(f.rule)} | {f.outcome} | {margin} | {escape_markdown(f.reason)} |"
+        for f, margin in zip(verdict.findings, margins, strict=True)
+    ]
     return "\n".join(
         [
-            f"# {', '.join(settings.targets)}: {gate.headline(verdict)}",
+            f"# {escape_markdown(', '.join(settings.targets))}: {gate.headline(verdict)}",
             *([f"**{gate.SIMULATED_NOTICE}**"] if verdict.simulated else []),
             "",
             "| rule | outcome | margin | reason |",

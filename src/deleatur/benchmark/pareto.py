@@ -87,7 +87,7 @@ def draw(tables: Sequence[BenchmarkTable]) -> Figure:
 
 def _draw_panel(axes: Axes, title: str, points: Sequence[ParetoPoint]) -> None:
     plots.style_axes(axes)
-    axes.set_title(title, color=INK, loc="left", fontsize=11, fontweight="bold")
+    axes.set_title(plots.short_label(title), color=INK, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("removed, % of the base model's concept rate →", color=SOFT, fontsize=9)
     axes.set_ylabel("unseen prompts recognised, change in points →", color=SOFT, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -118,7 +118,7 @@ def _label(axes: Axes, points: Sequence[ParetoPoint]) -> None:
         axes,
         x,
         y,
-        ["none", *(p.row.name for p in points)],
+        ["none", *(plots.short_label(p.row.name) for p in points)],
         x_scatter=x,
         y_scatter=y,
         textsize=8,

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from deleatur.diffusion.rgb import to_rgb
 from deleatur.gate import CONCEPT_ROLES
 from deleatur.records.sampling import Role, Variant
+from deleatur.report.plots import short_label
 from deleatur.storage.files import atomic_write
 from deleatur.storage.images import contact_sheet, encode
 
@@ -55,7 +56,8 @@ def write_contact_sheet(
     """Writes the sheet as one PNG. cover: blur images of erased concepts beyond recognition. cell_size: pixels."""
     blurred = cover and sheet.is_covered
     rows = [[_blurred(row.images[v]) if blurred else row.images[v] for v in sheet.variants] for row in sheet.rows]
-    captions, corner = [sheet.caption(row) for row in sheet.rows], "simulated raters" if simulated else ""
+    captions = [short_label(sheet.caption(row)) for row in sheet.rows]
+    corner = "simulated raters" if simulated else ""
     image = contact_sheet(rows, captions, sheet.variants, corner=corner, cell_size=cell_size)
     with atomic_write(path) as partial:
         partial.write_bytes(encode(image))

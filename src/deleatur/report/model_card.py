@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deleatur.gate import SIMULATED_NOTICE, headline
 from deleatur.records.report import Report, Score, Verdict
+from deleatur.report.markdown import code, escape_markdown
 
 FILE_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -27,9 +29,12 @@ def render(name: str, base: str, level: float, report: Report, verdict: Verdict)
         base_model=base,
         eval_results=[_eval_result(s, provenance.prompts) for s in candidate],
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
+    # Not ModelCard.from_template, which escapes nothing.
+    environment = Environment(
+        finalize=escape_markdown, undefined=StrictUndefined, loader=FileSystemLoader(TEMPLATE.parent)
+    )
+    environment.filters["code"] = code
+    text = environment.get_template(TEMPLATE.name).render(
         name=name,
         provenance=provenance,
         report=report,
@@ -40,7 +45,7 @@ def render(name: str, base: str, level: float, report: Report, verdict: Verdict)
         level=f"{100 * level:g}",
         rows=_provenance_rows(report, verdict),
     )
-    return str(card.content)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").content)
 
 
 def _eval_result(score: Score, prompts: str) -> EvalResult:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ PIXEL = 1 / 72
 INTERVAL_WIDTH, INTERVAL_MARGIN = 260, 7
 """Pixels of an interval plot, and of the room for a marker at either end of its axis."""
 TICKS: Mapping[str, Any] = {"nbins": 5, "steps": [1, 2, 2.5, 5, 10]}
+MAX_LABEL = 48
+"""Characters of a label."""
 MAX_POINTS = 240
 """Points of a line; longer series are averaged over windows of equal length."""
 MAX_MARKED_POINTS = 30
@@ -92,7 +95,8 @@ def style() -> Iterator[None]:
     """Inside, matplotlib draws in our style, whatever the user's own configuration is."""
     # parse_math: a "$" in a name is a dollar sign. fonttype: text stays text, in the page's font.
     ours = {"svg.hashsalt": "deleatur", "svg.fonttype": "none", "text.parse_math": False, "axes.unicode_minus": True}
-    with matplotlib.style.context(["default", ours]):
+    with matplotlib.style.context(["default", ours]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's font may have it
         yield
 
 
@@ -123,7 +127,8 @@ def to_svg(figure: Figure, label: str, css_class: str = "") -> Markup:
     buffer = BytesIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    root = ET.fromstring(buffer.getvalue())
+    # matplotlib writes control characters of a name as they are, which is no XML.
+    root = ET.fromstring(re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", b"", buffer.getvalue()))
     _inline_markers(root)
     for element in root.iter():
         element.tag = element.tag.removeprefix(SVG)
@@ -155,6 +160,12 @@ def _themed(inline_style: str) -> str:
     properties = {value: name for name, value in COLOURS.items()}
     text = re.sub(r"font-family: [^;]*;? ?", "", inline_style)
     return re.sub(r"#[0-9a-f]{6}", lambda m: f"var({properties[m[0]]})" if m[0] in properties else m[0], text)
+
+
+def short_label(text: str) -> str:
+    """The text on one line, cut to what a plot has room for."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_LABEL else line[: MAX_LABEL - 1] + "…"
 
 
 def axis_limits(values: Sequence[float]) -> tuple[float, float]:
@@ -262,7 +273,9 @@ def line_chart(curve: Curve) -> Markup | None:
     axes.grid(visible=False, axis="x")
     for (name, points), line_style in zip(lines, cycle(SERIES_STYLES), strict=False):
         marker = "o" if len(points) <= MAX_MARKED_POINTS else None
-        axes.plot(*points.T, label=name, marker=marker, linewidth=2, markersize=6, clip_on=False, **line_style)
+        axes.plot(
+            *points.T, label=short_label(name), marker=marker, linewidth=2, markersize=6, clip_on=False, **line_style
+        )
     values = np.concatenate([points for _, points in lines])
     axes.set_ylim(axis_limits(values[:, 1].tolist()))
     axes.margins(x=0)
@@ -270,13 +283,13 @@ def line_chart(curve: Curve) -> Markup | None:
         axis.set_major_locator(MaxNLocator(**TICKS))
         axis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
     axes.tick_params(labelsize=10.5, pad=6)
-    axes.set_xlabel(curve.x, loc="right", color=SOFT, fontsize=10.5)
+    axes.set_xlabel(short_label(curve.x), loc="right", color=SOFT, fontsize=10.5)
     if curve.marker:
         _draw_marker(axes, *curve.marker)
     if len(lines) > 1:
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=len(lines), frameon=False, fontsize=11, labelcolor=SOFT
-        )
+        names = [short_label(name) for name, _ in lines]
+        columns = len(names) if len("".join(names)) < MAX_LABEL else 1
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=11, labelcolor=SOFT)
     ends = (f"{name} from {_number(points[0, 1])} to {_number(points[-1, 1])}" for name, points in lines if len(points))
     return to_svg(figure, f"{curve.title} over {curve.x}; {'; '.join(ends)}", "chart")
 
@@ -285,8 +298,8 @@ def _draw_marker(axes: Axes, x: float, label: str) -> None:
     low, high = axes.get_xlim()
     side, align = (5, "left") if x < (low + high) / 2 else (-5, "right")
     axes.axvline(x, color=INK, linewidth=1.2, linestyle=(0, (3, 3)), alpha=0.65)
-    axes.annotate(
-        label,
+    annotation = axes.annotate(
+        short_label(label),
         (x, 1),
         (side, -4),
         xycoords=("data", "axes fraction"),
@@ -296,6 +309,7 @@ def _draw_marker(axes: Axes, x: float, label: str) -> None:
         color=INK,
         fontsize=10.5,
     )
+    annotation.set_in_layout(False)
 
 
 def _averaged(series: Series) -> Any:
