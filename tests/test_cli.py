@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from deleatur import plugins
 from deleatur.cli import app
+from deleatur.errors import DataError
 
 run = CliRunner().invoke
 ROOT = Path(__file__).parents[1]
@@ -340,7 +342,7 @@ def test_methods_prints_hyperparameters_with_choices_and_meaning() -> None:
 
 
 def test_check_estimates_what_the_chain_takes(in_project: Path) -> None:
-    result = run(app, ["check", "--json"])
+    result = run(app, ["check", "--cost", "--json"])
     assert result.exit_code == 0, result.output
     lines = {line["name"]: line for line in json.loads(result.output)["cost"]}
     assert list(lines) == ["invert", "erase", "attack", "sample"]
@@ -349,7 +351,7 @@ def test_check_estimates_what_the_chain_takes(in_project: Path) -> None:
     assert erase["cost"]["workload"]["backward"] == 6 * (2 + 2), "six iterations of two states, and two preserved ones"
     assert erase["cost"]["trainable_parameters"] > 0
     assert all(line["seconds"] > 0 and line["cost"]["peak_memory"] > 0 for line in lines.values())
-    output = run(app, ["check"]).output
+    output = run(app, ["check", "--cost"]).output
     assert "What the chain takes on this machine" in output
 
 
@@ -374,3 +376,67 @@ def test_the_schema_in_the_repository_is_up_to_date(tmp_path: Path) -> None:
     assert json.loads(run(app, ["schema"]).output) == json.loads(text)
     params = (ROOT / "params.yaml").read_text("utf-8")
     assert params.startswith("# yaml-language-server: $schema=params.schema.json\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["methods", "guides"], ["check", "--params", b"\xff.yaml"]])
+def test_a_terminal_that_is_not_utf_8_gets_question_marks_instead_of_a_stack_trace(
+    arguments: list[str | bytes], encoding: str
+) -> None:
+    command = [sys.executable, "-m", "deleatur", *arguments]
+    result = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
+    assert "?" in result.stdout + result.stderr
+    assert result.returncode == (2 if "check" in arguments else 0)
+
+
+@pytest.mark.parametrize("columns", ["1", "20"])
+def test_help_fits_a_narrow_terminal(columns: str) -> None:
+    assert run(app, ["compare", "--help"], env={"COLUMNS": columns}).exit_code == 0
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    command = [sys.executable, "-m", "deleatur", "methods", "guides"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_message() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "deleatur", "methods", "guides"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == DataError.exit_code
+    assert result.stderr == "DataError: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "message"),
+    [
+        (2, ["check", "--params", "prompts"], "expected a YAML file, and prompts is a folder"),
+        (2, ["methods", "--cost", "nonsense"], "expected a kind of plug-in that uses the UNet"),
+        (2, ["methods", "--cost", "metrics"], "expected a kind of plug-in that uses the UNet"),
+        (2, ["emergency", " , ", "--as", "A", "--reason", "B"], "expected concepts of params.yaml (weapon), got none"),
+        (2, ["emergency", "weapon, vice", "--as", "A", "--reason", "B"], "got vice"),
+        (2, ["exporter", "--port", "99999"], "--port"),
+        (3, ["restore", "nowhere"], "expected a folder that `deleatur backup` has written"),
+        (3, ["restore", "prompts"], "expected a folder that `deleatur backup` has written"),
+        (3, ["schema", "prompts"], "Is a directory: prompts"),
+        (3, ["schema", "nowhere/schema.json"], "No such file or directory: nowhere/schema.json"),
+    ],
+)
+def test_a_wrong_argument_is_a_message(in_project: Path, code: int, arguments: list[str], message: str) -> None:
+    if arguments[0] == "emergency":
+        rule = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
+        section = {
+            "erase": {"method": "uce", "source": "words"},
+            "images_per_prompt": {"unseen": 1},
+            "rules": {"a": rule},
+        }
+        arguments = [*arguments, "--params", write(in_project / "emergency.yaml", emergency=section)]
+    result = run(app, arguments, env={"COLUMNS": "300"})
+    assert (result.exit_code, type(result.exception)) == (code, SystemExit), result.output
+    assert message in result.output

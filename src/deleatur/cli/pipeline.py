@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.text import Text
 
 from deleatur.cli.common import (
@@ -79,19 +80,37 @@ def _next_commands(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 @commands.command()
-def check(params: ParamsFile = PARAMS, as_json: AsJson = False) -> None:
-    """Validate params.yaml, the hyperparameters of every method and every input file; estimate what a run takes.
+def check(
+    params: ParamsFile = PARAMS,
+    as_json: AsJson = False,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Estimate also network calls, memory and time, by timing the UNet.")
+    ] = False,
+) -> None:
+    """Validate params.yaml, every method's hyperparameters and every prompt, word and input file, in seconds.
 
-    Runs nothing but one network call, which the time is estimated from.
+    Warns of preserved prompts that name a target, or are close to one for the local CLIP model. Loads no other network,
+    except with --cost.
     """
-    from deleatur.operations import estimate, preflight
+    from deleatur.operations import preflight, preserved_prompts
 
     settings = load_settings(params)
-    lines = preflight.check(settings)
-    estimates = estimate.chain_estimates(settings)
+    lines, estimates = preflight.check(settings), []
+    warnings = list(preserved_prompts.naming_targets(settings))
+    if preflight.local_folder(settings.reward.clip, "config.json"):
+        from deleatur.runtime import models
+
+        warnings += preserved_prompts.similar_to_targets(settings, models.clip_model(settings))
+    if cost:
+        from deleatur.operations import estimate  # imports diffusers' networks, which take as long as the checks
+
+        estimates = estimate.chain_estimates(settings)
     if as_json:
-        print_json({"ok": True, "checked": lines, "cost": [asdict(line) for line in estimates]})
+        costs = [asdict(line) for line in estimates]
+        print_json({"ok": True, "checked": lines, "warnings": warnings, "cost": costs})
         return
+    for warning in warnings:
+        out.print(f"[yellow]warning[/yellow]  {escape(warning)}", soft_wrap=True)
     for line in lines:
         out.print(f"[green]ok[/green]  {line}")
     print_estimates("What the chain takes on this machine, with nothing cached", estimates)

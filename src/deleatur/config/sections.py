@@ -85,7 +85,9 @@ PROJECT_FILES = {name: Path(name) for name in (".git", ".dvc", "params.yaml", "d
 
 
 def is_inside(inner: Path, outer: Path) -> bool:
-    return Path(os.path.abspath(inner)).is_relative_to(os.path.abspath(outer))
+    # On strings: settings are validated for every trial of a benchmark, and compare all their paths with each other.
+    child, parent = os.path.abspath(inner), os.path.abspath(outer)
+    return child == parent or child.startswith(parent.rstrip(os.sep) + os.sep)
 
 
 class Detection(Section):

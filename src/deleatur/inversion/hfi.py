@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from deleatur.diffusion.model import Model
@@ -62,6 +61,8 @@ class HFI(Inverter):
         count = min(self.num_tokens, len(candidates))
         labels = torch.zeros(len(candidates), dtype=torch.long)
         if count > 1:
+            from sklearn.cluster import KMeans  # slow import, which reading settings should not pay for
+
             kmeans = KMeans(count, n_init=10, random_state=derive(seed, "invert", "clusters") % 2**32)
             labels = torch.from_numpy(kmeans.fit_predict(data.features[candidates].double().numpy())).long()
         share = -(-self.top_k // count)

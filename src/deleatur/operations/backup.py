@@ -22,7 +22,9 @@ from deleatur.registry import ledger
 from deleatur.registry.decisions import locked_for_decision, open_registry
 from deleatur.registry.history import history
 from deleatur.registry.ledger import Ledger
+from deleatur.registry.mlflow_registry import QUARANTINED
 from deleatur.registry.registry_dump import RegistryDump
+from deleatur.registry.verify import verify
 from deleatur.storage import files, git
 
 WORKSPACE_FILES = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config")
@@ -89,6 +91,8 @@ def restore(settings: Settings, folder: Path) -> BackupInfo:
     _require_committed(folder / "workspace")
     registry = open_registry(settings)
     RegistryDump(registry, folder / "registry").load()
+    for number in sorted({*saved.aliases.values()} - {saved.aliases.get(QUARANTINED)}):
+        verify(settings, number, saved.entries)
     with files.atomic_write(target) as partial:
         shutil.copyfile(folder / "ledger.jsonl", partial)
     registry.set_aliases(saved.aliases)
@@ -103,6 +107,11 @@ def restore(settings: Settings, folder: Path) -> BackupInfo:
 
 
 def _verified_manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise DataError(
+            f"expected a folder that `deleatur backup` has written, and there is no {folder / MANIFEST}",
+            hint="deleatur restore FOLDER",
+        )
     manifest: dict[str, Any] = files.read_json(folder / MANIFEST)
     digests = dict(_digests(folder))
     for name in sorted(manifest["files"].keys() | digests.keys()):

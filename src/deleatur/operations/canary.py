@@ -27,10 +27,11 @@ from deleatur.gate import RuleEvaluation
 from deleatur.guides import Guide
 from deleatur.maths.intervals import rate
 from deleatur.maths.seeds import derive
+from deleatur.maths.subsets import stratified
 from deleatur.records.report import CanaryResult, ConceptCheck, DetectorInfo, Score
 from deleatur.records.sampling import Prompt, Variant
-from deleatur.registry import ledger
-from deleatur.registry.decisions import open_registry
+from deleatur.registry.decisions import checked_ledger, open_registry
+from deleatur.registry.history import consistent_ledger
 from deleatur.registry.mlflow_registry import CHAMPION, Registry
 from deleatur.registry.rollback import RollbackResult, quarantine
 from deleatur.registry.verify import verify
@@ -60,14 +61,16 @@ def pending_check(settings: Settings) -> tuple[str, list[str]] | None:
     version, concepts = champion_and_concepts(settings)
     if version is None or not concepts:
         return None
-    verify(settings, version, ledger.read(settings.register_.ledger).entries, fetch=False)
+    verify(settings, version, checked_ledger(settings).entries, fetch=False)
     return version, concepts
 
 
 def champion_and_concepts(settings: Settings) -> tuple[str | None, list[str]]:
-    """The champion according to the ledger, and every concept that any champion has erased and that is not retired."""
-    decisions, registry = ledger.read(settings.register_.ledger), open_registry(settings)
-    decisions.require_intact()
+    """The champion, and every concept that any champion has erased and that is not retired.
+
+    Raises DataError if the ledger was lost or changed, or an alias was moved by hand: the champion is then unknown.
+    """
+    decisions, registry = consistent_ledger(settings), open_registry(settings)
     champions = dict.fromkeys(v for entry in decisions.entries if (v := entry.aliases.get(CHAMPION)))
     concepts = dict.fromkeys(name for v in champions for name in _erased_concepts(registry, v))
     if settings.canary.result_file.is_file():  # versions that were deleted since have lost their tags
@@ -123,7 +126,7 @@ def check(settings: Settings, version: str, concepts: Sequence[str]) -> CanaryRe
 
 def decide(settings: Settings, result: CanaryResult) -> RollbackResult | None:
     """Quarantine the checked version if a concept is back in it and it is still the champion; else None."""
-    if not result.breach or ledger.read(settings.register_.ledger).aliases.get(CHAMPION) != result.version:
+    if not result.breach or checked_ledger(settings).aliases.get(CHAMPION) != result.version:
         return None
     return quarantine(settings, result.version, ACTOR, result.breach)
 
@@ -175,8 +178,10 @@ def _undefined_concept(concept: str) -> ConceptCheck:
 def _contact_sheet(
     concept: str, prompts: Sequence[Prompt], images: ImagesByVariant, images_per_prompt: int
 ) -> ContactSheet:
+    position = {prompt.id: i for i, prompt in enumerate(prompts)}
+    shown = stratified(prompts, SHEET_ROWS, lambda p: p.id, lambda p: p.label)
     rows = [
-        PromptRow(prompt.id, {variant: sampled[i * images_per_prompt] for variant, sampled in images.items()})
-        for i, prompt in enumerate(prompts)
+        PromptRow(p.id, {variant: sampled[position[p.id] * images_per_prompt] for variant, sampled in images.items()})
+        for p in shown
     ]
-    return ContactSheet(concept, "concept", rows[:: max(1, len(rows) // SHEET_ROWS)][:SHEET_ROWS])
+    return ContactSheet(concept, "concept", rows)

@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
 from deleatur.operations.http_clients import PrefectClient, Response, request
-from deleatur.registry import ledger, mlflow_client, signing
-from deleatur.registry.decisions import open_registry
+from deleatur.registry import mlflow_client, signing
+from deleatur.registry.decisions import checked_ledger, open_registry
 from deleatur.registry.history import history
 from deleatur.registry.mlflow_registry import CHAMPION, LAST_KNOWN_GOOD
 from deleatur.registry.verify import signing_keys, verify
@@ -232,16 +232,15 @@ def _deployments() -> list[dict[str, Any]]:
 
 
 def _aliases(settings: Settings) -> Iterator[Diagnosis]:
-    decisions = ledger.read(settings.register_.ledger)
-    if not decisions.entries and not decisions.problem:
+    report = history(settings)
+    if not report.entries and not report.problems:
         yield ok("the ledger has no decisions yet")
         return
-    report = history(settings)
     for problem in report.problems:
         yield fail(str(problem), problem.hint)
     if not report.problems:
         yield ok(report.summary)
-        champion = decisions.aliases.get(CHAMPION)
+        champion = report.entries[-1].aliases.get(CHAMPION)
         yield ok(f"version {champion} is champion") if champion else warn("there is no champion", "deleatur history")
         if champion and (reason := open_registry(settings).tags(champion).get("emergency")):
             yield warn(
@@ -255,7 +254,7 @@ def _signatures(settings: Settings) -> Iterator[Diagnosis]:
             "register.trusted_keys is empty: anyone with write access to the store can replace a model",
             signing.MAKE_KEY_COMMAND,
         )
-    decisions = ledger.read(settings.register_.ledger)
+    decisions = checked_ledger(settings)
     for alias in (CHAMPION, LAST_KNOWN_GOOD):
         if number := decisions.aliases.get(alias):
             statement = verify(settings, number, decisions.entries, fetch=False)

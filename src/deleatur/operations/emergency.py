@@ -16,8 +16,7 @@ from deleatur.config.methods import PLAIN_GUIDE
 from deleatur.config.settings import Settings, merged
 from deleatur.errors import DataError, SettingsError
 from deleatur.records.report import Verdict
-from deleatur.registry import ledger
-from deleatur.registry.decisions import STARTED_BY, open_registry
+from deleatur.registry.decisions import STARTED_BY, checked_ledger, open_registry
 from deleatur.registry.mlflow_registry import CHAMPION
 from deleatur.stages import evaluate, gate, register
 from deleatur.storage import json_records
@@ -48,13 +47,18 @@ def run(settings: Settings, concepts: Sequence[str], who: str, reason: str) -> V
 def emergency_settings(settings: Settings, concepts: Sequence[str]) -> Settings:
     """The settings with those of the section `emergency` merged in.
 
-    Raises SettingsError if there is no such section, or a concept is not defined.
+    Raises SettingsError if there is no such section, no concept is named, or one is not defined.
     """
     section = settings.emergency
     if section is None:
         raise SettingsError(
             "params.yaml has no section `emergency`, which names the method and the policy of emergency releases",
             hint="add it, see docs/release.md; then: deleatur check",
+        )
+    if not concepts:
+        raise SettingsError(
+            f"expected concepts of params.yaml ({', '.join(settings.concepts)}), got none",
+            hint="deleatur emergency CONCEPT --as NAME --reason WHY",
         )
     targets = list(dict.fromkeys([*concepts, *_champion_concepts(settings)]))
     if undefined := [name for name in targets if name not in settings.concepts]:
@@ -87,5 +91,5 @@ def note(settings: Settings, reason: str) -> str:
 
 def _champion_concepts(settings: Settings) -> list[str]:
     """Concepts that the champion has erased, which would be back in a release without them."""
-    champion = ledger.read(settings.register_.ledger).aliases.get(CHAMPION)
+    champion = checked_ledger(settings).aliases.get(CHAMPION)
     return [n for n in open_registry(settings).tags(champion).get("concepts", "").split("+") if n] if champion else []

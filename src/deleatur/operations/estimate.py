@@ -22,6 +22,7 @@ from deleatur.config.plugin_config import Hyperparameters
 from deleatur.config.settings import Settings
 from deleatur.diffusion import architecture, folders
 from deleatur.erasers import Eraser
+from deleatur.errors import SettingsError
 from deleatur.evaluation import probe
 from deleatur.guides import Guide
 from deleatur.guides.cfg import CFG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ def check(settings: Settings) -> list[str]:
     """
     for folder in settings.paths.outputs.values():
         files.demand_untracked(folder)
+    _check_names(settings)
     lines = [*_methods(settings), *_networks(settings)]
     lines += [f"{m.kind}: {m.name} is a plug-in of {m.origin}" for m in methods.in_use(settings) if m.package]
     for name in settings.targets:
@@ -49,7 +51,7 @@ def check(settings: Settings) -> list[str]:
     lines.append(
         f"paths.prompts: {len(prompts.evaluation_prompts(settings))} prompts of the split {settings.sample.split}"
     )
-    if pipeline := _local_folder(settings.base.model, "model_index.json"):
+    if pipeline := local_folder(settings.base.model, "model_index.json"):
         schedule = pipelines.read_schedule(pipeline)
         _check_timesteps(settings, schedule)
         timesteps = schedule.timesteps(settings.sample.steps)
@@ -57,7 +59,8 @@ def check(settings: Settings) -> list[str]:
         check_prompt_lengths(settings, pipeline)
         lines.append("base.model: every word, template and prompt fits its text encoder")
     demand_labels(settings)
-    lines.append(f"ingest.sources: {len(ingest.find_sources(settings.ingest.sources))} file(s)")
+    sources = ingest.find_sources(settings.ingest.sources, required=methods.requires_ratings(settings))
+    lines.append(f"ingest.sources: {len(sources)} file(s)")
     if methods.eraser(settings).learns_from_images:
         for name in settings.targets:
             ingest.demand_rated(settings, name)
@@ -79,6 +82,23 @@ def _check_timesteps(settings: Settings, schedule: NoiseSchedule) -> None:
             methods.configured(settings.erase, Eraser, "erase", name).check_schedule(schedule)
 
 
+NAME = re.compile(r"\w[\w.\- ]*")
+
+
+def _check_names(settings: Settings) -> None:
+    """Names of metrics are part of MLflow's metric names, METRIC/SLICE/VARIANT, and those of detectors of a prompt's
+    label, DETECTOR:LABEL. MLflow refuses other characters when a version is registered, after everything has run.
+    """
+    for section, names in (("metrics", settings.evaluate.metrics), ("detectors", settings.evaluate.detectors)):
+        for name in names:
+            if len(name) > 100 or not NAME.fullmatch(name):
+                raise SettingsError(
+                    f"evaluate.{section}.{name}: expected a name of at most 100 letters, digits, spaces and _ - . only, "
+                    f"got {name!r}",
+                    hint="rename it wherever params.yaml and prompts refer to it, then: deleatur check",
+                )
+
+
 def _benchmark(settings: Settings) -> Iterator[str]:
     """Every concept has prompts and detector labels; every method entry runs, or is refused with a reason."""
     if settings.compare is None:
@@ -88,7 +108,7 @@ def _benchmark(settings: Settings) -> Iterator[str]:
         prompts.read(settings.concepts[concept].prompts, "dev", concept, "concept")
         demand_labels(plan.trial_settings(settings, plan.Trial(concept, plan.NONE, settings.seed)))
         refused = [row for row in rows if plan.refusal(settings, concept, row)]
-        if pipeline := _local_folder(settings.base.model, "model_index.json"):
+        if pipeline := local_folder(settings.base.model, "model_index.json"):
             schedule = pipelines.read_schedule(pipeline)
             for row in (row for row in rows if row not in refused):
                 with error_context(f"compare, {row}"):
@@ -134,12 +154,12 @@ NOT_LOCAL = "not on this disk, downloaded at first use"
 
 def _network(where: str, address: str, check: Callable[[Path], None], file: str = "config.json") -> Iterator[str]:
     with error_context(where):
-        if folder := _local_folder(address, file):
+        if folder := local_folder(address, file):
             check(folder)
     yield f"{where}: {address}" + ("" if folder else f", {NOT_LOCAL}")
 
 
-def _local_folder(address: str, file: str) -> Path | None:
+def local_folder(address: str, file: str) -> Path | None:
     """The folder of a model that is on this disk."""
     return None if "://" in address or address.startswith("models:/") else folders.locate(address, file)
 

@@ -13,7 +13,7 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DataError, ModelError
 from deleatur.operations.exporter.series import counter, gauge, unix_time
 from deleatur.registry import ledger
-from deleatur.registry.decisions import open_registry, quarantine_reasons
+from deleatur.registry.decisions import checked_ledger, open_registry, quarantine_reasons
 from deleatur.registry.ledger import Entry
 from deleatur.registry.mlflow_registry import ALIASES, CHAMPION, LAST_KNOWN_GOOD
 from deleatur.registry.signing import UNSIGNED
@@ -44,9 +44,9 @@ def ledger_metrics(settings: Settings) -> Iterator[Metric]:
 def registry_metrics(settings: Settings) -> Iterator[Metric]:
     """State according to the registry. Before the first decision it is not queried: MLflow would create its store."""
     decisions = ledger.read(settings.register_.ledger)
-    if not decisions.entries:
-        return
     registry = open_registry(settings)
+    if not (decisions.entries or registry.exists):
+        return
     try:
         pending = float(len(decisions.entries_after(registry.ledger_position())))
     except DataError:
@@ -71,7 +71,7 @@ def registry_metrics(settings: Settings) -> Iterator[Metric]:
 
 def signature_metrics(settings: Settings) -> Iterator[Metric]:
     """Whether the files of the champion, and of the version a rollback would restore, are the ones that were judged."""
-    aliases = ledger.read(settings.register_.ledger).aliases
+    aliases = checked_ledger(settings).aliases
     hour = int(time.monotonic() // HOUR)
     signers = {(a,): _signer(settings, aliases[a], hour) for a in (CHAMPION, LAST_KNOWN_GOOD) if a in aliases}
     verified = {alias: float(by is not None) for alias, by in signers.items()}
@@ -90,7 +90,7 @@ def _signer(settings: Settings, version: str, hour: int) -> str | None:
         for old in [k for k in _verified if k[2] != hour]:
             del _verified[old]
         try:
-            statement = verify(settings, version, ledger.read(settings.register_.ledger).entries, fetch=False)
+            statement = verify(settings, version, checked_ledger(settings).entries, fetch=False)
             _verified[key] = statement.signed_by if statement else UNSIGNED
         except (DataError, ModelError):
             _verified[key] = None

@@ -1,0 +1,88 @@
+"""`deleatur check` refuses every text that the text encoder could not take, by its place, before anything runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import workspace
+
+from deleatur.diffusion.pipelines import TextLimits
+from deleatur.errors import DataError
+from deleatur.operations.preflight import check
+
+BUILT_IN = Path(__file__).parents[2] / "models" / "pipeline"
+LONG = " ".join(["gun"] * 90)
+
+
+@pytest.mark.parametrize("texts", [["a gun", "A  GUN, in ink style!", "", "kühl 猫 zzzz"]])
+def test_lengths_are_those_of_the_pipelines_own_tokenizer(tmp_path: Path, texts: list[str]) -> None:
+    from transformers import CLIPTokenizer
+
+    for folder in (BUILT_IN, tiny.save_pipeline(tmp_path)):
+        own, limits = CLIPTokenizer.from_pretrained(folder / "tokenizer"), TextLimits.from_folder(folder)
+        for text in [*texts, LONG]:
+            ids = own(text, add_special_tokens=False).input_ids
+            assert limits.tokenizer(text, add_special_tokens=False).input_ids == ids
+    assert TextLimits.from_folder(BUILT_IN).max_tokens == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"words": ["gun", LONG]}, r"concepts\.weapon\.words"),
+        ({"prompt_templates": ["{}", f"{LONG} {{}}"]}, r"concepts\.weapon\.words, prompt_templates"),
+    ],
+)
+def test_a_concept_that_is_too_long_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = workspace.small_params(tmp_path)
+    check(workspace.create(tmp_path, **values))
+    values["concepts"]["weapon"] |= changes
+    with pytest.raises(DataError, match=place):
+        check(workspace.create(tmp_path, **values))
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_prompt_that_is_too_long_is_refused_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = workspace.create(tmp_path, **workspace.small_params(tmp_path))
+    with settings.concepts["weapon"].prompts.open("a") as file:
+        file.write(f"too-long,{LONG},judge:gun,concept,{split}\n")
+    with pytest.raises(DataError, match=r"weapon\.csv, prompt too-long: .* tokens; the text encoder takes"):
+        check(settings)
+
+
+def test_all_words_in_one_prompt_have_to_fit_where_the_eraser_joins_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = workspace.small_params(tmp_path)
+    values["concepts"]["weapon"]["words"] = [f"gun sword {'cat ' * i}dog" for i in range(9)]
+    values["erase"] |= {"method": "sdd", "source": "words"}
+    values["erase"]["sdd"]["order"] = "single"
+    check(workspace.create(tmp_path, **values))
+    values["erase"]["sdd"]["order"] = "paper"
+    with pytest.raises(DataError, match=r"erase\.sdd\.order paper, all words or tokens in one prompt: "):
+        check(workspace.create(tmp_path, **values))
+
+
+def test_a_check_imports_no_library_that_only_stages_need() -> None:
+    """Each takes about as long to import as the checks themselves."""
+    code = (
+        "import sys; from deleatur.config.settings import Settings; from deleatur.operations import preflight; "
+        "preflight.check(Settings.load()); print(*sys.modules)"
+    )
+    root = BUILT_IN.parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    slow = {"sklearn", "scipy.stats", "mlflow", "great_expectations", "transformers.models", "diffusers.models.unets"}
+    assert loaded & slow == set()
