@@ -81,6 +81,7 @@ def checkout(settings: Settings, version: str) -> Iterator[tuple[Path, dict[str,
         )
     # The champion to compare with is looked up in today's registry.
     params["register"] = settings.register_.model_dump(mode="json")
+    params["register"]["ledger"] = str(settings.register_.ledger.resolve())
     with TemporaryDirectory(prefix="deleatur-") as folder:
         root = Path(folder) / "checkout"
         git.clone_at_commit(PROJECT, tags["git_commit"], root)

@@ -29,6 +29,7 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
 from deleatur.operations import canary as stage
 from deleatur.records.report import CanaryResult, Outcome
+from deleatur.registry.decisions import without_ledger
 from deleatur.registry.rollback import RollbackResult
 from deleatur.storage import json_records, remote
 
@@ -77,7 +78,8 @@ def check(params: str, version: str, concepts: list[str], storage_uri: str | Non
     with error_with_next_command():
         (PROJECT / "params.yaml").write_text(params, "utf-8")
         settings = Settings.load()
-        result = check_here(settings, version, concepts)
+        with without_ledger():
+            result = check_here(settings, version, concepts)
         for sheet in settings.canary.folder.glob("*.png") if storage_uri else ():
             remote.upload(sheet, f"{storage_uri}/{sheet.name}")
         return_text("canary", JOB_NAME, json_records.encode(result).decode())

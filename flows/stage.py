@@ -13,6 +13,7 @@ from workers import return_text
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
+from deleatur.registry.decisions import without_ledger
 from deleatur.runtime import event_log
 from deleatur.stages import STAGES
 from deleatur.storage import dvc, dvc_remote, remote
@@ -42,7 +43,7 @@ def stage(
             dvc_remote.use_remote(root, store)
         pull(root, *STAGES[: STAGES.index(name)])
         settings = Settings.load()
-        with resumed(name, settings, storage_uri):
+        with without_ledger(), resumed(name, settings, storage_uri):
             try:
                 ran = reproduce(name, [*dvc.PULL, *dvc_options])
             except DeleaturError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ from deleatur.cli import app
 from deleatur.config.settings import Settings
 from deleatur.errors import ModelError, SettingsError
 from deleatur.registry import ledger, model_files
-from deleatur.registry.decisions import open_registry
-from deleatur.registry.signing import KEY_VARIABLE
+from deleatur.registry.decisions import open_registry, without_ledger
+from deleatur.registry.signing import KEY_VARIABLE, Keys, create_statement
 from deleatur.runtime import models
 from deleatur.stages import gate, register, sample
 from deleatur.storage import dvc, tensors
@@ -67,7 +68,7 @@ def _delete_signature(version: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(_replace_weights, "is not the file that was signed"), (_delete_signature, "but it is missing")],
+    [(_replace_weights, "is not the file that was signed"), (_delete_signature, "is missing")],
 )
 def test_changed_version_is_refused_by_every_command(
     signing: Settings, change: Callable[[Path], None], said: str
@@ -108,6 +109,117 @@ def test_changed_version_is_refused_by_every_command(
     assert not Path("after").exists()
     assert open_registry(signing).alias("champion") == "2"
     assert models.local_path(signing, "models:/deleatur/2"), "the other version still loads"
+
+
+def _delete_statement(statement: Path, _: Path) -> None:
+    statement.unlink()
+
+
+def _rewrite_statement(statement: Path, _: Path) -> None:
+    envelope, _ = create_statement(statement.parents[2], {"outcome": "pass"}, Keys(None, ()))
+    statement.write_bytes(envelope)
+
+
+def _swap_versions(statement: Path, other: Path) -> None:
+    shutil.rmtree(statement.parents[2])
+    shutil.copytree(other.parents[2], statement.parents[2])
+
+
+CHANGES = (
+    (_delete_statement, "is missing", "restore"),
+    (_rewrite_statement, "is not the statement that the registry records", "quarantine"),
+    (_swap_versions, "is not the statement that the registry records", "quarantine"),
+)
+
+
+@pytest.mark.parametrize("keys", ["signed", "unsigned"])
+def test_every_load_compares_the_statement_with_registry_and_ledger(
+    signing: Settings, keys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = signing
+    if keys == "unsigned":
+        monkeypatch.delenv(KEY_VARIABLE)
+        params = Path("params.yaml")
+        params.write_text(params.read_text("utf-8").replace("[release.pub.pem]", "[]"), "utf-8")
+        settings = Settings.load()
+    register_with_limit(settings, -5.0)
+    register_with_limit(settings, -6.0)
+    based = settings.model_copy(update={"base": settings.base.model_copy(update={"model": "models:/deleatur/2"})})
+    first, second = (
+        Path(model_files.local_folder(f"models:/deleatur/{v}", "statement")) / "statement.json" for v in "12"
+    )
+    model = second.parents[2]
+    shutil.copytree(model, "intact")
+    # A rewritten statement of a signed version is refused for its signature.
+    for change, message, advice in CHANGES if keys == "unsigned" else (CHANGES[0], CHANGES[2]):
+        change(second, first)
+        for command in (("verify", "2"), ("export", "after", "--version", "2")):
+            code, text = run_cli(*command)
+            assert (code, message in text, advice in text.partition("Next: ")[2]) == (4, True, True), text
+        assert not Path("after").exists()
+        for address in ("models:/deleatur/2", "models:/deleatur@champion", f"models:/{model.parent.name}"):
+            for part in ("pipeline", "delta"):
+                with pytest.raises(ModelError, match=message):
+                    models.local_path(settings, address, part)
+        with pytest.raises(ModelError, match=message):
+            models.base_model(based)
+        assert models.local_path(settings, "models:/deleatur/1"), "the other version still loads"
+        shutil.rmtree(model)
+        shutil.copytree("intact", model)
+        assert models.local_path(settings, "models:/deleatur/2")
+
+
+def test_tags_that_were_changed_too_are_detected_by_the_ledger(
+    signing: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_with_limit(signing, -5.0)
+    register_with_limit(signing, -6.0)
+    registry = open_registry(signing)
+    first, second = (Path(model_files.local_folder(f"models:/deleatur/{v}", "statement")) for v in "12")
+    _swap_versions(second / "statement.json", first / "statement.json")
+    registry.tag("2", {"files": registry.tags("1")["files"]})
+    with pytest.raises(ModelError, match="line 3 of the ledger"):
+        models.local_path(signing, "models:/deleatur/2")
+
+
+def test_lost_ledger_is_reported_by_every_command(signing: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_with_limit(signing, -5.0)
+    signing.register_.ledger.unlink()
+    for command in (
+        ("history",),
+        ("verify", "1"),
+        ("export", "out1", "--version", "1"),
+        ("canary", "--dry-run"),
+        ("emergency", "weapon", "--as", "Ada", "--reason", "seen"),
+        ("rollback", "--as", "Ada", "--reason", "seen"),
+    ):
+        code, text = run_cli(*command)
+        assert (code, "lines were removed or changed" in text, "settle --adopt" in text) == (3, True, True), text
+    code, text = run_cli("doctor")
+    assert (code, text.count("lines were removed or changed")) == (1, 2), text
+    with without_ledger():  # a worker never has one
+        assert models.local_path(signing, "models:/deleatur/1")
+
+
+def test_files_of_a_moved_project_are_missing_and_not_changed(
+    signing: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_with_limit(signing, -5.0)
+    mlruns = Path("mlruns").resolve()
+    moved = mlruns.with_name("moved")
+    mlruns.rename(moved)
+    code, text = run_cli("verify", "1")
+    assert (code, "is missing" in text, "quarantine" in text) == (4, True, False), text
+    moved.rename(mlruns)
+    assert run_cli("verify", "1")[0] == 0
+    root, new = Path.cwd(), Path.cwd().with_name(f"{Path.cwd().name}-new")
+    root.rename(new)
+    monkeypatch.chdir(new)
+    code, text = run_cli("verify", "1")
+    assert (code, f"moved from {root}" in text, "quarantine" in text) == (4, True, False), text
+    command = text.partition("Next: ")[2].partition(", or move")[0]
+    subprocess.run(command, shell=True, check=True)
+    assert run_cli("verify", "1")[0] == 0, "the advice works"
 
 
 def test_nothing_is_registered_without_the_key(signing: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,10 +94,11 @@ def verify(
 
     Exit code: 4 where a file was changed, added or removed, could run code when loaded, or no trusted key signed it.
     """
-    from deleatur.registry import ledger, verify
+    from deleatur.registry import verify
+    from deleatur.registry.decisions import checked_ledger
 
     settings = load_settings(params)
-    statement = verify.verify(settings, version, ledger.read(settings.register_.ledger).entries)
+    statement = verify.verify(settings, version, checked_ledger(settings).entries)
     verdict = verify.verdict_summary(settings, version)
     if as_json:
         print_json({"version": version, "files": dict(statement.files) if statement else None, "standing": verdict})

@@ -26,6 +26,9 @@ from deleatur.storage import git
 STARTED_BY = "DELEATUR_STARTED_BY"
 """Environment variable with the name of who started the run; takes precedence over git's user."""
 
+WITHOUT_LEDGER = "DELEATUR_WITHOUT_LEDGER"
+"""Environment variable of processes on workers. These have no ledger: versions are compared with the registry alone."""
+
 
 @dataclass(frozen=True)
 class AliasMismatch:
@@ -106,6 +109,31 @@ def alias_mismatches(decided: Mapping[str, str], registered: Mapping[str, str]) 
 def open_registry(settings: Settings) -> Registry:
     section = settings.register_
     return Registry(section.tracking_uri, section.experiment, section.model)
+
+
+def checked_ledger(settings: Settings) -> Ledger:
+    """The ledger, compared with the registry. Raises DataError where it was changed or lost, or is another registry's.
+
+    Where neither exists, the registry is not queried: MLflow would create its store. On a worker without ledger, it is
+    empty.
+    """
+    recorded, registry = ledger.read(settings.register_.ledger), open_registry(settings)
+    recorded.require_intact()
+    if recorded.entries or (registry.exists and not os.environ.get(WITHOUT_LEDGER)):
+        recorded.entries_after(registry.ledger_position())
+    return recorded
+
+
+@contextmanager
+def without_ledger() -> Iterator[None]:
+    """Work on a worker, see WITHOUT_LEDGER."""
+    before = os.environ.get(WITHOUT_LEDGER)
+    os.environ[WITHOUT_LEDGER] = "true"
+    try:
+        yield
+    finally:
+        os.environ.pop(WITHOUT_LEDGER)
+        os.environ.update({WITHOUT_LEDGER: before} if before else {})
 
 
 @contextmanager

@@ -12,8 +12,14 @@ from rich.text import Text
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.registry import ledger
-from deleatur.registry.decisions import LockedRegistry, alias_mismatches, locked_registry, open_registry
-from deleatur.registry.ledger import Entry, Subject
+from deleatur.registry.decisions import (
+    LockedRegistry,
+    alias_mismatches,
+    checked_ledger,
+    locked_registry,
+    open_registry,
+)
+from deleatur.registry.ledger import Entry, Ledger, Subject
 from deleatur.registry.mlflow_registry import ALIASES, CHAMPION
 
 SETTLE_HINT = "deleatur settle --as NAME --reason WHY"
@@ -53,11 +59,13 @@ def history(settings: Settings) -> History:
     return History(recorded.entries, _table(recorded), list(_problems(settings, recorded)), recorded.torn_bytes)
 
 
-def _problems(settings: Settings, recorded: ledger.Ledger) -> Iterator[DataError]:
+def _problems(settings: Settings, recorded: Ledger) -> Iterator[DataError]:
     if recorded.problem:
         yield DataError(recorded.problem, hint=ledger.RECOVERY_HINT)
         return
     registry = open_registry(settings)
+    if not (recorded.entries or registry.exists):
+        return  # nothing is decided yet; a query would make MLflow create its store
     try:
         pending = recorded.entries_after(registry.ledger_position())
     except DataError as e:
@@ -69,6 +77,16 @@ def _problems(settings: Settings, recorded: ledger.Ledger) -> Iterator[DataError
         return
     for mismatch in alias_mismatches(recorded.aliases, registry.aliases()):
         yield DataError(f"moved by hand: {mismatch}", hint=SETTLE_HINT)
+
+
+def consistent_ledger(settings: Settings) -> Ledger:
+    """The ledger. Raises DataError where `history` reports a problem other than a decision that is pending."""
+    recorded, registry = checked_ledger(settings), open_registry(settings)
+    if recorded.entries or registry.exists:
+        pending = recorded.entries_after(registry.ledger_position())
+        for mismatch in [] if pending else alias_mismatches(recorded.aliases, registry.aliases()):
+            raise DataError(f"moved by hand: {mismatch}", hint=SETTLE_HINT)
+    return recorded
 
 
 def settle(settings: Settings, who: str, reason: str, *, adopt: bool = False) -> list[str]:
@@ -114,7 +132,7 @@ def _reason_with(reason: str, *findings: object) -> str:
     return f"{reason} ({'; '.join(map(str, findings))})"
 
 
-def _table(recorded: ledger.Ledger) -> Table:
+def _table(recorded: Ledger) -> Table:
     table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
     for name in ("line", "when, UTC", "what", "version", "live"):
         table.add_column(name, no_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -24,7 +25,7 @@ PAGE_SIZE = 100
 
 def use_tracking_uri(uri: str) -> None:
     """Points MLflow's own loaders at our store, and leaves the environment of child processes as it was."""
-    mlflow.set_tracking_uri(ENVIRONMENT_URI or uri)
+    mlflow.set_tracking_uri(tracking_uri(uri))
     if ENVIRONMENT_URI is None:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
 
@@ -32,6 +33,23 @@ def use_tracking_uri(uri: str) -> None:
 def connect(uri: str) -> mlflow.MlflowClient:
     use_tracking_uri(uri)
     return mlflow.MlflowClient()
+
+
+def tracking_uri(uri: str) -> str:
+    """The URI in use: MLFLOW_TRACKING_URI takes precedence over `uri`."""
+    return ENVIRONMENT_URI or uri
+
+
+def store_exists(uri: str) -> bool:
+    """Whether a store exists already; False for a SQLite file that MLflow would create. Servers are not queried."""
+    path = sqlite_file(uri)
+    return path is None or path.is_file()
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite store."""
+    _, found, path = tracking_uri(uri).partition("sqlite:///")
+    return Path(path.partition("?")[0]) if found else None
 
 
 @contextmanager

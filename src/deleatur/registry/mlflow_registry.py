@@ -25,9 +25,17 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from deleatur.errors import DataError
 from deleatur.registry import signing
 from deleatur.registry.ledger import LedgerPosition
-from deleatur.registry.mlflow_client import all_pages, connect, ignore_existing, translated_errors
+from deleatur.registry.mlflow_client import (
+    all_pages,
+    connect,
+    ignore_existing,
+    store_exists,
+    tracking_uri,
+    translated_errors,
+)
 from deleatur.registry.mlflow_runs import EVIDENCE_TAG, Evidence, Runs
 from deleatur.registry.model_files import model_files
+from deleatur.storage.remote import without_password
 
 CHAMPION, CHALLENGER, LAST_KNOWN_GOOD, QUARANTINED = "champion", "challenger", "last_known_good", "quarantined"
 ALIASES = (QUARANTINED, LAST_KNOWN_GOOD, CHAMPION, CHALLENGER)
@@ -65,6 +73,15 @@ class Registry:
     @cached_property
     def runs(self) -> Runs:
         return Runs(self.uri, self.experiment)
+
+    @property
+    def exists(self) -> bool:
+        return store_exists(self.uri)
+
+    @property
+    def shown_uri(self) -> str:
+        """For messages."""
+        return without_password(tracking_uri(self.uri))
 
     def version(self, evidence: str) -> str | None:
         """The version made from this evidence, if there is one."""

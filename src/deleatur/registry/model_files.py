@@ -13,9 +13,12 @@ from urllib.parse import unquote, urlsplit
 import mlflow
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 
-from deleatur.errors import DataError
+from deleatur.errors import DataError, ModelError
 from deleatur.registry.mlflow_client import translated_errors
 from deleatur.storage import remote
+
+ARTIFACT_ROOT = "mlruns"
+"""Name of the folder in which MLflow stores artifacts by default."""
 
 
 def artifact_location(address: str) -> str:
@@ -54,11 +57,26 @@ def download(location: str, target: Path) -> Path:
 
 
 def local_folder(address: str, part: str = "pipeline") -> str:
-    """The local folder of an address, as `storage.remote.local_path`, and of models:/… by MLflow.
+    """The local folder of a part of a registered version, "pipeline" or "delta", without verification.
 
-    part: folder of a registered version, "pipeline" or "delta"; other addresses are such a folder themselves.
+    `verify.verified_folder` is for everything that loads it.
     """
-    return str(_fetch_part(address, part)) if address.startswith("models:/") else remote.local_path(address)
+    return str(_fetch_part(address, part))
+
+
+def missing_files(address: str, path: Path) -> ModelError:
+    """The error for files that are not where the store has recorded them: says whether the project was moved."""
+    root = next((parent.parent for parent in path.parents if parent.name == ARTIFACT_ROOT), None)
+    if root and not root.exists():
+        return ModelError(
+            f"{address}: {path} is missing: the project was moved from {root}, and MLflow's store records its old "
+            "place; nothing says that a file was changed",
+            hint=f"mkdir -p {root.parent} && ln -s {Path.cwd()} {root}, or move it back",
+        )
+    return ModelError(
+        f"{address}: {path} is missing from the store; nothing says that another file was changed",
+        hint="put it back, or restore a backup: deleatur restore FOLDER",
+    )
 
 
 def _fetch_part(address: str, part: str) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from deleatur.config.settings import Settings
 from deleatur.diffusion.clip import Clip, load_clip
 from deleatur.diffusion.model import Model, load
@@ -16,12 +14,9 @@ def local_path(settings: Settings, address: str, part: str = "pipeline") -> str:
     """
     if not address.startswith("models:/"):
         return remote.local_path(address)
-    from deleatur.registry import mlflow_client, model_files, verify
+    from deleatur.registry.verify import verified_folder
 
-    mlflow_client.use_tracking_uri(settings.register_.tracking_uri)
-    folder = model_files.local_folder(address, part)
-    verify.verify_part(settings, address, Path(folder), part)
-    return folder
+    return str(verified_folder(settings, address, part))
 
 
 def base_model(settings: Settings) -> Model:
