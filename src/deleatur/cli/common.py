@@ -6,7 +6,9 @@ import atexit
 import gc
 import json
 import re
+import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +40,14 @@ CommaSeparated = Annotated[str, typer.Option(metavar="A,B,…", help="A subset o
 
 class Commands(TyperGroup):
     """Turns errors that a user can act on into a message, the next command and an exit code, never a stack trace."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # A terminal that is not UTF-8 lacks some of our characters, and none shows file names that are not UTF-8: they
+        # become question marks. Set before options are parsed, since that is when --help prints.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:  # typer.Context, or click.Context with older releases of Typer
         try:

@@ -20,6 +20,7 @@ from deleatur.cli.common import (
     load_settings,
     out,
     print_json,
+    split_list,
 )
 from deleatur.cli.registry import print_taken_back
 
@@ -77,7 +78,7 @@ def emergency(
     from deleatur.operations import emergency
 
     settings = load_settings(params)
-    targets = concepts.split(",")
+    targets = split_list(concepts)
     verdict = emergency.run(settings, targets, operator, reason)
     if as_json:
         print_json(asdict(verdict))
@@ -145,7 +146,9 @@ def restore(
 
 @commands.command()
 def exporter(
-    port: Annotated[int, typer.Option(help="Port that Prometheus scrapes; 0 selects a free one.")] = 9105,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port that Prometheus scrapes; 0 selects a free one.")
+    ] = 9105,
     host: Annotated[str, typer.Option(help="0.0.0.0 to be reachable from other machines.")] = "127.0.0.1",
     params: ParamsFile = PARAMS,
 ) -> None:

@@ -128,7 +128,9 @@ class Settings(Section):
 
         Raises SettingsError naming the file and each key that is wrong.
         """
-        if not path.is_file():
+        if path.is_dir():
+            raise SettingsError(f"expected a YAML file, and {path} is a folder", hint="name the file in it")
+        if not path.exists():
             raise SettingsError(f"no {path} here", hint="cd to the project's root (the folder with dvc.yaml)")
         again = "deleatur check" if path == Path("params.yaml") else f"deleatur check --params {path}"
         try:
