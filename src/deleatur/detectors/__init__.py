@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
+from deleatur.maths.finite import require_finite
+
 Scores = NDArray[np.float32]
 
 
@@ -21,8 +23,14 @@ class LoadedDetector:
     labels: tuple[str, ...]
     weights: str
     """SHA-256 over the weights and the preprocessing."""
-    detect: Callable[[Sequence[Image.Image]], Scores]
+    predict: Callable[[Sequence[Image.Image]], Scores]
     """Scores in [0, 1] of n images, in order, (n, L). An image's scores do not depend on the other images."""
+
+    def detect(self, images: Sequence[Image.Image]) -> Scores:
+        """The scores of n images, (n, L). Raises NonFiniteError: NaN is below every cut-off and would pass as clean."""
+        return require_finite(
+            self.predict(images), f"scores of the detector with labels {', '.join(self.labels[:3])}, …"
+        )
 
 
 class Detector(BaseModel):

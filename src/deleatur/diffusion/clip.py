@@ -15,6 +15,7 @@ from deleatur.diffusion.batches import padded_batches
 from deleatur.diffusion.folders import check_clip, download
 from deleatur.diffusion.model import digest_parts, from_pretrained, load_errors, resolve_device, silence_libraries
 from deleatur.diffusion.rgb import to_rgb
+from deleatur.maths.finite import require_finite
 
 BATCH_SIZE = 32
 """Images or texts per network call."""
@@ -37,7 +38,7 @@ class Clip:
         for batch, n in padded_batches(images, BATCH_SIZE):
             pooled = self.model.vision_model(self._pixels(batch)).pooler_output
             parts.append(F.normalize(self.model.visual_projection(pooled).float(), dim=-1)[:n].cpu())
-        return torch.cat(parts)
+        return require_finite(torch.cat(parts), "CLIP's image embeddings")
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -49,7 +50,7 @@ class Clip:
             tokens = self.processor.tokenizer(batch, **shape).to(self.device)
             pooled = self.model.text_model(**tokens).pooler_output
             parts.append(F.normalize(self.model.text_projection(pooled).float(), dim=-1)[:n].cpu())
-        return torch.cat(parts)
+        return require_finite(torch.cat(parts), "CLIP's text embeddings")
 
     @torch.no_grad()
     def patch_features(self, images: Sequence[Image.Image]) -> Iterator[tuple[list[Tensor], int]]:
@@ -58,7 +59,8 @@ class Clip:
         """
         for batch, n in padded_batches(images, BATCH_SIZE):
             states = self.model.vision_model(self._pixels(batch), output_hidden_states=True).hidden_states
-            yield [F.normalize(layer[:, 1:].float(), dim=-1) for layer in states], n
+            normalized = (F.normalize(layer[:, 1:].float(), dim=-1) for layer in states)
+            yield [require_finite(layer, "CLIP's patch states") for layer in normalized], n
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
         rgb = [to_rgb(image) for image in images]

@@ -16,7 +16,8 @@ from deleatur.diffusion.architecture import latent_shape
 from deleatur.diffusion.folders import download, folder_hint
 from deleatur.diffusion.pipelines import check_pipeline
 from deleatur.diffusion.scheduler import noise_schedule
-from deleatur.errors import ModelError, SettingsError
+from deleatur.errors import DeleaturError, ModelError, SettingsError
+from deleatur.maths.finite import require_finite
 from deleatur.maths.noise import NoiseSchedule
 
 METADATA_KEYS = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype"})
@@ -132,15 +133,21 @@ def load_errors(path: str, what: str) -> Iterator[None]:
     """Turns exceptions of the libraries that load `path` into a ModelError."""
     try:
         yield
+    except DeleaturError:
+        raise
     except Exception as e:  # a damaged file can raise anything: OSError, SafetensorError, TypeError, …
         raise ModelError(f"{path} does not load as {what}: {e}", hint=folder_hint(path)) from e
 
 
 def from_pretrained(cls: Any, path: str, **options: Any) -> Any:
-    """Loads a network. Raises ValueError when tensors are missing: the libraries would initialise them at random."""
+    """Loads a network. Raises NonFiniteError when a weight is not finite, and ValueError when tensors are missing,
+    which the libraries would initialise at random.
+    """
     net, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} tensors are not in its files: {missing[0]}, …")
+    for name, tensor in net.state_dict().items():
+        require_finite(tensor, f"{path}, {options.get('subfolder', 'weights')}: {name}")
     return net
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from deleatur.diffusion.model import Model
 from deleatur.errors import ModelError
+from deleatur.maths.finite import require_finite
 from deleatur.records.model import Delta
 
 
 def edited_weights(model: Model, delta: Delta) -> dict[str, Tensor]:
     """base + difference, in the model's precision, for `predict` and `sample`.
 
-    Raises ModelError when the delta has another base, or names a tensor that the base lacks.
+    Raises ModelError when the delta has another base, names a tensor that the base lacks, or is not finite.
     """
     if delta.base != model.unet_digest:
         raise ModelError(
@@ -26,7 +27,8 @@ def edited_weights(model: Model, delta: Delta) -> dict[str, Tensor]:
     base = dict(model.unet.named_parameters())
     if missing := set(delta.tensors) - set(base):
         raise ModelError(f"the delta names tensors that this UNet lacks: {', '.join(sorted(missing)[:3])}")
-    return {n: (base[n].float() + d.to(model.device)).to(base[n].dtype) for n, d in delta.tensors.items()}
+    differences = {n: require_finite(d, f"the delta of {delta.method}, {n}") for n, d in delta.tensors.items()}
+    return {n: (base[n].float() + d.to(model.device)).to(base[n].dtype) for n, d in differences.items()}
 
 
 def weight_difference(model: Model, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights, predict
 from deleatur.diffusion.rgb import to_rgb
+from deleatur.maths.finite import require_finite
 
 
 class SamplerGuide(Protocol):
@@ -60,8 +61,10 @@ def denoise_one_step(model: Model, n: Tensor, c: Tensor, timestep: int, weights:
 
 @torch.no_grad()
 def decode_latents(model: Model, z: Tensor) -> list[Image.Image]:
-    """Latents (B, C, H, W) → images."""
+    """Latents (B, C, H, W) → images. Raises NonFiniteError, since eight bits per channel would hide NaN."""
+    require_finite(z, "latents that the UNet sampled")
     pixels = model.vae.decode((z / model.vae.config.scaling_factor).to(model.dtype)).sample.float()
+    require_finite(pixels, "pixels that the VAE decoded")
     eight_bit = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in eight_bit]
 
@@ -78,7 +81,7 @@ def _encode(model: Model, images: Sequence[Image.Image]) -> Tensor:
     x = torch.stack(arrays).reshape(len(images), *size, 3).permute(0, 3, 1, 2).to(model.device)
     mean = model.vae.encode((x / 127.5 - 1).to(model.dtype)).latent_dist.mean
     z0: Tensor = mean.float() * model.vae.config.scaling_factor
-    return z0
+    return require_finite(z0, "latents that the VAE encoded")
 
 
 def sample(

@@ -62,7 +62,11 @@ def predict(
     detectors, clip = methods.detectors(settings), models.clip_model(settings)
     detections = {n: s.detection for n, s in settings.concepts.items() if n in settings.targets}
     concept_labels = {n: (d.detector, d.labels) for n, d in detections.items()}
-    heads = {name: reward_heads.load_head(settings, name, "held_out") for name in settings.targets}
+    heads = {
+        name: reward_heads.load_head(settings, name, "held_out")
+        for name in settings.targets
+        if reward_heads.is_trained(settings, name)
+    }
     prompts = {v: [Prompt(*row) for row in f[PROMPT_COLUMNS].itertuples(index=False)] for v, f in samples_of.items()}
     prompted = [pair for v, f in samples_of.items() for pair in zip(f["key"], prompts[v], strict=True)]
     keys = list(dict.fromkeys(key for key, _ in prompted))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deleatur.errors import DataError
+from deleatur.maths.finite import require_finite
 from deleatur.records.model import Delta, LowRank, SoftToken
 from deleatur.storage.files import atomic_write, empty_folder
 
@@ -24,22 +25,31 @@ DOWN, UP = "down", "up/"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes tensors with metadata, as one JSON header entry: safetensors writes several in no fixed order."""
-    contiguous = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    """Writes tensors with metadata, as one JSON header entry: safetensors writes several in no fixed order.
+
+    Raises NonFiniteError when a value is not finite.
+    """
+    contiguous = {n: _finite(path, n, t).detach().cpu().contiguous().clone() for n, t in tensors.items()}
     with atomic_write(path) as partial:
         save_file(contiguous, partial, metadata={"deleatur": json.dumps(metadata, sort_keys=True)})
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata. Raises DataError when the file is missing or was not written by `save`."""
+    """Tensors and metadata. Raises DataError when the file is missing or was not written by `save`, NonFiniteError
+    when a value is not finite.
+    """
     if not path.is_file():
         raise DataError(f"no {path}", hint="dvc repro")
     try:
         with safe_open(path, framework="pt") as f:
             metadata = json.loads((f.metadata() or {})["deleatur"])
-            return {n: f.get_tensor(n) for n in f.keys()}, metadata  # noqa: SIM118 (not a dict)
+            return {n: _finite(path, n, f.get_tensor(n)) for n in f.keys()}, metadata  # noqa: SIM118 (not a dict)
     except (SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise DataError(f"{path} was not written by deleatur: {e!r}", hint="dvc repro") from e
+
+
+def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    return require_finite(tensor, f"{path}, {name}")
 
 
 def save_token(folder: Path, token: SoftToken) -> None:
