@@ -93,7 +93,7 @@ def _check_names(settings: Settings) -> None:
         for name in names:
             if len(name) > 100 or not NAME.fullmatch(name):
                 raise SettingsError(
-                    f"evaluate.{section}.{name}: expected a name of at most 100 letters, digits, spaces and _ - . only, "
+                    f"evaluate.{section}.{name}: expected at most 100 letters, digits, spaces and _ - . only, "
                     f"got {name!r}",
                     hint="rename it wherever params.yaml and prompts refer to it, then: deleatur check",
                 )

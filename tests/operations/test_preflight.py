@@ -1,0 +1,39 @@
+"""Names that a later stage would refuse are refused by `deleatur check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import workspace
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import _validate_metric_name
+
+from deleatur.errors import SettingsError
+from deleatur.operations.preflight import check
+
+REFUSED = ("clip@0.5", "clip:score", "clip/score", "..", "", " clip", "clip\n", "clip%", "x" * 101, "<b>")
+ACCEPTED = ("clip_score", "clip-0.5", "nudity b9", "λ", "x" * 100)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("section", ["metrics", "detectors"])
+def test_unusable_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = workspace.small_params(tmp_path)
+    used = {"metrics": "clip_score", "detectors": "judge"}[section]
+    values["evaluate"][section][name] = values["evaluate"][section][used]
+    with pytest.raises(SettingsError, match=f"evaluate.{section}"):
+        check(workspace.create(tmp_path, **values))
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted_name_is_a_metric_name_of_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = workspace.small_params(tmp_path)
+    values["evaluate"]["metrics"][name] = {"method": "clip_score"}
+    check(workspace.create(tmp_path, **values))
+    for suffix in ("", ".low", ".high"):
+        _validate_metric_name(f"{name}/concept/candidate-base{suffix}")
+    with pytest.raises(MlflowException):
+        _validate_metric_name("clip@0.5/concept/candidate")
