@@ -35,7 +35,7 @@ from deleatur.training.config import TrainingConfig
 from deleatur.training.cost import Workload
 from deleatur.training.loop import ErasureContext, finetune
 from deleatur.training.losses import Batch, Denoiser, Denoisers
-from deleatur.training.optimizer_state import group_by_prefix, optimizer_tensors, restore_optimizer
+from deleatur.training.optimizer_state import check_finite, group_by_prefix, optimizer_tensors, restore_optimizer
 from deleatur.training.parameters import Selector, select
 
 
@@ -167,21 +167,26 @@ class FakeScore:
         weights = {n: (w if with_gradient else w.detach()).to(self.model.dtype) for n, w in self.weights.items()}
         return Denoiser(self.model, weights)
 
-    def train_step(self, student: Denoiser, g: torch.Generator) -> None:
+    def train_step(self, student: Denoiser, g: torch.Generator, step: int = 0) -> None:
         """One optimizer step on new images of G, b of the concept and b of preserved prompts."""
         schedule, b = self.model.schedule, self.config.training.batch_size
         # Equal parts, however many prompts are preserved: ψ must learn G's images of the concept as well as others.
         c = torch.cat([rows[torch.randint(len(rows), (b,), generator=g).to(rows.device)] for rows in self.conditions])
         z, t_0, t, eps = self.sample_noise(2 * b, g)
         x = schedule.predict_z0(z, student(z, t_0, c), t_0)
+        images = {"the generator's images": float(x.abs().max())}
+        check_finite(images, step + 1, self.config.training.lr, "training.lr", trained=step > 0)
         x_t = schedule.add_noise(x, eps, t)
         with torch.enable_grad():  # batches are made without gradient
             prediction = guided_noise(
                 self.denoiser(with_gradient=True), x_t.detach(), t, c, self.c_0, self.config.kappa
             )
             self.optimizer.zero_grad(set_to_none=True)
-            (prediction - schedule.target(x, eps, t)).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.training.max_grad_norm)
+            loss = (prediction - schedule.target(x, eps, t)).square().mean()
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.training.max_grad_norm)
+        values = {"the fake score's loss": float(loss.detach()), "its gradient norm": float(norm)}
+        check_finite(values, step + 1, self.config.fake_lr, "sfd.fake_lr", trained=step > 0)
         self.optimizer.step()
 
     def sample_noise(self, b: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,6 +212,7 @@ class FakeScore:
 class _Draw:
     """One iteration's random draws that `error` needs again."""
 
+    step: int
     base: Denoiser
     index: Tensor
     t_0: Tensor
@@ -231,11 +237,11 @@ class DistillationTerm:
 
     def batch(self, denoisers: Denoisers, step: int) -> Batch:
         if self.trains_fake:
-            self.fake.train_step(denoisers.student, self.generator)
+            self.fake.train_step(denoisers.student, self.generator, step)
         b = self.fake.config.training.batch_size
         index = torch.randint(len(self.c), (b,), generator=self.generator).to(self.c.device)
         z, t_0, t, eps = self.fake.sample_noise(b, self.generator)
-        self.draw = _Draw(denoisers.base, index, t_0, t, eps)
+        self.draw = _Draw(step, denoisers.base, index, t_0, t, eps)
         return Batch(z, t_0, self.c[index], z)
 
     def error(self, prediction: Tensor, target: Tensor, /) -> Tensor:
@@ -249,7 +255,10 @@ class DistillationTerm:
             output = guided_noise(denoiser, x_t, d.t, c[d.index], self.fake.c_0, self.fake.config.kappa)
             return schedule.predict_z0(x_t, output, d.t)
 
-        return score_identity(x, clean(d.base, self.c_t), clean(self.fake.denoiser(), self.c), self.fake.config.alpha)
+        real, fake = clean(d.base, self.c_t), clean(self.fake.denoiser(), self.c)
+        predictions = {"the fake score's prediction": float(fake.detach().abs().max())}
+        check_finite(predictions, d.step + 1, self.fake.config.fake_lr, "sfd.fake_lr", trained=True)
+        return score_identity(x, real, fake, self.fake.config.alpha)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.fake.tensors() if self.trains_fake else {}

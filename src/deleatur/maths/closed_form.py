@@ -18,6 +18,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from deleatur.errors import ErasureRefused
+
 
 def ridge(x: Tensor, y: Tensor, lam: float) -> Tensor:
     """T (e, d) that minimises ‖x Tᵀ − y‖² + λ‖T‖² for x (n, d), y (n, e).
@@ -62,6 +64,11 @@ def low_rank_factors(t: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor
 
 
 def _solve(a: Tensor, lam: float, b: Tensor) -> Tensor:
-    """(a + λI)⁻¹ b for positive semi-definite a."""
-    factor = torch.linalg.cholesky(a + lam * torch.eye(len(a), dtype=a.dtype, device=a.device))
+    """(a + λI)⁻¹ b for positive semi-definite a. Raises ErasureRefused where float64 does not suffice."""
+    factor, info = torch.linalg.cholesky_ex(a + lam * torch.eye(len(a), dtype=a.dtype, device=a.device))
+    if info:  # also for NaN and infinite entries
+        raise ErasureRefused(
+            f"expected equations that float64 can solve, got a singular or infinite matrix with a ridge of {lam:g}",
+            hint="raise edit.lam (of an epoch of RECE: lam_r), or lower edit.erase; then the same command again",
+        )
     return torch.cholesky_solve(b, factor)
