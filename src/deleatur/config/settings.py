@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
 from deleatur.config.plugin_config import Errors, Section, validate
@@ -37,6 +36,7 @@ from deleatur.config.sections import (
     is_inside,
 )
 from deleatur.errors import SettingsError
+from deleatur.storage.yaml_files import read_yaml
 
 NON_RESULT_SECTIONS = frozenset({"compare", "canary", "emergency", "feedback", "workers"})
 """Sections that no result of the chain depends on."""
@@ -133,11 +133,7 @@ class Settings(Section):
         if not path.exists():
             raise SettingsError(f"no {path} here", hint="cd to the project's root (the folder with dvc.yaml)")
         again = "deleatur check" if path == Path("params.yaml") else f"deleatur check --params {path}"
-        try:
-            values = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as e:  # ValueError: not UTF-8, or a date that does not exist
-            raise SettingsError(f"{path} is not YAML in UTF-8: {e}", hint=f"correct {path}, then: {again}") from e
-        return cls.of(values, str(path), f"correct {path}, then: {again}")
+        return cls.of(read_yaml(path, SettingsError, again), str(path), f"correct {path}, then: {again}")
 
     @classmethod
     def of(cls, values: Any, where: str, hint: str = "deleatur check") -> Settings:

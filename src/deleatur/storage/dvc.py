@@ -14,8 +14,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deleatur import dependencies
 from deleatur.errors import (
     DataError,
@@ -27,6 +25,7 @@ from deleatur.errors import (
     SettingsError,
 )
 from deleatur.storage.processes import StageProgress, last_line, run_captured, run_command
+from deleatur.storage.yaml_files import read_yaml
 
 PULL = ("--pull",)
 
@@ -64,6 +63,7 @@ def reproduce(
         ran = ran or line == f"Running stage '{stage}':"
         on_line(line)
 
+    _require_valid_files(root)
     _refresh_digests(root)
     exit_code, tail = run_command(
         dvc_command("repro", "--single-item", *options, stage), root, record_line, on_progress
@@ -77,7 +77,7 @@ def reproduce(
 def _restore_outputs(stage: str, root: Path) -> None:
     """Outputs of the last success, which DVC deleted before the run that has failed."""
     lock = root / "dvc.lock"
-    entry = yaml.safe_load(lock.read_text("utf-8"))["stages"].get(stage, {}) if lock.is_file() else {}
+    entry = read_yaml(lock)["stages"].get(stage, {}) if lock.is_file() else {}
     if missing := [out["path"] for out in entry.get("outs", []) if not (root / out["path"]).exists()]:
         run_captured(dvc_command("checkout", "--quiet", *missing), root)
 
@@ -91,6 +91,7 @@ def reproduce_all(
     """Brings stages of any dvc.yaml and everything they depend on up to date. Raises as `reproduce` does, for the first
     stage that fails.
     """
+    _require_valid_files(root)
     _refresh_digests(root)
     exit_code, tail = run_command(dvc_command("repro", *targets), root, on_line, on_progress)
     if exit_code:
@@ -113,6 +114,7 @@ def status(root: Path, stage: str = "dvc.yaml") -> dict[str, Any]:
     """Stage → changes since its last run; empty when everything is up to date, or without a DVC repository."""
     if not (root / ".dvc").is_dir():
         return {}
+    _require_valid_files(root)
     _refresh_digests(root)
     process = run_captured(dvc_command("status", "--json", stage), root)
     if process.returncode:
@@ -120,6 +122,13 @@ def status(root: Path, stage: str = "dvc.yaml") -> dict[str, Any]:
         raise DataError(f"DVC cannot tell what is up to date: {message}", hint=_init_command(root) or "dvc status")
     changes: dict[str, Any] = json.loads(process.stdout)
     return changes
+
+
+def _require_valid_files(root: Path) -> None:
+    """Raises DataError for a file of DVC that is no YAML: DVC's own message for it ends with the YAML parser's."""
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
+        if (root / name).is_file():
+            read_yaml(root / name)
 
 
 def _refresh_digests(root: Path) -> None:

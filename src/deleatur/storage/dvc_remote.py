@@ -15,6 +15,7 @@ import yaml
 from deleatur.errors import DataError, ServiceError, SettingsError
 from deleatur.storage.dvc import CODE_STAGE, dvc_command
 from deleatur.storage.processes import last_line, run_captured
+from deleatur.storage.yaml_files import read_yaml
 
 
 def push(root: Path, *stages: str) -> None:
@@ -68,7 +69,7 @@ def _create_lock_project(folder: Path, lock: str, root: Path) -> None:
 def file_at_last_run(stage: str, folder: Path, file: str, root: Path) -> bytes | None:
     """A file of a dependency folder as it was when the stage last ran; None when it is not in DVC's cache."""
     lock = root / "dvc.lock"
-    stages = yaml.safe_load(lock.read_text("utf-8"))["stages"] if lock.is_file() else {}
+    stages = read_yaml(lock)["stages"] if lock.is_file() else {}
     digests = {dep["path"]: dep["md5"] for dep in stages.get(stage, {}).get("deps", [])}
     cache = Path(run_captured(dvc_command("cache", "dir"), root).stdout.strip()) / "files" / "md5"
     try:
