@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,29 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             assert name in commands, line
             known = {option for parameter in commands[name].params for option in parameter.opts}
             assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known, line
+
+
+@pages
+def test_scripts_and_their_options_exist(page: Path) -> None:
+    for line in code(page):
+        for script, arguments in re.findall(r"python ((?!-)\S+\.py)((?: \S+)*)", line):
+            source = (ROOT / script).read_text("utf-8")
+            for option in re.findall(r" (--[a-z-]+)", arguments.partition(" && ")[0]):
+                names = (f'"{option}"', f"{option.strip('-').replace('-', '_')}:")  # argparse's, or a parameter
+                assert any(name in source for name in names), f"{script} {option}"
+
+
+@pages
+def test_environment_variables_exist(page: Path) -> None:
+    for variable in set(re.findall(r"DELEATUR_[A-Z_]+", prose(page))):
+        assert any(variable in text for text in _sources()), variable
+
+
+@cache
+def _sources() -> list[str]:
+    return [
+        (ROOT / file).read_text("utf-8") for file in FILES if re.match(r"(src|flows|infra)/.*(py|yaml|file|sh)$", file)
+    ]
 
 
 SCHEMA = json_schema()
