@@ -62,7 +62,7 @@ def _lineage(report: Report, verdict: Verdict, answers: pd.DataFrame, lock: str)
         "delta": source.delta,
         "pictures": source.images,
         "feedback": source.feedback,
-        "feedback_until": max(map(datetime.fromisoformat, answers["created_at"])).isoformat(),
+        "feedback_until": max(map(datetime.fromisoformat, answers["created_at"])).isoformat() if len(answers) else "",
         "tokens": source.tokens,
         "prompts": source.prompts,
         "settings": source.settings,

@@ -30,7 +30,7 @@ def export(settings: Settings, folder: Path) -> None:
         )
     path = models.local_path(settings, settings.base.model)
     model = load(path, device="cpu")
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
@@ -40,6 +40,10 @@ def export(settings: Settings, folder: Path) -> None:
         with load_errors(path, "a Stable Diffusion pipeline"):
             # All other components are the base model's, its safety checker among them.
             pipeline = StableDiffusionPipeline.from_pretrained(path, unet=model.unet, use_safetensors=True)
+        if not isinstance(pipeline.scheduler, DDIMScheduler):
+            # The sampler of the images that were judged, with the base model's noise schedule.
+            config = pipeline.scheduler.config
+            pipeline.scheduler = DDIMScheduler.from_config(config, steps_offset=1, clip_sample=False)
         pipeline.save_pretrained(partial, safe_serialization=True)
     _write_model_card(settings, partial)
     partial.rename(folder)

@@ -12,6 +12,12 @@ from deleatur.records.model import RatedImages
 from deleatur.storage import files, images
 
 
+def is_rated(settings: Settings, concept: str) -> bool:
+    """Whether `ingest` found usable answers about the concept."""
+    counts = files.read_json(settings.paths.feedback / "summary.json")["concepts"][concept]
+    return bool(counts["voted_pictures"] + counts["pairs"])
+
+
 class RatedPool:
     """All rated images of one concept with their answers and prompts, ordered by digest."""
 

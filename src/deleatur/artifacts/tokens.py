@@ -9,6 +9,11 @@ from deleatur.records.model import Concept, SoftToken
 from deleatur.storage import tensors
 
 
+def is_learned(settings: Settings, concept: str) -> bool:
+    """Whether there are tokens of the concept: `invert` skips concepts that nobody rated."""
+    return (settings.paths.tokens / concept).is_dir()
+
+
 def load_token(settings: Settings, concept: str) -> SoftToken:
     return tensors.load_token(settings.paths.tokens / concept)
 

@@ -37,10 +37,10 @@ SHARED: Mapping[str, tuple[str, ...]] = {RATINGS: ("ingest", "reward"), TOKENS: 
 """Trials whose results rows share → their stages."""
 
 STAGE_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "ingest": ("ingest",),
-    "reward": ("base.device", "reward"),
+    "ingest": ("ingest", "erase.source"),
+    "reward": ("base.device", "reward", "erase.source"),
     "invert": ("base", "guide", "invert", "reward.clip", "sample.steps"),
-    "erase": ("base", "guide", "erase", "reward.clip", "sample.steps"),
+    "erase": ("base", "guide", "erase", "reward.clip", "sample.steps", "evaluate.detectors"),
     "attack": ("base", "attack", "reward.clip"),
     "sample": ("base", "guide", "erase.source", "sample"),
     "evaluate": ("evaluate",),

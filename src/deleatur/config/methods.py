@@ -66,6 +66,13 @@ def eraser(settings: Settings) -> Eraser:
     return eraser
 
 
+def requires_ratings(settings: Settings) -> bool:
+    """Whether the targets have to be rated, since their tokens are learned from ratings. Words are enough otherwise;
+    an eraser that learns from rated images refuses for itself where there are none.
+    """
+    return settings.erase.source == "token"
+
+
 def requires_custom_sampler(settings: Settings) -> str:
     """What the candidate is sampled with that neither a version nor an export holds; "" where its weights are all."""
     if settings.guide.method != PLAIN_GUIDE:

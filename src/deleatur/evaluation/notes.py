@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from deleatur.artifacts import reward_heads
+from deleatur.artifacts.rated_images import is_rated
 from deleatur.config import methods
 from deleatur.config.settings import Settings
 from deleatur.diffusion.encode import BARE_TEMPLATE
@@ -31,7 +33,18 @@ def _template_notes(settings: Settings) -> Iterator[str]:
 
 def _feedback_notes(settings: Settings) -> Iterator[str]:
     for name in settings.targets:
-        yield f"What raters of {name} were asked: {settings.concepts[name].guideline}"
+        spec = settings.concepts[name]
+        if reward_heads.is_trained(settings, name):
+            yield f"What raters of {name} were asked: {spec.guideline}"
+        else:
+            unrated = f"No person rated images of {name}"
+            if is_rated(settings, name):
+                reason = files.read_json(settings.paths.reward / "metrics.json")[name]
+                unrated = f"Ratings of {name} were not used ({reason})"
+            yield (
+                f"{unrated}: it was erased by its words alone, the detector {spec.detection.detector} took the place "
+                "of raters, no token was learned, and attacks that start from rated images were skipped."
+            )
     summary = files.read_json(settings.paths.feedback / "summary.json")
     if quarantined := summary["quarantined"]["rows"]:
         yield f"{quarantined} rows of feedback could not be used; quarantine.csv beside it lists the reasons."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from deleatur.training.textual_inversion import TokenEvaluator
 EVAL_PROMPTS = 32
 """Prompts of each kind per evaluation: few enough to be cheap, and fixed, so that evaluations are comparable."""
 
+ConceptClassifier = Callable[[list[Image.Image]], Tensor]
+"""n images → (n,) bool: whether the concept is visible."""
+
 IMAGES_PER_TOKEN = 4
 """Images sampled from each bare token per evaluation of an inversion."""
 
@@ -40,15 +43,16 @@ def validation_probe(
     one_step: int | None,
 ) -> Probe:
     """Samples concept prompts, the concept's own words or tokens, and preserved prompts, always from the same noise,
-    and scores them with r_ψ and CLIP. Prompts are of the dev split only: those of the report take no part.
+    and scores them with r_ψ, or the concept's detector where nobody rated it, and with CLIP. Prompts are of the dev
+    split only: those of the report take no part.
     """
     guide = methods.guide(settings)
     conditions = guide.conditions(model, concepts)
-    concept_states: list[tuple[RewardHead, Tensor]] = []
+    concept_states: list[tuple[ConceptClassifier, Tensor]] = []
     for concept in concepts:
         texts = prompts.validation_prompts(settings, concept.name, EVAL_PROMPTS)
         states = torch.cat([encode.encode_text(model, texts), concept.states])
-        concept_states.append((reward_heads.load_head(settings, concept.name, "train"), states))
+        concept_states.append((concept_classifier(settings, clip, concept.name), states))
     preserved_texts = prompts.preserved_validation_prompts(settings, EVAL_PROMPTS)
     preserved_states = encode.encode_text(model, preserved_texts)
     text_features = clip.embed_texts(preserved_texts)
@@ -76,16 +80,24 @@ def validation_probe(
             return Evaluation(concept=1.0, preserved=0.0, contrast=0.0)
 
     def evaluate(weights: Weights) -> Evaluation:
-        shown = [
-            reward_heads.shows_concept(head, clip.embed_images(sample_images(states, "concept", weights)))
-            for head, states in concept_states
-        ]
+        shown = [shows_concept(sample_images(states, "concept", weights)) for shows_concept, states in concept_states]
         images = sample_images(preserved_states, "kept", weights)
         similarity = cosine_similarity(clip.embed_images(images), text_features).mean()
         concept_rate = torch.cat(shown).float().mean()
         return Evaluation(float(concept_rate), float(similarity), float(np.mean([contrast(image) for image in images])))
 
     return probe
+
+
+def concept_classifier(settings: Settings, clip: Clip, name: str) -> ConceptClassifier:
+    """By the reward head, which knows what raters see; of a concept that nobody rated, by its detector."""
+    if reward_heads.is_trained(settings, name):
+        head = reward_heads.load_head(settings, name, "train")
+        return lambda images: reward_heads.shows_concept(head, clip.embed_images(images))
+    detection = settings.concepts[name].detection
+    detector = methods.detectors(settings)[detection.detector].load()
+    counts = np.isin(detector.labels, detection.labels)
+    return lambda images: torch.from_numpy(counts[detector.detect(images).argmax(1)])
 
 
 def token_evaluator(settings: Settings, model: Model, clip: Clip, head: RewardHead, name: str) -> TokenEvaluator:

@@ -11,7 +11,7 @@ from deleatur.records.report import DetectorInfo
 
 
 class HeldOutReward(Metric):
-    """r_ψ of the head fitted to held-out raters' answers; prompts with a concept only."""
+    """r_ψ of the head fitted to held-out raters' answers; prompts with a concept that was rated only."""
 
     higher_is_better: ClassVar[bool] = False
     prompt_scope: ClassVar[PromptScope] = "concept"
@@ -19,13 +19,13 @@ class HeldOutReward(Metric):
     def values(self, samples: EvaluationSet, base: EvaluationSet) -> Array:
         return np.array(
             [
-                float(samples.rewards[p.concept].values[i]) if p.concept else np.nan
+                float(samples.rewards[p.concept].values[i]) if p.concept in samples.rewards else np.nan
                 for i, p in enumerate(samples.prompts)
             ]
         )
 
     def detector(self, samples: EvaluationSet) -> DetectorInfo | None:
-        names = sorted({p.concept for p in samples.prompts if p.concept})
+        names = sorted({p.concept for p in samples.prompts if p.concept in samples.rewards})
         if not names:
             return None
         networks = {"clip": samples.clip.digest} | {

@@ -28,8 +28,11 @@ def run(settings: Settings) -> None:
     delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
     weights, attacks = edited_weights(model, delta), methods.attacks(settings, delta.one_step)
     soft_prompts: dict[str, tuple[Tensor, dict[str, Any]]] = {}
-    checkpoints, record, curves = [], {}, {}
+    checkpoints, record, curves = [], dict[str, Any](), {}
     for name in settings.targets:
+        if not reward_heads.is_trained(settings, name):
+            record[name] = {"concept": name, "skipped": "no reward head: nobody has rated images of the concept"}
+            continue
         spec, pool = settings.concepts[name], rated_images.RatedPool(settings, name)
         rows = _concept_rows(settings, name, pool, clip)
         images, prompts = [pool.images[i] for i in rows], [pool.prompts[i] for i in rows]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from deleatur import dependencies
-from deleatur.artifacts import prompts, rated_images, tokens
+from deleatur.artifacts import prompts, rated_images, reward_heads, tokens
 from deleatur.config import methods
 from deleatur.config.settings import Settings
 from deleatur.diffusion import encode
@@ -97,8 +97,9 @@ def _token_notes(settings: Settings) -> list[str]:
 def _run_identity(settings: Settings, eraser: Eraser, model: Model, clip: Clip) -> dict[str, Any]:
     """Everything that can change the result: a checkpoint of another identity is not resumed."""
     paths, specs = settings.paths, [settings.concepts[name] for name in settings.targets]
+    rated = [name for name in settings.targets if reward_heads.is_trained(settings, name)]
     content = {
-        "reward": provenance.digest_files([paths.reward / f"{name}.safetensors" for name in settings.targets]),
+        "reward": provenance.digest_files([paths.reward / f"{name}.safetensors" for name in rated]),
         "prompts": provenance.digest_files([paths.prompts, *(spec.prompts for spec in specs)]),
     }
     if settings.erase.source == "token":
@@ -107,12 +108,20 @@ def _run_identity(settings: Settings, eraser: Eraser, model: Model, clip: Clip) 
         )
     if eraser.learns_from_images:
         content["feedback"] = files.read_json(paths.feedback / "summary.json")["feedback"]
+    used = {settings.concepts[name].detection.detector for name in settings.targets if name not in rated}
+    detectors = {name: detector for name, detector in methods.detectors(settings).items() if name in used}
+    content |= {f"detector {name}": detector.load().weights for name, detector in detectors.items()}
     sections = ["base", "seed", "targets", *(f"concepts.{name}" for name in settings.targets), "guide", "erase"]
     return run_identity(
         settings,
         sections=[*sections, "reward.clip", "sample.steps"],
         code=dependencies.stage_digests(
-            "erase", {"erase": {"method": settings.erase.method}, "guide": {"method": settings.guide.method}}
+            "erase",
+            {
+                "erase": {"method": settings.erase.method},
+                "guide": {"method": settings.guide.method},
+                "evaluate": {"detectors": {name: settings.evaluate.detectors[name] for name in detectors}},
+            },
         ),
         model=model,
         clip=clip,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from deleatur.config import methods
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.feedback import answers as resolution
@@ -30,7 +31,8 @@ def run(settings: Settings) -> None:
     quarantine  every unusable row and image, with reason and remedy (also as CSV, when there are any)
     summary     counts, agreement, expectations, and the digest that identifies this feedback
 
-    Raises DataError, after writing all of these, when a target concept has no usable answer.
+    Raises DataError, after writing all of these, when a target that has to be rated has no usable answer. A concept
+    that is erased by its words need not be rated: without any feedback, the tables are empty.
     """
     with bar("ingest", 1) as advance:
         paths = settings.paths
@@ -40,12 +42,13 @@ def run(settings: Settings) -> None:
         if quarantined := summary["quarantined"]["rows"]:
             note += f"; {quarantined} rows could not be used: {settings.paths.feedback / 'quarantine.csv'}"
         advance(note=note)
-    _demand_answers(settings, summary["concepts"], rejected)
+    if methods.requires_ratings(settings):
+        _demand_answers(settings, summary["concepts"], rejected)
 
 
 def _ingest(settings: Settings, out: Path, docs: Path) -> tuple[dict[str, Any], list[QuarantineRow]]:
     """Writes everything; returns the summary and the quarantined rows."""
-    sources = find_sources(settings.ingest.sources)
+    sources = find_sources(settings.ingest.sources, required=methods.requires_ratings(settings))
     parsed = events.parse({path.as_posix(): files.read_lines(path) for path in sources})
     rejected, digests = list(parsed.rejected), set[str]()
     images.write_shards(out, valid_images(sources, digests, rejected))
@@ -104,15 +107,15 @@ def demand_rated(settings: Settings, concept: str) -> None:
         )
 
 
-def find_sources(patterns: Sequence[str]) -> list[Path]:
-    """The source files, by pattern, sorted by name within each. Raises DataError when a pattern matches no file.
+def find_sources(patterns: Sequence[str], *, required: bool = True) -> list[Path]:
+    """The source files, by pattern, sorted by name within each. Raises DataError when a required pattern matches none.
 
     Brackets in the name of an existing file or folder are part of its name, elsewhere of a pattern.
     """
     sources = dict[Path, None]()
     for pattern in patterns:
         paths = sorted(path for path in map(Path, glob(_escape_existing(pattern), recursive=True)) if path.is_file())
-        if not paths:
+        if required and not paths:
             hint = "put JSON-lines files there or correct ingest.sources in params.yaml, then: deleatur stage ingest"
             raise DataError(f"expected feedback at {pattern}, found no file", hint=hint)
         sources |= dict.fromkeys(paths)

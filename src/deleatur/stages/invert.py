@@ -30,8 +30,11 @@ from deleatur.training.textual_inversion import InversionProgress, LearnedToken,
 
 def run(settings: Settings) -> None:
     model, clip = models.base_model(settings), models.clip_model(settings)
-    soft_tokens, checkpoints, metrics = [], [], {}
+    soft_tokens, checkpoints, metrics = [], [], dict[str, Any]()
     for name in settings.targets:
+        if not reward_heads.is_trained(settings, name):
+            metrics[name] = []  # nobody has rated images of it
+            continue
         spec, pool = settings.concepts[name], rated_images.RatedPool(settings, name)
         method = methods.inverter(settings, name)
         head, features = reward_heads.load_head(settings, name, "train"), clip.embed_images(pool.images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import isnan
 from typing import Any
 
@@ -10,61 +11,83 @@ import torch
 from torch import Tensor
 
 from deleatur.artifacts import rated_images
+from deleatur.config import methods
 from deleatur.config.settings import Settings
+from deleatur.diffusion.clip import Clip
 from deleatur.errors import DataError, error_context
 from deleatur.feedback import reward, votes
 from deleatur.feedback.reward import PairTargets, RewardHyperparameters, VoteTargets
 from deleatur.maths.seeds import derive
 from deleatur.records.feedback import FeedbackKind
 from deleatur.runtime import models
-from deleatur.runtime.progress import bar
+from deleatur.runtime.progress import Bar, bar
 from deleatur.storage import files, tensors
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Reward heads of one concept."""
+
+    metrics: dict[str, Any]
+    curves: dict[str, list[float]]
+    weights: dict[str, Tensor]
+    metadata: dict[str, Any]
 
 
 def run(settings: Settings) -> None:
     clip = models.clip_model(settings)
-    hyperparameters = RewardHyperparameters(**settings.reward.model_dump(exclude={"clip", "held_out_raters"}))
-    heads: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
-    metrics: dict[str, Any] = {}
-    curves: dict[str, dict[str, list[float]]] = {}
+    trained: dict[str, _Trained] = {}
+    skipped: dict[str, str] = {}
     with bar("reward", 2 * len(settings.targets)) as advance:
         for name in settings.targets:
-            spec, pool = settings.concepts[name], rated_images.RatedPool(settings, name)
-            with error_context(name):
-                held_out = _held_out(settings, pool.answers)
-            features = clip.embed_images(pool.images)
-            fits, by_split = {}, {}
-            for split, selected in (("train", ~held_out), ("held_out", held_out)):
-                target = _target(pool, pool.answers[selected], spec.kind)
-                seed = derive(settings.seed, "reward", name, split)
-                with error_context(f"{name}, {'held-out' if split == 'held_out' else 'other'} raters"):
-                    fit = reward.fit(features, target, pool.groups(), hyperparameters, seed)
-                fits[split] = fit
-                by_split[split] = {
-                    "quality": _none_if_nan(fit.held_out_quality),
-                    "epochs": fit.epochs,
-                    "raters": int(pool.answers[selected]["rater"].nunique()),
-                }
-                advance(note=f"{name} {split}: {_measure(spec.kind)} {fit.held_out_quality:.3f}")
-            held_out_target = _target(pool, pool.answers[held_out], spec.kind)
-            text = clip.embed_texts([" ".join(spec.words)])
-            metrics[name] = {
-                "measure": _measure(spec.kind),
-                "pictures": len(pool.images),
-                "new_prompts": by_split,
-                "new_raters": _none_if_nan(reward.quality(fits["train"].head(features), held_out_target)),
-                "zero_shot": _none_if_nan(reward.quality((features @ text.T).squeeze(1), held_out_target)),
-            }
-            titles = {"train": "training raters", "held_out": "held-out raters"}
-            curves[name] = {titles[split]: fit.validation_losses for split, fit in fits.items()}
-            weights = {f"{split}/{n}": t for split, fit in fits.items() for n, t in fit.head.tensors.items()}
-            metadata = {"rank": spec.kind == "rank", "clip": clip.digest, "concept": name}
-            heads[name] = weights, metadata
+            try:
+                trained[name] = _train(settings, clip, name, advance)
+            except DataError as e:
+                if methods.requires_ratings(settings):
+                    raise
+                # A concept that is erased by its words needs no ratings: see `evaluation.probe`.
+                skipped[name] = f"skipped: {e}"
+                advance.set(2 * (len(trained) + len(skipped)), 2 * len(settings.targets), f"{name} {skipped[name]}")
     with files.replace_folder(settings.paths.reward) as folder:
-        for name, (weights, metadata) in heads.items():
-            tensors.save(folder / f"{name}.safetensors", weights, metadata)
-        files.write_json(folder / "metrics.json", metrics)
-        files.write_json(folder / "curves.json", curves)
+        for name, heads in trained.items():
+            tensors.save(folder / f"{name}.safetensors", heads.weights, heads.metadata)
+        files.write_json(folder / "metrics.json", {name: heads.metrics for name, heads in trained.items()} | skipped)
+        files.write_json(folder / "curves.json", {name: heads.curves for name, heads in trained.items()})
+
+
+def _train(settings: Settings, clip: Clip, name: str, advance: Bar) -> _Trained:
+    """Two heads, of separate raters. Raises DataError when the answers are too few or all alike."""
+    hyperparameters = RewardHyperparameters(**settings.reward.model_dump(exclude={"clip", "held_out_raters"}))
+    spec, pool = settings.concepts[name], rated_images.RatedPool(settings, name)
+    with error_context(name):
+        held_out = _held_out(settings, pool.answers)
+    features = clip.embed_images(pool.images)
+    fits, by_split = {}, {}
+    for split, selected in (("train", ~held_out), ("held_out", held_out)):
+        target = _target(pool, pool.answers[selected], spec.kind)
+        seed = derive(settings.seed, "reward", name, split)
+        with error_context(f"{name}, {'held-out' if split == 'held_out' else 'other'} raters"):
+            fit = reward.fit(features, target, pool.groups(), hyperparameters, seed)
+        fits[split] = fit
+        by_split[split] = {
+            "quality": _none_if_nan(fit.held_out_quality),
+            "epochs": fit.epochs,
+            "raters": int(pool.answers[selected]["rater"].nunique()),
+        }
+        advance(note=f"{name} {split}: {_measure(spec.kind)} {fit.held_out_quality:.3f}")
+    held_out_target = _target(pool, pool.answers[held_out], spec.kind)
+    text = clip.embed_texts([" ".join(spec.words)])
+    metrics = {
+        "measure": _measure(spec.kind),
+        "pictures": len(pool.images),
+        "new_prompts": by_split,
+        "new_raters": _none_if_nan(reward.quality(fits["train"].head(features), held_out_target)),
+        "zero_shot": _none_if_nan(reward.quality((features @ text.T).squeeze(1), held_out_target)),
+    }
+    titles = {"train": "training raters", "held_out": "held-out raters"}
+    curves = {titles[split]: fit.validation_losses for split, fit in fits.items()}
+    weights = {f"{split}/{n}": t for split, fit in fits.items() for n, t in fit.head.tensors.items()}
+    return _Trained(metrics, curves, weights, {"rank": spec.kind == "rank", "clip": clip.digest, "concept": name})
 
 
 def _measure(kind: FeedbackKind) -> str:

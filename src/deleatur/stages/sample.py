@@ -133,7 +133,7 @@ def _prompts(settings: Settings, model: Model) -> Iterator[tuple[Prompt, encode.
     for name in settings.targets:
         # Both, whichever was erased: the report shows whether a word survives its token, or the other way round.
         concepts: dict[Role, Concept] = {"word": encode.concept_from_words(model, name, settings.concepts[name].words)}
-        if settings.sample.images_per_prompt.get("token", 1):
+        if settings.sample.images_per_prompt.get("token", 1) and tokens.is_learned(settings, name):
             concepts["token"] = encode.concept_from_token(model, tokens.load_token(settings, name))
         for role, concept in concepts.items():
             for i, (text, parts) in enumerate(zip(concept.prompts, concept.prompt_parts, strict=True)):
