@@ -29,6 +29,7 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
 from deleatur.operations import canary as stage
 from deleatur.records.report import CanaryResult, Outcome
+from deleatur.redaction import redact
 from deleatur.registry.decisions import without_ledger
 from deleatur.registry.rollback import RollbackResult
 from deleatur.storage import json_records, remote
@@ -93,7 +94,7 @@ def check_here(settings: Settings, version: str, concepts: list[str]) -> CanaryR
 
 @task(task_run_name=f"{JOB_NAME} on a worker", **WORKER_RETRY_OPTIONS)
 def check_on_worker(settings: Settings, version: str, concepts: list[str]) -> CanaryResult:
-    params = (PROJECT / "params.yaml").read_text("utf-8")
+    params = redact((PROJECT / "params.yaml").read_text("utf-8"))
     parameters = {"params": params, "version": version, "concepts": concepts}
     job = WorkerJob(CHECK_DEPLOYMENT, JOB_NAME, require_commit(PROJECT), parameters)
     run = run_job(job)

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from in_process import exit_with_message, require_server
 from prefect.automations import Automation
 from prefect.blocks.notifications import CustomWebhookNotificationBlock, SlackWebhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -217,15 +217,13 @@ def main() -> None:
         "which the list of processes does not show. Without either, notifications are removed",
     )
     arguments = parser.parse_args()
-    try:
+    with exit_with_message():
+        require_server()
         setup(
             arguments.type,
             arguments.gpu or [("gpu", 1)],
             arguments.notify or os.environ.get(NOTIFY_VARIABLE, "").split(),
         )
-    except SettingsError as e:
-        print(f"SettingsError: {e}\nNext: {e.hint}", file=sys.stderr)
-        sys.exit(e.exit_code)
     print("Next: prefect --no-prompt deploy --all")
 
 

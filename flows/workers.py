@@ -45,11 +45,11 @@ from tasks import PROJECT, GpuStage, pull, push
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError, DeleaturError, Interrupted, ServiceError, SettingsError
+from deleatur.redaction import redact
 from deleatur.registry import mlflow_client
 from deleatur.runtime import event_log
 from deleatur.stages import STAGES
 from deleatur.storage import dvc, dvc_remote, git
-from deleatur.storage.remote import without_password
 
 STAGE_DEPLOYMENT = "stage/gpu"
 
@@ -135,8 +135,8 @@ def run_on_worker(stage: GpuStage, dvc_options: Sequence[str] = (), root: Path =
     push(root, *STAGES[: STAGES.index(stage) + 1])  # its own outputs too: the worker reuses images already sampled
     parameters = {
         "name": stage,
-        "params": (root / "params.yaml").read_text("utf-8"),
-        "lock": (root / "dvc.lock").read_text("utf-8"),
+        "params": redact((root / "params.yaml").read_text("utf-8")),
+        "lock": redact((root / "dvc.lock").read_text("utf-8")),
         "dvc_options": list(dvc_options),
     }
     job = WorkerJob(STAGE_DEPLOYMENT, stage, require_commit(root), parameters)
@@ -160,7 +160,7 @@ def require_published() -> None:
         )
     if not git.is_pushed(PROJECT):
         raise SettingsError(
-            f"workers clone {without_password(git.origin_url(PROJECT))}, which lacks the commit {commit}",
+            f"workers clone {git.origin_url(PROJECT)}, which lacks the commit {commit}",
             hint="git push",
         )
 
@@ -241,7 +241,7 @@ def _existing_run(job: WorkerJob) -> FlowRun | None:
 
 def submit(job: WorkerJob, **parameters: str) -> FlowRun:
     env, repository = {"DELEATUR_COMMIT": job.commit}, os.environ.get(REPOSITORY_VARIABLE) or git.origin_url(PROJECT)
-    if not repository.startswith("http") or without_password(repository) == repository:
+    if not repository.startswith("http") or redact(repository) == repository:
         env[REPOSITORY_VARIABLE] = repository  # a URL with a password stays out of the run's parameters
     return run_deployment(  # type: ignore[return-value]
         job.deployment,

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from deleatur.errors import ServiceError, SettingsError
-from deleatur.storage.remote import without_password
+from deleatur.redaction import redact
 
 TIMEOUT_SECONDS = 10.0
 
@@ -43,7 +43,7 @@ def request(
     Raises ServiceError if the server does not respond, SettingsError if it refuses the credentials; `credentials` are
     the environment variables to set then, for the hint.
     """
-    shown, method = without_password(url), "GET" if body is None else "POST"
+    shown, method = redact(url), "GET" if body is None else "POST"
     try:
         response = httpx.request(method, url, json=body, auth=auth, timeout=TIMEOUT_SECONDS, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL) as e:
@@ -75,10 +75,15 @@ class PrefectClient:
         """The server that Prefect's own environment variables name, if any."""
         if not (url := os.environ.get("PREFECT_API_URL")):
             return None
-        if key := os.environ.get("PREFECT_API_KEY"):
-            return cls(url.rstrip("/"), Bearer(key))
-        user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
-        return cls(url.rstrip("/"), httpx.BasicAuth(user, password) if user else None)
+        key, credentials = (os.environ.get(f"PREFECT_API_{name}", "") for name in ("KEY", "AUTH_STRING"))
+        return cls.with_credentials(url, key, credentials)
+
+    @classmethod
+    def with_credentials(cls, url: str, key: str, credentials: str) -> PrefectClient:
+        """key: of Prefect Cloud; credentials: USER:PASSWORD of a server. Empty: none."""
+        user, _, password = credentials.partition(":")
+        basic = httpx.BasicAuth(user, password) if user else None
+        return cls(url.rstrip("/"), Bearer(key) if key else basic)
 
     @cached_property
     def version(self) -> Response:
