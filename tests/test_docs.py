@@ -100,6 +100,13 @@ def test_environment_variables_exist(page: Path) -> None:
         assert any(variable in text for text in _sources()), variable
 
 
+@pages
+def test_classes_exist(page: Path) -> None:
+    for name in code(page):
+        if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", name):
+            assert any(f"class {name}" in text for text in _sources()), name
+
+
 @cache
 def _sources() -> list[str]:
     return [
