@@ -9,16 +9,20 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import workspace
-from diffusers import StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from deleatur.artifacts.export import export
 from deleatur.config.settings import Settings
+from deleatur.diffusion import encode
+from deleatur.diffusion.sample import initial_noise, sample
+from deleatur.guides.cfg import CFG
 from deleatur.records.model import Delta
 from deleatur.registry import mlflow_registry
 from deleatur.runtime import models
@@ -77,3 +81,29 @@ def test_exported_and_served_pipeline_have_the_base_models_safety_checker(
         if checker:
             loaded = pipeline.safety_checker.state_dict()
             assert all(torch.equal(loaded[name], tensor) for name, tensor in checker.state_dict().items())
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, EulerDiscreteScheduler])
+def test_an_exported_pipeline_samples_as_judged_whatever_the_base_models_scheduler(
+    scheduler: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings: Settings = workspace.create(tmp_path)
+    base = Path(settings.base.model)
+    options = {"beta_start": 0.001, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "steps_offset": 1}
+    shutil.rmtree(base / "scheduler")
+    scheduler(**options).save_pretrained(base / "scheduler")
+    index = json.loads((base / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", scheduler.__name__]
+    (base / "model_index.json").write_text(json.dumps(index))
+    model = models.base_model(settings)
+    tensors.save_delta(settings.paths.delta / tensors.DELTA_FILE, Delta({}, model.unet_digest, "keep", {}, ("weapon",)))
+    export(settings, tmp_path / "exported")
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "exported", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    z, guide = initial_noise(model, [7]), CFG()
+    expected = pipeline("a cat", num_inference_steps=5, latents=z, output_type="pil").images[0]
+    c, conditions = encode.encode_text(model, ["a cat"]), guide.conditions(model, [])
+    [image] = sample(model, c, [7], guide=guide, conditions=conditions, steps=5, batch=1)
+    assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
