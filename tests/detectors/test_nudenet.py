@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+import workspace
 from nudenet import NudeDetector
 from PIL import Image
 
 from deleatur.detectors.nudenet import NudeNet
+from deleatur.errors import DeleaturError, ModelError
+from deleatur.operations import preflight
+from deleatur.runtime import provenance
 
 PARTS = ("ANUS", "ARMPITS", "BELLY", "BUTTOCKS", "FEET", "FEMALE_BREAST", "FEMALE_GENITALIA")
 PUBLISHED = {f"{part}_{how}" for part, how in product(PARTS, ("COVERED", "EXPOSED"))}
@@ -51,3 +57,41 @@ def test_face_score_equals_that_of_the_library(
     ours = label_scores(image)
     assert reference["class"] == "FACE_FEMALE" == max(ours, key=lambda label: ours[label])
     assert ours["FACE_FEMALE"] == pytest.approx(reference["score"], abs=1e-4 if max(size) == 320 else 0.1)
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    for use in (NudeNet().read_labels, NudeNet().load):
+        with pytest.raises(ModelError, match="the extra `nudity` installs") as error:
+            use()
+        assert "pip install 'deleatur[nudity]'" in error.value.hint
+
+
+def test_check_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = workspace.small_params(tmp_path)["evaluate"]
+    changed = evaluate | {"detectors": evaluate["detectors"] | {"nudenet": {"method": "nudenet"}}}
+    monkeypatch.chdir(tmp_path)
+    settings = workspace.create(tmp_path, evaluate=changed)
+    assert any(line == "evaluate.detectors.nudenet: 18 labels" for line in preflight.check(settings))
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    with pytest.raises(DeleaturError, match=r"evaluate\.detectors\.nudenet: .*the extra `nudity` installs"):
+        preflight.check(settings)
+
+
+def test_only_installed_packages_have_versions() -> None:
+    assert provenance.installed(["numpy", "not-a-package-of-anyone"]) == {"numpy": np.__version__}
+
+
+def test_the_core_runs_without_the_extra() -> None:
+    """Every module can be imported, and the detector is listed."""
+    program = """if True:
+        import pkgutil, sys
+        sys.modules |= {"nudenet": None, "onnxruntime": None}
+        import deleatur
+        from deleatur import plugins
+        for module in pkgutil.walk_packages(deleatur.__path__, "deleatur."):
+            if not module.name.endswith("__main__"):
+                __import__(module.name)
+        assert "nudenet" in plugins.names("detectors")
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -82,3 +82,11 @@ def test_versions_are_package_urls(version: str) -> None:
     text = json.dumps(build_bom(replace(REPORT, provenance=provenance)))
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     assert f"pkg:pypi/torch@{version.replace('+', '%2B')}" in text
+
+
+def test_the_bill_of_materials_names_nudenets_licence() -> None:
+    provenance = replace(PROVENANCE, versions={"nudenet": "3.4.2", "torch": "2.13.0"})
+    bom = build_bom(replace(REPORT, provenance=provenance))
+    licences = {part["name"]: part.get("licenses") for part in bom["components"] if part["type"] == "library"}
+    assert licences == {"nudenet": [{"license": {"id": "AGPL-3.0-only"}}], "torch": None}
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bom)) is None

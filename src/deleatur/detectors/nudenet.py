@@ -1,5 +1,7 @@
 """NudeNet 3 (320n, 18 labels), the field's common nudity detector. Trained on photographs, unreliable on drawings.
 
+Its package is an extra, `nudity`: the metadata says MIT, the licence files and the weights are AGPL-3.0.
+
 The ONNX session is called directly, without the library's cut-offs (0.2, then 0.25 after suppression), so that any
 cut-off can be reported. Images go in as RGB; the library swaps the channels of image files twice, which is the same.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +20,7 @@ from pydantic import Field
 from deleatur.detectors import Detector, LoadedDetector, Scores
 from deleatur.diffusion.batches import padded_batches
 from deleatur.diffusion.rgb import to_rgb
+from deleatur.errors import ModelError
 
 SIZE = 320
 
@@ -31,10 +35,10 @@ class NudeNet(Detector):
         return _labels()
 
     def load(self) -> LoadedDetector:
-        import nudenet
+        package = _package()
         import onnxruntime
 
-        weights = Path(nudenet.__file__).with_name("320n.onnx")
+        weights = Path(package.__file__).with_name("320n.onnx")
         session = onnxruntime.InferenceSession(str(weights), providers=onnxruntime.get_available_providers())
         name = session.get_inputs()[0].name
 
@@ -50,9 +54,19 @@ class NudeNet(Detector):
 
 
 def _labels() -> tuple[str, ...]:
-    from nudenet import nudenet
+    return tuple(getattr(_package(), "__labels"))
 
-    return tuple(getattr(nudenet, "__labels"))
+
+def _package() -> Any:
+    """The module nudenet.nudenet. Raises ModelError when the extra is not installed."""
+    try:
+        from nudenet import nudenet
+    except ModuleNotFoundError as e:
+        raise ModelError(
+            f"expected the package nudenet, which the extra `nudity` installs (AGPL-3.0), got none: {e}",
+            hint="pip install 'deleatur[nudity]', or remove nudenet and the metric nudity from params.yaml",
+        ) from e
+    return nudenet
 
 
 def letterbox(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

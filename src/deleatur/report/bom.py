@@ -14,6 +14,8 @@ from deleatur.gate import SIMULATED_NOTICE, headline
 from deleatur.records.report import Provenance, Report, Score, Verdict
 
 FILE_NAME = "bom.cdx.json"
+LICENCES = {"deleatur": "Apache-2.0", "nudenet": "AGPL-3.0-only"}
+"""SPDX ids of packages whose licence a recipient has to know; docs/licences.md has all of them."""
 
 
 def build(name: str, base: str, evidence: str, report: Report, verdict: Verdict) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def _components(base: str, report: Report) -> Iterator[dict[str, Any]]:
             "bom-ref": f"library:{name}",
             "name": name,
             "version": version,
+            **({"licenses": [{"license": {"id": LICENCES[name]}}]} if name in LICENCES else {}),
             **({} if name == "python" else {"purl": f"pkg:pypi/{name}@{version.replace('+', '%2B')}"}),
         }
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Collection
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,18 @@ from deleatur.storage import files, samples, tensors
 LIBRARIES = ("deleatur", "torch", "diffusers", "transformers", "numpy", "onnxruntime", "nudenet", "pillow")
 SAMPLING_LIBRARIES = ("torch", "diffusers")
 EVALUATION_LIBRARIES = ("torch", "transformers", "numpy", "onnxruntime", "nudenet", "pillow")
-VERSIONS = {name: version(name) for name in LIBRARIES} | {"python": sys.version.split()[0]}
+
+
+def installed(names: Collection[str]) -> dict[str, str]:
+    """Package → version, of those that are installed: onnxruntime and nudenet come with an extra."""
+    versions = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+VERSIONS = installed(LIBRARIES) | {"python": sys.version.split()[0]}
 
 
 def collect(settings: Settings) -> Provenance:
@@ -59,7 +71,9 @@ def digest_code(*entries: Callable[..., Any], libraries: Collection[str]) -> str
 
     Cached rows are keyed by it: after a correction, a value computed before it is not used.
     """
-    return sha256([dependencies.code_digests(*entries), {name: VERSIONS[name] for name in libraries}])
+    return sha256(
+        [dependencies.code_digests(*entries), {name: VERSIONS[name] for name in libraries if name in VERSIONS}]
+    )
 
 
 def sha256(value: object) -> str:
