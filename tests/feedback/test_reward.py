@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
+from sklearn.model_selection import GroupKFold
 from torch import nn
 
 from deleatur.feedback.reward import PairTargets, RewardHead, RewardHyperparameters, VoteTargets, fit, quality
@@ -101,3 +104,53 @@ def test_votes_with_zero_weight_are_ignored() -> None:
     targets = VoteTargets(torch.where(half, y, 1 - y), half.float())
     head = fit(x, targets, np.arange(60), HYPERPARAMETERS, seed=0).head
     assert quality(head(x), VoteTargets(y, torch.ones(60))) > 0.9
+
+
+def train_reference(
+    x: torch.Tensor, pairs: PairTargets, hyperparameters: RewardHyperparameters, seed: int
+) -> Iterator[torch.Tensor]:
+    """Yields the scores after each step of torch's own layers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Linear(x.shape[1], hyperparameters.hidden), nn.GELU(), nn.Linear(hyperparameters.hidden, 1)
+        )
+        optimizer = torch.optim.AdamW(net.parameters(), lr=hyperparameters.lr, weight_decay=1e-2)
+        for _ in range(hyperparameters.epochs):
+            optimizer.zero_grad()
+            loss(net(x).squeeze(-1), pairs).backward()
+            optimizer.step()
+            yield net(x).squeeze(-1).detach()
+
+
+def test_rankings_are_validated_by_the_loss_that_training_minimises() -> None:
+    """Of raw scores: standardised ones hide that a head becomes over-confident."""
+    x, g = features(40), torch.Generator().manual_seed(1)
+    i, j = torch.randint(40, (2, 300), generator=g)
+    noisy = x[i, 0] + torch.randn(300, generator=g) > x[j, 0]
+    better, worse = torch.where(noisy, i, j)[i != j], torch.where(noisy, j, i)[i != j]
+    hyperparameters = RewardHyperparameters(hidden=16, dropout=0, epochs=80, folds=2, lr=3e-2)
+    groups = np.arange(40) % 4
+    result = fit(x, PairTargets(better, worse, torch.ones(len(better))), groups, hyperparameters, seed=5)
+
+    losses = []
+    for fold, (train, test) in enumerate(GroupKFold(2).split(groups, groups=groups)):
+        inside = [torch.isin(better, r) & torch.isin(worse, r) for r in map(torch.from_numpy, (train, test))]
+        training, validation = (PairTargets(better[m], worse[m], torch.ones(int(m.sum()))) for m in inside)
+        losses.append([float(loss(s, validation)) for s in train_reference(x, training, hyperparameters, 5 + fold)])
+    expected = np.mean(losses, axis=0)
+    assert result.validation_losses == pytest.approx(expected.tolist(), rel=1e-3)
+    assert result.epochs == 1 + expected.argmin()
+    assert result.epochs < hyperparameters.epochs, "the loss rises again"
+
+
+def test_held_out_quality_of_random_answers_is_chance() -> None:
+    """Read at the epoch that suits the same answers best, it would be above: nothing can be learned from these."""
+    hyperparameters, qualities = RewardHyperparameters(hidden=8, dropout=0, epochs=30, folds=5, lr=3e-2), []
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.nn.functional.normalize(torch.randn(60, 6, generator=g), dim=1)
+        y = torch.randint(2, (60,), generator=g).float()
+        result = fit(x, VoteTargets(y, torch.ones(60)), np.arange(60) // 2, hyperparameters, seed)
+        qualities.append(result.held_out_quality)
+    assert np.mean(qualities) == pytest.approx(0.5, abs=0.03)

@@ -3,10 +3,13 @@
 x: features (n, d)       y: share of raters who said yes (n,)       (x⁺, x⁻): ranked pairs, x⁺ shows the concept more
 binary:   L(ψ) = mean (r_ψ(x) − y)², the Brier score, whose minimiser is the vote share, so disagreement is preserved
 ranking:  L(ψ) = −Σ w log σ(r_ψ(x⁺) − r_ψ(x⁻)), Bradley–Terry: defined up to a constant, so scores are standardised
+
+Cross-validation chooses the epoch by the loss that training minimises, of the scores before they are standardised.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from deleatur.errors import DataError
@@ -62,12 +66,18 @@ class RewardHead:
     """r_ψ as named tensors. `rank` heads are standardised over the images they were fitted on."""
 
     tensors: dict[str, Tensor]
+    """The weights of `_network`, and the `mean` and `std` of its scores."""
     rank: bool
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """(n, d) → scores (n,)."""
-        scores = (_forward(self.tensors, x) - self.tensors["mean"]) / self.tensors["std"]
+        weights = {name: tensor for name, tensor in self.tensors.items() if name not in ("mean", "std")}
+        hidden, d = weights["in.weight"].shape
+        with torch.device("meta"):  # neither memory nor random numbers
+            network = _network(d, hidden, dropout=0.0)
+        scores: Tensor = functional_call(network.eval(), weights, (x,)).squeeze(-1)
+        scores = (scores - self.tensors["mean"]) / self.tensors["std"]
         return require_finite(scores, "scores of a reward head")
 
 
@@ -77,9 +87,19 @@ class RewardFit:
     epochs: int
     held_out_quality: float
     """AUC of majority votes (binary) or pair accuracy (ranking) on held-out prompts, mean of the folds; nan where no
-    fold has answers of both classes."""
+    fold has answers of both classes. Each fold is scored at the epoch that the other folds choose, since the epoch
+    that suits its own prompts best would flatter it."""
     validation_losses: list[float]
     """Validation loss per epoch, mean of the folds."""
+
+
+@dataclass(frozen=True)
+class _Fold:
+    validation: VoteTargets | PairTargets
+    losses: list[float]
+    """By epoch, on the validation targets."""
+    scores: list[Tensor]
+    """By epoch, (n,), of all images."""
 
 
 def fit(
@@ -96,41 +116,49 @@ def fit(
     Raises DataError when all answers are equal, or when they are about a single prompt.
     """
     _require_contrast(target)
+    folds = _cross_validate(x, target, groups, hyperparameters, seed)
+    losses = np.array([fold.losses for fold in folds])  # (folds, epochs)
+    mean_losses = losses.mean(0)
+    best = int(mean_losses.argmin())
+    others = losses.sum(0) - losses if len(folds) > 1 else losses
+    qualities = [quality(f.scores[epoch], f.validation) for f, epoch in zip(folds, others.argmin(1), strict=True)]
+    defined = [q for q in qualities if not np.isnan(q)]
+    network = _train(x, target, hyperparameters, seed, best + 1)
+    head = _to_head(network, x, isinstance(target, PairTargets))
+    return RewardFit(head, best + 1, float(np.mean(defined)) if defined else float("nan"), mean_losses.tolist())
+
+
+def _cross_validate(
+    x: Tensor,
+    target: VoteTargets | PairTargets,
+    groups: NDArray[np.int64],
+    hyperparameters: RewardHyperparameters,
+    seed: int,
+) -> list[_Fold]:
+    """Trains on each fold's complement; folds without answers on either side are left out."""
     from sklearn.model_selection import GroupKFold  # slow import; most stages only apply a fitted head
 
-    folds = min(hyperparameters.folds, len(np.unique(groups)))
-    fold_losses, fold_scores = [], []
-    splits = GroupKFold(folds).split(groups, groups=groups) if folds > 1 else ()
+    n_folds, folds = min(hyperparameters.folds, len(np.unique(groups))), list[_Fold]()
+    splits = GroupKFold(n_folds).split(groups, groups=groups) if n_folds > 1 else ()
     for number, (train, test) in enumerate(splits):
         training, validation = _restrict_to(target, train), _restrict_to(target, test)
         if not _total_weight(training) or not _total_weight(validation):
             continue
-        losses: list[float] = []
-        scores: list[Tensor] = []
+        fold = _Fold(validation, [], [])
 
-        def validate(
-            head: RewardHead,
-            validation: VoteTargets | PairTargets = validation,
-            losses: list[float] = losses,
-            scores: list[Tensor] = scores,
-        ) -> None:
-            scores.append(head(x))
-            losses.append(float(_loss(scores[-1], validation)))
+        def validate(scores: Tensor, fold: _Fold = fold) -> None:
+            fold.scores.append(scores)
+            fold.losses.append(float(_loss(scores, fold.validation)))
 
         _train(x, training, hyperparameters, seed + number, hyperparameters.epochs, validate)
-        fold_losses.append(losses)
-        fold_scores.append((scores, validation))
-    if not fold_losses:
+        folds.append(fold)
+    if not folds:
         raise DataError(
             "expected answers about images of two prompts or more, got one prompt: the reward is fitted on some "
             "prompts and validated on others",
             hint=COLLECT_MORE,
         )
-    mean_losses = np.mean(fold_losses, axis=0)
-    best = int(mean_losses.argmin())
-    head = _train(x, target, hyperparameters, seed, best + 1, None)
-    qualities = [q for scores, validation in fold_scores if not np.isnan(q := quality(scores[best], validation))]
-    return RewardFit(head, best + 1, float(np.mean(qualities)) if qualities else float("nan"), mean_losses.tolist())
+    return folds
 
 
 def _require_contrast(target: VoteTargets | PairTargets) -> None:
@@ -156,57 +184,53 @@ def quality(scores: Tensor, target: VoteTargets | PairTargets) -> float:
     return float(roc_auc_score(labels, scores[has_votes].numpy())) if 0 < labels.sum() < len(labels) else float("nan")
 
 
+def _network(d: int, hidden: int, dropout: float) -> nn.Sequential:
+    """(n, d) → (n, 1)."""
+    layers = {
+        "in": nn.Linear(d, hidden),
+        "gelu": nn.GELU(),
+        "dropout": nn.Dropout(dropout),
+        "out": nn.Linear(hidden, 1),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
 def _train(
     x: Tensor,
     target: VoteTargets | PairTargets,
     hyperparameters: RewardHyperparameters,
     seed: int,
     epochs: int,
-    on_epoch: Callable[[RewardHead], None] | None,
-) -> RewardHead:
-    g = torch.Generator().manual_seed(seed % 2**63)
-    t = _init_parameters(x.shape[1], hyperparameters.hidden, g)
-    optimizer = torch.optim.AdamW(t.values(), lr=hyperparameters.lr, weight_decay=hyperparameters.weight_decay)
-    keep_probability = 1 - hyperparameters.dropout
-    for _ in range(epochs):
-        mask = torch.empty(len(x), hyperparameters.hidden).bernoulli_(keep_probability, generator=g) / keep_probability
-        loss = _loss(_forward(t, x, mask), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if on_epoch:
-            on_epoch(_to_head(t, x, isinstance(target, PairTargets)))
-    return _to_head(t, x, isinstance(target, PairTargets))
+    on_epoch: Callable[[Tensor], None] | None = None,
+) -> nn.Sequential:
+    """on_epoch: called with the scores (n,) of all images after every step."""
+    with torch.random.fork_rng(devices=[]):  # layers sample from the global generator only
+        torch.manual_seed(seed % 2**63)
+        network = _network(x.shape[1], hyperparameters.hidden, hyperparameters.dropout)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=hyperparameters.lr, weight_decay=hyperparameters.weight_decay
+        )
+        for _ in range(epochs):
+            loss = _loss(network.train()(x).squeeze(-1), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if on_epoch:
+                on_epoch(_scores(network, x))
+    return network
 
 
-def _init_parameters(d: int, hidden: int, g: torch.Generator) -> dict[str, Tensor]:
-    """The initialization of `nn.Linear`, which itself only samples from the global generator."""
-
-    def uniform(*shape: int, fan_in: int) -> Tensor:
-        bound = fan_in**-0.5
-        return torch.empty(shape).uniform_(-bound, bound, generator=g).requires_grad_()
-
-    return {
-        "in.weight": uniform(hidden, d, fan_in=d),
-        "in.bias": uniform(hidden, fan_in=d),
-        "out.weight": uniform(1, hidden, fan_in=hidden),
-        "out.bias": uniform(1, fan_in=hidden),
-    }
+@torch.no_grad()
+def _scores(network: nn.Sequential, x: Tensor) -> Tensor:
+    scores: Tensor = network.eval()(x).squeeze(-1)
+    return scores
 
 
-def _forward(t: dict[str, Tensor], x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(n, d) → (n,). mask (n, hidden): the dropout mask, in training."""
-    hidden = F.gelu(F.linear(x, t["in.weight"], t["in.bias"]))
-    return F.linear(hidden if mask is None else hidden * mask, t["out.weight"], t["out.bias"]).squeeze(-1)
-
-
-def _to_head(t: dict[str, Tensor], x: Tensor, rank: bool) -> RewardHead:
-    tensors = {n: w.detach().clone() for n, w in t.items()}
-    unscaled = RewardHead(tensors | {"mean": torch.tensor(0.0), "std": torch.tensor(1.0)}, rank)
-    if not rank:
-        return unscaled
-    r = unscaled(x)
-    return RewardHead(tensors | {"mean": r.mean(), "std": r.std().clamp(min=1e-6)}, rank)
+def _to_head(network: nn.Sequential, x: Tensor, rank: bool) -> RewardHead:
+    weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    scores = _scores(network, x)
+    mean, std = (scores.mean(), scores.std().clamp(min=1e-6)) if rank else (torch.tensor(0.0), torch.tensor(1.0))
+    return RewardHead(weights | {"mean": mean, "std": std}, rank)
 
 
 def _loss(r: Tensor, target: VoteTargets | PairTargets) -> Tensor:
