@@ -17,18 +17,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deleatur.redaction import redact
+
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor
 
 
 class DeleaturError(Exception):
-    """The message says what was expected and what was found; `hint` is the command to run next."""
+    """The message says what was expected and what was found; `hint` is the command to run next. Both are redacted."""
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(redact(message))
+        self.hint = redact(hint)
 
 
 class SettingsError(DeleaturError):

@@ -75,6 +75,19 @@ def test_run_holds_settings_scores_curves_files_and_lineage(registry: Registry, 
     assert (given.dataset.name, given.dataset.digest) == ("feedback", "f" * 36)
 
 
+def test_logged_files_and_settings_have_no_credentials(registry: Registry, evidence: Evidence, tmp_path: Path) -> None:
+    address = "postgresql://me:PW@host/db"
+    path = tmp_path / "params.yaml"
+    path.write_text(f"register:\n  tracking_uri: {address}\n", "utf-8")
+    evidence = replace(evidence, curves=(), settings={"base": {"model": address}}, files={"params": path})
+    with registry.runs.recording(evidence) as run_id:
+        registry.runs.log(run_id, evidence)
+        logged = Path(registry.client.download_artifacts(run_id, "params/params.yaml", str(tmp_path / "logged")))
+    assert logged.read_text("utf-8") == "register:\n  tracking_uri: postgresql://***@host/db\n"
+    assert registry.client.get_run(run_id).data.params == {"base.model": "postgresql://***@host/db"}
+    assert "PW" in path.read_text("utf-8")
+
+
 def test_failed_run_is_resumed(registry: Registry, evidence: Evidence) -> None:
     with pytest.raises(ZeroDivisionError), registry.runs.recording(evidence):
         raise ZeroDivisionError

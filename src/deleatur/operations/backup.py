@@ -18,6 +18,7 @@ from typing import Any
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
+from deleatur.redaction import redacted_file
 from deleatur.registry import ledger
 from deleatur.registry.decisions import locked_for_decision, open_registry
 from deleatur.registry.history import history
@@ -61,7 +62,8 @@ def backup(settings: Settings, folder: Path) -> BackupInfo:
             shutil.copyfile(current.path, partial / "ledger.jsonl")
         for name in filter(os.path.exists, WORKSPACE_FILES):
             (partial / "workspace" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(name, partial / "workspace" / name)
+            with redacted_file(Path(name)) as redacted:
+                shutil.copyfile(redacted, partial / "workspace" / name)
         manifest = {
             "taken": datetime.now(UTC).isoformat(timespec="seconds"),
             "deleatur": version("deleatur"),
@@ -98,7 +100,7 @@ def restore(settings: Settings, folder: Path) -> BackupInfo:
     registry.set_aliases(saved.aliases)
     registry.set_ledger_position(saved.head)
     for name in WORKSPACE_FILES:  # never a path that only the folder names
-        if (path := folder / "workspace" / name).is_file():
+        if (path := folder / "workspace" / name).is_file() and not _is_same(Path(name), path):
             with files.atomic_write(Path(name)) as partial:
                 shutil.copyfile(path, partial)
     for problem in history(settings).problems:
@@ -133,14 +135,20 @@ def _require_no_other_decisions(saved: Ledger, current: Ledger) -> None:
 
 def _require_committed(workspace: Path) -> None:
     names = [path.relative_to(workspace).as_posix() for path in _files(workspace)]
-    differing = [
-        name for name in names if Path(name).exists() and Path(name).read_bytes() != (workspace / name).read_bytes()
-    ]
+    differing = [name for name in names if Path(name).exists() and not _is_same(Path(name), workspace / name)]
     if differing and (uncommitted := git.uncommitted_files(Path(), *differing)):
         raise DataError(
             f"{', '.join(uncommitted)}: uncommitted changes, which the backup would overwrite",
             hint=f"git stash push {' '.join(uncommitted)}, then the same command again",
         )
+
+
+def _is_same(path: Path, saved: Path) -> bool:
+    """Whether a file of the workspace has the saved content, apart from credentials, which backups never have."""
+    if not path.is_file():
+        return False
+    with redacted_file(path) as redacted:
+        return redacted.read_bytes() == saved.read_bytes()
 
 
 def _files(folder: Path) -> list[Path]:

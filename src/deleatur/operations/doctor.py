@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError
 from deleatur.operations.http_clients import PrefectClient, Response, request
+from deleatur.redaction import redact
 from deleatur.registry import mlflow_client, signing
 from deleatur.registry.decisions import checked_ledger, open_registry
 from deleatur.registry.history import history
@@ -53,15 +54,15 @@ class Diagnosis:
 
 
 def ok(message: str) -> Diagnosis:
-    return Diagnosis("", "ok", message)
+    return Diagnosis("", "ok", redact(message))
 
 
 def warn(message: str, next_command: str) -> Diagnosis:
-    return Diagnosis("", "warn", message, next_command)
+    return Diagnosis("", "warn", redact(message), next_command)
 
 
 def fail(message: str, next_command: str) -> Diagnosis:
-    return Diagnosis("", "fail", message, next_command)
+    return Diagnosis("", "fail", redact(message), next_command)
 
 
 def diagnose(params: Path) -> Iterator[Diagnosis]:

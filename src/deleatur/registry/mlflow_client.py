@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils import get_results_from_paginated_fn
 
 from deleatur.errors import DeleaturError, ServiceError, SettingsError
-from deleatur.storage.remote import without_password
+from deleatur.redaction import redact
 
 ENVIRONMENT_URI = os.environ.get("MLFLOW_TRACKING_URI")
 """As it was when this process started: MLflow sets the variable itself whenever it is given a URI, see
@@ -60,7 +60,7 @@ def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterato
     except MlflowException as e:
         if missing and e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise missing from e
-        shown_uri, message = without_password(ENVIRONMENT_URI or uri), without_password(str(e).strip().splitlines()[0])
+        shown_uri, message = redact(tracking_uri(uri)), redact(str(e).strip().splitlines()[0])
         if e.error_code == "INVALID_PARAMETER_VALUE":
             raise SettingsError(f"MLflow at {shown_uri} does not accept the `register` section: {message}") from e
         if e.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):

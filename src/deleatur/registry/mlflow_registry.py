@@ -23,6 +23,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from deleatur.errors import DataError
+from deleatur.redaction import redact
 from deleatur.registry import signing
 from deleatur.registry.ledger import LedgerPosition
 from deleatur.registry.mlflow_client import (
@@ -35,7 +36,6 @@ from deleatur.registry.mlflow_client import (
 )
 from deleatur.registry.mlflow_runs import EVIDENCE_TAG, Evidence, Runs
 from deleatur.registry.model_files import model_files
-from deleatur.storage.remote import without_password
 
 CHAMPION, CHALLENGER, LAST_KNOWN_GOOD, QUARANTINED = "champion", "challenger", "last_known_good", "quarantined"
 ALIASES = (QUARANTINED, LAST_KNOWN_GOOD, CHAMPION, CHALLENGER)
@@ -81,7 +81,7 @@ class Registry:
     @property
     def shown_uri(self) -> str:
         """For messages."""
-        return without_password(tracking_uri(self.uri))
+        return redact(tracking_uri(self.uri))
 
     def version(self, evidence: str) -> str | None:
         """The version made from this evidence, if there is one."""

@@ -19,6 +19,7 @@ import mlflow
 import pandas as pd
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
+from deleatur.redaction import redact, redacted_file
 from deleatur.registry.mlflow_client import all_pages, connect, translated_errors, use_tracking_uri
 from deleatur.storage.cache import chunked
 
@@ -98,7 +99,7 @@ class Runs:
         with translated_errors(self.uri):
             run = self.client.get_run(run_id)
             start = run.info.start_time  # one timestamp for all metrics: logged again, a value is not stored twice
-            params = {k: v for k, v in flatten(evidence.settings).items() if k not in run.data.params}
+            params = {k: redact(v) for k, v in flatten(evidence.settings).items() if k not in run.data.params}
             metrics = [Metric(k, v, start, 0) for k, v in evidence.scores.items()]
             metrics += [Metric(k, v, start, step) for k, step, v in evidence.curves]
             log_batches(self.client, run_id, evidence.prefixed_tags, params, metrics)
@@ -108,7 +109,8 @@ class Runs:
                 if path.is_dir():
                     self.client.log_artifacts(run_id, str(path), name)
                 elif path.is_file():
-                    self.client.log_artifact(run_id, str(path), name)
+                    with redacted_file(path) as redacted:
+                        self.client.log_artifact(run_id, str(redacted), name)
 
     def search(self, filter_string: str = "") -> list[Run]:
         """All runs that match a filter of MLflow's."""

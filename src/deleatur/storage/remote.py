@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,8 +91,3 @@ def _filesystem(address: str) -> Iterator[tuple[Any, str]]:
     except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as e:
         hint = "check AWS_ENDPOINT_URL_S3 and AWS_*" if address.startswith("s3://") else f"ls {address}"
         raise ServiceError(f"{address} could not be reached: {e}", hint=hint) from e
-
-
-def without_password(text: str) -> str:
-    """postgresql://me:secret@host/db → postgresql://host/db."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

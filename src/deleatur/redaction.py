@@ -1,0 +1,58 @@
+"""Removes credentials from texts that leave the process: errors, logs, artifacts, backups, flow parameters."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+MASK = "***"
+MIN_SECRET_LENGTH = 16
+"""Shorter values of environment variables may be ordinary words of a message."""
+
+_URL = re.compile(r"(?<=://)[^\s'\"<>]+")
+_SECRET = r"[\w-]*(?:password|passwd|pwd|secret|token|signature|credential|api_?key|access_?key|account_?key)[\w-]*"
+_QUERY = re.compile(rf"([?&;](?:{_SECRET}|sig|key|auth)=)[^&;\s'\"<>]+", re.IGNORECASE)
+_CONFIG = re.compile(
+    r"^(\s*['\"]?(?:secret_access_key|access_key_id|session_token|sas_token|account_key|connection_string|"
+    r"client_secret|api_key|password|authorization)['\"]?\s*[:=]\s*)\S.*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_AWS_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")
+_SECRET_VARIABLE = re.compile(r"PASSWORD|SECRET|TOKEN|API_KEY|AUTH_STRING")
+
+
+def redact(text: str) -> str:
+    """The text without user names and passwords in URLs, secret query parameters and keys of S3.
+
+    postgresql://me:secret@host/db → postgresql://***@host/db. A text without credentials is returned unchanged.
+    """
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name) and len(value) >= MIN_SECRET_LENGTH and not os.path.exists(value):
+            text = text.replace(value, MASK)
+    text = _QUERY.sub(rf"\1{MASK}", _URL.sub(lambda match: _without_userinfo(match[0]), text))
+    return _AWS_KEY_ID.sub(MASK, _CONFIG.sub(rf"\1{MASK}", text))
+
+
+@contextmanager
+def redacted_file(path: Path) -> Iterator[Path]:
+    """The file or, where its text has credentials, a copy without them under the same name."""
+    text = path.read_text("utf-8", errors="surrogateescape")
+    if (redacted := redact(text)) == text:
+        yield path
+        return
+    with TemporaryDirectory(prefix="deleatur-") as folder:
+        copy = Path(folder) / path.name
+        copy.write_text(redacted, "utf-8", errors="surrogateescape")
+        yield copy
+
+
+def _without_userinfo(url: str) -> str:
+    """A URL from behind its scheme. Passwords may contain / and @ that are not quoted, so the last @ ends them."""
+    authority = re.split(r"[/?#]", url, maxsplit=1)[0]
+    port = authority.partition(":")[2]
+    has_userinfo = "@" in authority or ("@" in url and port and not port.isdigit())
+    return f"{MASK}@{url.rpartition('@')[2]}" if has_userinfo else url
