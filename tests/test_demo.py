@@ -11,7 +11,7 @@ from pathlib import Path
 
 import finished
 import pytest
-from killed import running
+from killed import stage_processes
 
 from deleatur.errors import Interrupted
 
@@ -77,11 +77,11 @@ def test_ctrl_c_interrupts_the_stage_and_prints_how_to_resume(project: Path) -> 
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
-    while not list(running("erase", process.pid)):
+    while not list(stage_processes("erase", process.pid)):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == Interrupted.exit_code
     assert "Interrupted: erase was interrupted" in stderr
     assert "deleatur demo (resumes)" in stderr

@@ -15,7 +15,7 @@ from typing import Any
 import finished
 import pytest
 import yaml
-from killed import running
+from killed import stage_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
@@ -66,7 +66,7 @@ def test_flow_and_dvc_recognise_each_others_results(project: Path) -> None:
     assert dvc.status(project) == {}
     assert "Running stage" not in finished.dvc(project, "repro")
 
-    change_section("gate", **finished.passing(limit=-6.0))
+    change_section("gate", **finished.passing_policy(limit=-6.0))
     assert "Running stage 'gate'" in finished.dvc(project, "repro")
     done = erase()
     assert done.stages_run == (), "`dvc repro` had run everything"
@@ -111,11 +111,11 @@ def test_sigterm_saves_and_names_the_command_to_resume(project: Path, server: di
     us = subprocess.Popen(
         [sys.executable, script], env=server, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    while not list(running("erase", us.pid)):
+    while not list(stage_processes("erase", us.pid)):
         assert us.poll() is None, us.communicate()[0]
         time.sleep(0.1)
     us.terminate()
-    stdout, _ = us.communicate(timeout=120)
+    stdout, _ = us.communicate(timeout=600)
     assert us.returncode == Interrupted.exit_code, stdout
     assert "to resume" in stdout
 
@@ -150,7 +150,7 @@ def test_the_script_starts_and_stops_an_embedded_server(
 ) -> None:
     """`python flows/erase.py` without a Prefect server."""
     home = tmp_path_factory.mktemp("prefect")
-    change_section("gate", **finished.passing(limit=-6.0))
+    change_section("gate", **finished.passing_policy(limit=-6.0))
     code, stdout, stderr = run_script(home)
     assert code == 0, stderr
     assert stdout.splitlines()[-1] == "ErasureResult(stages_run=('gate',), outcome='pass', decision=None)"

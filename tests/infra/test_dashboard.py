@@ -7,17 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
-from urllib.parse import urlencode
-from urllib.request import urlopen
+from typing import Any
 
 import finished
+import httpx
 import pytest
 from programs import INFRA, program
 from prometheus_client import CollectorRegistry, start_http_server
-from test_monitoring import PROMTOOL, alerts
+from test_monitoring import PROMTOOL, alerts, dashboard
 
 from deleatur.operations import canary
 from deleatur.operations.exporter import Exporter
@@ -60,7 +60,7 @@ def exporter(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @contextmanager
 def prometheus(folder: Path, target: int) -> Iterator[str]:
-    """Its address, once it has scraped twice."""
+    """Address of a Prometheus that scrapes the exporter."""
     rules = INFRA / "prometheus/alerts.yml"
     scraped = [{"job_name": "deleatur", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}]
     config = {
@@ -82,42 +82,55 @@ def prometheus(folder: Path, target: int) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
-        while not query(address, "count_over_time(deleatur_readable[1m]) > 1"):
-            assert process.poll() is None, (folder / "log").read_text("utf-8")
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_until(lambda: process.poll() is not None or query(address, "deleatur_readable"), "a first scrape")
+        assert process.poll() is None, (folder / "log").read_text("utf-8")
         yield address
     finally:
         process.terminate()
         process.wait(60)
 
 
-def query(address: str, expr: str) -> list[dict[str, object]]:
+def wait_until(condition: Callable[[], object], description: str) -> None:
+    """Wait for a condition, however slow the machine; the limit only ends a test that would wait for ever."""
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < deadline, description
+        time.sleep(0.2)
+
+
+def query(address: str, expr: str) -> list[dict[str, Any]]:
     try:
-        with urlopen(f"{address}/api/v1/query?{urlencode({'query': expr})}", timeout=10) as answer:
-            return list(json.load(answer)["data"]["result"])
-    except OSError:
+        response = httpx.get(f"{address}/api/v1/query", params={"query": expr}, timeout=60)
+    except httpx.HTTPError:  # it is starting
         return []
+    return list(response.json()["data"]["result"])
+
+
+def empty_panels(address: str) -> set[str]:
+    """Titles of the panels whose queries have no results; rates need several scrapes."""
+    panels = [panel for panel in dashboard()["panels"] if panel.get("targets")]
+    return {
+        panel["title"]
+        for panel in panels
+        if not any(render.query(address, target, hours=0.1) for target in panel["targets"])
+    }
 
 
 def test_every_panel_has_data(exporter: int, tmp_path: Path) -> None:
     with prometheus(tmp_path, exporter) as address:
-        shown = render.render(address, tmp_path / "dashboard.png", hours=0.1)
-    assert {title for title, series in shown.items() if not series} == set(EMPTY_PANELS)
+        wait_until(lambda: empty_panels(address) <= set(EMPTY_PANELS), "data in every panel")
+        series_counts = render.render(address, tmp_path / "dashboard.png", hours=0.1)
+    assert {title for title, series in series_counts.items() if not series} == set(EMPTY_PANELS)
     assert (tmp_path / "dashboard.png").stat().st_size > 100_000
 
 
 def test_alert_rules_are_evaluated_and_the_right_ones_are_pending(exporter: int, tmp_path: Path) -> None:
     with prometheus(tmp_path, exporter) as address:
-        deadline = time.monotonic() + 60
-        while not (pending := query(address, "ALERTS")) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        with urlopen(f"{address}/api/v1/rules", timeout=10) as answer:
-            groups = json.load(answer)["data"]["groups"]
+        pending = 'ALERTS{alertname="DeleaturSimulatedLive"}'  # the raters are simulated
+        wait_until(lambda: query(address, pending), "a pending alert")
+        names = {result["metric"]["alertname"] for result in query(address, "ALERTS")}
+        groups = httpx.get(f"{address}/api/v1/rules", timeout=60).json()["data"]["groups"]
     rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
     assert set(rules) == set(alerts())
     assert {name for name, rule in rules.items() if rule["health"] == "err"} == set()
-    names = {found["metric"]["alertname"] for found in pending}  # type: ignore[index]
-    assert "DeleaturSimulatedLive" in names, "the raters are simulated"
     assert "DeleaturLedgerBroken" not in names

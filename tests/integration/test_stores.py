@@ -48,7 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def judged_by(limit: float) -> None:
     """Registers the same evidence under another policy: another verdict and version."""
-    given = Settings.load().model_dump(mode="json", by_alias=True) | {"gate": finished.passing(limit)}
+    given = Settings.load().model_dump(mode="json", by_alias=True) | {"gate": finished.passing_policy(limit)}
     settings = Settings.model_validate(given)
     gate.run(settings)
     register.run(settings)
@@ -84,7 +84,7 @@ def test_version_in_the_bucket_is_verified_and_rolled_back(project: Path, server
     settings = Settings.load()
     own = open_registry(settings)
     assert own.aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
-    with psycopg.connect(**servers.postgres, dbname="mlflow") as database:
+    with psycopg.connect(**servers.libpq_parameters, dbname="mlflow") as database:
         rows = database.execute("SELECT alias, version FROM registered_model_aliases WHERE name = %s", [own.model])
         assert dict(rows) == {CHAMPION: 2, LAST_KNOWN_GOOD: 1}
     model_id = artifact_location(f"models:/{own.model}/2").rstrip("/").split("/")[-2]
@@ -157,7 +157,7 @@ def test_feedback_and_checkpoints_go_through_the_bucket(project: Path, tmp_path:
 
 def test_every_server_requires_credentials(project: Path, servers: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HTTPError, match="401"):
-        urlopen(f"{servers.clients['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search?max_results=1")
+        urlopen(f"{servers.client_environment['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search?max_results=1")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "guessed")
     with pytest.raises(SettingsError, match="refuses the credentials"):
         judged_by(-5.0)
@@ -177,17 +177,17 @@ def test_scheduler_on_postgresql_keeps_schedules_after_a_kill(
     servers.start("prefect")
     for name in ("flows", "prefect.yaml", "infra"):
         Path(name).symlink_to(ROOT / name)
-    ours = {**os.environ, **servers.clients, "DO_NOT_TRACK": "true", "PYTHONPATH": "src"}
+    ours = {**os.environ, **servers.client_environment, "DO_NOT_TRACK": "true", "PYTHONPATH": "src"}
     for command in (["flows/setup.py"], ["-m", "prefect", "--no-prompt", "deploy", "--all"]):
         subprocess.run([sys.executable, *command], env=ours, check=True, capture_output=True)
     for name in ("prefect", "postgres"):
         servers.kill(name)
     servers.start("postgres", "prefect")
-    monkeypatch.setenv("PREFECT_API_URL", servers.clients["PREFECT_API_URL"])
+    monkeypatch.setenv("PREFECT_API_URL", servers.client_environment["PREFECT_API_URL"])
     found = {(line.topic, line.status) for line in doctor.diagnose(Path("params.yaml"))}
     assert {(about, "ok") for about in ("registry", "results", "scheduler", "schedules", "aliases", "clock")} <= found
     assert {about for about, state in found if state == "fail"} == {"pools"}, "nobody works here"
-    scheduler, deadline = PrefectClient.from_environment(), time.monotonic() + 90
+    scheduler, deadline = PrefectClient.from_environment(), time.monotonic() + 600
     assert scheduler
     while not scheduler.count_runs("Scheduled"):
         assert time.monotonic() < deadline, "no schedule has made a run"

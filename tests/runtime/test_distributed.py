@@ -11,12 +11,11 @@ import finished
 import pytest
 
 from deleatur import stages
-from deleatur.config.settings import Settings
 from deleatur.config.sections import WorkersSection
+from deleatur.config.settings import Settings
 from deleatur.errors import ModelError, ServiceError, SettingsError
-from deleatur.runtime import distributed
 from deleatur.evaluation import cache, predictions
-from deleatur.runtime import models
+from deleatur.runtime import distributed, models
 from deleatur.stages import sample
 
 pytestmark = pytest.mark.slow
@@ -63,7 +62,7 @@ def test_another_model_there_is_refused(root: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_scheduler_that_does_not_answer_is_a_service(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "PATIENCE", 1.0)
+    monkeypatch.setattr(distributed, "TIMEOUT", 1.0)
     with (
         pytest.raises(ServiceError, match=r"tcp://127\.0\.0\.1:9 did not answer"),
         distributed.dask_client(WorkersSection(dask="tcp://127.0.0.1:9")),

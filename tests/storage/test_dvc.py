@@ -182,7 +182,7 @@ def test_a_stage_interrupted_under_dvc_resumes(shared: Path, tmp_path: Path) -> 
         assert parent.poll() is None
         time.sleep(0.01)
     parent.terminate()
-    output, _ = parent.communicate(timeout=120)
+    output, _ = parent.communicate(timeout=600)
     assert parent.returncode == Interrupted.exit_code
     assert "saved after step" in output, "the last lines of the stage are forwarded"
 
