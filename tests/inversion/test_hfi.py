@@ -255,3 +255,10 @@ def test_textual_inversion_ignores_ratings(model: Model) -> None:
     [high] = invert(model, method, inversion_data(4, torch.tensor([1.0, 1.0, 0.0, 0.0]), features))
     [low] = invert(model, method, inversion_data(4, torch.tensor([0.0, 0.0, 1.0, 1.0]), features))
     assert torch.equal(high.vectors, low.vectors)
+
+
+def test_notes_name_every_deviation() -> None:
+    plain = HFI(num_tokens=1, training=EvaluatedInversionConfig(max_norm=None)).notes()
+    assert len(plain) == 1
+    assert "not flipped" in plain[0]
+    assert len(HFI(num_tokens=2, training=EvaluatedInversionConfig(max_norm=1.0)).notes()) == 3

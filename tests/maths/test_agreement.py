@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import krippendorff
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from scipy import stats
 
 from deleatur.maths import agreement
@@ -32,6 +35,17 @@ def test_alpha_of_perfect_agreement_and_undefined_cases() -> None:
     assert np.isnan(agreement.krippendorff_alpha(*ratings(["01..", "..10"])))  # no unit was rated twice
     assert np.isnan(agreement.krippendorff_alpha(*ratings(["11", "11"])))  # all values equal
     assert np.isnan(agreement.krippendorff_alpha(np.array([], int), np.array([], int)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), min_size=1, max_size=60))
+def test_alpha_equals_the_package_krippendorff(rated: list[tuple[int, int]]) -> None:
+    units, values = np.array(rated).T
+    counts = np.zeros((10, 3))
+    np.add.at(counts, (units, values), 1)
+    shared = counts[counts.sum(1) >= 2]
+    assume(np.count_nonzero(shared.sum(0)) > 1)
+    known = krippendorff.alpha(value_counts=shared, level_of_measurement="nominal")
+    assert agreement.krippendorff_alpha(units, values) == pytest.approx(known)
 
 
 def test_kendall_tau_of_rankings() -> None:

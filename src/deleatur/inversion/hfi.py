@@ -8,6 +8,8 @@ ranking:  w ∝ softmax(r_ψ / temperature) of scores standardised over the pool
 Several tokens (extension): the images are clustered in CLIP space; each cluster gets its own token and an equal share
 of K_top, so that rare kinds of images are represented too. Tokens whose sampled images get a reward below the threshold
 are dropped, except the best one.
+
+Deviation: images are not flipped at random, as the usual script of textual inversion does; each has one cached latent.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class HFI(Inverter):
     training: EvaluatedInversionConfig = Field(default_factory=EvaluatedInversionConfig)
 
     def notes(self) -> list[str]:
-        notes = []
+        notes = ["Images are not flipped at random; the usual script of textual inversion flips half of them."]
         if self.num_tokens > 1:
             notes.append(f"Up to {self.num_tokens} tokens, each for one cluster of rated images; the paper has one.")
         if self.training.max_norm:
