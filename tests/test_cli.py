@@ -441,3 +441,10 @@ def test_a_wrong_argument_is_a_message(in_project: Path, code: int, arguments: l
     result = run(app, arguments, env={"COLUMNS": "300"})
     assert (result.exit_code, type(result.exception)) == (code, SystemExit), result.output
     assert message in result.output
+
+
+def test_text_is_printed_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "[bold] :fire: [" / f"x] {'long ' * 30}.json"
+    path.parent.mkdir()
+    result = run(app, ["schema", str(path)], env={"COLUMNS": "40"})
+    assert (result.exit_code, result.output) == (0, f"Written: {path}\n"), "no markup, no emoji, not wrapped"

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from deleatur.config.settings import Settings
     from deleatur.operations.estimate import Estimate
 
-# Highlighting would colour every number and path; what matters is marked up by hand.
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Text is printed as it is: brackets and colons in paths, prompts and reasons are no markup and no emoji.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 VERDICT_EXIT_CODES = {"pass": 0, "fail": 10, "not enough evidence": 11}
 
@@ -56,8 +56,7 @@ class Commands(TyperGroup):
             raise
         except (DeleaturError, OSError) as caught:
             error = caught if isinstance(caught, DeleaturError) else _from_os_error(caught)
-            # Not as markup, since messages quote lists and prompts in brackets; not wrapped, since commands are copied.
-            err.print(Text.assemble((f"{type(error).__name__}:", "red"), f" {error}"), soft_wrap=True)
+            print_text((f"{type(error).__name__}:", "red"), f" {error}", console=err)
             if error.hint:
                 print_next(error.hint)
             raise typer.Exit(error.exit_code) from caught
@@ -75,12 +74,17 @@ def load_settings(params: Path = PARAMS) -> Settings:
     return Settings.load(params)
 
 
+def print_text(*parts: str | tuple[str, str], console: Console = out) -> None:
+    """Prints text or (text, style) as one text that is not wrapped, since commands and paths in it are copied."""
+    console.print(Text.assemble(*parts), soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     out.print_json(json.dumps(value))
 
 
 def print_next(command: str) -> None:
-    err.print(Text.assemble("Next: ", (command, "bold")), soft_wrap=True)
+    print_text("Next: ", (command, "bold"), console=err)
 
 
 def print_estimates(title: str, estimates: Sequence[Estimate], console: Console = out) -> None:

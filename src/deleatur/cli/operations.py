@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from deleatur.cli.common import (
     PARAMS,
@@ -18,8 +17,8 @@ from deleatur.cli.common import (
     Reason,
     err,
     load_settings,
-    out,
     print_json,
+    print_text,
     split_list,
 )
 from deleatur.cli.registry import print_taken_back
@@ -50,14 +49,14 @@ def canary(
         plain = result and {"outcome": result.outcome, **asdict(result)}
         print_json({"canary": plain, "quarantined": taken_back and taken_back.quarantined})
     elif result is None:
-        out.print("No live version has anything erased")
+        print_text("No live version has anything erased")
     else:
         for concept in result.checks:
             style = {"pass": "green", "fail": "red"}.get(concept.outcome, "yellow")
-            out.print(Text.assemble((f"{concept.outcome.upper():<20} ", style), f"{concept.concept}: {concept.reason}"))
+            print_text((f"{concept.outcome.upper():<20} ", style), f"{concept.concept}: {concept.reason}")
         if taken_back:
             print_taken_back(taken_back)
-        out.print(f"Images: {settings.canary.folder}/")
+        print_text(f"Images: {settings.canary.folder}/")
     raise typer.Exit(VERDICT_EXIT_CODES[result.outcome] if result else 0)
 
 
@@ -83,8 +82,8 @@ def emergency(
     if as_json:
         print_json(asdict(verdict))
     else:
-        out.print(gate.explain(verdict), markup=False, soft_wrap=True)
-        out.print(f"Report: {emergency.emergency_settings(settings, targets).paths.verdict / 'report.html'}")
+        print_text(gate.explain(verdict))
+        print_text(f"Report: {emergency.emergency_settings(settings, targets).paths.verdict / 'report.html'}")
     raise typer.Exit(VERDICT_EXIT_CODES[verdict.outcome])
 
 
@@ -108,9 +107,9 @@ def doctor(params: ParamsFile = PARAMS, as_json: AsJson = False) -> None:
 
 def _print_line(line: Diagnosis) -> None:
     colour = {"ok": "green", "warn": "yellow", "fail": "red"}[line.status]
-    out.print(Text.assemble((f"{line.status:<5}", colour), (f"{line.topic:<13}", "dim"), line.message), soft_wrap=True)
+    print_text((f"{line.status:<5}", colour), (f"{line.topic:<13}", "dim"), line.message)
     if line.next_command:
-        out.print(Text.assemble(" " * 18, "Next: ", (line.next_command, "bold")), soft_wrap=True)
+        print_text(" " * 18, "Next: ", (line.next_command, "bold"))
 
 
 @commands.command()
@@ -122,8 +121,8 @@ def backup(
     from deleatur.operations import backup
 
     saved = backup.backup(load_settings(params), folder)
-    out.print(f"Written: {folder}, {saved.versions} versions and {saved.decisions} decisions")
-    out.print("Not included: the contents of the DVC remote and the feedback sources. Copy it to another machine.")
+    print_text(f"Written: {folder}, {saved.versions} versions and {saved.decisions} decisions")
+    print_text("Not included: the contents of the DVC remote and the feedback sources. Copy it to another machine.")
 
 
 @commands.command()
@@ -135,13 +134,12 @@ def restore(
     from deleatur.operations import backup
 
     saved = backup.restore(load_settings(params), folder)
-    out.print(
+    print_text(
         f"Restored as of {saved.created_at}: {saved.versions} versions, {saved.decisions} decisions; "
-        "ledger and registry agree",
-        soft_wrap=True,
+        "ledger and registry agree"
     )
     if saved.commit:
-        out.print(f"Next: git checkout {saved.commit} (the code of that time), then: dvc pull", soft_wrap=True)
+        print_text(f"Next: git checkout {saved.commit} (the code of that time), then: dvc pull")
 
 
 @commands.command()
@@ -158,4 +156,4 @@ def exporter(
     """
     from deleatur.operations.exporter import serve
 
-    serve(params, host, port, lambda port: err.print(f"http://{host}:{port}/metrics"))
+    serve(params, host, port, lambda port: print_text(f"http://{host}:{port}/metrics", console=err))

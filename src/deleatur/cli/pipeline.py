@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
+from rich.padding import Padding
 from rich.text import Text
 
 from deleatur.cli.common import (
@@ -23,6 +23,7 @@ from deleatur.cli.common import (
     out,
     print_estimates,
     print_json,
+    print_text,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def demo(as_json: AsJson = False) -> None:
     settings = load_settings()  # a mistake in it is reported before anything runs
     remaining = chain.remaining(Path())
     if done := STAGES[: -len(remaining)]:
-        err.print(f"Up to date: {', '.join(done)}")
+        print_text(f"Up to date: {', '.join(done)}", console=err)
     if {"invert", "erase", "attack", "sample"} & {*remaining}:
         print_estimates(
             "Stages to run", [line for line in estimate.chain_estimates(settings) if line.name in remaining], err
@@ -60,11 +61,11 @@ def demo(as_json: AsJson = False) -> None:
     else:
         out.print(latest.summary)
         simulated = "  (simulated raters)" if latest.verdict.simulated else ""
-        out.print(f"\nVerdict: [bold]{latest.verdict.outcome}[/bold]{simulated}")
-        out.print(f"Before and after, side by side: {latest.contact_sheet}\n\nNext:")
+        print_text("\nVerdict: ", (latest.verdict.outcome, "bold"), simulated)
+        print_text(f"Before and after, side by side: {latest.contact_sheet}\n\nNext:")
         width = max(len(command) for command, _ in next_commands)
         for command, purpose in next_commands:
-            out.print(f"  {command:<{width}}  {purpose}", markup=False, soft_wrap=True)
+            print_text(f"  {command:<{width}}  {purpose}")
     raise typer.Exit(VERDICT_EXIT_CODES[latest.verdict.outcome])
 
 
@@ -110,9 +111,9 @@ def check(
         print_json({"ok": True, "checked": lines, "warnings": warnings, "cost": costs})
         return
     for warning in warnings:
-        out.print(f"[yellow]warning[/yellow]  {escape(warning)}", soft_wrap=True)
+        print_text(("warning", "yellow"), f"  {warning}")
     for line in lines:
-        out.print(f"[green]ok[/green]  {line}")
+        print_text(("ok", "green"), f"  {line}")
     print_estimates("What the chain takes on this machine, with nothing cached", estimates)
 
 
@@ -151,14 +152,14 @@ def methods(
         print_json(entries)
         return
     for title, named in entries.items():
-        out.rule(f"[bold]{title}[/bold]", align="left")
+        out.rule(Text(title, "bold"), align="left")
         for name, entry in named.items():
-            origin = f"  [dim]of {entry['package']}[/dim]" if entry["package"] != "deleatur" else ""
-            out.print(f"[bold cyan]{name}[/bold cyan]  {entry['source']}{origin}")
+            origin = f"  of {entry['package']}" if entry["package"] != "deleatur" else ""
+            out.print(Text.assemble((name, "bold cyan"), f"  {entry['source']}", (origin, "dim")))
             for key, field in entry["hyperparameters"].items():
                 choices = f"  ({' | '.join(map(str, field['choices']))})" if field["choices"] else ""
-                meaning = field["meaning"].replace("\n", "\n        ")
-                out.print(Text.assemble(f"    {key} = {field['default']}{choices}  ", (meaning, "dim")))
+                described = Text.assemble(f"{key} = {field['default']}{choices}  ", (field["meaning"], "dim"))
+                out.print(Padding(described, (0, 0, 0, 4), expand=False))
 
 
 def _print_costs(kind: str | None, as_json: bool) -> None:
@@ -187,7 +188,7 @@ def schema(
         print_json(json_schema())
         return
     file.write_text(json.dumps(json_schema(), indent=2) + "\n", "utf-8")
-    out.print(f"Written: {file}")
+    print_text(f"Written: {file}")
 
 
 @commands.command(hidden=True)

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deleatur.cli.common import PARAMS, AsJson, Operator, ParamsFile, Reason, err, load_settings, out, print_json
+from deleatur.cli.common import (
+    PARAMS,
+    AsJson,
+    Operator,
+    ParamsFile,
+    Reason,
+    err,
+    load_settings,
+    out,
+    print_json,
+    print_text,
+)
 
 if TYPE_CHECKING:
     from deleatur.registry.rollback import RollbackResult
@@ -29,7 +40,7 @@ def approve(
     from deleatur.registry.approval import promote
 
     evidence = promote(load_settings(params), version, approver, reason=reason)
-    out.print(f"Version {version} is champion, on evidence sha256:{evidence}", soft_wrap=True)
+    print_text(f"Version {version} is champion, on evidence sha256:{evidence}")
 
 
 @commands.command()
@@ -43,7 +54,7 @@ def decline(
     from deleatur.registry import approval
 
     approval.decline(load_settings(params), version, approver, reason=reason)
-    out.print(f"Version {version} is declined; the live version has not changed")
+    print_text(f"Version {version} is declined; the live version has not changed")
 
 
 @commands.command()
@@ -81,7 +92,7 @@ def quarantine(
 def print_taken_back(result: RollbackResult) -> None:
     was = "was already" if result.already else "is"
     live = f"version {result.champion} is" if result.champion else "none is"
-    out.print(f"Version {result.quarantined} {was} quarantined; {live} champion")
+    print_text(f"Version {result.quarantined} {was} quarantined; {live} champion")
 
 
 @commands.command()
@@ -104,7 +115,7 @@ def verify(
         print_json({"version": version, "files": dict(statement.files) if statement else None, "standing": verdict})
     else:
         files = f"{len(statement.files)} files are as evaluated" if statement else "its files have no signed digests"
-        out.print(f"Version {version}: {files}\nVerdict: {verdict}", markup=False)
+        print_text(f"Version {version}: {files}\nVerdict: {verdict}")
 
 
 @commands.command()
@@ -120,9 +131,9 @@ def history(params: ParamsFile = PARAMS, as_json: AsJson = False) -> None:
         print_json(recorded.as_dict)
     else:
         out.print(recorded.table)
-        out.print(recorded.summary, markup=False, soft_wrap=True)
+        print_text(recorded.summary)
     for problem in recorded.problems[:-1]:
-        err.print(f"{problem}. Next: {problem.hint}", markup=False, soft_wrap=True)
+        print_text(f"{problem}. Next: {problem.hint}", console=err)
     if recorded.problems:
         raise recorded.problems[-1]
 
@@ -143,5 +154,5 @@ def settle(
     from deleatur.registry import history
 
     for difference in history.settle(load_settings(params), operator, reason, adopt=adopt):
-        out.print(f"Was: {difference}", markup=False, soft_wrap=True)
-    out.print("Ledger and registry agree")
+        print_text(f"Was: {difference}")
+    print_text("Ledger and registry agree")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from deleatur.cli.common import (
     PARAMS,
@@ -20,6 +19,7 @@ from deleatur.cli.common import (
     out,
     print_estimates,
     print_json,
+    print_text,
     split_list,
 )
 from deleatur.errors import DataError
@@ -42,7 +42,7 @@ def report(
         return
     out.print(latest.summary)
     _warn_if_stale(latest.stale, params)
-    out.print(f"Page:  {latest.html}\nSheet: {latest.contact_sheet}")
+    print_text(f"Page:  {latest.html}\nSheet: {latest.contact_sheet}")
     if browse:
         typer.launch(str(latest.html))
 
@@ -60,7 +60,7 @@ def explain(params: ParamsFile = PARAMS, as_json: AsJson = False) -> None:
     if as_json:
         print_json(latest.json["verdict"])
     else:
-        out.print(gate.explain(latest.verdict), markup=False)
+        print_text(gate.explain(latest.verdict))
     _warn_if_stale(latest.stale, params)
     raise typer.Exit(VERDICT_EXIT_CODES[latest.verdict.outcome])
 
@@ -69,7 +69,7 @@ def _warn_if_stale(change: str, params: Path) -> None:
     if change:
         # DVC reads params.yaml only; with any other file, stages are run by hand.
         command = "deleatur demo" if params == PARAMS else f"deleatur stage gate --params {params}"
-        err.print(f"[yellow]Not up to date:[/yellow] {change}. Next: {command}", soft_wrap=True)
+        print_text(("Not up to date:", "yellow"), f" {change}. Next: {command}", console=err)
 
 
 @commands.command()
@@ -94,7 +94,7 @@ def compare(
     benchmark = Benchmark.select(settings, split_list(methods), split_list(concepts), split_list(seeds))
     if not show:
         for row, concept, reason in benchmark.refused():
-            err.print(f"[yellow]Refused:[/yellow] {row} on {concept}: {escape(reason)}", soft_wrap=True)
+            print_text(("Refused:", "yellow"), f" {row} on {concept}: {reason}", console=err)
         missing = benchmark.missing()
         print_estimates("Methods to run, each with one seed", estimate.benchmark_estimates(settings, missing), err)
         benchmark.run(missing)
@@ -104,7 +104,7 @@ def compare(
         return
     out.print(result.summary)
     for name, path in result.files.items():
-        out.print(f"{name + ':':<8} {path}")
+        print_text(f"{name + ':':<8} {path}")
 
 
 @commands.command(hidden=True)
@@ -149,6 +149,6 @@ def export(
     if as_json:
         print_json({"folder": str(folder), "verdict": verdict})
         return
-    out.print(f"Written: {folder}\nVerdict: {verdict}", markup=False)
+    print_text(f"Written: {folder}\nVerdict: {verdict}")
     code = f"from diffusers import StableDiffusionPipeline as P; P.from_pretrained({str(folder)!r})"
-    out.print(f'Next: python -c "{code}"', markup=False, soft_wrap=True)
+    print_text(f'Next: python -c "{code}"')
