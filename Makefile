@@ -1,5 +1,5 @@
-# make setup | check | test | demo. Everything lands in .venv; nothing is installed elsewhere.
-.PHONY: setup check test demo other-build
+# make setup | check | quick | test | demo. Everything lands in .venv; nothing is installed elsewhere.
+.PHONY: setup check quick test demo other-build
 
 PYTHON ?= python3
 # cpu: no CUDA packages. auto: the build that fits the GPU of this machine.
@@ -25,6 +25,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+quick: setup
+	@# No server, browser or finished chain: a minute or two.
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not large and not gpu" $(ARGS)
 
 test: setup
 	@# Five, also on two cores: many tests wait for a server most of their time. Files as they are: what a file has made

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
+SLOW_FIXTURES = frozenset({"shared", "done", "browser", "server", "servers", "stack", "exporter"})
+"""Fixtures that run the complete chain, a server or a browser: what uses them, however indirectly, is slow."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
 
 @pytest.fixture(scope="session")
 def model() -> Model:
