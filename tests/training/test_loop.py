@@ -21,7 +21,7 @@ from deleatur.erasers.sdd import SDD
 from deleatur.records.model import Delta
 from deleatur.storage.tensors import load, save
 from deleatur.training.early_stopping import Evaluation
-from deleatur.training.loop import ErasureContext, TrainingProgress
+from deleatur.training.loop import ErasureContext, TrainingProgress, TrainingState
 from deleatur.training.parameters import select
 
 NAMES = ("gun", "sword", "cat")
@@ -143,6 +143,22 @@ def test_the_target_carries_no_gradient(model: Model) -> None:
     )
     assert all(torch.allclose(10 * moments[n], g, rtol=1e-3, atol=1e-7) for n, g in zip(student, detached, strict=True))
     assert any(not torch.allclose(a, b, rtol=0.1, atol=1e-7) for a, b in zip(detached, attached, strict=True))
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-4, 1e6])
+def test_gradients_are_clipped_to_the_configured_norm(model: Model, max_grad_norm: float) -> None:
+    """Adam's step does not depend on the scale, but its first moment is a tenth of the clipped gradient."""
+    states: list[TrainingState] = []
+    config = {"iterations": 1, "sampler_steps": STEPS, "max_grad_norm": max_grad_norm, "min_relative_change": 0.0}
+    sdd = SDD(order="single", training=config)  # type: ignore[arg-type]
+    context = ErasureContext(1, on_step=lambda p: states.append(p.state))  # type: ignore[arg-type]
+    sdd.erase(model, [encode.concept_from_words(model, "weapon", ["gun"])], context)
+    [state] = states
+    moments = [state.optimizer.state[w]["exp_avg"] for w in state.student.values()]
+    used = 10 * float(torch.stack([m.square().sum() for m in moments]).sum().sqrt())
+    [row] = state.curve
+    assert 1e-3 < row["grad_norm"] < 1e3, "the curve has the norm before clipping"
+    assert used == pytest.approx(min(max_grad_norm, row["grad_norm"]), rel=1e-3)
 
 
 @pytest.mark.parametrize(("preservation_weight", "is_base"), [(0.0, False), (1.0, True)])
