@@ -38,6 +38,33 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     assert files.read_csv(tmp_path / "t.csv").equals(frame.astype(files.read_csv(tmp_path / "t.csv").dtypes))
 
 
+CSV = {
+    "byte order mark": (b"\xef\xbb\xbfid,text\r\n1,a\r\n", None),
+    "old line ends": (b"id,text\r1,a\r", None),
+    "blank lines": (b"id,text\n\n1,a\n\n", None),
+    "semicolons": (b"id;text\n1;a\n", "separated by commas, got ';'"),
+    "tabs": (b"id\ttext\n1\ta\n", "separated by commas"),
+    "a field too many": (b"id,text\n1,a,b\n", "row 2: expected 2 fields, got 3"),
+    "a field too few": (b"id,text\n1,a\n2\n", "row 3: expected 2 fields, got 1"),
+    "a column twice": (b"id,id\n1,2\n", "every column once"),
+    "NUL": (b"id,text\n1,a\0\n", "NUL"),
+    "open quote": (b'id,text\n1,"a\n', "is not a CSV table"),
+    "UTF-16": ("id,text\n1,a\n".encode("utf-16"), "is not a CSV table"),
+    "nothing": (b"", "is not a CSV table"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), CSV.values(), ids=CSV.keys())
+def test_csv_is_read_or_refused_with_the_reason(tmp_path: Path, content: bytes, message: str | None) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(content)
+    if message is None:
+        assert files.read_csv(path).to_dict("records") == [{"id": "1", "text": "a"}]
+    else:
+        with pytest.raises(DataError, match=message):
+            files.read_csv(path)
+
+
 @pytest.mark.parametrize("read", [files.read_table, files.read_csv, files.read_json])
 def test_unreadable_file_raises_a_data_error(tmp_path: Path, read: object) -> None:
     assert callable(read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -109,12 +110,27 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Reads every cell as text, an empty one as "": a prompt "None" or "007" is not converted."""
+    """Reads every cell as text, an empty one as "": a prompt "None" or "007" is not converted.
+
+    Raises DataError for anything but UTF-8 with commas and the header's number of fields in every row.
+    """
     _demand_file(path)
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (ValueError, pd.errors.ParserError) as e:  # UnicodeDecodeError and EmptyDataError are ValueErrors
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header, *rows = (row for row in csv.reader(file, strict=True) if row)
+    except (ValueError, csv.Error) as e:  # UnicodeDecodeError is a ValueError, and so is an empty file
         raise DataError(f"{path} is not a CSV table in UTF-8: {e}", hint="deleatur check") from e
+    hint = "save it as CSV in UTF-8, separated by commas, then: deleatur check"
+    if len(header) == 1 and (separator := next((c for c in ";\t|" if c in header[0]), None)):
+        raise DataError(f"{path}: expected columns separated by commas, got {separator!r}", hint=hint)
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}: expected every column once, got {', '.join(header)}", hint=hint)
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise DataError(f"{path}, row {number}: expected {len(header)} fields, got {len(row)}", hint=hint)
+        if any("\0" in cell for cell in row):
+            raise DataError(f"{path}, row {number}: expected text, got a NUL byte", hint=hint)
+    return pd.DataFrame(rows, columns=header, dtype=str)
 
 
 def write_json(path: Path, value: Any) -> None:
