@@ -73,7 +73,7 @@ def write_report(text: str, path: Path) -> None:
     roles: tuple[Role, ...] = ("concept", "unseen")
     sheets = [ContactSheet(text, role, rows(text)) for role in roles]
     series = [Series(name, [(0, 1.0), (10, 2.0)]) for name in (text, "other")]
-    page.write_html(*evidence(text), sheets, [Curve(text, text, text, series, (5, text))], path)
+    page.write_html(*evidence(text), sheets, [Curve(text, text, text, series, (5, text))], path, base_model=text)
 
 
 def write_benchmark(text: str, path: Path) -> None:

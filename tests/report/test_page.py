@@ -68,7 +68,7 @@ CURVES = (
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("page") / "evidence.html"
-    page.write_html(*evidence(), SHEETS, CURVES, out, rules=RULES)
+    page.write_html(*evidence(), SHEETS, CURVES, out, base_model="models/pipeline", rules=RULES)
     return out
 
 
@@ -179,13 +179,30 @@ def test_the_file_has_the_provenance(html: Path) -> None:
 
 
 def test_same_evidence_same_bytes(html: Path, tmp_path: Path) -> None:
-    page.write_html(*evidence(), SHEETS, CURVES, tmp_path / "again.html", rules=RULES)
+    page.write_html(*evidence(), SHEETS, CURVES, tmp_path / "again.html", base_model="models/pipeline", rules=RULES)
     assert (tmp_path / "again.html").read_bytes() == html.read_bytes()
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_the_report_names_the_model_and_the_raters(simulated: bool, tmp_path: Path) -> None:
+    page.write_html(*evidence(simulated=simulated), (), (), tmp_path / "p.html", base_model="models/<pipeline>")
+    text = (tmp_path / "p.html").read_text("utf-8")
+    assert "Erasing <strong>weapon</strong> from models/&lt;pipeline&gt; with sdd" in text
+    assert ("The ratings of images are simulated." in text) == simulated
+    assert ("People rated the images." in text) != simulated
+    assert ("SIMULATED RATERS" in text) == simulated
 
 
 def test_a_report_without_images_curves_and_notes(tmp_path: Path) -> None:
     report, verdict = evidence(simulated=False, rules={"gone": RULES["gone"]})
-    page.write_html(replace(report, scores=SCORES[1:2], notes=()), verdict, (), (), tmp_path / "p.html")
+    page.write_html(
+        replace(report, scores=SCORES[1:2], notes=()),
+        verdict,
+        (),
+        (),
+        tmp_path / "p.html",
+        base_model="models/pipeline",
+    )
     text = (tmp_path / "p.html").read_text("utf-8")
     assert "<h1>Pass</h1>" in text
     assert "SIMULATED" not in text

@@ -28,9 +28,10 @@ def write_html(
     curves: Sequence[Curve],
     path: Path,
     *,
+    base_model: str,
     rules: Mapping[str, Rule] | None = None,
 ) -> None:
-    """Writes the report. rules: the gate's, to draw their limits beside the intervals."""
+    """Writes the report. base_model: its address. rules: the gate's, to draw their limits beside the intervals."""
     evaluations = {name: deciding_evaluation(rule, report) for name, rule in (rules or {}).items()}
     decided = {name: evaluation for name, evaluation in evaluations.items() if evaluation}
     with plots.style():
@@ -38,6 +39,7 @@ def write_html(
             report=report,
             verdict=verdict,
             headline=headline(verdict),
+            base_model=base_model,
             simulated_notice=SIMULATED_NOTICE,
             findings=sorted(verdict.findings, key=lambda f: WORST_FIRST.index(f.outcome)),
             rule_plots={name: rule_plot(evaluation) for name, evaluation in decided.items()},

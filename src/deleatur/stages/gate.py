@@ -39,7 +39,8 @@ def run(settings: Settings) -> None:
         json_records.write(folder / "verdict.json", verdict)
         files.write_json(folder / "summary.json", _summary(verdict))
         sheets = list(_contact_sheets(settings))
-        write_html(report, verdict, sheets, list(training_curves(settings)), folder / "report.html", rules=rules)
+        curves, path, base = list(training_curves(settings)), folder / "report.html", settings.base.model
+        write_html(report, verdict, sheets, curves, path, base_model=base, rules=rules)
         cover = settings.evaluate.blur_contact_sheet
         write_contact_sheet(sheets[0], folder / "sheet.png", simulated=verdict.simulated, cover=cover, cell_size=96)
 
