@@ -27,7 +27,7 @@ class LoadedDetector:
     """Scores in [0, 1] of n images, in order, (n, L). An image's scores do not depend on the other images."""
 
     def detect(self, images: Sequence[Image.Image]) -> Scores:
-        """The scores of n images, (n, L). Raises NonFiniteError: NaN is below every cut-off and would pass as clean."""
+        """The scores of n images, (n, L). Raises ModelError: NaN is below every cut-off and would pass as clean."""
         return require_finite(
             self.predict(images), f"scores of the detector with labels {', '.join(self.labels[:3])}, …"
         )

@@ -140,7 +140,7 @@ def load_errors(path: str, what: str) -> Iterator[None]:
 
 
 def from_pretrained(cls: Any, path: str, **options: Any) -> Any:
-    """Loads a network. Raises NonFiniteError when a weight is not finite, and ValueError when tensors are missing,
+    """Loads a network. Raises ModelError when a weight is not finite, and ValueError when tensors are missing,
     which the libraries would initialise at random.
     """
     net, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)

@@ -61,7 +61,7 @@ def denoise_one_step(model: Model, n: Tensor, c: Tensor, timestep: int, weights:
 
 @torch.no_grad()
 def decode_latents(model: Model, z: Tensor) -> list[Image.Image]:
-    """Latents (B, C, H, W) → images. Raises NonFiniteError, since eight bits per channel would hide NaN."""
+    """Latents (B, C, H, W) → images. Raises ModelError, since eight bits per channel would hide NaN."""
     require_finite(z, "latents that the UNet sampled")
     pixels = model.vae.decode((z / model.vae.config.scaling_factor).to(model.dtype)).sample.float()
     require_finite(pixels, "pixels that the VAE decoded")

@@ -17,9 +17,9 @@ from deleatur.diffusion.clip import Clip
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import sample
+from deleatur.errors import ModelError
 from deleatur.feedback.reward import RewardHead
 from deleatur.maths.distances import cosine_similarity
-from deleatur.maths.finite import NonFiniteError
 from deleatur.maths.seeds import derive
 from deleatur.records.model import Concept
 from deleatur.training.early_stopping import Evaluation, Probe
@@ -73,7 +73,7 @@ def validation_probe(
     def probe(weights: Weights) -> Evaluation:
         try:
             return evaluate(weights)
-        except NonFiniteError:
+        except ModelError:  # NaN or infinity in latents or pixels
             if not weights:
                 raise
             # Training destroyed the model: no contrast, as of blank images, so that early stopping goes back.

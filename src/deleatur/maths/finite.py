@@ -14,15 +14,11 @@ from deleatur.errors import ModelError
 Values = TypeVar("Values", Tensor, NDArray[np.float32])
 
 
-class NonFiniteError(ModelError):
-    """A network has, or computed, NaN or infinity."""
-
-
 def require_finite(values: Values, subject: str) -> Values:
-    """The values. Raises NonFiniteError, naming the subject, when one of them is NaN or infinite."""
+    """The values. Raises ModelError, naming the subject, when one of them is NaN or infinite."""
     finite = torch.as_tensor(values).isfinite()
     if not finite.all():
-        raise NonFiniteError(
+        raise ModelError(
             f"{subject}: expected finite values, got NaN or infinity in {int((~finite).sum())} of {finite.numel()}",
             hint="replace the file that it comes from or, with base.dtype bfloat16, set float32; then: deleatur check",
         )

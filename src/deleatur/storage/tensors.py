@@ -27,7 +27,7 @@ DOWN, UP = "down", "up/"
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes tensors with metadata, as one JSON header entry: safetensors writes several in no fixed order.
 
-    Raises NonFiniteError when a value is not finite.
+    Raises ModelError when a value is not finite.
     """
     contiguous = {n: _finite(path, n, t).detach().cpu().contiguous().clone() for n, t in tensors.items()}
     with atomic_write(path) as partial:
@@ -35,7 +35,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata. Raises DataError when the file is missing or was not written by `save`, NonFiniteError
+    """Tensors and metadata. Raises DataError when the file is missing or was not written by `save`, ModelError
     when a value is not finite.
     """
     if not path.is_file():
