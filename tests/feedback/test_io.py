@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -116,3 +117,19 @@ def test_contact_sheet_shows_every_image() -> None:
     counts = {colour: n for n, colour in sheet.getcolors(10_000) or []}
     assert (counts[255, 0, 0], counts[0, 0, 255]) == (64, 128)
     assert images.contact_sheet([[red]]).size == (12, 12)
+
+
+def test_damaged_archive_raises_no_other_error(tmp_path: Path) -> None:
+    path, rng = tmp_path / "a.images.parquet", np.random.default_rng(0)
+    images.write_archive(path, [images.encode_image(Image.new("RGB", (16, 16), (i, 0, 0))) for i in range(20)])
+    intact, refused = path.read_bytes(), 0
+    for _ in range(200):
+        damaged = bytearray(intact)
+        for position in rng.integers(len(intact) - 900, len(intact), rng.integers(1, 30)):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged[: rng.integers(len(intact) // 2, 2 * len(intact))])
+        try:
+            [images.problem(image) for image in images.read_archive(path)]
+        except DataError:
+            refused += 1
+    assert refused > 100
