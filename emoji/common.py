@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ import torch
 import yaml
 
 EMOJI = Path(__file__).parent
-WORK = EMOJI / "work"
-MODELS = EMOJI.parent / "models"
+PARAMS = Path(os.environ.get("EMOJI_PARAMS", EMOJI / "params.yaml"))
+WORK = Path(os.environ.get("EMOJI_WORK", EMOJI / "work"))
+MODELS = Path(os.environ.get("EMOJI_MODELS", EMOJI.parent / "models"))
+"""Inputs, intermediate files and results; variant.py sets other ones."""
 
 # npm package of an icon set -> style word in captions. The two fluent sets are the same designs, flat and shaded.
 STYLE_BY_PACKAGE = {
@@ -51,7 +54,7 @@ class Concept:
 
 
 def params(section: str) -> dict[str, Any]:
-    return yaml.safe_load((EMOJI / "params.yaml").read_text())[section]
+    return yaml.safe_load(PARAMS.read_text())[section]
 
 
 def seed(purpose: str) -> int:
