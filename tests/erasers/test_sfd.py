@@ -59,6 +59,40 @@ def test_the_loss_by_hand() -> None:
     assert score_identity(x, real, fake, 2.0).tolist() == [0.0]
 
 
+def test_the_weight_of_the_loss_has_no_gradient() -> None:
+    """x 1, real 3, fake 2: d/dx (3 − x − 1) / 2 = −1/2; through w = |x − 3| it would be −1/4."""
+    x, real, fake = (torch.full((1, 1, 1, 1), value, requires_grad=True) for value in (1.0, 3.0, 2.0))
+    score_identity(x, real.detach(), fake.detach(), 1.0).sum().backward()
+    assert x.grad is not None
+    assert float(x.grad) == -0.5
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-4, 1e6])
+def test_the_fake_score_is_guided_and_its_gradient_clipped(model: Model, max_grad_norm: float) -> None:
+    """With β₁ = 0 Adam's first moment is the clipped gradient, here of kappa 1 and of kappa 3."""
+    gun, empty = encode.encode_text(model, ["gun"]), encode.encode_text(model, [""])
+    gradients = []
+    for kappa in (1.0, 3.0):
+        sfd = SFD(kappa=kappa, training={"batch_size": 2, "max_grad_norm": max_grad_norm})  # type: ignore[arg-type]
+        fake = sfd.loss_terms(model, gun, empty, gun, seed=0)["erase"].fake
+        with torch.no_grad():
+            fake.train_step(Denoiser(model, {}), torch.Generator().manual_seed(0))
+        moments = [fake.optimizer.state[w]["exp_avg"].flatten() for w in fake.weights.values()]
+        gradients.append(torch.cat(moments))
+    assert not torch.allclose(*gradients, rtol=0.1, atol=0)
+    assert all((g.norm() <= 1.001 * max_grad_norm) for g in gradients)
+    assert all((g.norm() > 1e-3) == (max_grad_norm > 1) for g in gradients)
+
+
+def test_kappa_guides_both_scores_of_the_generators_loss(model: Model) -> None:
+    gun, cat = encode.encode_text(model, ["gun"]), encode.encode_text(model, ["cat"])
+    weak, strong = (
+        loss(model, SFD(kappa=kappa, training={"batch_size": 3}).loss_terms(model, gun, cat, gun, 0)["erase"], {})  # type: ignore[arg-type]
+        for kappa in (1.0, 4.5)
+    )
+    assert not torch.allclose(weak, strong, rtol=0.1)
+
+
 def test_alpha_1_has_a_simpler_form() -> None:
     x, real, fake = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     w = (x - real).abs().flatten(1).mean(1)
