@@ -9,15 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from alembic.util import CommandError
 from mlflow.exceptions import MlflowException
 from mlflow.utils import get_results_from_paginated_fn
+from requests import RequestException
+from sqlalchemy.exc import SQLAlchemyError
 
-from deleatur.errors import DeleaturError, ServiceError, SettingsError
+from deleatur.errors import DataError, DeleaturError, ServiceError, SettingsError
 from deleatur.redaction import redact
 
 ENVIRONMENT_URI = os.environ.get("MLFLOW_TRACKING_URI")
 """As it was when this process started: MLflow sets the variable itself whenever it is given a URI, see
 `use_tracking_uri`."""
+
+STORE_FAULTS = (
+    (("not a database", "malformed"), True, "mv {path} {path}.damaged, then: deleatur restore BACKUP"),
+    (("database is locked",), False, "the same command again, once the process of `lsof {path}` has ended"),
+    (("readonly", "read-only"), True, "ls -l {path} (this account has to be able to write file and folder)"),
+    (("disk is full", "disk I/O"), False, "df -h {path}"),
+    (("unable to open database",), True, "ls -ld {path} (this account has to be able to write file and folder)"),
+    (
+        ("out-of-date database schema", "Can't locate revision", "migration in unexpected", "no such column"),
+        True,
+        "deleatur backup FOLDER (with the release that wrote it), then: mlflow db upgrade {uri}",
+    ),
+)
+"""Symptoms in messages of databases, whether data has to be mended, and the next command."""
 
 PAGE_SIZE = 100
 """Runs or versions per search request."""
@@ -54,9 +71,14 @@ def sqlite_file(uri: str) -> Path | None:
 
 @contextmanager
 def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterator[None]:
-    """Raises MLflow's exceptions as ours. missing: raised where MLflow reports that the object does not exist."""
+    """Raises exceptions of MLflow, its database and its server as ours.
+
+    missing: raised where MLflow reports that the object does not exist.
+    """
     try:
         yield
+    except (SQLAlchemyError, CommandError, RequestException) as e:
+        raise _store_error(uri, str(getattr(e, "orig", None) or e)) from None
     except MlflowException as e:
         if missing and e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise missing from e
@@ -68,7 +90,21 @@ def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterato
                 f"MLflow at {shown_uri} refuses the credentials: {message}",
                 hint="export MLFLOW_TRACKING_USERNAME=… MLFLOW_TRACKING_PASSWORD=…",
             ) from e
-        raise ServiceError(f"MLflow at {shown_uri} failed: {message}", hint="deleatur stage register") from e
+        raise _store_error(uri, str(e)) from e
+
+
+def _store_error(uri: str, text: str) -> DeleaturError:
+    """The error for a store that fails: its last cause in one line, and the command that helps."""
+    shown_uri, path = redact(tracking_uri(uri)), sqlite_file(uri)
+    if "<html" in text.lower() or "<!doctype" in text.lower():
+        return ServiceError(f"{shown_uri} answers with an HTML page, not as MLflow", hint=f"curl {shown_uri}/version")
+    first, *_ = text.strip().splitlines()
+    message = first.partition(" [SQL:")[0]
+    for symptoms, damaged, advice in STORE_FAULTS:
+        if any(symptom in text for symptom in symptoms):
+            kind = DataError if damaged else ServiceError
+            return kind(f"MLflow at {shown_uri} failed: {message}", hint=advice.format(uri=shown_uri, path=path))
+    return ServiceError(f"MLflow at {shown_uri} failed: {message}", hint="deleatur doctor")
 
 
 def all_pages(search: Callable[..., Any], *arguments: Any) -> list[Any]:
