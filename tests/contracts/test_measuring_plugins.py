@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +27,12 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", plugins.names("detectors"))
 def test_a_detectors_scores_depend_on_the_image_alone(name: str, classifier: Path) -> None:
-    hyperparameters = {"path": str(classifier)} if name == "classifier" else {}
+    hyperparameters: dict[str, Any] = {"path": str(classifier)} if name == "classifier" else {}
+    if name == "zero_shot":
+        hyperparameters = {"path": str(tiny.save_clip(classifier.parent / "clip")), "labels": ("gun", "a cat", "dog")}
+    batch = {} if name == "zero_shot" else {"batch_size": 2}
     large: Detector = instantiate("detectors", name, Detector, **hyperparameters)
-    small: Detector = instantiate("detectors", name, Detector, batch_size=2, **hyperparameters)
+    small: Detector = instantiate("detectors", name, Detector, **batch, **hyperparameters)
     images = random_images()
     network, other = large.load(), small.load()
     scores = network.detect(images)

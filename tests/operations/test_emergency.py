@@ -153,3 +153,41 @@ def test_without_an_emergency_section_it_is_refused(project: Settings) -> None:
     assert code == 2
     assert "no section `emergency`" in output
     assert json.dumps(invoke("check")[0]) == "0"
+
+
+def test_a_concept_first_heard_of_today_is_released_by_its_words(project: Settings) -> None:
+    emergency_section = project.emergency
+    assert emergency_section
+    rule = {"metric": "concept_rate", "slice": "concept", "max": 1.0, "min_n": 12}
+    change_params(emergency=emergency_section.model_dump(mode="json") | {"rules": {"measured": rule}})
+    Path("asking.txt").write_text("a dog in a picture\n\na cat and a dog\n", "utf-8")
+    new = ("dogs", "--words", "dog", "--prompt", "the dog", "--prompts", "asking.txt")
+    code, output = invoke("emergency", *new, "--as", "Ada", "--reason", WHY)
+    assert code == 0, output
+    [version] = open_registry(project).aliases().values()
+    tags = open_registry(project).tags(version)
+    assert (tags["concepts"], tags["concept_source"], tags["method"]) == ("dogs", "words", "uce")
+    model_card = (Path(local_folder(f"models:/deleatur/{version}")) / "README.md").read_text("utf-8")
+    assert "No person rated images of dogs" in model_card
+    definition = yaml.safe_load(Path("out/emergency_concepts/dogs.yaml").read_text("utf-8"))
+    assert definition["concepts"]["dogs"]["words"] == ["dog"]
+    params = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
+    params["concepts"] |= definition["concepts"]
+    params["evaluate"]["detectors"] |= definition["evaluate"]["detectors"]
+    Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), "utf-8")
+    assert "dogs" in Settings.load().concepts, "the definition can be added as it is"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("weapon", "--words", "gun", "--prompt", "a gun"), "which params.yaml defines"),
+        (("dogs", "--words", "dog"), "expected prompts that ask for dogs"),
+        (("dogs",), "--words and --prompt"),
+        (("dogs", "--words", "dog", "--prompt", "dog", "--prompt", "Dog"), "expected a new text"),
+    ],
+)
+def test_an_incomplete_definition_is_refused(project: Settings, options: tuple[str, ...], message: str) -> None:
+    code, output = invoke("emergency", *options, "--as", "Ada", "--reason", WHY)
+    assert code in (2, 3)
+    assert message in output

@@ -65,19 +65,28 @@ def emergency(
     concepts: Annotated[str, typer.Argument(metavar="CONCEPT,…", help="What to erase, by the names in params.yaml.")],
     operator: Operator,
     reason: Reason,
+    words: Annotated[str, typer.Option(metavar="WORD,…", help="Words of a concept that params.yaml lacks.")] = "",
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt that asks for it; may be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with such prompts, one per line.")] = None,
     params: ParamsFile = PARAMS,
     as_json: AsJson = False,
 ) -> None:
     """Release within minutes, outside the chain: a closed-form edit instead of training, fewer images, its own policy.
 
+    A concept first heard of today needs no params.yaml: its name, --words and --prompt or --prompts are enough.
     Everything erased in the live version stays erased. The section `emergency` of params.yaml configures it; see
     docs/release.md. The next release of the chain replaces it. Exit code: 0 pass, 10 fail, 11 not enough evidence.
     """
     from deleatur import gate
     from deleatur.operations import emergency
+    from deleatur.storage import files
 
     settings = load_settings(params)
     targets = split_list(concepts)
+    if words:
+        lines = (line.decode("utf-8", "replace").strip() for line in (files.read_lines(prompts) if prompts else ()))
+        texts = [*(prompt or ()), *filter(None, lines)]
+        settings = emergency.define(settings, targets[0], split_list(words), texts)
     verdict = emergency.run(settings, targets, operator, reason)
     if as_json:
         print_json(asdict(verdict))

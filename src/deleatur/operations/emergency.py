@@ -10,16 +10,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import yaml
 
 from deleatur import stages
+from deleatur.artifacts import prompts
 from deleatur.config.methods import PLAIN_GUIDE
+from deleatur.config.sections import EmergencySection
 from deleatur.config.settings import Settings, merged
 from deleatur.errors import DataError, SettingsError
 from deleatur.records.report import Verdict
 from deleatur.registry.decisions import STARTED_BY, checked_ledger, open_registry
 from deleatur.registry.mlflow_registry import CHAMPION
 from deleatur.stages import evaluate, gate, register
-from deleatur.storage import json_records
+from deleatur.storage import files, json_records
+
+DETECTOR = "zero_shot"
+"""Name of the detector of concepts that are defined on the command line."""
 
 CHAIN_STAGES = ("ingest", "reward", "erase", "attack", "sample")
 """Stages that run as in the chain; `invert`, which takes most of the time, is left out."""
@@ -64,13 +73,22 @@ def emergency_settings(settings: Settings, concepts: Sequence[str]) -> Settings:
     if undefined := [name for name in targets if name not in settings.concepts]:
         raise SettingsError(
             f"expected concepts of params.yaml ({', '.join(settings.concepts)}), got {', '.join(undefined)}",
-            hint="define it in the section `concepts`; then: deleatur check",
+            hint="the same command with --words and --prompt, or define it in the section `concepts`, as the file "
+            f"{definitions(section) / undefined[0]}.yaml of an earlier emergency does",
         )
+    # As many images of each prompt as the policy needs at least: a new concept has few prompts.
+    split = settings.sample.split
+    fewest = min(len(prompts.read(settings.concepts[n].prompts, split, n, "concept")) for n in targets)
+    least = max((rule.min_n for rule in section.rules.values() if rule.slice.split("/")[0] == "concept"), default=0)
+    per_prompt = max(section.images_per_prompt.get("concept", 1), -(-least // fewest))
     changes = {
         "targets": targets,
         "erase": section.erase,
         "guide": {"method": PLAIN_GUIDE},
-        "sample": {"images_per_prompt": {"token": 0, **section.images_per_prompt}, "champion": None},
+        "sample": {
+            "images_per_prompt": {"token": 0, **section.images_per_prompt, "concept": per_prompt},
+            "champion": None,
+        },
         "paths": {name: section.folder / name for name in settings.paths.outputs},
     }
     values = merged(settings.model_dump(by_alias=True), changes)
@@ -78,6 +96,55 @@ def emergency_settings(settings: Settings, concepts: Sequence[str]) -> Settings:
     values["evaluate"]["metrics"] = {n: m for n, m in values["evaluate"]["metrics"].items() if n in metrics}
     values |= {"gate": {"rules": section.rules}, "attack": {"methods": {}}, "emergency": None}
     return Settings.of(values, "params.yaml with its section emergency")
+
+
+def define(settings: Settings, name: str, words: Sequence[str], texts: Sequence[str]) -> Settings:
+    """The settings with a concept that params.yaml does not define, specified by words and by prompts that ask for it.
+
+    Nobody has rated it and no classifier knows it: CLIP, zero-shot, detects it among the neutral prompts. Writes the
+    prompts and the definition, to be added to params.yaml, into a folder of their own. Raises SettingsError for a
+    concept that is defined, and DataError without prompts.
+    """
+    if name in settings.concepts:
+        raise SettingsError(
+            f"expected the name of a new concept, got {name}, which params.yaml defines",
+            hint=f"deleatur emergency {name}, without words and prompts",
+        )
+    if not texts or settings.emergency is None:
+        raise DataError(
+            f"expected prompts that ask for {name}, got none",
+            hint="the same command with --prompt TEXT or --prompts FILE",
+        )
+    folder = definitions(settings.emergency)
+    rows = [(split, f"{name}-{split}-{i:03d}", text) for split in ("dev", "test") for i, text in enumerate(texts)]
+    frame = pd.DataFrame(
+        [(row, text, f"{DETECTOR}:{words[0]}", "concept", split) for split, row, text in rows],
+        columns=["id", "text", "label", "role", "split"],
+    )
+    files.write_csv(folder / f"{name}.csv", frame)
+    concept = {
+        "kind": "binary",
+        "initializer_token": words[0],
+        "words": list(words),
+        "guideline": f"Does the image show {' or '.join(words)}?",
+        "prompts": str(folder / f"{name}.csv"),
+        "prompt_templates": ["{}", "a {}"],
+        "detection": {"detector": DETECTOR, "labels": list(words)},
+    }
+    known = settings.evaluate.model_dump(by_alias=True)["detectors"].get(DETECTOR, {"labels": []})
+    others = [p.text for p in prompts.evaluation_prompts(settings) if p.text not in words]
+    labels = list(dict.fromkeys([*words, *known["labels"], *others]))
+    detector = {"method": "zero_shot", "path": settings.reward.clip, "labels": labels}
+    definition = {"concepts": {name: concept}, "evaluate": {"detectors": {DETECTOR: detector}}}
+    with files.atomic_write(folder / f"{name}.yaml") as partial:
+        partial.write_text(yaml.safe_dump(definition, sort_keys=False, allow_unicode=True), "utf-8")
+    values = merged(settings.model_dump(by_alias=True), definition)
+    return Settings.of(values, f"the new concept {name}", hint="correct --words and --prompt")
+
+
+def definitions(section: EmergencySection) -> Path:
+    """Folder of the concepts defined on the command line; beside the emergency's own, which stages empty."""
+    return section.folder.with_name(f"{section.folder.name}_concepts")
 
 
 def note(settings: Settings, reason: str) -> str:
