@@ -15,7 +15,7 @@ from conftest import EventFactory
 from PIL import Image
 
 from deleatur.artifacts.simulated_feedback import simulate
-from deleatur.config.sections import ConceptSpec, Detection, IngestSection, Paths
+from deleatur.config.sections import ConceptSpec, Detection, EraseSection, IngestSection, Paths
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.feedback import events
@@ -44,6 +44,7 @@ def settings(root: Path, *, targets: tuple[str, ...] = ("weapon", "style"), patt
     return Settings.model_construct(
         targets=targets,
         concepts=CONCEPTS,
+        erase=EraseSection.model_construct(source="token"),
         ingest=IngestSection(sources=(str(root / "sources" / pattern),), min_raters=2),
         paths=Paths.model_construct(feedback=root / "out" / "feedback", data_docs=root / "out" / "data_docs"),
     )
