@@ -19,6 +19,7 @@ from prefect.settings import (
     PREFECT_SERVER_LOGGING_LEVEL,
     temporary_settings,
 )
+from pydantic import SecretStr
 
 from deleatur.errors import DeleaturError, Interrupted, ServiceError
 from deleatur.operations.http_clients import PrefectClient
@@ -68,10 +69,9 @@ def require_server() -> None:
     """
     if not (url := PREFECT_API_URL.value()):
         return
-    key, credentials = (
-        secret.get_secret_value() if secret else ""
-        for secret in (PREFECT_API_KEY.value(), PREFECT_API_AUTH_STRING.value())
-    )
+    # A secret in a profile or the environment, a plain string where the setting is overridden in this process.
+    values = (PREFECT_API_KEY.value() or "", PREFECT_API_AUTH_STRING.value() or "")
+    key, credentials = (v.get_secret_value() if isinstance(v, SecretStr) else v for v in values)
     client = PrefectClient.with_credentials(url, key, credentials)
     try:
         _ = client.version
