@@ -76,7 +76,9 @@ def create(root: Path, **changes: Any) -> Settings:
     tiny.save_clip(root / "models" / "clip")
     tiny.save_classifier(root / "models" / "judge", LABELS)
     concept = [("a gun", "judge:gun", "concept"), ("a sword", "judge:sword", "concept")]
-    _write_prompts(root / "prompts" / "weapon.csv", _rows("w", [*concept, ("a thing of dog", "judge:dog", "neighbour")]))
+    _write_prompts(
+        root / "prompts" / "weapon.csv", _rows("w", [*concept, ("a thing of dog", "judge:dog", "neighbour")])
+    )
     neutral = [
         ("a cat", "judge:cat", "keep"),
         ("a dog", "judge:dog", "unseen"),

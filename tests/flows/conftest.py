@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "flows"), str(ROOT / "infra")]
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
-from local import USUAL, Missing, Stack, free  # noqa: E402
+from local import DEFAULT_PORTS, MissingProgram, Stack, free_ports  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -20,18 +20,18 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One Prefect server with an empty database per session, since it takes long to start; on PostgreSQL if installed,
     where writers do not wait for each other.
     """
-    with free(len(USUAL)) as ports:
-        stack = Stack(tmp_path_factory.mktemp("prefect"), dict(zip(USUAL, ports, strict=True)))
+    with free_ports(len(DEFAULT_PORTS)) as ports:
+        stack = Stack(tmp_path_factory.mktemp("prefect"), dict(zip(DEFAULT_PORTS, ports, strict=True)))
     try:
         try:
             stack.start("postgres")
-        except Missing:
+        except MissingProgram:
             stack.prefect_database = f"sqlite+aiosqlite:///{stack.folder}/prefect.db"
         stack.start("prefect")
         yield stack
     finally:
         stack.stop()
-        shutil.rmtree(stack.database, ignore_errors=True)  # logs stay
+        shutil.rmtree(stack.database_folder, ignore_errors=True)  # logs stay
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def server(stack: Stack) -> Iterator[dict[str, str]]:
         temporary_settings,
     )
 
-    variables = {name: value for name, value in stack.clients.items() if name.startswith("PREFECT_")}
+    variables = {name: value for name, value in stack.client_environment.items() if name.startswith("PREFECT_")}
     variables["PREFECT_HOME"] = str(stack.folder / "client")
     others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     settings = {

@@ -115,7 +115,7 @@ def test_an_answer_is_void_if_the_candidate_has_changed(run: ChainRun) -> None:
     assert aliases() == {CHALLENGER: "1"}
     first = run.requested_evidence
 
-    machines.change_params(Path(), gate=finished.passing(limit=-4.0))
+    machines.change_params(Path(), gate=finished.passing_policy(limit=-4.0))
     gate.run(Settings.load())
     run.answer(ADA)
     run.execute()

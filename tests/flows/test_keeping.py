@@ -77,7 +77,7 @@ def old_flow_run(stack: Stack) -> Any:
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(old, tags=["deleatur"], state=Completed())
     address = stack.prefect_database.replace("+aiosqlite", "").replace("asyncpg", "psycopg")
-    database = create_engine(address, connect_args={} if "sqlite" in address else stack.postgres)
+    database = create_engine(address, connect_args={} if "sqlite" in address else stack.libpq_parameters)
     then = (datetime.now(UTC) - timedelta(days=100)).strftime("%Y-%m-%d %H:%M:%S.%f")
     ended = text("UPDATE flow_run SET end_time = :then WHERE id = :run")
     with database.begin() as connection:
@@ -104,7 +104,7 @@ def test_housekeeping_removes_only_what_is_unneeded_and_only_for_real(
     finished.dvc(Path(), "gc", "--workspace", "--force", "--quiet")
     of_version = cache_files()
     for limit in (-6.0, -7.0):
-        machines.change_params(Path(), gate=finished.passing(limit=limit))
+        machines.change_params(Path(), gate=finished.passing_policy(limit=limit))
         dvc.reproduce("gate", Path())
     run, tried = old_flow_run(stack), released.client.create_run(released.runs.experiment_id, run_name="tried")
     released.client.set_terminated(tried.info.run_id, "FAILED", end_time=int(1000 * (time.time() - 100 * 86400)))

@@ -9,7 +9,7 @@ from typing import Any
 import canaries
 import machines
 import pytest
-from canaries import ALL, counting, white
+from canaries import ALL_LABELS, detect_labels, label_of_white
 from machines import Worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
@@ -30,7 +30,7 @@ from deleatur.storage import json_records  # noqa: E402
 @pytest.fixture(scope="module")
 def two_releases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("two_releases")
-    canaries.make(shared, root)
+    canaries.create(shared, root)
     return root
 
 
@@ -71,15 +71,15 @@ def test_the_flow_fails_only_if_a_concept_is_back(
     monkeypatch.setattr(stage, "check", checking)
     monkeypatch.setattr(stage, "decide", deciding)
 
-    counting(white())
+    detect_labels(label_of_white())
     assert canary() == "pass"
     assert slots_held == [("check", 1), ("decide", 0)], "the slot is slots_held while sampling"
-    counting("axe")
+    detect_labels("axe")
     assert canary() == "not enough evidence"
     assert any(r.levelname == "WARNING" and "Version 2: not enough evidence" in r.message for r in caplog.records)
     assert aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
 
-    counting(*ALL)
+    detect_labels(*ALL_LABELS)
     message = r"^weapon is back: (.|\n)*\. Version 2 is quarantined; version 1 is champion now\nNext: deleatur canary$"
     with pytest.raises(DeleaturError, match=message):
         canary()
@@ -98,7 +98,7 @@ def worker(released: Path, server: dict[str, str], tmp_path: Path) -> Iterator[W
     from setup import setup
 
     machines.commit_flows(released)
-    counting(*ALL)
+    detect_labels(*ALL_LABELS)
     machines.change_params(released, workers={"checkpoint_uri": str(tmp_path / "state")})
     setup("process", [("gpu", 1)], [])
     prefect(server, released, "--no-prompt", "deploy", "--name", "canary-check/gpu")

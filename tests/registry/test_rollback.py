@@ -26,7 +26,7 @@ LIGHT = """
 import sys
 from deleatur.cli import app
 app(["rollback", "--as", "Ada", "--reason", "seen in the wild"], standalone_mode=False)
-print("LOADED", sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
+print("LOADED", sorted({"diffusers", "transformers"} & set(sys.modules)))
 """
 
 

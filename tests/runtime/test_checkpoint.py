@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 from deleatur import dependencies, stages
 from deleatur.cli import app
-from deleatur.config.settings import Settings
 from deleatur.config.sections import WorkersSection
-from deleatur.errors import Interrupted, ErasureRefused
+from deleatur.config.settings import Settings
+from deleatur.errors import ErasureRefused, Interrupted
+from deleatur.evaluation.probe import contrast
 from deleatur.runtime import checkpoint, event_log, models
 from deleatur.runtime.checkpoint import Checkpoint
-from deleatur.evaluation.probe import contrast
 from deleatur.storage import tensors
 
 STEPS = {"invert": 4, "erase": 6, "attack": 6}
@@ -132,7 +132,15 @@ def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
     assert StageProcess(root, "erase").signal_at(2, signal.SIGTERM) == Interrupted.exit_code
     assert StageProcess(root, "erase").wait() == 0
     lines = told(root, "erase")[before:]
-    assert [line.kind for line in lines] == ["started", "started", "resumed", "interrupted", "started", "resumed", "done"]
+    assert [line.kind for line in lines] == [
+        "started",
+        "started",
+        "resumed",
+        "interrupted",
+        "started",
+        "resumed",
+        "done",
+    ]
     lost = [line.lost for line in lines if line.kind == "resumed"]
     assert lost[0] >= 4, "nothing had been saved"
     assert lost[1] == 0, "who is asked to stop saves the last step"
@@ -341,7 +349,9 @@ def test_saving_takes_its_share_of_the_time_and_no_more(counting: Checkpoint, mo
             for _ in range(3000):
                 now += 1.0
                 counting(Counting())
-            assert len(saves) == pytest.approx(3000 / max(WorkersSection().checkpoint_interval, cost / checkpoint.MAX_OVERHEAD), abs=1)
+            assert len(saves) == pytest.approx(
+                3000 / max(WorkersSection().checkpoint_interval, cost / checkpoint.MAX_OVERHEAD), abs=1
+            )
 
 
 @pytest.mark.parametrize("name", STEPS)

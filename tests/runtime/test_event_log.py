@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deleatur.errors import Interrupted, DataError
+from deleatur.errors import DataError, Interrupted
 from deleatur.runtime import event_log
 
 

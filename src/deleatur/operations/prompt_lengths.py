@@ -73,7 +73,9 @@ def _joined(settings: Settings) -> Iterator[Located]:
         if settings.erase.source == "words":
             described: list[tuple[str, str | torch.Tensor]] = [(word, word) for word in spec.words]
         else:
-            described = [("<token>", _soft_token(settings, name))] * methods.inverter(settings, name).workload().num_tokens
+            described = [("<token>", _soft_token(settings, name))] * methods.inverter(
+                settings, name
+            ).workload().num_tokens
         parts += fill_templates(described, spec.prompt_templates)[1]
     yield f"erase.{settings.erase.method}.order {eraser.order}, all words or tokens in one prompt", join_prompts(parts)
 
