@@ -67,7 +67,7 @@ def canary(where: Placement = "auto") -> Outcome | None:
 
 
 @flow(name="canary-check")
-def check(params: str, version: str, concepts: list[str], storage_uri: str | None = None) -> None:
+def canary_check(params: str, version: str, concepts: list[str], storage_uri: str | None = None) -> None:
     """Check a version on a worker and return the result; decides nothing.
 
     Args:

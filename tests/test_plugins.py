@@ -148,7 +148,7 @@ def test_the_example_plugin_is_listed_and_passes_the_contract_tests(
     site = added(tmp_path)
     listed = json.loads(run(tmp_path, "methods", "erasers", "--json", command=["-m", "deleatur"], path=site))
     assert listed["erasers"]["shave"]["package"] == package
-    output = run(ROOT, "-k", "test_erasers and shave", command=["-m", "pytest", "-q", "tests/contracts"], path=site)
+    output = run(ROOT, "-k", "eraser and shave", command=["-m", "pytest", "-q", "tests/contracts"], path=site)
     assert "3 passed" in output
 
 

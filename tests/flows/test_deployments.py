@@ -29,7 +29,7 @@ def test_every_flow_has_a_deployment() -> None:
 
 def test_runs_that_another_flow_waits_for_are_not_restarted_by_the_server() -> None:
     for entrypoint, deployment in DEPLOYMENTS.items():
-        on_workers = entrypoint in ("flows/stage.py:stage", "flows/canary.py:check")
+        on_workers = entrypoint in ("flows/stage.py:stage", "flows/canary.py:canary_check")
         assert ("restart" in deployment["tags"]) is not on_workers, "it is started again by the flow that sent it"
         assert deployment["work_pool"]["name"] == ("gpu" if on_workers else "cpu")
         assert "deleatur" in deployment["tags"]

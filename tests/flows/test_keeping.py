@@ -55,12 +55,10 @@ def test_audit_refuses_a_version_whose_commit_holds_other_code(released: Registr
     from audit import audit
 
     code = Path("src/deleatur/erasers/sdd.py")
-    code.write_text(code.read_text() + "\n# corrected\n")
+    code.write_text(code.read_text() + "\n\nCORRECTED = True\n")
     finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "corrected")
     released.tag("1", {"git_commit": str(git.current_commit(Path()).hash)})
-    with pytest.raises(
-        DataError, match=r"produced with other files than its commit holds: out/methods/erasers/sdd\.json"
-    ):
+    with pytest.raises(DataError, match=r"produced with other files than its commit holds: out/code/erase\.json"):
         audit(where="here")
 
 

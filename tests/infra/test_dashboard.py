@@ -101,6 +101,7 @@ def wait_until(condition: Callable[[], object], description: str) -> None:
 def query(address: str, expr: str) -> list[dict[str, Any]]:
     try:
         response = httpx.get(f"{address}/api/v1/query", params={"query": expr}, timeout=60)
+        response.raise_for_status()
     except httpx.HTTPError:  # it is starting
         return []
     return list(response.json()["data"]["result"])

@@ -239,7 +239,7 @@ def warm_mlflow(shared: Path, tmp_path_factory: pytest.TempPathFactory, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECISIONS)
 def test_kill_at_any_step_of_a_decision_leaves_no_half_and_rerun_finishes(
-    warm: None, name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    warm_mlflow: None, name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     monkeypatch.chdir(tmp_path)
     steps = kill_at_every_step(registry.create(shared, tmp_path), DECISIONS[name])
@@ -249,7 +249,7 @@ def test_kill_at_any_step_of_a_decision_leaves_no_half_and_rerun_finishes(
 
 @pytest.mark.slow
 def test_kill_at_any_step_of_registering_leaves_no_half_release(
-    warm: None, done: Settings, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    warm_mlflow: None, done: Settings, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     """From the first run in an empty store to the champion."""
     monkeypatch.setattr(dvc, "status", lambda root: {})  # takes seconds

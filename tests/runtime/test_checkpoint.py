@@ -191,8 +191,8 @@ def set_number(*path: str, value: Any) -> Callable[[], None]:
     return change
 
 
-def set_loop(name: str, value: float) -> Callable[[], None]:
-    return set_number("erase", "sdd", "loop", name, value=value)
+def set_hyperparameter(name: str, value: float) -> Callable[[], None]:
+    return set_number("erase", "sdd", "training", name, value=value)
 
 
 def another_token() -> None:
@@ -209,13 +209,13 @@ def another_feedback() -> None:
 CHANGES = {
     "setting": (
         "erase",
-        set_loop("lr", 0.5),
-        "erase.sdd.loop.lr: it was 0.001, now it is 0.5",
+        set_hyperparameter("lr", 0.5),
+        "erase.sdd.training.lr: it was 0.001, now it is 0.5",
     ),
     "new setting": (
         "erase",
-        set_loop("clip", 2.0),
-        "loop.clip: it was null, now it is 2.0",
+        set_hyperparameter("max_grad_norm", 2.0),
+        "training.max_grad_norm: it was null, now it is 2.0",
     ),
     "seed": ("erase", set_number("seed", value=7), "seed: it was 42, now it is 7"),
     "model": ("erase", lambda: tiny.save_pipeline(Path("models/pipeline"), seed=1), "UNet of base.model: its content"),
@@ -268,9 +268,9 @@ def test_what_is_no_checkpoint_is_named_with_the_way_out(root: Path) -> None:
 
 
 def test_a_refused_run_leaves_nothing_to_go_on_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "every", lambda settings: 0.0)
-    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
-    set_number("erase", "sdd", "loop", "least_change", value=1e9)()
+    monkeypatch.setattr(checkpoint, "interval", lambda settings: 0.0)
+    monkeypatch.setattr(checkpoint, "MAX_OVERHEAD", 1e9)
+    set_number("erase", "sdd", "training", "min_relative_change", value=1e9)()
     with pytest.raises(ErasureRefused):
         stages.run("erase", Settings.load())
     assert saved(root) == []
@@ -295,15 +295,15 @@ class Counting:
     def tensors(self) -> dict[str, Tensor]:
         return {"a/": torch.zeros(1)}
 
-    def numbers(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"step": self.step}
 
 
 @pytest.fixture
 def counting(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     monkeypatch.chdir(tmp_path)
-    belongs: dict[str, Any] = {kind: {} for kind in ("settings", "content", "code", "versions")}
-    return Checkpoint(Settings.load(finished / "params.yaml"), "erase", "erase", belongs)
+    identity: dict[str, Any] = {kind: {} for kind in ("settings", "content", "code", "versions")}
+    return Checkpoint(Settings.load(finished / "params.yaml"), "erase", "erase", identity)
 
 
 def interrupted(counting: Checkpoint, *signals: signal.Signals) -> None:
@@ -357,12 +357,12 @@ def test_saving_takes_its_share_of_the_time_and_no_more(counting: Checkpoint, mo
 @pytest.mark.parametrize("name", STEPS)
 def test_a_checkpoint_belongs_to_all_that_dvc_runs_the_stage_again_for(stopped: Path, name: str) -> None:
     [path] = (stopped / "out/checkpoints").glob(f"{name}*.safetensors")
-    belongs = tensors.load(path)[1]["belongs"]
+    identity = tensors.load(path)[1]["identity"]
     chain = yaml.safe_load((workspace.ROOT / "dvc.yaml").read_text())["stages"][name]
-    assert belongs["code"] == dependencies.stage_digests(name, yaml.safe_load((stopped / "params.yaml").read_text()))
+    assert identity["code"] == dependencies.stage_digests(name, yaml.safe_load((stopped / "params.yaml").read_text()))
     one_by_one = {"targets"} if name != "erase" else set()  # each concept has a checkpoint of its own
     for section in set(chain["params"]) - one_by_one:
-        assert any(f"{dotted}.".startswith(f"{section}.") for dotted in belongs["settings"]), section
+        assert any(f"{dotted}.".startswith(f"{section}.") for dotted in identity["settings"]), section
 
 
 def test_contrast_tells_pictures_from_blank_ones_and_from_noise() -> None:

@@ -184,7 +184,7 @@ def test_a_stage_interrupted_under_dvc_resumes(shared: Path, tmp_path: Path) -> 
     parent.terminate()
     output, _ = parent.communicate(timeout=600)
     assert parent.returncode == Interrupted.exit_code
-    assert "saved after step" in output, "the last lines of the stage are forwarded"
+    assert "saved a checkpoint after step" in output, "the last lines of the stage are forwarded"
 
     done: list[int] = []
 
@@ -193,7 +193,7 @@ def test_a_stage_interrupted_under_dvc_resumes(shared: Path, tmp_path: Path) -> 
         for stage in stage_processes("erase", os.getpid()) if len(done) == 1 else ():  # a second one would not wait
             stage.terminate()
 
-    with pytest.raises(Interrupted, match="saved after step"):
+    with pytest.raises(Interrupted, match="saved a checkpoint after step"):
         dvc.reproduce("erase", root, on_progress=stop_the_stage)
     first = done[0]
     done.clear()

@@ -120,7 +120,7 @@ def _run_identity(settings: Settings, eraser: Eraser, model: Model, clip: Clip) 
             {
                 "erase": {"method": settings.erase.method},
                 "guide": {"method": settings.guide.method},
-                "evaluate": {"detectors": {name: settings.evaluate.detectors[name] for name in detectors}},
+                "evaluate": {"detectors": settings.evaluate.detectors},
             },
         ),
         model=model,
