@@ -114,7 +114,7 @@ def _run_identity(settings: Settings, eraser: Eraser, model: Model, clip: Clip) 
     sections = ["base", "seed", "targets", *(f"concepts.{name}" for name in settings.targets), "guide", "erase"]
     return run_identity(
         settings,
-        sections=[*sections, "reward.clip", "sample.steps"],
+        sections=[*sections, "reward.clip", "sample.steps", "evaluate.detectors"],
         code=dependencies.stage_digests(
             "erase",
             {
