@@ -56,8 +56,11 @@ def done(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Setti
     return settings
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """A headless browser; of one file only, as its event loop runs in this thread until it is closed, and Prefect's
+    synchronous calls become coroutines while one runs.
+    """
     from browsing import started
 
     with started() as browser:
