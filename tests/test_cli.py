@@ -167,7 +167,7 @@ def test_an_error_of_the_operating_system_is_a_message(in_project: Path) -> None
         (2, {"erase__sdd__training": {"target_rate": 0.1}}, "target_rate needs evaluations"),
         (
             2,
-            {"gate__rules": {"a": {**RULE, "side": "champion", "versus": "base"}}},
+            {"gate__rules": {"a": {**RULE, "variant": "champion", "versus": "base"}}},
             "paired differences are the candidate's",
         ),
         (2, {"register__model": "a/b"}, "register.model"),

@@ -187,7 +187,7 @@ def test_on_the_limit_no_sample_size_decides() -> None:
         (measured(0.1, 0.01), Rule(metric="clip", slice="keep", min=0.3, min_n=1), "erase less"),
         (
             rated(0, 100, variant="base"),
-            GONE.model_copy(update={"side": "base", "max": None, "min": 0.5}),
+            GONE.model_copy(update={"variant": "base", "max": None, "min": 0.5}),
             "no training",
         ),
     ],
@@ -268,8 +268,8 @@ def test_a_pass_has_no_deciding_rule() -> None:
         {"max": math.inf},
         {"max": math.nan},
         {"min_n": 0},
-        {"side": "base", "versus": "base"},
-        {"side": "champion", "relative": "champion"},
+        {"variant": "base", "versus": "base"},
+        {"variant": "champion", "relative": "champion"},
         {"maximum": 1},
     ],
 )

@@ -49,9 +49,9 @@ class Rule(BaseModel):
 
     metric: str
     slice: str
-    side: Variant = "candidate"
+    variant: Variant = "candidate"
     versus: Literal["base", "champion"] | None = None
-    """None: the variant's own score; otherwise the paired difference side − versus."""
+    """None: the variant's own score; otherwise the paired difference variant − versus."""
     relative: Literal["base", "champion"] | None = None
     """The limit is a fraction of this variant's value."""
     max: FiniteFloat | None = None
@@ -62,10 +62,10 @@ class Rule(BaseModel):
     def one_limit(self) -> Rule:
         if (self.max is None) == (self.min is None):
             raise ValueError("expected exactly one of max and min")
-        if self.side in (self.versus, self.relative):
-            raise ValueError(f"{self.side} cannot be compared with itself")
-        if self.versus and self.side != "candidate":
-            raise ValueError(f"versus: paired differences are the candidate's, not those of {self.side}")
+        if self.variant in (self.versus, self.relative):
+            raise ValueError(f"{self.variant} cannot be compared with itself")
+        if self.versus and self.variant != "candidate":
+            raise ValueError(f"versus: paired differences are the candidate's, not those of {self.variant}")
         return self
 
     @property
@@ -74,7 +74,7 @@ class Rule(BaseModel):
 
     @property
     def variants(self) -> set[Variant]:
-        return {self.side, *(variant for variant in (self.versus, self.relative) if variant)}
+        return {self.variant, *(v for v in (self.versus, self.relative) if v)}
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def headline(verdict: Verdict) -> str:
 
 
 def _evaluations(rule: Rule, scores: Sequence[Score]) -> list[RuleEvaluation]:
-    matching = [s for s in scores if _matches(s, rule, rule.side, rule.versus)]
+    matching = [s for s in scores if _matches(s, rule, rule.variant, rule.versus)]
     references = [s for s in scores if rule.relative and _matches(s, rule, rule.relative, None)]
     if not all(math.isfinite(x) for s in matching + references for x in (s.value, s.low, s.high)):
         return []  # a comparison with NaN could come out either way
@@ -234,7 +234,7 @@ def describe(e: RuleEvaluation) -> str:
 
 def _subject(rule: Rule, part: str) -> str:
     against = f" minus {rule.versus}" if rule.versus else ""
-    return f"{rule.metric} on {part}, {rule.side}{against}"
+    return f"{rule.metric} on {part}, {rule.variant}{against}"
 
 
 def _interval(score: Score) -> str:
@@ -275,8 +275,8 @@ def _sample_more(e: RuleEvaluation, size: int) -> str:
 
 
 def _erase_differently(e: RuleEvaluation, method: str) -> str:
-    if e.rule.side != "candidate":
-        return f"no training changes the {e.rule.side} model: review its prompts and the detector's cut-off"
+    if e.rule.variant != "candidate":
+        return f"no training changes the {e.rule.variant} model: review its prompts and the detector's cut-off"
     too_weak = e.score.slice.split("/")[0] in CONCEPT_ROLES and not e.score.higher_is_better
     change = (
         "erase further (longer, or with more feedback)"

@@ -79,7 +79,7 @@ def test_scores_are_pooled_over_the_images_of_all_seeds(settings: Settings) -> N
         for seed in SEEDS
     ]
     for role in ("concept", "token"):
-        parts = [v[(v.side == "candidate") & (v.role == role) & (v.metric == "concept_rate")] for v in values]
+        parts = [v[(v.variant == "candidate") & (v.role == role) & (v.metric == "concept_rate")] for v in values]
         pooled = np.concatenate([p["value"] for p in parts])
         prompts = [list(p["id"] if role == "concept" else p["id"] + f"/{s}") for p, s in zip(parts, SEEDS, strict=True)]
         clusters = np.unique(np.concatenate(prompts), return_inverse=True)[1]
@@ -99,7 +99,7 @@ def test_changes_are_paired_with_the_base_model(settings: Settings) -> None:
     values = pd.concat([files.read_table(Path(f"out/compare/weapon/uce/{s}/scores/values.parquet")) for s in SEEDS])
     for key, metric in (("unseen", "recognition"), ("clip", "clip_score")):
         unseen = values[(values.metric == metric) & (values.role == "unseen")]
-        candidate, base = (unseen[unseen.side == side]["value"].mean() for side in ("candidate", "base"))
+        candidate, base = (unseen[unseen.variant == variant]["value"].mean() for variant in ("candidate", "base"))
         assert uce.scores[key].value == pytest.approx((candidate - base) / (base if key == "clip" else 1))
         assert table.base_scores[key].value == pytest.approx(base)
     assert uce.scores["clip"].value != 0, "something has changed"
@@ -108,7 +108,7 @@ def test_changes_are_paired_with_the_base_model(settings: Settings) -> None:
 def test_all_rows_have_the_same_noise_and_the_base_model_is_sampled_once(settings: Settings) -> None:
     def recipes(row: str) -> Any:
         listing = files.read_table(Path(f"out/compare/weapon/{row}/1/samples/samples.parquet"))
-        return listing[listing["role"] != "attack"].set_index(["side", "id", "index"]).sort_index()
+        return listing[listing["role"] != "attack"].set_index(["variant", "id", "index"]).sort_index()
 
     none = recipes("none")
     for row in ("uce", "negative", "hfi+sdd"):
@@ -140,7 +140,7 @@ def test_resource_usage_is_recorded_outside_of_the_trials_folder(settings: Setti
         assert cost.complete
         assert cost.trained > 0
         assert cost.bytes == Path(f"out/compare/weapon/{name}/1/delta/delta.safetensors").stat().st_size
-        assert not list(Path(f"out/compare/weapon/{name}/1").rglob("*measured*"))
+        assert not list(Path(f"out/compare/weapon/{name}/1").rglob("*resources*"))
     for name, predictions in (("none", 2), ("negative", 2), ("uce", 2)):
         found = rows[name]
         assert found is not None
@@ -224,7 +224,7 @@ def test_an_erasure_that_rejects_its_result_is_in_the_table_with_the_reason(
     (folder / trials.DIGESTS_FILE).unlink()
     trials.run_trial(settings, TrialDigests(settings), trial)
     assert trials.is_done(settings, TrialDigests(settings), trial), "it would be refused again"
-    assert sorted(path.name for path in folder.iterdir()) == ["cell.json", "made.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["digests.json", "summary.json"]
     row = next(row for row in table_of(settings).rows if row.name == "hfi+sdd")
     assert row.seeds == (1,)
     assert "With seed 2 it was refused: preserved prompts fell before the concept went" in row.notes

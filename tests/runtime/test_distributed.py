@@ -53,10 +53,12 @@ def test_two_processes_make_what_one_makes(root: Path, monkeypatch: pytest.Monke
 
 def test_another_model_there_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.load()
-    [way] = [
-        way for side, way in sample.sampling_configs(settings, models.base_model(settings)).items() if side == "base"
+    [config] = [
+        config
+        for variant, config in sample.sampling_configs(settings, models.base_model(settings)).items()
+        if variant == "base"
     ]
-    other = sample.replace(way, recipe=sample.replace(way.recipe, pipeline="0" * 64))
+    other = sample.replace(config, recipe=sample.replace(config.recipe, pipeline="0" * 64))
     with pytest.raises(ModelError, match="is another model on"):
         sample.sample_on_worker((settings, other), [])
     with pytest.raises(ModelError, match="judge is another network on"):

@@ -83,7 +83,7 @@ def test_the_report_validates_and_says_it_is_simulated(root: Path) -> None:
 
 
 def test_base_and_candidate_start_from_the_same_noise(root: Path) -> None:
-    base, candidate = (samples.read(root / "out/samples", side) for side in ("base", "candidate"))
+    base, candidate = (samples.read(root / "out/samples", variant) for variant in ("base", "candidate"))
     pd.testing.assert_frame_equal(base[["id", "index", "noise_seed"]], candidate[["id", "index", "noise_seed"]])
     assert base["weights"].nunique() == candidate["weights"].nunique() == 1
     assert base["weights"][0] != candidate["weights"][0]
@@ -107,7 +107,7 @@ def test_a_guide_steers_the_candidate_alone(root: Path) -> None:
     settings = change(root, guide=guide)
     for name in ("sample", "evaluate"):
         stages.run(name, settings)
-    base, candidate = (samples.read(root / "out/samples", side) for side in ("base", "candidate"))
+    base, candidate = (samples.read(root / "out/samples", variant) for variant in ("base", "candidate"))
     pd.testing.assert_frame_equal(base, before)
     assert {json.loads(g)["method"] for g in candidate["guidance"]} == {"sld"}
     assert not set(base["image"]) & set(candidate["image"])

@@ -33,7 +33,7 @@ def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pyt
         assert files.read_json(settings.paths.delta / "record.json")["steps"] == len(curve)
 
 
-REFUSED = [Evaluation(0.97, 0.5), Evaluation(0.125, 0.44)]
+REFUSED = [Evaluation(0.97, 0.5, 1.0, [0.4, 0.6]), Evaluation(0.125, 0.44, 1.0, [0.36, 0.52])]
 """The preserved score falls by 12 %."""
 
 
@@ -61,6 +61,7 @@ def test_a_refusal_reports_evaluations_and_prompts_and_keeps_the_weights(
     assert "step 3: concept 0.125, preserved 0.440" in message
     assert "2 preserved prompts: " in message
     assert "a cat" in message
+    assert "0.60 → 0.52, " in message.partition("largest drop first: ")[2]
     kept = settings.paths.checkpoints / "refused"
     assert str(kept) in message
     assert tensors.load_delta(kept / tensors.DELTA_FILE).method == "sdd"

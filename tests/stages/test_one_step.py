@@ -35,7 +35,7 @@ def test_the_candidate_is_sampled_in_one_step_and_the_base_model_in_all_steps(
     for name in ("ingest", "reward", "invert", "erase", "attack", "sample", "evaluate", "gate"):
         stages.run(name, settings)
     listing = samples.read_listing(settings.paths.samples)
-    by_variant = {variant: rows for variant, rows in listing.groupby("side")}
+    by_variant = {variant: rows for variant, rows in listing.groupby("variant")}
     assert set(by_variant["base"]["steps"]) == {settings.sample.steps}
     assert set(by_variant["candidate"]["steps"]) == {1}
     assert set(by_variant["candidate"]["guidance"]) == {'{"from": 625}'}

@@ -112,7 +112,7 @@ def test_the_champion_can_be_loaded_and_sampled(fresh: Settings) -> None:
 
     against = fresh.model_copy(update={"sample": fresh.sample.model_copy(update={"champion": "models:/deleatur/1"})})
     sample.run(against)
-    champion, candidate = (samples.read(against.paths.samples, side) for side in ("champion", "candidate"))
+    champion, candidate = (samples.read(against.paths.samples, variant) for variant in ("champion", "candidate"))
     assert len(champion) > 0
     assert champion["image"].tolist() == candidate["image"].tolist(), "the same weights, the same noise"
 

@@ -163,15 +163,15 @@ def test_another_label_samples_nothing_and_changes_the_value(root: Path) -> None
 
 def test_a_new_candidate_keeps_the_images_of_the_base_model(root: Path) -> None:
     times = {p: p.stat().st_mtime_ns for p in Path("out/samples/images").iterdir()}
-    base, candidate = (set(listing().query(f"side == '{side}'")["key"]) for side in ("base", "candidate"))
+    base, candidate = (set(listing().query(f"variant == '{variant}'")["key"]) for variant in ("base", "candidate"))
     settings = change(root, erase={"source": "words"})
     stages.run("erase", settings)
     counts = sample_and_evaluate(settings)
     assert counts[UNET] == STEPS * sum(calls_for(n, BATCH) for n in [SHARD] * (len(candidate) // SHARD)) + (
         STEPS * calls_for(len(candidate) % SHARD, BATCH)
     )
-    assert set(listing().query("side == 'base'")["key"]) == base
-    assert not set(listing().query("side == 'candidate'")["key"]) & candidate
+    assert set(listing().query("variant == 'base'")["key"]) == base
+    assert not set(listing().query("variant == 'candidate'")["key"]) & candidate
     same = [p for p, t in times.items() if p.is_file() and p.stat().st_mtime_ns == t]
     assert len(same) == calls_for(len(base), SHARD), "their files are not rewritten"
 
@@ -225,11 +225,11 @@ def test_another_batch_size_computes_nothing(root: Path) -> None:
 
 
 def test_other_batch_and_shard_sizes_sample_the_same_images(root: Path) -> None:
-    before = [samples.read(Path("out/samples"), side) for side in ("base", "candidate")]
+    before = [samples.read(Path("out/samples"), variant) for variant in ("base", "candidate")]
     delete("samples")
     stages.run("sample", change(root, sample={"batch_size": 3, "shard_size": 5}))
-    for side, old in zip(("base", "candidate"), before, strict=True):
-        pd.testing.assert_frame_equal(samples.read(Path("out/samples"), side), old)  # type: ignore[arg-type]
+    for variant, old in zip(("base", "candidate"), before, strict=True):
+        pd.testing.assert_frame_equal(samples.read(Path("out/samples"), variant), old)  # type: ignore[arg-type]
 
 
 def test_a_candidate_that_became_the_champion_is_not_sampled_again(root: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_candidate_that_became_the_champion_is_not_sampled_again(root: Path) -
     with calls() as counts:
         sample.run(settings.model_copy(update={"sample": champion}))
     assert counts[UNET] == 0
-    assert set(listing()["side"]) == {"base", "champion", "candidate"}
+    assert set(listing()["variant"]) == {"base", "champion", "candidate"}
 
 
 MOMENTS = [("sample", UNET, 6), ("evaluate", JUDGE, 3), ("evaluate", VISION, 2), ("evaluate", VISION, 9)]
@@ -305,7 +305,7 @@ def test_the_key_of_an_image_is_the_digest_of_its_listed_recipe(root: Path) -> N
     names = Recipe.__dataclass_fields__
     for row in listing().to_dict("records"):
         assert Recipe(**{name: row[name] for name in names}).key == row["key"]
-    assert listing().groupby("side")["key"].nunique().to_dict() == listing().groupby("side").size().to_dict()
+    assert listing().groupby("variant")["key"].nunique().to_dict() == listing().groupby("variant").size().to_dict()
 
 
 def test_the_concept_of_a_guide_is_part_of_the_key(root: Path) -> None:

@@ -129,7 +129,7 @@ class MethodResults:
 
     def _pool_values(self, column: MetricColumn, metric: str, variant: Variant) -> PooledScore | None:
         values = self._values[(self._values["metric"] == metric) & (self._values["role"] == column.role)]
-        by_variant = values.pivot_table(index=["seed", "id", "index"], columns="side", values="value")
+        by_variant = values.pivot_table(index=["seed", "id", "index"], columns="variant", values="value")
         if variant not in by_variant or not len(by_variant):
             return None
         by_variant = by_variant.reset_index()

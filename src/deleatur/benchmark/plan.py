@@ -106,11 +106,11 @@ def trial_settings(settings: Settings, trial: Trial) -> Settings:
         "guide": {"method": methods.PLAIN_GUIDE},
     }
     params = merged(settings.model_dump(by_alias=True), merged(changes, _method_sections(compare, trial.row)))
-    own = trial_folder(settings, trial)
+    folder = trial_folder(settings, trial)
     # A guide alone changes no weights, so that delta and attacks are those of the base model.
-    weights = trial_folder(settings, replace(trial, row=NONE)) if params["erase"]["method"] == KEEP else own
+    weights = trial_folder(settings, replace(trial, row=NONE)) if params["erase"]["method"] == KEEP else folder
     ratings = trial_folder(settings, replace(trial, row=RATINGS, seed=settings.seed))
-    params["paths"] |= {name: own / name for name in ("samples", "scores", "report", "verdict")}
+    params["paths"] |= {name: folder / name for name in ("samples", "scores", "report", "verdict")}
     params["paths"] |= {name: weights / name for name in ("delta", "attacks")}
     params["paths"] |= {name: ratings / name for name in ("feedback", "data_docs", "reward")}
     params["paths"] |= {"tokens": trial_folder(settings, replace(trial, row=TOKENS)) / "tokens"}
@@ -194,7 +194,7 @@ def _setting(settings: Settings, dotted: str) -> Any:
     }
     if build := configured.get(dotted):
         section = getattr(settings, dotted).model_dump(mode="json", include={"method", "source"})
-        return section | {"numbers": build().model_dump(mode="json")}
+        return section | {"hyperparameters": build().model_dump(mode="json")}
     value: Any = settings
     for key in dotted.split("."):
         value = getattr(value, key)

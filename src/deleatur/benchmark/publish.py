@@ -72,7 +72,7 @@ def _gallery(settings: Settings, table: BenchmarkTable) -> SampleGallery | None:
             continue
         paths = plan.trial_settings(settings, Trial(table.concept, row.name, seed)).paths
         listing = samples.read_listing(paths.samples)
-        first = listing[(listing["side"] == "candidate") & (listing["index"] == 0)]
+        first = listing[(listing["variant"] == "candidate") & (listing["index"] == 0)]
         if not columns:
             columns = [column for role in GALLERY_PROMPTS for column in _gallery_prompts(first, role)]
         keys = dict(zip(first["id"], first["key"], strict=True))

@@ -4,9 +4,9 @@ A trial records the digest of every stage that has run. Killed at any point and 
 and resumes the one that was interrupted; sampled images and detections are reused. A new metric causes neither
 training nor sampling.
 
-    made.json              stage → digest of all inputs of its results
-    cell.json              what the table shows beside the scores; or why the trial was refused
-    ../SEED.measured.json  seconds and memory, which differ between runs
+    digests.json            stage → digest of all inputs of its results
+    summary.json            what the table shows beside the scores; or why the trial was refused
+    ../SEED.resources.json  seconds and memory, which differ between runs
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from deleatur.errors import ErasureRefused
 from deleatur.runtime import models
 from deleatur.storage import files, tensors
 
-DIGESTS_FILE, SUMMARY_FILE = "made.json", "cell.json"
-RUNNING = "doing"
-"""Key in made.json of the digest of the stage that is running, or was interrupted."""
+DIGESTS_FILE, SUMMARY_FILE = "digests.json", "summary.json"
+RUNNING = "running"
+"""Key in digests.json of the digest of the stage that is running, or was interrupted."""
 
 
 def is_done(settings: Settings, digests: TrialDigests, trial: Trial) -> bool:
@@ -86,7 +86,7 @@ def _recorded_digests(folder: Path) -> dict[str, str]:
 
 
 def _usage_file(settings: Settings, trial: Trial) -> Path:
-    return plan.trial_folder(settings, trial).with_suffix(".measured.json")
+    return plan.trial_folder(settings, trial).with_suffix(".resources.json")
 
 
 def _run_stage(settings: Settings, trial_settings: Settings, trial: Trial, stage: str, digest: str) -> None:

@@ -277,7 +277,7 @@ class CanarySection(Section):
 
     @property
     def rule(self) -> Rule:
-        of = {"metric": "concept_rate", "slice": "concept", "side": "champion", "relative": "base"}
+        of = {"metric": "concept_rate", "slice": "concept", "variant": "champion", "relative": "base"}
         return Rule.model_validate({**of, "max": self.max_relative_rate, "min_n": self.min_n})
 
     @property

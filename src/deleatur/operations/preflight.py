@@ -196,10 +196,10 @@ def _check_rules(settings: Settings) -> None:
                 f"gate.rules.{name}: {rule.metric} is measured on prompts {scope} only, and the slice is {rule.slice}",
                 hint="correct the slice, then: deleatur check",
             )
-        if isinstance(metric, metrics.SetMetric) and (rule.versus or rule.relative or rule.side == "base"):
+        if isinstance(metric, metrics.SetMetric) and (rule.versus or rule.relative or rule.variant == "base"):
             raise SettingsError(
                 f"gate.rules.{name}: {rule.metric} is a distance to the base model's images, which has no baseline",
-                hint="leave out versus, relative and side, then: deleatur check",
+                hint="leave out versus, relative and variant, then: deleatur check",
             )
         # A rule on a role applies to each concept of that role.
         fewest = min(

@@ -47,7 +47,7 @@ def collect(settings: Settings) -> Provenance:
         base=delta.base,
         pipeline="+".join(listing["pipeline"].unique()),  # one: a listing is of one model
         delta=digest_tensors(dict(delta.tensors)),
-        images=sha256([listing["side"].tolist(), listing["key"].tolist()]),
+        images=sha256([listing["variant"].tolist(), listing["key"].tolist()]),
         feedback=summary["feedback"],
         tokens=digest_files(sorted(settings.paths.tokens.rglob("*.safetensors"))),
         prompts=digest_files(prompts),

@@ -32,7 +32,7 @@ VARIANTS: tuple[Variant, ...] = ("base", "champion", "candidate")
 
 VALUES = pa.schema(
     {
-        "side": pa.string(),
+        "variant": pa.string(),
         "id": pa.string(),
         "role": pa.string(),
         "index": pa.int64(),
@@ -47,7 +47,7 @@ def run(settings: Settings, notes: Sequence[str] = ()) -> None:
     demand_labels(settings)
     metrics = methods.metrics(settings)
     listing = samples.read_listing(settings.paths.samples)
-    by_variant = {v: listing[listing["side"] == v].reset_index(drop=True) for v in VARIANTS}
+    by_variant = {v: listing[listing["variant"] == v].reset_index(drop=True) for v in VARIANTS}
     by_variant = {v: rows for v, rows in by_variant.items() if len(rows)}
     cache = EvaluationCache(settings.paths.scores)
     sets = predict(settings, cache, by_variant, metrics.values())
@@ -69,7 +69,7 @@ def run(settings: Settings, notes: Sequence[str] = ()) -> None:
 
 
 def _value_rows(samples_: pd.DataFrame, variant: Variant, metric: str, values: Array) -> pd.DataFrame:
-    rows = samples_[["id", "role", "index"]].assign(side=variant, metric=metric, value=values)
+    rows = samples_[["id", "role", "index"]].assign(variant=variant, metric=metric, value=values)
     return rows.dropna(subset=["value"])
 
 

@@ -193,4 +193,4 @@ def sample_on_worker(common: tuple[Settings, SamplingConfig], requests: Sequence
 
 def _listing_row(sample: Sample) -> dict[str, object]:
     recipe = {"key": sample.recipe.key, **asdict(sample.recipe)}
-    return {"side": sample.variant, **asdict(sample.prompt), "index": sample.index, **recipe}
+    return {"variant": sample.variant, **asdict(sample.prompt), "index": sample.index, **recipe}

@@ -20,7 +20,7 @@ from deleatur.storage.cache import RowCache
 LISTING = "samples.parquet"
 SCHEMA = pa.schema(
     {
-        "side": pa.string(),
+        "variant": pa.string(),
         "id": pa.string(),
         "text": pa.string(),
         "role": pa.string(),
@@ -56,11 +56,11 @@ def write_listing(folder: Path, frame: pd.DataFrame) -> None:
 
 def read_listing(folder: Path) -> pd.DataFrame:
     """All samples without their images, ordered by variant, prompt and index."""
-    return files.read_table(folder / LISTING).sort_values(["side", "id", "index"]).reset_index(drop=True)
+    return files.read_table(folder / LISTING).sort_values(["variant", "id", "index"]).reset_index(drop=True)
 
 
 def read(folder: Path, variant: Variant) -> pd.DataFrame:
     """All samples of one variant with their encoded images; empty when the variant was not sampled."""
     listing = read_listing(folder)
-    rows = listing[listing["side"] == variant].reset_index(drop=True)
+    rows = listing[listing["variant"] == variant].reset_index(drop=True)
     return rows.assign(image=image_cache(folder).read(list(rows["key"]))["image"])

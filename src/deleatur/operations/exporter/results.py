@@ -17,7 +17,7 @@ from deleatur.registry.mlflow_registry import CHAMPION
 from deleatur.storage import json_records
 
 OUTCOME_VALUES: dict[Outcome, float] = {"pass": 1.0, "not enough evidence": 0.0, "fail": -1.0}
-SCORE_LABELS = ("metric", "slice", "concept", "side", "versus", "detector")
+SCORE_LABELS = ("metric", "slice", "concept", "variant", "versus", "detector")
 
 
 def report_metrics(settings: Settings) -> Iterator[Metric]:
@@ -67,7 +67,7 @@ def canary_metrics(settings: Settings) -> Iterator[Metric]:
     outcomes = {(check.concept,): OUTCOME_VALUES[check.outcome] for check in result.checks}
     yield gauge("canary", "Last check of the champion: 1 the concept is gone, 0 unclear, -1 back.", outcomes, "concept")
     scores = {(check.concept, score.variant): score for check in result.checks for score in check.scores}
-    description, labels = "Share of its images that show the concept", ("concept", "side")
+    description, labels = "Share of its images that show the concept", ("concept", "variant")
     values = {key: score.value for key, score in scores.items()}
     yield gauge("canary_rate", f"{description}.", values, *labels)
     lows = {key: score.low for key, score in scores.items()}
