@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +110,23 @@ def test_a_change_affects_exactly_the_stages_that_can_run_the_code(tmp_path: Pat
     assert changed(root, "diffusion/sample.py", "torch.no_grad()", "torch.inference_mode()") == sampling
     assert changed(root, "report/page.css", "{", "{ ") == {"gate"}
     assert changed(root, "operations/canary.py", "import", "import os\nimport") == set()
+
+
+RUNNING = """
+from deleatur import dependencies
+from deleatur.redaction import redact
+
+before = [dependencies.code_digests(redact, source=source) for source in (None, dependencies.PACKAGE)]
+file = dependencies.PACKAGE / "redaction.py"
+file.write_text(file.read_text().replace("    return ", "    _ = 1\\n    return "))
+after = [dependencies.code_digests(redact, source=source) for source in (None, dependencies.PACKAGE)]
+assert before[0] == before[1] == after[0] != after[1]
+"""
+
+
+def test_an_edit_while_a_process_runs_changes_no_digest_of_its_results(tmp_path: Path) -> None:
+    sources = project(tmp_path) / "src"
+    subprocess.run([sys.executable, "-c", RUNNING], env={"PYTHONPATH": str(sources)}, check=True)
 
 
 def test_files_that_are_up_to_date_are_not_written(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ definition by definition through the package's sources, so unrelated code in the
 docstrings and formatting do not change a digest. Plug-ins are loaded by name, which no import shows: a stage that loads
 plug-ins of a kind depends on those that params.yaml selects.
 
-Sources are parsed, never imported, so that the sources of another checkout can be digested as well.
+Sources are parsed, never imported, so that the sources of another checkout can be digested as well. Results of this
+process are digested by the sources that it was started with: an edit while it runs does not change what it computes.
 """
 
 from __future__ import annotations
@@ -43,28 +44,29 @@ Definition = tuple[str, str]
 """Module, and the name of a top-level definition in it; "" for a module's own top-level statements."""
 
 
-def stage_digests(stage: str, params: Mapping[str, Any], source: Path = PACKAGE) -> dict[str, str]:
+def stage_digests(stage: str, params: Mapping[str, Any], source: Path | None = None) -> dict[str, str]:
     """Module, data file or plug-in package → SHA-256 of its code that a stage can reach.
 
-    params: params.yaml as a mapping, which selects the plug-ins. source: folder of the package `deleatur`.
+    params: params.yaml as a mapping, which selects the plug-ins. source: folder of the package `deleatur`, as it is on
+    disk; None: the code that this process runs.
     """
     reached, external = reachable(stage, params, source)
     return _sources(source).digests(reached) | {f"{p.package} {p.name}": _sha256(p.code()) for p in external}
 
 
 def reachable(
-    stage: str, params: Mapping[str, Any], source: Path = PACKAGE
+    stage: str, params: Mapping[str, Any], source: Path | None = None
 ) -> tuple[set[Definition], list[plugins.Plugin]]:
     """The definitions that a stage can reach, and the plug-ins of other packages that it loads."""
     sources = _sources(source)
     reached = sources.reach([("deleatur.stages", "run"), (f"deleatur.stages.{stage}", "run")])
     loaded = [kind for accessor, kind in ACCESSORS.items() if _definition(accessor) in reached]
-    selected = [plugin for plugin in selected_plugins(params, source) if plugin.kind in loaded]
+    selected = [plugin for plugin in selected_plugins(params, source or PACKAGE) if plugin.kind in loaded]
     built_in = [(plugin.module, "*") for plugin in selected if not plugin.package]
     return reached | sources.reach(built_in), [plugin for plugin in selected if plugin.package]
 
 
-def code_digests(*entries: Callable[..., Any], source: Path = PACKAGE) -> dict[str, str]:
+def code_digests(*entries: Callable[..., Any], source: Path | None = None) -> dict[str, str]:
     """Like `stage_digests`, for the code reachable from functions and classes, including plug-ins of other packages."""
     external = {e.__module__: plugin for e in entries if (plugin := plugins.external_plugin(e.__module__))}
     built_in = [(e.__module__, e.__qualname__.partition(".")[0]) for e in entries if e.__module__ not in external]
@@ -150,6 +152,8 @@ class _Sources:
     """The package's sources below one folder."""
 
     root: Path
+    _loaded: Mapping[Path, str] = field(default_factory=dict)
+    """Texts that take precedence over the files."""
     _modules: dict[str, _Module | None] = field(default_factory=dict)
     _texts: dict[Definition, str] = field(default_factory=dict)
     _edges: dict[Definition, frozenset[Definition]] = field(default_factory=dict)
@@ -159,7 +163,8 @@ class _Sources:
             stem = self.root.joinpath(*name.split(".")[1:])
             path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
             exists = path.is_file() and (name == "deleatur" or name.startswith("deleatur."))
-            self._modules[name] = _Module(name, path, ast.parse(path.read_text("utf-8"))) if exists else None
+            text = self._loaded.get(path) or (path.read_text("utf-8") if exists else "")
+            self._modules[name] = _Module(name, path, ast.parse(text)) if exists else None
         return self._modules[name]
 
     def reach(self, entries: list[Definition]) -> set[Definition]:
@@ -284,8 +289,14 @@ def _sources_at(root: Path, stamp: str) -> _Sources:
     return _Sources(root)
 
 
-def _sources(root: Path) -> _Sources:
-    """The sources in a folder, parsed again when a file has changed."""
+_RUNNING = _Sources(PACKAGE, {path: path.read_text("utf-8") for path in PACKAGE.rglob("*.py")})
+"""The sources of this process. Read when it starts: it keeps running this code when a file is edited."""
+
+
+def _sources(root: Path | None) -> _Sources:
+    """The sources in a folder, parsed again when a file has changed; None: those of this process."""
+    if root is None:
+        return _RUNNING
     stamp = _sha256([[str(p), p.stat().st_mtime_ns, p.stat().st_size] for p in sorted(root.rglob("*.py"))])
     return _sources_at(root, stamp)
 
