@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import process_time
 
 import pytest
 import yaml
@@ -33,6 +34,10 @@ AWS_EXAMPLE = "AKIAIOSFODNN7EXAMPLE"  # of Amazon's documentation
             "[remote]\n    secret_access_key = PW\n    url = s3://b",
             "[remote]\n    secret_access_key = ***\n    url = s3://b",
         ),
+        ("https://proxy/?url=https://store/x?token=PW&a=1", "https://proxy/?url=https://store/x?token=***&a=1"),
+        ("host=db password=PW user=me: no such host", "host=db password=*** user=me: no such host"),
+        ("host=db password='P W' user=me", "host=db password=*** user=me"),
+        ("password:\n    PW", "password:\n    ***"),
         (f"access key {AWS_EXAMPLE} is unknown", "access key *** is unknown"),
     ],
 )
@@ -56,6 +61,17 @@ def test_texts_without_credentials_are_unchanged() -> None:
         "export MLFLOW_TRACKING_USERNAME=… MLFLOW_TRACKING_PASSWORD=…",
     ):
         assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "unit", ["\n", "\t", " \n", "password", "token=", ";token", "://", "://a:b", "a@", "?a=", "password='", "AKIA", "x"]
+)
+def test_the_time_for_a_long_text_is_linear_in_its_length(unit: str) -> None:
+    """A pattern of quadratic time takes minutes for one of these."""
+    text = ";" + unit * (200_000 // len(unit))
+    start = process_time()
+    redact(text)
+    assert process_time() - start < 2, "seconds, also on a slow machine"
 
 
 def test_secrets_of_the_environment_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
