@@ -217,8 +217,8 @@ class Rehearsal:
         late = {"late.jsonl": b"".join(lines[1::2])}
         late["late.images.parquet"] = answers.with_suffix(".images.parquet").read_bytes()
         self.run("dvc", "remote", "add", "--default", "--force", "store", f"s3://{BUCKET}/dvc")
-        who = ("-c", "user.name=Ops", "-c", "user.email=ops@example.org")
-        self.run("git", *who, "commit", "--quiet", "--all", "--message", "Ours")
+        identity = ("-c", "user.name=Ops", "-c", "user.email=ops@example.org")
+        self.run("git", *identity, "commit", "--quiet", "--all", "--message", "Ours")
         self.run("git", "push", "--quiet")
         return late
 
@@ -230,9 +230,9 @@ class Rehearsal:
         for name in ("gpu-a", "gpu-b"):
             self.start_worker("gpu", name, self.folder / "machines" / name)
 
-    def release_emergency(self, concepts: str, why: str) -> str:
+    def release_emergency(self, concepts: str, reason: str) -> str:
         """Release an emergency version with the approval of a second person; the version."""
-        self.deleatur("emergency", concepts, "--as", "Ada", "--reason", why)
+        self.deleatur("emergency", concepts, "--as", "Ada", "--reason", reason)
         version = self.aliases()["challenger"]
         self.deleatur("approve", version, "--as", "Grace", "--reason", "I looked at the sheet")
         return version
@@ -258,9 +258,9 @@ class Rehearsal:
             name = f"{busy.name}'"
             self.start_worker("gpu", name, self.folder / "machines" / name)
 
-    def approve(self, run: FlowRun, who: str) -> None:
+    def approve(self, run: FlowRun, approver: str) -> None:
         """Approve through the form of the suspended run."""
-        form = {"approver": who, "decision": "approve", "reason": "I looked at the sheet"}
+        form = {"approver": approver, "decision": "approve", "reason": "I looked at the sheet"}
         with self.client as client:
             client.resume_flow_run(run.id, run_input=form)
 
@@ -348,7 +348,7 @@ def check_nothing_is_lost(rehearsal: Rehearsal, versions: Sequence[str]) -> None
         *[(event, third) for event in ("registration", "approval", "promotion")],
         ("rollback", first),
     ]
-    require(history["whole"] and events == expected, f"expected the decisions {expected}, got {events}")
+    require(history["consistent"] and events == expected, f"expected the decisions {expected}, got {events}")
     summary = json.loads((rehearsal.project / "out/feedback/summary.json").read_text())
     answers = sum(len(p.read_bytes().splitlines()) for p in (rehearsal.project / "feedback").glob("*.jsonl"))
     accounted = summary["events"] + summary["quarantined"]["rows"]

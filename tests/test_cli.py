@@ -128,7 +128,7 @@ def test_an_error_of_the_operating_system_is_a_message(in_project: Path) -> None
         (2, {"erase__sdd": 5}, "expected the hyperparameters of sdd"),
         (2, {"erase__sdd__training": {"itertions": 5}}, "training.itertions"),
         (2, {"erase__sdd__training": {"preset": ["a"]}}, "training.preset"),
-        (2, {"erase__keep": {"lr": 1}}, "erase.keep.lr: Extra inputs"),
+        (2, {"erase__keep": {"lr": 1}}, "erase.keep.lr: no such key"),
         (2, {"invert__textual_inversion": {"num_tokens": 2}}, "num_tokens"),
         (2, {"concepts__weapon__invert": {"num_tokens": 2}}, "(inversion), got 'num_tokens'"),
         (2, {"concepts__weapon__invert": {"hfi": {"tokns": 2}}}, "tokns"),
@@ -372,7 +372,8 @@ def test_check_estimates_what_the_chain_takes(in_project: Path) -> None:
 @pytest.mark.slow
 def test_methods_estimates_costs_on_stable_diffusion_and_on_this_machine(in_project: Path) -> None:
     costs = json.loads(run(app, ["methods", "erasers", "--cost", "--json"]).output)
-    sd, local = ({line["method"]: line["cost"] for line in costs[key]} for key in ("Stable Diffusion 1.4", "here"))
+    named = ("Stable Diffusion 1.4", "params.yaml")
+    sd, local = ({line["method"]: line["cost"] for line in costs[name]} for name in named)
     assert set(sd) == set(local) == set(plugins.names("erasers"))
     assert sd["esd"]["trainable_parameters"] == 43_962_560
     assert sd["uce"]["flops"] == 0

@@ -42,7 +42,7 @@ def test_a_finished_chain_is_registered_and_prints_the_next_commands(project: Pa
     assert "deleatur export erased" in done.stdout
     found = json.loads(demo(project, "--json").stdout)
     assert found["verdict"]["outcome"] == "pass"
-    assert (project / found["sheet"]).is_file()
+    assert (project / found["contact_sheet"]).is_file()
     assert len(found["next"]) == 3
 
 

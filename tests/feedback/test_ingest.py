@@ -105,7 +105,7 @@ def test_ingest_is_deterministic_and_summarises_its_sources(root: Path) -> None:
         "summary.json",
     }
     result = summary(root)
-    assert (result["simulated"], result["events"], result["pictures"]) == (True, 72, 40)
+    assert (result["simulated"], result["events"], result["images"]) == (True, 72, 40)
     assert result["concepts"]["weapon"]["simulated_raters"] == 5
     assert result["quarantined"] == {"rows": 0, "by_rule": {}}
     assert result["expectations"]["success"]

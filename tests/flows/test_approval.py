@@ -127,7 +127,7 @@ def test_an_answer_is_void_if_the_candidate_has_changed(run: ChainRun) -> None:
     assert run.state.is_completed()
     assert aliases() == {CHAMPION: "2"}
     entries = ledger.read(Settings.load().register_.ledger).entries
-    decided = [(e.event, e.version, e.why) for e in entries if e.who == "Ada"]
+    decided = [(e.event, e.version, e.reason) for e in entries if e.actor == "Ada"]
     assert decided == [("approval", "2", "looked at both"), ("promotion", "2", "looked at both")]
 
 

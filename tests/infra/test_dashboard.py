@@ -33,9 +33,9 @@ pytestmark = pytest.mark.slow
 EMPTY_PANELS = {
     "MLflow: requests": "there is no MLflow server",
     "Memory of the servers": "there is no Prefect server, and Prometheus does not scrape itself",
-    "Waits for approval": "no version waits",
+    "Awaits approval": "no version awaits approval",
     "Last known good": "there was one release",
-    "Oldest of them": "no report waits",
+    "Oldest pending report": "no report is pending",
     "Running for": "no stage runs",
 }
 """Panels without data, and why."""
@@ -50,9 +50,9 @@ def exporter(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         register.run(settings)
         canary.run(settings, dry_run=True)
         event_log.append(settings.paths.checkpoints, "erase", "resumed", lost=3)
-        asked = CollectorRegistry()
-        asked.register(Exporter(Path("params.yaml")))
-        server, _ = start_http_server(0, "127.0.0.1", asked)
+        collectors = CollectorRegistry()
+        collectors.register(Exporter(Path("params.yaml")))
+        server, _ = start_http_server(0, "127.0.0.1", collectors)
         yield server.server_port
         server.shutdown()
         server.server_close()

@@ -83,7 +83,7 @@ def test_alerts_and_dashboard_query_existing_series(exported_series: set[str]) -
 def test_every_series_is_on_the_dashboard_or_in_an_alert(exported_series: set[str]) -> None:
     text = " ".join([*(rule["expr"] for rule in alerts().values()), *(expr for _, expr in queries())])
     seen = set(re.findall(r"deleatur_(\w+)", text))
-    explained = {"score_pictures", "verdict_simulated", "stage_seconds_total", "decisions_total", "feedback_rows"}
+    explained = {"score_images", "verdict_simulated", "stage_seconds_total", "decisions_total", "feedback_rows"}
     assert {n for n in exported_series - seen if not n.endswith(("_sum", "_count"))} <= explained
 
 

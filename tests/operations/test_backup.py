@@ -213,7 +213,7 @@ def test_a_modified_ledger_is_not_backed_up_and_leaves_no_files(backed_up: Path,
     shutil.copytree(backed_up, tmp_path / "p")
     with chdir(tmp_path / "p"):
         path = Path("ledger.jsonl")
-        path.write_text(path.read_text().replace('"who":"', '"who":"Not ', 1))
+        path.write_text(path.read_text().replace('"actor":"', '"actor":"Not ', 1))
         with pytest.raises(DataError, match="changed"):
             backup(settings_at(tmp_path / "p"), tmp_path / "backup")
     assert [p.name for p in tmp_path.iterdir()] == ["p"]

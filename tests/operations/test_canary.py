@@ -75,8 +75,8 @@ def test_a_concept_that_is_back_quarantines_the_champion(released: Path) -> None
     assert (code, aliases()) == (10, {CHAMPION: "1", QUARANTINED: "2"})
     assert "Version 2 is quarantined; version 1 is champion" in output
     last = ledger.read(Path("ledger.jsonl")).entries[-1]
-    assert (last.event, last.who, last.aliases) == ("quarantine", "canary", {CHAMPION: "1", QUARANTINED: "2"})
-    assert last.why.startswith("weapon is back: concept_rate on concept, champion is 1 [")
+    assert (last.event, last.actor, last.aliases) == ("quarantine", "canary", {CHAMPION: "1", QUARANTINED: "2"})
+    assert last.reason.startswith("weapon is back: concept_rate on concept, champion is 1 [")
     assert open_registry(Settings.load()).tags("2")["quarantined_by"] == "canary"
     code, output = invoke("canary")
     assert (code, aliases()) == (10, {QUARANTINED: "1"})
@@ -127,7 +127,7 @@ def test_a_predecessor_with_modified_files_is_not_promoted(released: Path) -> No
     code, output = invoke("canary")
     assert (code, aliases()) == (10, {QUARANTINED: "2"})
     assert "none is champion" in output
-    assert "and nothing instead" in ledger.read(Path("ledger.jsonl")).entries[-1].why
+    assert "and nothing instead" in ledger.read(Path("ledger.jsonl")).entries[-1].reason
 
 
 def test_modified_files_are_not_sampled_from(released: Path) -> None:

@@ -71,11 +71,11 @@ def test_an_emergency_release_is_labelled_and_replaced_by_the_chain(project: Set
     assert "PASS: 1 rule, 1 passed" in output
     assert chain_outputs() == before
     entries = ledger.read(project.register_.ledger).entries
-    assert [(e.event, e.version, e.who) for e in entries[-2:]] == [
+    assert [(e.event, e.version, e.actor) for e in entries[-2:]] == [
         ("registration", "2", "Ada"),
         ("promotion", "2", "Ada"),
     ]
-    assert entries[-2].why.startswith(f"EMERGENCY: {WHY}. PASS: 1 rule")
+    assert entries[-2].reason.startswith(f"EMERGENCY: {WHY}. PASS: 1 rule")
     tags = registry.tags("2")
     assert (tags["emergency"], tags["method"], tags["concept_source"], tags["dvc_lock"]) == (
         WHY,

@@ -111,7 +111,7 @@ def test_report_and_verdict_are_exported_as_in_their_files(released: Path) -> No
     labels = ("weapon", "clip", "clip_score", "candidate", "unseen", "base")
     for name, value in (("score", score.value), ("score_low", score.low), ("score_high", score.high)):
         assert metrics[name][labels] == value
-    assert metrics["score_pictures"][labels] == score.n
+    assert metrics["score_images"][labels] == score.n
     assert metrics["rule_margin"] == {(f.rule,): f.margin for f in verdict.findings}
     assert single_value(metrics, "verdict") == 1
     assert metrics["feedback_rows"] == {("used",): 96, ("quarantined",): 0}
@@ -193,7 +193,7 @@ def test_a_modified_ledger_is_a_series(empty: Settings) -> None:
     register_pass(empty, "a")
     assert single_value(scrape(), "ledger_intact") == 1
     path = empty.register_.ledger
-    path.write_text(path.read_text().replace('"who":"', '"who":"Not ', 1))
+    path.write_text(path.read_text().replace('"actor":"', '"actor":"Not ', 1))
     metrics = scrape()
     assert single_value(metrics, "ledger_intact") == 0
     assert metrics["readable"]["ledger",] == 1, "to be broken is something that can be read"

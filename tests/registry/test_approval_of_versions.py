@@ -35,7 +35,7 @@ def aliases(settings: Settings) -> dict[str, str]:
 
 
 def events(settings: Settings) -> list[tuple[str, str | None, str]]:
-    return [(e.event, e.version, e.who) for e in ledger.read(settings.register_.ledger).entries]
+    return [(e.event, e.version, e.actor) for e in ledger.read(settings.register_.ledger).entries]
 
 
 @pytest.mark.parametrize("name", ["Ada Lovelace", "ada  lovelace ", "Ada Lovelace <ada@example.org>"])
@@ -68,7 +68,7 @@ def test_starter_defaults_to_git_user_then_account(fresh: Settings, monkeypatch:
     register_pass(fresh, "a")
     monkeypatch.setenv("GIT_CONFIG_VALUE_0", "")
     register_pass(fresh, "b")
-    assert [who for event, _, who in events(fresh) if event == "registration"] == ["Grace", ledger.account()]
+    assert [actor for event, _, actor in events(fresh) if event == "registration"] == ["Grace", ledger.account()]
 
 
 def test_expired_challenger_has_to_be_registered_again(fresh: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,9 @@ def test_each_line_holds_sha256_of_the_previous(path: Path) -> None:
     ]
     known = ledger.read(path)
     assert (known.problem, known.torn_bytes) == ("", 0)
-    assert [(e.number, e.version, e.why) for e in known.entries] == [(i, str(i), "„gut“,\nso far") for i in (1, 2, 3)]
+    assert [(e.number, e.version, e.reason) for e in known.entries] == [
+        (i, str(i), "„gut“,\nso far") for i in (1, 2, 3)
+    ]
     assert known.aliases == {"champion": "3"}
     assert (
         known.head == LedgerPosition(3, hashlib.sha256(lines[-1]).hexdigest()) == LedgerPosition.parse(str(known.head))

@@ -110,9 +110,9 @@ def test_rollback_does_not_bypass_approval(fresh: Settings) -> None:
     approval.decline(fresh, "2", "Ada")  # changes nothing
     with pytest.raises(DataError, match="was declined"):
         rollback(fresh, "Ada", "seen", to="2")
-    for who, why in ((" ", "seen"), ("Ada", " ")):
+    for actor, reason in ((" ", "seen"), ("Ada", " ")):
         with pytest.raises(DataError, match="needs a name and a reason"):
-            rollback(fresh, who, why)
+            rollback(fresh, actor, reason)
 
 
 @pytest.mark.slow
@@ -129,12 +129,12 @@ def test_history_lists_decisions_and_consistency(fresh: Settings) -> None:
     rollback(fresh, "Ada", "[seen] in the wild")
     code, said = run_cli("history", "--json")
     plain = json.loads(said)
-    assert (code, plain["whole"], plain["problems"]) == (0, True, [])
+    assert (code, plain["consistent"], plain["problems"]) == (0, True, [])
     events = ["registration", "promotion"] * 2 + ["rollback"]
     assert [(e["number"], e["event"]) for e in plain["lines"]] == list(enumerate(events, 1))
     tags = open_registry(fresh).tags("1")
     last = plain["lines"][-1]
-    assert (last["who"], last["why"], last["version"]) == ("Ada", "[seen] in the wild", "1")
+    assert (last["actor"], last["reason"], last["version"]) == ("Ada", "[seen] in the wild", "1")
     assert (last["weights"], last["evidence"]) == (tags["delta"], tags["evidence"])
     code, said = run_cli("history")
     assert code == 0
@@ -171,7 +171,7 @@ def test_alias_moved_by_hand_is_reported_and_settled(
     _move_by_hand(alias, version)(fresh)
     code, said = run_cli("history")
     assert (code, named in said, "settle --as NAME --reason WHY" in said) == (3, True, True)
-    assert json.loads(run_cli("history", "--json")[1].partition("DataError")[0])["whole"] is False
+    assert json.loads(run_cli("history", "--json")[1].partition("DataError")[0])["consistent"] is False
     with pytest.raises(DataError, match=named):
         register_pass(fresh, "c")
     with pytest.raises(DataError, match=named):
@@ -181,7 +181,7 @@ def test_alias_moved_by_hand_is_reported_and_settled(
     assert aliases(fresh) == right
     assert run_cli("history")[0] == 0
     last = ledger.read(fresh.register_.ledger).entries[-1]
-    assert (last.event, last.who, last.why) == ("settlement", "Ada", f"who was that? ({named})")
+    assert (last.event, last.actor, last.reason) == ("settlement", "Ada", f"who was that? ({named})")
     register_pass(fresh, "c")
     assert aliases(fresh)[CHAMPION] == "3"
 

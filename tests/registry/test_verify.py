@@ -83,7 +83,7 @@ def test_changed_version_is_refused_by_every_command(
         f"Verdict: pass, signed by {tags['signed_by'][:12]}",
     )
     entries = ledger.read(signing.register_.ledger).entries
-    assert f"signed by {tags['signed_by'][:12]}" in entries[0].why
+    assert f"signed by {tags['signed_by'][:12]}" in entries[0].reason
     assert entries[0].files == tags["files"]
     assert run_cli("export", "before", "--version", "1")[0] == 0
     against = signing.model_copy(

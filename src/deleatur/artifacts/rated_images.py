@@ -15,7 +15,7 @@ from deleatur.storage import files, images
 def is_rated(settings: Settings, concept: str) -> bool:
     """Whether `ingest` found usable answers about the concept."""
     counts = files.read_json(settings.paths.feedback / "summary.json")["concepts"][concept]
-    return bool(counts["voted_pictures"] + counts["pairs"])
+    return bool(counts["voted_images"] + counts["pairs"])
 
 
 class RatedPool:

@@ -56,7 +56,7 @@ def demo(as_json: AsJson = False) -> None:
     latest = latest_report(PARAMS)
     next_commands = list(_next_commands(settings))
     if as_json:
-        links = {"sheet": str(latest.contact_sheet), "page": str(latest.html)}
+        links = {"contact_sheet": str(latest.contact_sheet), "html_report": str(latest.html)}
         print_json(latest.json | links | {"next": [command for command, _ in next_commands]})
     else:
         out.print(latest.summary)
@@ -166,15 +166,15 @@ def _print_costs(kind: str | None, as_json: bool) -> None:
     from deleatur.operations import estimate
 
     stable_diffusion = estimate.published_estimates(kind)
-    here = estimate.method_estimates(load_settings(), kind) if PARAMS.is_file() else []
+    configured = estimate.method_estimates(load_settings(), kind) if PARAMS.is_file() else []
     if as_json:
-        named = {"Stable Diffusion 1.4": stable_diffusion, "here": here}
+        named = {"Stable Diffusion 1.4": stable_diffusion, "params.yaml": configured}
         print_json({name: [asdict(line) for line in lines] for name, lines in named.items()})
         return
     print_estimates(
         "Each method with its default hyperparameters, on Stable Diffusion 1.4 in float32", stable_diffusion
     )
-    print_estimates("Each method as params.yaml configures it, on its base model and this machine", here)
+    print_estimates("Each method as params.yaml configures it, on its base model and this machine", configured)
 
 
 @commands.command()

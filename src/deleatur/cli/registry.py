@@ -112,7 +112,7 @@ def verify(
     statement = verify.verify(settings, version, checked_ledger(settings).entries)
     verdict = verify.verdict_summary(settings, version)
     if as_json:
-        print_json({"version": version, "files": dict(statement.files) if statement else None, "standing": verdict})
+        print_json({"version": version, "files": dict(statement.files) if statement else None, "verdict": verdict})
     else:
         files = f"{len(statement.files)} files are as evaluated" if statement else "its files have no signed digests"
         print_text(f"Version {version}: {files}\nVerdict: {verdict}")

@@ -145,12 +145,12 @@ def rater_agreement(answers: pd.DataFrame, concept: str) -> dict[str, Any]:
     rows = answers[answers["concept"] == concept]
     if (rows["kind"] == "rank").any():
         tau, n = agreement.mean_kendall_tau(_aligned_rankings(rows))
-        return {"measure": "mean pairwise Kendall tau-b", "value": _nan_to_none(tau), "rater_pairs": n}
+        return {"statistic": "mean pairwise Kendall tau-b", "value": _nan_to_none(tau), "rater_pairs": n}
     judgements = _judgements(rows)
     questions, shared = _factorize(judgements["question"]), judgements["question"].duplicated(keep=False)
     value = agreement.krippendorff_alpha(questions, judgements["vote"].to_numpy(np.int64))
     n = judgements["question"][shared].nunique()
-    return {"measure": "Krippendorff alpha, nominal", "value": _nan_to_none(value), "shared_pictures": n}
+    return {"statistic": "Krippendorff alpha, nominal", "value": _nan_to_none(value), "shared_images": n}
 
 
 RELIABILITY_COLUMNS = ("judgements", "agreement", "compared", "accuracy")

@@ -65,7 +65,7 @@ def backup(settings: Settings, folder: Path) -> BackupInfo:
             with redacted_file(Path(name)) as redacted:
                 shutil.copyfile(redacted, partial / "workspace" / name)
         manifest = {
-            "taken": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "deleatur": version("deleatur"),
             "commit": git.current_commit(Path()).hash,
             "versions": len(copy.version_records),
@@ -163,4 +163,4 @@ def _digests(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _info(manifest: dict[str, Any]) -> BackupInfo:
-    return BackupInfo(manifest["taken"], manifest["commit"], manifest["versions"], manifest["decisions"])
+    return BackupInfo(manifest["created_at"], manifest["commit"], manifest["versions"], manifest["decisions"])

@@ -34,17 +34,17 @@ CHAIN_STAGES = ("ingest", "reward", "erase", "attack", "sample")
 """Stages that run as in the chain; `invert`, which takes most of the time, is left out."""
 
 
-def run(settings: Settings, concepts: Sequence[str], who: str, reason: str) -> Verdict:
+def run(settings: Settings, concepts: Sequence[str], actor: str, reason: str) -> Verdict:
     """Erase the concepts, along with those that the champion has erased, judge the result and register the verdict.
 
     Raises SettingsError if params.yaml has no section `emergency`, DataError if the name or the reason is blank.
     """
-    if not (who.strip() and reason.strip()):
+    if not (actor.strip() and reason.strip()):
         raise DataError(
             "an emergency release needs a name and a reason", hint="the same command with --as NAME --reason WHY"
         )
     changed = emergency_settings(settings, concepts)
-    os.environ[STARTED_BY] = who
+    os.environ[STARTED_BY] = actor
     for name in CHAIN_STAGES:
         stages.run(name, changed)
     evaluate.run(changed, [note(changed, reason)])

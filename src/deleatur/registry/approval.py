@@ -41,7 +41,7 @@ def promote(settings: Settings, version: str, approver: str, *, reason: str = ""
             _require_second_person(locked, version, approver)
             if expire_challenger(settings, locked, version, approver):
                 raise DataError(
-                    f"version {version} {locked.ledger.entries[-1].why}: it has to be evaluated again",
+                    f"version {version} {locked.ledger.entries[-1].reason}: it has to be evaluated again",
                     hint="deleatur demo (brings everything up to date and registers it), then approve it",
                 )
             verify(settings, version, locked.ledger.entries, fetch=False)
@@ -69,7 +69,7 @@ def _require_same_evidence(registry: Registry, version: str, approver: str, evid
 
 
 def _require_second_person(locked: LockedRegistry, version: str, approver: str) -> None:
-    starter = registration_entry(locked.ledger.entries, version).who
+    starter = registration_entry(locked.ledger.entries, version).actor
     if _normalized_name(approver) == _normalized_name(starter):
         raise DataError(
             f"{starter} has started the run that made version {version}: another person has to approve it",

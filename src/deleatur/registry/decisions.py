@@ -67,10 +67,10 @@ class LockedRegistry:
                 )
         return registered
 
-    def decide(self, event: Event, subject: Subject, who: str, why: str, moves: Mapping[str, str | None]) -> None:
+    def decide(self, event: Event, subject: Subject, actor: str, reason: str, moves: Mapping[str, str | None]) -> None:
         """Appends a decision and applies it. moves: the aliases that change; None removes one."""
         aliases = {name: version for name, version in {**self.ledger.aliases, **moves}.items() if version}
-        self.writer.append(event, subject, who, why, aliases)
+        self.writer.append(event, subject, actor, reason, aliases)
         self.apply_pending()
 
     def apply_pending(self) -> None:
@@ -84,9 +84,9 @@ class LockedRegistry:
             self.registry.set_aliases(self.ledger.aliases)
             self.registry.set_ledger_position(self.ledger.head)
         if self.ledger.entries and (last := self.ledger.entries[-1]).event == "approval":
-            self.promote(_subject_of(last), last.who, last.why)
+            self.promote(_subject_of(last), last.actor, last.reason)
 
-    def promote(self, subject: Subject, who: str, why: str) -> None:
+    def promote(self, subject: Subject, actor: str, reason: str) -> None:
         """Makes a version champion, and the previous champion the last known good version."""
         moves: dict[str, str | None] = {
             CHAMPION: subject.version,
@@ -94,7 +94,7 @@ class LockedRegistry:
         }
         if self.ledger.aliases.get(CHALLENGER) == subject.version:
             moves[CHALLENGER] = None
-        self.decide("promotion", subject, who, why, moves)
+        self.decide("promotion", subject, actor, reason, moves)
 
     def alias_mismatches(self) -> list[AliasMismatch]:
         """Aliases that were moved by hand, provided that every decision is applied."""
@@ -182,14 +182,14 @@ def record_verdict(
     one of the same weights, is voided. Entering the same verdict again changes nothing, unless its version has expired
     or was voided. unreleasable: why a pass has no version.
     """
-    version, who = subject.version, started_by()
+    version, actor = subject.version, started_by()
     with locked_for_decision(settings) as locked:
         if (challenger := locked.ledger.aliases.get(CHALLENGER)) == version and challenger:
-            expire_challenger(settings, locked, challenger, who)
+            expire_challenger(settings, locked, challenger, actor)
         recorded = [e for e in locked.ledger.entries if e.evidence == subject.evidence]
         if not recorded or recorded[-1].event in ("expiry", "voiding"):
-            _void_challenger(locked, subject, who)
-            locked.decide("registration", subject, who, headline, {CHALLENGER: version} if version else {})
+            _void_challenger(locked, subject, actor)
+            locked.decide("registration", subject, actor, headline, {CHALLENGER: version} if version else {})
         if version is None:
             if outcome == "pass":
                 # A version is sampled from without guide: that is not what was evaluated.
@@ -205,7 +205,7 @@ def record_verdict(
             return f"version {version} is challenger"
         if reason := approval_required_reason(settings, locked, version):
             return f"version {version} is challenger: {reason}"
-        locked.promote(subject, who, "a pass, and the policy asks for no approval")
+        locked.promote(subject, actor, "a pass, and the policy asks for no approval")
         return f"version {version} is champion"
 
 
@@ -227,18 +227,18 @@ def approval_required_reason(settings: Settings, locked: LockedRegistry, version
     return ""
 
 
-def expire_challenger(settings: Settings, locked: LockedRegistry, version: str, who: str) -> bool:
+def expire_challenger(settings: Settings, locked: LockedRegistry, version: str, actor: str) -> bool:
     """Ends the wait of a challenger that has waited too long, and returns whether it has."""
     days = settings.register_.approval_days
     since = registration_entry(locked.ledger.entries, version).time
     if ledger.now() - datetime.fromisoformat(since) <= timedelta(days=days):
         return False
     reason = f"waited since {since[:10]}, and approvals expire after {days} days"
-    locked.decide("expiry", locked.subject(version), who, reason, {CHALLENGER: None})
+    locked.decide("expiry", locked.subject(version), actor, reason, {CHALLENGER: None})
     return True
 
 
-def _void_challenger(locked: LockedRegistry, subject: Subject, who: str) -> None:
+def _void_challenger(locked: LockedRegistry, subject: Subject, actor: str) -> None:
     challenger = locked.ledger.aliases.get(CHALLENGER)
     if challenger is None:
         return
@@ -246,7 +246,7 @@ def _void_challenger(locked: LockedRegistry, subject: Subject, who: str) -> None
     if subject.version or voided.weights == subject.weights:
         newer = f"version {subject.version} was made since"
         reason = newer if subject.version else "the same weights were evaluated again"
-        locked.decide("voiding", voided, who, reason, {CHALLENGER: None})
+        locked.decide("voiding", voided, actor, reason, {CHALLENGER: None})
 
 
 def registration_entry(entries: Sequence[Entry], version: str) -> Entry:
@@ -260,7 +260,7 @@ def quarantine_reasons(entries: Sequence[Entry]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for entry in entries:
         if version := entry.aliases.get(QUARANTINED):
-            reasons.setdefault(version, entry.why)
+            reasons.setdefault(version, entry.reason)
     return reasons
 
 
@@ -285,14 +285,14 @@ def _tag_version(registry: Registry, entry: Entry) -> None:
     version, tags = entry.version, {}
     match entry.event:
         case "registration":
-            tags = {"started_by": entry.who}
+            tags = {"started_by": entry.actor}
         case "approval":
-            tags = {"approved_by": entry.who, "approved_because": entry.why}
+            tags = {"approved_by": entry.actor, "approved_because": entry.reason}
             tags |= {"approved_evidence": entry.evidence, "approved_delta": entry.weights}
         case "decline":
-            tags = {"declined_by": entry.who, "declined_because": entry.why}
+            tags = {"declined_by": entry.actor, "declined_because": entry.reason}
         case "rollback" | "quarantine":
             version = entry.aliases[QUARANTINED]
-            tags = {"quarantined_by": entry.who, "quarantined_because": entry.why}
+            tags = {"quarantined_by": entry.actor, "quarantined_because": entry.reason}
     if version and tags:
         registry.tag(version, tags)

@@ -44,12 +44,12 @@ class History:
 
     @property
     def as_dict(self) -> dict[str, Any]:
-        problems = [{"problem": str(p), "next": p.hint} for p in self.problems]
+        problems = [{"message": str(p), "next_command": p.hint} for p in self.problems]
         return {
-            "whole": not self.problems,
+            "consistent": not self.problems,
             "problems": problems,
-            "torn": self.torn_bytes,
-            "lines": [asdict(e) for e in self.entries],
+            "torn_bytes": self.torn_bytes,
+            "entries": [asdict(e) for e in self.entries],
         }
 
 
@@ -89,23 +89,23 @@ def consistent_ledger(settings: Settings) -> Ledger:
     return recorded
 
 
-def settle(settings: Settings, who: str, reason: str, *, adopt: bool = False) -> list[str]:
+def settle(settings: Settings, actor: str, reason: str, *, adopt: bool = False) -> list[str]:
     """Resets the registry's aliases to those of the ledger, and returns what was inconsistent.
 
     adopt: takes the registry's aliases into the ledger instead. A ledger that was changed or lost starts again, behind
     the last line that the registry has applied.
     """
-    if not (who.strip() and reason.strip()):
+    if not (actor.strip() and reason.strip()):
         raise DataError("a decision needs a name and a reason", hint=f"{SETTLE_HINT} {'--adopt' * adopt}".strip())
     if adopt:
-        return _adopt(settings, who, reason)
+        return _adopt(settings, actor, reason)
     with locked_registry(settings) as locked:
         if mismatches := locked.alias_mismatches():
-            locked.decide("settlement", _champion_subject(locked), who, _reason_with(reason, *mismatches), {})
+            locked.decide("settlement", _champion_subject(locked), actor, _reason_with(reason, *mismatches), {})
         return list(map(str, mismatches))
 
 
-def _adopt(settings: Settings, who: str, reason: str) -> list[str]:
+def _adopt(settings: Settings, actor: str, reason: str) -> list[str]:
     with ledger.locked(settings.register_.ledger) as writer:
         locked = LockedRegistry(writer, registry := open_registry(settings))
         problems = []
@@ -119,7 +119,7 @@ def _adopt(settings: Settings, who: str, reason: str) -> list[str]:
         if findings:
             aliases = registry.aliases()
             moves = {name: aliases.get(name) for name in ALIASES}
-            locked.decide("adoption", _champion_subject(locked), who, _reason_with(reason, *findings), moves)
+            locked.decide("adoption", _champion_subject(locked), actor, _reason_with(reason, *findings), moves)
         return findings
 
 
@@ -134,13 +134,13 @@ def _reason_with(reason: str, *findings: object) -> str:
 
 def _table(recorded: Ledger) -> Table:
     table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
-    for name in ("line", "when, UTC", "what", "version", "live"):
+    for name in ("line", "time, UTC", "event", "version", "champion"):
         table.add_column(name, no_wrap=True)
-    for name in ("who", "why"):
+    for name in ("actor", "reason"):
         table.add_column(name, overflow="fold")
     for entry in recorded.entries:
         time, champion = entry.time[:16].replace("T", " "), entry.aliases.get(CHAMPION, "none")
-        cells = (str(entry.number), time, entry.event, entry.version or "", champion, entry.who, entry.why)
+        cells = (str(entry.number), time, entry.event, entry.version or "", champion, entry.actor, entry.reason)
         table.add_row(*map(Text, cells))  # as Text, not as markup: reasons are free text
     if recorded.start.number:
         table.caption = f"Lines 1 to {recorded.start.number} were lost; {recorded.path} continues behind them."

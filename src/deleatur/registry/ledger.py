@@ -66,11 +66,11 @@ class Entry:
     """UTC, ISO 8601, to the second."""
     event: Event
     version: str | None
-    who: str
+    actor: str
     """Name of the person who decided, as given. Of a registration: who started the run."""
     account: str
     """Account and host that wrote the line."""
-    why: str
+    reason: str
     weights: str
     evidence: str
     files: str
@@ -159,7 +159,7 @@ class LedgerWriter:
         self._discarded = ledger.torn_bytes
         """Bytes at the end of the file to set aside before the next line is appended."""
 
-    def append(self, event: Event, subject: Subject, who: str, why: str, aliases: Mapping[str, str]) -> None:
+    def append(self, event: Event, subject: Subject, actor: str, reason: str, aliases: Mapping[str, str]) -> None:
         """Appends a line; it is on disk when this returns. Raises DataError where the chain is broken."""
         self.ledger.require_intact()
         head = self.ledger.head
@@ -168,9 +168,9 @@ class LedgerWriter:
             time=now().isoformat(timespec="seconds"),
             event=event,
             version=subject.version,
-            who=who,
+            actor=actor,
             account=f"{account()}@{gethostname()}",
-            why=why,
+            reason=reason,
             weights=subject.weights,
             evidence=subject.evidence,
             files=subject.files,

@@ -27,13 +27,13 @@ class RollbackResult:
     """Whether an earlier command had done it."""
 
 
-def rollback(settings: Settings, who: str, reason: str, to: str | None = None) -> RollbackResult:
+def rollback(settings: Settings, actor: str, reason: str, to: str | None = None) -> RollbackResult:
     """Rolls back to the last known good version, or to version `to`.
 
     Idempotent: called again without `to`, it changes nothing. Raises DataError where there is no earlier version, or
     the version may not go live; ModelError where its files are not those that were evaluated.
     """
-    _require_actor_and_reason(who, reason)
+    _require_actor_and_reason(actor, reason)
     with locked_for_decision(settings) as locked:
         aliases = locked.ledger.aliases
         champion, last_change = aliases.get(CHAMPION), _last_champion_change(locked.ledger.entries)
@@ -53,15 +53,15 @@ def rollback(settings: Settings, who: str, reason: str, to: str | None = None) -
             CHAMPION: target,
             LAST_KNOWN_GOOD: last_good_version(locked.ledger.entries, exclude={champion, target}),
         }
-        locked.decide("rollback", locked.subject(target), who, reason, moves)
+        locked.decide("rollback", locked.subject(target), actor, reason, moves)
         return RollbackResult(champion, target, already=False)
 
 
-def quarantine(settings: Settings, version: str, who: str, reason: str) -> RollbackResult:
+def quarantine(settings: Settings, version: str, actor: str, reason: str) -> RollbackResult:
     """Quarantines a version. If it is champion, the last known good version replaces it, or none where that one may not
     go live or its files are not those that were evaluated.
     """
-    _require_actor_and_reason(who, reason)
+    _require_actor_and_reason(actor, reason)
     with locked_for_decision(settings) as locked:
         subject, aliases = locked.subject(version), locked.ledger.aliases
         if version in quarantine_reasons(locked.ledger.entries):
@@ -79,7 +79,7 @@ def quarantine(settings: Settings, version: str, who: str, reason: str) -> Rollb
         }
         if aliases.get(CHALLENGER) == version:
             moves[CHALLENGER] = None
-        locked.decide("quarantine", subject, who, reason, moves)
+        locked.decide("quarantine", subject, actor, reason, moves)
         return RollbackResult(version, champion, already=False)
 
 
@@ -90,8 +90,8 @@ def _last_champion_change(entries: Sequence[Entry]) -> Entry | None:
     return changes[-1] if changes else None
 
 
-def _require_actor_and_reason(who: str, reason: str) -> None:
-    if not (who.strip() and reason.strip()):
+def _require_actor_and_reason(actor: str, reason: str) -> None:
+    if not (actor.strip() and reason.strip()):
         raise DataError(
             "a rollback or quarantine needs a name and a reason", hint="the same command with --as NAME --reason WHY"
         )

@@ -125,7 +125,7 @@ def _properties(provenance: Provenance, verdict: Verdict, evidence: str) -> list
         "base": provenance.base,
         "tokens": provenance.tokens,
         "settings": provenance.settings,
-        "pictures": provenance.images,
+        "images": provenance.images,
         "guide": provenance.guide,
         "sampler": provenance.sampler,
         "seed": str(provenance.seed),

@@ -53,7 +53,7 @@ def run(settings: Settings) -> None:
             metadata = {"concept": name, "attack": kind, "access": attack.access, "budget": result.budget}
             soft_prompts[f"{name}-{kind}"] = (result.vectors, metadata)
             curves[f"{name}-{kind}"] = list(result.losses)
-            record[f"{name}-{kind}"] = metadata | {"pictures": len(images), "last_loss": result.losses[-1]}
+            record[f"{name}-{kind}"] = metadata | {"images": len(images), "final_loss": result.losses[-1]}
     with files.replace_folder(settings.paths.attacks) as folder:
         for stem, (vectors, metadata) in soft_prompts.items():
             tensors.save(folder / f"{stem}.safetensors", {"vectors": vectors}, metadata)

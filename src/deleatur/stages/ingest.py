@@ -79,7 +79,7 @@ def _ingest(settings: Settings, out: Path, docs: Path) -> tuple[dict[str, Any], 
         "events": len(valid),
         "answers": len(answers),
         "repeated_lines": dict(Counter(row.file for row in parsed.repeats)),
-        "pictures": len(digests),
+        "images": len(digests),
         "quarantined": {"rows": len({(r.file, r.line) for r in rejected}), "by_rule": _by_rule(rejected)},
         "concepts": concepts,
         "expectations": checked.summary,
@@ -199,7 +199,7 @@ def _concept_summary(
         "answers": {str(k): int(v) for k, v in answers["answer"].value_counts().sort_index().items()},
         "raters": len(raters),
         "simulated_raters": int(raters["simulated"].sum()),
-        "voted_pictures": len(voted),
+        "voted_images": len(voted),
         "few_raters": int((voted["raters"] < settings.ingest.min_raters).sum()),
         "pairs": int((pair_table["concept"] == name).sum()),
         "agreement": votes.rater_agreement(answers, name),
@@ -207,7 +207,7 @@ def _concept_summary(
 
 
 def _demand_answers(settings: Settings, concepts: dict[str, Any], rejected: Sequence[QuarantineRow]) -> None:
-    unrated = [name for name in settings.targets if not concepts[name]["voted_pictures"] + concepts[name]["pairs"]]
+    unrated = [name for name in settings.targets if not concepts[name]["voted_images"] + concepts[name]["pairs"]]
     if not unrated:
         return
     counts = "; ".join(f"{name}: {concepts[name]['events']} valid events, no vote and no pair" for name in unrated)

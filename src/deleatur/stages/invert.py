@@ -62,7 +62,7 @@ def run(settings: Settings) -> None:
         token_provenance = {
             "text_encoder": model.text_encoder_digest,
             "base": model.unet_digest,
-            "initial": spec.initializer_token,
+            "initializer_token": spec.initializer_token,
             "method": method.model_dump(),
             "notes": method.notes(),
             "reward": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -105,7 +105,7 @@ def _describe(model: Model, learned: LearnedToken) -> dict[str, Any]:
     return {
         "nearest_words": encode.nearest_words(model, learned.vectors[0]),
         "norm_over_vocabulary_mean": float(learned.vectors.norm(dim=-1).mean() / table.norm(dim=-1).mean()),
-        "effective_pictures": learned.effective_images,
+        "effective_images": learned.effective_images,
         "evaluations": learned.evaluations,
         "losses": [round(x, 5) for x in learned.losses],
     }

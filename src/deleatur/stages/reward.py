@@ -74,12 +74,12 @@ def _train(settings: Settings, clip: Clip, name: str, advance: Bar) -> _Trained:
             "epochs": fit.epochs,
             "raters": int(pool.answers[selected]["rater"].nunique()),
         }
-        advance(note=f"{name} {split}: {_measure(spec.kind)} {fit.held_out_quality:.3f}")
+        advance(note=f"{name} {split}: {_metric_name(spec.kind)} {fit.held_out_quality:.3f}")
     held_out_target = _target(pool, pool.answers[held_out], spec.kind)
     text = clip.embed_texts([" ".join(spec.words)])
     metrics = {
-        "measure": _measure(spec.kind),
-        "pictures": len(pool.images),
+        "metric": _metric_name(spec.kind),
+        "images": len(pool.images),
         "new_prompts": by_split,
         "new_raters": _none_if_nan(reward.quality(fits["train"].head(features), held_out_target)),
         "zero_shot": _none_if_nan(reward.quality((features @ text.T).squeeze(1), held_out_target)),
@@ -90,7 +90,7 @@ def _train(settings: Settings, clip: Clip, name: str, advance: Bar) -> _Trained:
     return _Trained(metrics, curves, weights, {"rank": spec.kind == "rank", "clip": clip.digest, "concept": name})
 
 
-def _measure(kind: FeedbackKind) -> str:
+def _metric_name(kind: FeedbackKind) -> str:
     return "AUC" if kind == "binary" else "pair accuracy"
 
 

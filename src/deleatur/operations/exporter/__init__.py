@@ -30,8 +30,8 @@ SOURCES: dict[str, Callable[[Settings], Iterator[Metric]]] = {
     "canary": results.canary_metrics,
     "sources": feedback.source_metrics,
     "feedback": feedback.ingest_metrics,
-    "waiting": feedback.waiting_metrics,
-    "journal": runs.stage_metrics,
+    "pending_reports": feedback.waiting_metrics,
+    "event_log": runs.stage_metrics,
     "disk": runs.disk_metrics,
 }
 

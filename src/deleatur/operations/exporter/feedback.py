@@ -73,7 +73,7 @@ def ingest_metrics(settings: Settings) -> Iterator[Metric]:
         return
     summary = files.read_json(path)
     rows = {("used",): summary["events"], ("quarantined",): summary["quarantined"]["rows"]}
-    yield gauge("feedback_rows", "Rows that the last ingest used, and that it quarantined.", rows, "as")
+    yield gauge("feedback_rows", "Rows that the last ingest used, and that it quarantined.", rows, "status")
     agreement = {(name,): c["agreement"]["value"] for name, c in summary["concepts"].items()}
     defined = {name: value for name, value in agreement.items() if value is not None}
     yield gauge("feedback_agreement", "Agreement of raters; 1: always.", defined, "concept")

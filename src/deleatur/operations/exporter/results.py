@@ -37,9 +37,7 @@ def report_metrics(settings: Settings) -> Iterator[Metric]:
         {k: s.high for k, s in scores.items()},
         *SCORE_LABELS,
     )
-    yield gauge(
-        "score_pictures", f"{description}: number of images.", {k: s.n for k, s in scores.items()}, *SCORE_LABELS
-    )
+    yield gauge("score_images", f"{description}: number of images.", {k: s.n for k, s in scores.items()}, *SCORE_LABELS)
 
 
 def verdict_metrics(settings: Settings) -> Iterator[Metric]:

@@ -21,16 +21,16 @@ def stage_metrics(settings: Settings) -> Iterator[Metric]:
     lines = event_log.read(settings.paths.checkpoints)
     stages = dict.fromkeys(line.stage for line in lines)
     lines_by_stage = {stage: [line for line in lines if line.stage == stage] for stage in stages}
-    runs = Counter((stage, how) for stage, log in lines_by_stage.items() for how in _run_outcomes(log))
-    yield counter("stage_runs", "Runs of a stage, by outcome.", runs, "stage", "how")
+    runs = Counter((stage, outcome) for stage, log in lines_by_stage.items() for outcome in _run_outcomes(log))
+    yield counter("stage_runs", "Runs of a stage, by outcome.", runs, "stage", "outcome")
     seconds = {(stage,): sum(line.seconds for line in log) for stage, log in lines_by_stage.items()}
     yield counter("stage_seconds", "Duration of a stage's runs, killed ones aside.", seconds, "stage")
     last_seconds = {
         (stage,): line.seconds for stage, log in lines_by_stage.items() for line in log if line.kind == "done"
     }
-    yield gauge("stage_last_seconds", "Time that the last whole run of a stage took.", last_seconds, "stage")
+    yield gauge("stage_last_seconds", "Time that the last complete run of a stage took.", last_seconds, "stage")
     lost_steps = {(stage,): sum(line.lost for line in log) for stage, log in lines_by_stage.items()}
-    yield counter("steps_lost", "Steps that were repeated for want of a checkpoint.", lost_steps, "stage")
+    yield counter("steps_lost", "Steps that were computed again after a kill.", lost_steps, "stage")
     start_times = {(stage,): _start_time(log) for stage, log in lines_by_stage.items() if not _has_ended(log)}
     yield gauge("stage_began_timestamp_seconds", "Start of a run that has not ended.", start_times, "stage")
 
@@ -44,9 +44,9 @@ def disk_metrics(settings: Settings) -> Iterator[Metric]:
 def _run_outcomes(lines: Sequence[Event]) -> Iterator[str]:
     """Outcome of each run that has ended; a run without an end that another one follows was killed."""
     runs = [line.kind for line in lines if line.kind != "resumed"]
-    for what, after in zip(runs, [*runs[1:], ""], strict=True):
-        if what in END_EVENTS:
-            yield what
+    for kind, after in zip(runs, [*runs[1:], ""], strict=True):
+        if kind in END_EVENTS:
+            yield kind
         elif after == "started":
             yield "killed"
 
