@@ -39,6 +39,7 @@ def small_params(root: Path, **changes: Any) -> dict[str, Any]:
     weapon = p["concepts"]["weapon"]
     weapon |= {"words": ["gun", "sword"], "detection": {"detector": "judge", "labels": ["gun", "sword"]}}
     p["concepts"] = {"weapon": weapon}
+    p["erase"]["abo"]["alternatives"] = {"weapon": "toy"}
     p["base"]["model"], p["paths"]["models"] = "models/pipeline", "models"
     p["reward"] |= {"clip": "models/clip", "hidden": 8, "epochs": 20, "folds": 2}
     p["invert"]["hfi"] |= {"top_k": 8, "num_tokens": 2}

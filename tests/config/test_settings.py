@@ -25,7 +25,7 @@ from deleatur.feedback.reward import RewardHyperparameters
 PARAMS: dict[str, Any] = yaml.safe_load((workspace.ROOT / "params.yaml").read_text("utf-8"))
 
 WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
-    "a key of the file": (("sed",), 1, "sed: Extra inputs are not permitted"),
+    "a key of the file": (("sed",), 1, "sed: no such key; closest: seed"),
     "a value of a section": (("seed",), "many", "seed: Input should be a valid integer"),
     "of the selected method": (
         ("erase", "sdd", "training", "lr"),
@@ -40,7 +40,28 @@ WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "an unknown hyperparameter": (
         ("invert", "textual_inversion", "top"),
         1,
-        "invert.textual_inversion.top: Extra inputs are not permitted",
+        "invert.textual_inversion.top: no such key; expected one of training",
+    ),
+    "a misspelled key of nested hyperparameters": (
+        ("erase", "sdd", "training", "itterations"),
+        1,
+        "erase.sdd.training.itterations: no such key; closest: iterations",
+    ),
+    "a misspelled key in a mapping of sections": (
+        ("concepts", "weapon", "detection", "label"),
+        ["gun"],
+        "concepts.weapon.detection.label: no such key; closest: labels",
+    ),
+    "a misspelled key of an optional section": (("compare", "seed"), [1], "compare.seed: no such key; closest: seeds"),
+    "a misspelled key of a rule": (
+        ("emergency", "rules", "concept_is_gone", "relativ"),
+        "base",
+        "emergency.rules.concept_is_gone.relativ: no such key; closest: relative",
+    ),
+    "a misspelled key of a metric": (
+        ("evaluate", "metrics", "clip_score", "prefx"),
+        "",
+        "evaluate.metrics.clip_score.prefx: no such key; closest: prefix",
     ),
     "a method that does not exist": (("guide", "method"), "shove", "guide.method: expected one of cfg, negative, sega"),
     "hyperparameters of one that does not": (("invert", "hif"), {}, "invert.hif: expected one of hfi"),
@@ -106,7 +127,7 @@ def test_a_plug_in_of_another_package_is_validated_alike(tmp_path: Path, monkeyp
     try:
         params = copy.deepcopy(PARAMS)
         params["erase"] |= {"method": "shave", "shave": {"nothing_of_the_kind": 1}}
-        with pytest.raises(SettingsError, match=r"erase.shave.nothing_of_the_kind: Extra inputs are not permitted"):
+        with pytest.raises(SettingsError, match=r"erase.shave.nothing_of_the_kind: no such key"):
             Settings.of(params, "params.yaml")
         params["erase"]["shave"] = {}
         assert type(methods.eraser(Settings.of(params, "params.yaml"))).__module__ == "deleatur_shave"

@@ -57,6 +57,13 @@ def eraser(settings: Settings) -> Eraser:
     """Raises SettingsError where the method does not fit one of the targets, or the guide."""
     eraser = configured(settings.erase, Eraser, "erase")
     eraser.check_concepts(settings.targets)
+    alternatives: Mapping[str, str] = getattr(eraser, "alternatives", {})
+    if unknown := [name for name in alternatives if name not in settings.concepts]:
+        raise SettingsError(
+            f"erase.{settings.erase.method}.alternatives: expected concepts of params.yaml "
+            f"({', '.join(settings.concepts)}), got {', '.join(unknown)}",
+            hint="correct the name, or remove it; then: deleatur check",
+        )
     if eraser.one_step is not None and settings.guide.method != PLAIN_GUIDE:
         raise SettingsError(
             f"guide.method: expected {PLAIN_GUIDE}, since erase.method {settings.erase.method} makes a one-step "

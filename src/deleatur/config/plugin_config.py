@@ -5,8 +5,9 @@ A plug-in's own class declares its hyperparameters, with defaults, bounds and me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -29,14 +30,22 @@ Hyperparameters = dict[str, Any]
 """Values given for one plug-in by name; its class validates them and fills in the others."""
 
 
+UNKNOWN_KEY: Literal["unknown_key"] = "unknown_key"
+"""Type of the error about a key that does not exist."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Errors:
-    """Collects the errors of several validations, so that one message names all of them."""
+    """Collects the errors of several validations, so that one message names all of them.
 
-    def __init__(self) -> None:
+    model: what is validated; an unknown key is compared with the keys that it has in that place.
+    """
+
+    def __init__(self, model: type[BaseModel] | None = None) -> None:
+        self._model = model
         self._details: list[InitErrorDetails] = []
 
     def collect(self, location: tuple[str, ...], function: Callable[..., T], *args: Any) -> T | None:
@@ -45,17 +54,35 @@ class Errors:
             return function(*args)
         except ValidationError as e:
             for error in e.errors(include_url=False):
+                message = self._unknown_key(*error["loc"]) if error["type"] == "extra_forbidden" else error["msg"]
                 # The message is final, and the type names it: types of pydantic's own want their context back.
-                kind = PydanticCustomError("invalid", "{message}", {"message": error["msg"]})
+                name = UNKNOWN_KEY if error["type"] in ("extra_forbidden", UNKNOWN_KEY) else "invalid"
+                kind = PydanticCustomError(name, "{message}", {"message": message})
                 self._details.append({"type": kind, "loc": (*location, *error["loc"]), "input": error["input"]})
         except SettingsError as e:
             kind = PydanticCustomError("invalid", "{message}", {"message": str(e)})
             self._details.append({"type": kind, "loc": location, "input": {}})
         return None
 
+    def _unknown_key(self, *location: int | str) -> str:
+        keys = known_keys(self._model, location[:-1])
+        near = get_close_matches(str(location[-1]), keys, 1)
+        return f"no such key; closest: {near[0]}" if near else f"no such key; expected one of {', '.join(keys)}"
+
     def raise_any(self, title: str) -> None:
         if self._details:
             raise ValidationError.from_exception_data(title, self._details)
+
+
+def known_keys(annotation: Any, location: Sequence[int | str]) -> list[str]:
+    """The keys that a type has at a location below it: of a model, of a collection of models, or of an optional one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = {field.alias or name: field.annotation for name, field in annotation.model_fields.items()}
+        return known_keys(fields.get(str(location[0])), location[1:]) if location else list(fields)
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (dict, list, tuple):
+        return known_keys(arguments[get_origin(annotation) is dict], location[1:])
+    return [key for argument in arguments for key in known_keys(argument, location)]
 
 
 def validate(kind: str, name: Any, values: Any) -> BaseModel:
@@ -67,7 +94,12 @@ def validate(kind: str, name: Any, values: Any) -> BaseModel:
         raise SettingsError(f"expected one of {', '.join(known)} ({kind}), got {name!r}")
     if not isinstance(values, Mapping):
         raise SettingsError(f"expected the hyperparameters of {name}, {{name: value}}, got {values!r}")
-    return plugins.load(kind, name, plugins.base(kind)).model_validate(values)
+    plugin = plugins.load(kind, name, plugins.base(kind))
+    errors = Errors(plugin)
+    validated = errors.collect((), plugin.model_validate, values)
+    errors.raise_any(plugin.__name__)
+    assert validated is not None
+    return validated
 
 
 class PluginSection(Section):

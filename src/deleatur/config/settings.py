@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
-from deleatur.config.plugin_config import Errors, Section, validate
+from deleatur.config.plugin_config import UNKNOWN_KEY, Errors, Section, validate
 from deleatur.config.sections import (
     PROJECT_FILES,
     AttackSection,
@@ -80,7 +80,7 @@ class Settings(Section):
     @classmethod
     def inversion_of_each_concept_is_valid(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """With the concept's own hyperparameters over those of `invert`. Wraps validation: one message has all."""
-        errors = Errors()
+        errors = Errors(cls)
         settings = errors.collect((), handler, values)
         shared = mapping(values, "invert")
         valid = {name for name in shared if Errors().collect((), validate, "inversion", name, shared[name])}
@@ -105,7 +105,10 @@ class Settings(Section):
         named = {"targets": self.targets} | ({"compare.concepts": self.compare.concepts} if self.compare else {})
         for where, names in named.items():
             if unknown := set(names) - set(self.concepts):
-                raise ValueError(f"{where} name concepts that are not defined: {', '.join(sorted(unknown))}")
+                raise ValueError(
+                    f"{where} name concepts that are not defined: {', '.join(sorted(unknown))}; "
+                    f"expected some of {', '.join(self.concepts)}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -180,5 +183,5 @@ def describe_errors(error: ValidationError, where: str) -> str:
 
 def _input(problem: Any) -> str:
     """Left out where it is a whole section, or where the message is about what is missing or too many."""
-    plain = problem["type"] in ("missing", "extra_forbidden") or isinstance(problem["input"], Mapping)
+    plain = problem["type"] in ("missing", UNKNOWN_KEY) or isinstance(problem["input"], Mapping)
     return "" if plain else f" (got {problem['input']!r})"
