@@ -24,7 +24,7 @@ from deleatur.records.report import DetectorInfo, Finding, Provenance, Report, S
 from deleatur.records.sampling import Role
 from deleatur.report import model_card, page
 from deleatur.report.contact_sheet import ContactSheet, PromptRow, write_contact_sheet
-from deleatur.report.markdown import escape_markdown
+from deleatur.markdown import escape_markdown
 from deleatur.report.plots import Curve, Series
 
 HARMLESS = "harmless"

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deleatur.gate import SIMULATED_NOTICE, headline
 from deleatur.records.report import Report, Score, Verdict
-from deleatur.report.markdown import code, escape_markdown
+from deleatur.markdown import code, escape_markdown
 
 FILE_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")

@@ -1,4 +1,4 @@
-"""Markdown of the model card and of the flows' artifacts, in which text from outside stays text."""
+"""Markdown for MLflow, Prefect and model cards, in which text from outside stays text, without credentials."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from html import escape
 
 from markupsafe import Markup
+
+from deleatur.redaction import redact
 
 
 def escape_markdown(text: object) -> str:
@@ -15,14 +17,18 @@ def escape_markdown(text: object) -> str:
     """
     if isinstance(text, Markup):
         return text
-    parts = re.split(r"`([^`]+)`", " ".join(str(text).split()))
+    parts = re.split(r"`([^`]+)`", _one_line(text))
     return "".join(code(part) if i % 2 else _escape(part) for i, part in enumerate(parts))
 
 
 def code(text: object) -> Markup:
     """The text as a code span, also in a table."""
-    line = " ".join(str(text).split()).replace("`", "'").replace("|", r"\|")
+    line = _one_line(text).replace("`", "'").replace("|", r"\|")
     return Markup(f"`{line}`")
+
+
+def _one_line(text: object) -> str:
+    return " ".join(redact(str(text)).split())
 
 
 def _escape(text: str) -> str:
