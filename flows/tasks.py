@@ -6,10 +6,11 @@ command line share all results.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,9 +27,10 @@ from deleatur import gate
 from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError, Interrupted, ServiceError
 from deleatur.records.report import Verdict
+from deleatur.redaction import redact
 from deleatur.registry import approval
 from deleatur.registry.decisions import STARTED_BY
-from deleatur.report.markdown import escape_markdown
+from deleatur.markdown import escape_markdown
 from deleatur.storage import dvc, dvc_remote, json_records, processes
 
 PROJECT = Path()
@@ -50,6 +52,20 @@ MAX_RESTARTS = 20
 
 UPDATE_INTERVAL = 2.0
 """Seconds between updates of a progress artifact, each a request to the server."""
+
+
+class RedactedRecord(logging.LogRecord):
+    """A log record without credentials: messages of libraries, and the causes in a stack trace, may quote addresses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        with suppress(TypeError, ValueError, KeyError):  # a wrong format string: the handler reports it
+            self.msg, self.args = redact(self.getMessage()), ()
+        if self.exc_info:
+            self.exc_text = redact(logging.Formatter().formatException(self.exc_info))  # formatters use this one
+
+
+logging.setLogRecordFactory(RedactedRecord)  # of every logger of this process: Prefect sends all to its server
 
 
 def is_retryable(task: Any, task_run: Any, state: Any) -> bool:

@@ -142,7 +142,7 @@ def run_on_worker(stage: GpuStage, dvc_options: Sequence[str] = (), root: Path =
     job = WorkerJob(STAGE_DEPLOYMENT, stage, require_commit(root), parameters)
     if job.storage_uri is None:
         get_run_logger().info("workers.checkpoint_uri is not set: if a worker is lost, %s restarts", stage)
-    run = run_job(job, store=store)
+    run = run_job(job, store=redact(store))
     if lines := returned_text("event-log", stage, run):
         event_log.merge(root / Settings.load(root / "params.yaml").paths.checkpoints, lines)
     require_completed(stage, run)
@@ -260,7 +260,7 @@ def _tracking_environment(settings: Settings) -> dict[str, str]:
     sqlite, uri = "sqlite:///", mlflow_client.ENVIRONMENT_URI or settings.register_.tracking_uri
     if uri.startswith(sqlite):
         return {"MLFLOW_TRACKING_URI": sqlite + str(Path(uri.removeprefix(sqlite)).resolve())}
-    return {} if "@" in uri else {"MLFLOW_TRACKING_URI": uri}
+    return {} if redact(uri) != uri else {"MLFLOW_TRACKING_URI": uri}
 
 
 def require_completed(name: str, run: FlowRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from deleatur.artifacts.simulated_feedback import simulate
 from deleatur.config.sections import ConceptSpec, Detection, EraseSection, IngestSection, Paths
 from deleatur.config.settings import Settings
-from deleatur.errors import DataError
+from deleatur.errors import DataError, SettingsError
 from deleatur.feedback import events
 from deleatur.feedback.simulated import Panel
 from deleatur.records.feedback import FeedbackEvent
@@ -219,10 +220,25 @@ def test_brackets_in_the_name_of_a_source_are_literal(root: Path) -> None:
     for path in list((root / "sources").iterdir()):
         path.rename(folder / path.name.replace("weapon", "[weapon]"))
     names = ["[weapon].jsonl", "style.jsonl"]
-    assert ingest.find_sources([str(folder / "[[]*.jsonl")]) == [folder / names[0]]
-    assert ingest.find_sources([str(folder / names[0])]) == [folder / names[0]]
-    assert ingest.find_sources([str(folder / "*.jsonl")]) == [folder / name for name in names]
-    assert ingest.find_sources([str(folder / "[a-z]*.jsonl")]) == [folder / names[1]]
+
+    def matched(pattern: str) -> list[str]:
+        return [path.name for path in ingest.find_sources(settings(root, pattern=f"../{folder.name}/{pattern}"))]
+
+    assert matched("[[]*.jsonl") == [names[0]]
+    assert matched(names[0]) == [names[0]]
+    assert matched("*.jsonl") == names
+    assert matched("[a-z]*.jsonl") == [names[1]]
+
+
+@pytest.mark.parametrize("pattern", ["../**/*.jsonl", "../o*/feedback/*.jsonl", "../link/*.jsonl"])
+def test_a_source_in_a_folder_that_is_emptied_is_refused(root: Path, pattern: str) -> None:
+    emptied = root / "out" / "feedback"
+    emptied.mkdir(parents=True)
+    (root / "link").symlink_to(emptied)
+    shutil.copy(root / "sources" / "weapon.jsonl", emptied)
+    with pytest.raises(SettingsError, match=r"ingest.sources match .*weapon.jsonl, and a stage empties paths.feedback"):
+        ingest.run(settings(root, pattern=pattern))
+    assert (emptied / "weapon.jsonl").is_file()
 
 
 def test_no_cell_of_the_quarantine_table_is_a_formula(root: Path, event: EventFactory) -> None:
@@ -230,6 +246,6 @@ def test_no_cell_of_the_quarantine_table_is_a_formula(root: Path, event: EventFa
     append(root / "sources" / "weapon.jsonl", [events.to_json(event(f, concept="x")).encode() for f in formulas])
     append(root / "sources" / "weapon.jsonl", [b"=1+1"])
     ingest.run(settings(root))
-    cells = pd.read_csv(root / "out" / "feedback" / "quarantine.csv", dtype=str, keep_default_na=False)
-    assert {f"'{f}" for f in formulas} <= set(cells["event_id"])
-    assert not cells.apply(lambda column: column.str.match(r"[=+\-@]")).any(axis=None)
+    quarantined = pd.read_csv(root / "out" / "feedback" / "quarantine.csv", dtype=str, keep_default_na=False)
+    assert {f"'{f}" for f in formulas} <= set(quarantined["event_id"])
+    assert not quarantined.apply(lambda column: column.str.match(r"[=+\-@]")).any(axis=None)

@@ -1,4 +1,4 @@
-"""A stage empties folders of outputs, never one with tracked files."""
+"""A stage empties folders of outputs, never one with tracked files; damaged tables are named."""
 
 from __future__ import annotations
 
@@ -79,6 +79,20 @@ def test_a_folder_with_tracked_files_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"git tracks page\.md"), files.replace_folder(tmp_path / "docs"):
         pass
     assert (tmp_path / "docs" / "page.md").read_text() == "text"
+
+
+def test_the_literal_part_of_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out[1]").mkdir()
+    for pattern, expected in {
+        "out[1]/a.jsonl": "out[1]/a.jsonl",
+        "out[1]/*.jsonl": "out[1]",
+        "out[2]/a.jsonl": ".",
+        "feed*/a.jsonl": ".",
+        "new/a*/b.jsonl": "new",
+        f"{tmp_path}/**/a.jsonl": str(tmp_path),
+    }.items():
+        assert files.literal_path(pattern) == Path(expected), pattern
 
 
 def damage(path: Path) -> None:

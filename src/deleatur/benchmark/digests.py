@@ -72,7 +72,7 @@ class TrialDigests:
 
     @cached_property
     def _feedback(self) -> str:
-        sources = ingest.find_sources(self._settings.ingest.sources)
+        sources = ingest.find_sources(self._settings, required=False)
         return provenance.digest_files([*sources, *filter(Path.exists, map(ingest.archive_path, sources))])
 
     def _prompts(self, concept: str) -> str:

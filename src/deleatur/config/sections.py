@@ -12,14 +12,24 @@ from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from deleatur.config.plugin_config import Attacks, Detectors, Hyperparameters, Metrics, PluginSection, Section
 from deleatur.feedback.reward import RewardHyperparameters
 from deleatur.gate import Rule
 from deleatur.records.feedback import FeedbackKind
 from deleatur.records.sampling import Role
+from deleatur.redaction import redact
 
+
+def _without_credentials(address: str) -> str:
+    if redact(address) != address:
+        raise ValueError("expected an address without a password; fsspec and boto3 take it from the environment")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_without_credentials)]
+"""Of a model or a folder. Reports and the parameters of flows show it."""
 Share = Annotated[float, Field(gt=0, lt=1)]
 """Neither nothing nor all."""
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -29,7 +39,7 @@ Split = Literal["dev", "test", "proof"]
 
 
 class BaseSection(Section):
-    model: str
+    model: Address
     """A pipeline that diffusers loads: a folder, a hub id, s3://… or models:/…"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the networks; trained tensors are float32 in any case. In float16 small gradients would vanish."""
@@ -145,7 +155,7 @@ class IngestSection(Section):
 
 
 class RewardSection(RewardHyperparameters):
-    clip: str
+    clip: Address
     """Folder or hub id of the CLIP model whose features the reward heads read."""
     held_out_raters: Share
     """Share of raters whose answers train only the head that evaluates, never the one that inverts."""
@@ -303,7 +313,7 @@ class FeedbackSection(Section):
 
     min_new: PositiveInt = 50
     """New events since the last run that start the next one."""
-    inbox: str | None = None
+    inbox: Address | None = None
     """Folder or s3://bucket/prefix where feedback arrives: its files are fetched to where the first of ingest.sources
     looks for them.
     """
@@ -312,7 +322,7 @@ class FeedbackSection(Section):
 class WorkersSection(Section):
     """Other machines that stages run on. Where a stage runs does not change its result."""
 
-    checkpoint_uri: str | None = None
+    checkpoint_uri: Address | None = None
     """Folder or s3://bucket/prefix that all workers reach: an interrupted stage resumes from there on another machine.
     null: it starts again there.
     """

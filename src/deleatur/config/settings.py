@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +35,7 @@ from deleatur.config.sections import (
     is_inside,
 )
 from deleatur.errors import SettingsError
+from deleatur.storage.files import literal_path
 from deleatur.storage.yaml_files import read_yaml
 
 NON_RESULT_SECTIONS = frozenset({"compare", "canary", "emergency", "feedback", "workers"})
@@ -113,7 +113,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def no_input_is_overwritten(self) -> Settings:
-        sources = {f"the source {s} of ingest": Path(re.split(r"[*?\[]", s)[0]) for s in self.ingest.sources}
+        sources = {f"the source {s} of ingest": literal_path(s) for s in self.ingest.sources}
         prompts = {f"the prompt file of {name}": spec.prompts for name, spec in self.concepts.items()}
         inputs = PROJECT_FILES | sources | prompts
         self.paths.demand_apart_from(inputs | {"the ledger (register.ledger)": self.register_.ledger})
@@ -122,7 +122,7 @@ class Settings(Section):
         folders |= {"compare.folder": self.compare.folder} if self.compare else {}
         folders |= {"emergency.folder": self.emergency.folder} if self.emergency else {}
         for name, folder in folders.items():
-            _demand_apart(name, folder, others)
+            _demand_apart(name, folder, others, below=tuple(sources.values()))
         return self
 
     @classmethod
@@ -147,12 +147,12 @@ class Settings(Section):
             raise SettingsError(describe_errors(e, where), hint=hint) from e
 
 
-def _demand_apart(name: str, folder: Path, others: Mapping[str, Path]) -> None:
-    """A folder whose contents are deleted must neither hold anything else nor be in it."""
+def _demand_apart(name: str, folder: Path, others: Mapping[str, Path], below: Collection[Path]) -> None:
+    """A folder whose contents are deleted must neither hold anything else nor be in it, unless it is one of `below`."""
     if not is_inside(folder, Path()):
         raise ValueError(f"{name}: expected a folder of the project, got {folder}")
     for other, path in others.items():
-        if is_inside(path, folder) or is_inside(folder, path):
+        if is_inside(path, folder) or (path not in below and is_inside(folder, path)):
             raise ValueError(f"{name} is {folder}, and {other} is {path}: keep them apart")
 
 

@@ -19,12 +19,12 @@ from deleatur.config.settings import Settings
 from deleatur.diffusion import folders, pipelines
 from deleatur.diffusion.model import resolve_device
 from deleatur.erasers import Eraser
-from deleatur.errors import SettingsError, error_context
-from deleatur.gate import CONCEPT_ROLES
+from deleatur.errors import DataError, SettingsError, error_context
+from deleatur.gate import CONCEPT_ROLES, LEARNED_ROLES
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
 from deleatur.maths.noise import NoiseSchedule
-from deleatur.operations.prompt_lengths import check_prompt_lengths
+from deleatur.operations.prompt_lengths import check_eraser_prompts, check_prompt_lengths
 from deleatur.records.sampling import Role
 from deleatur.registry.signing import Keys
 from deleatur.stages import ingest
@@ -56,13 +56,15 @@ def check(settings: Settings) -> list[str]:
         _check_timesteps(settings, schedule)
         timesteps = schedule.timesteps(settings.sample.steps)
         lines.append(f"sample.steps: DDIM, {schedule.timestep_spacing}, timesteps {timesteps[0]} to {timesteps[-1]}")
-        check_prompt_lengths(settings, pipeline)
+        check_prompt_lengths(settings, pipelines.TextLimits.from_folder(pipeline))
         lines.append("base.model: every word, template and prompt fits its text encoder")
     demand_labels(settings)
-    sources = ingest.find_sources(settings.ingest.sources, required=methods.requires_ratings(settings))
+    sources = ingest.find_sources(settings, required=methods.requires_ratings(settings))
     lines.append(f"ingest.sources: {len(sources)} file(s)")
-    if methods.eraser(settings).learns_from_images:
-        for name in settings.targets:
+    for name in settings.targets:
+        if methods.requires_ratings(settings):
+            ingest.demand_answered(settings, name)
+        if methods.eraser(settings).learns_from_images:
             ingest.demand_rated(settings, name)
     _check_rules(settings)
     lines.append(f"gate: {len(settings.gate.rules)} rules")
@@ -109,10 +111,12 @@ def _benchmark(settings: Settings) -> Iterator[str]:
         demand_labels(plan.trial_settings(settings, plan.Trial(concept, plan.NONE, settings.seed)))
         refused = [row for row in rows if plan.refusal(settings, concept, row)]
         if pipeline := local_folder(settings.base.model, "model_index.json"):
-            schedule = pipelines.read_schedule(pipeline)
+            schedule, limits = pipelines.read_schedule(pipeline), pipelines.TextLimits.from_folder(pipeline)
             for row in (row for row in rows if row not in refused):
                 with error_context(f"compare, {row}"):
-                    _check_timesteps(plan.trial_settings(settings, plan.Trial(concept, row, settings.seed)), schedule)
+                    trial = plan.trial_settings(settings, plan.Trial(concept, row, settings.seed))
+                    _check_timesteps(trial, schedule)
+                    check_eraser_prompts(trial, limits)
         note = f", refused: {', '.join(refused)}" if refused else ""
         yield f"compare: {len(rows)} methods for {concept} with {len(section.seeds)} seeds{note}"
 
@@ -164,6 +168,23 @@ def local_folder(address: str, file: str) -> Path | None:
     return None if "://" in address or address.startswith("models:/") else folders.locate(address, file)
 
 
+def rules_without_evidence(settings: Settings) -> Iterator[str]:
+    """A warning for each rule about tokens or attacks, and each target that nobody rated: it will have neither."""
+    for concept in settings.targets:
+        try:
+            ingest.demand_answered(settings, concept)
+        except DataError:
+            for name, rule in settings.gate.rules.items():
+                role, _, of_concept = rule.slice.partition("/")
+                if role in LEARNED_ROLES and of_concept in ("", concept):
+                    alone = of_concept or len(settings.targets) == 1
+                    effect = "the verdict cannot be a pass" if alone else "it judges the other targets alone"
+                    yield (
+                        f"gate.rules.{name}: nobody rated images of {concept}, so there is nothing to measure on its "
+                        f"{role} prompts: {effect}"
+                    )
+
+
 def _check_rules(settings: Settings) -> None:
     """Every rule names a metric and a slice that are measured, together, on enough images for its `min_n`."""
     images_per_prompt, metrics_by_name = settings.sample.images_per_prompt, methods.metrics(settings)
@@ -174,10 +195,9 @@ def _check_rules(settings: Settings) -> None:
             image_counts[f"{role}/{concept}"] = n
     # How many tokens and attack prompts there will be is known only once they are learned.
     uncounted: tuple[Role, ...] = ("token", "attack") if settings.attack.methods else ("token",)
-    slices = sorted(
-        [slice_name for slice_name, n in image_counts.items() if n]
-        + [role for role in uncounted if images_per_prompt.get(role, 1)]
-    )
+    learned = [role for role in uncounted if images_per_prompt.get(role, 1)]
+    of_concepts = [f"{role}/{name}" for role in learned for name in settings.targets if len(settings.targets) > 1]
+    slices = sorted([*(slice_name for slice_name, n in image_counts.items() if n), *learned, *of_concepts])
     for name, rule in settings.gate.rules.items():
         for field, value, available in (
             ("metric", rule.metric, settings.evaluate.metrics),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from glob import escape, glob
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from deleatur.config import methods
 from deleatur.config.settings import Settings
-from deleatur.errors import DataError
+from deleatur.errors import DataError, SettingsError
 from deleatur.feedback import answers as resolution
 from deleatur.feedback import events, expectations, votes
 from deleatur.feedback.events import EventRow, QuarantineRow
@@ -48,7 +49,7 @@ def run(settings: Settings) -> None:
 
 def _ingest(settings: Settings, out: Path, docs: Path) -> tuple[dict[str, Any], list[QuarantineRow]]:
     """Writes everything; returns the summary and the quarantined rows."""
-    sources = find_sources(settings.ingest.sources, required=methods.requires_ratings(settings))
+    sources = find_sources(settings, required=methods.requires_ratings(settings))
     parsed = events.parse({path.as_posix(): files.read_lines(path) for path in sources})
     rejected, digests = list(parsed.rejected), set[str]()
     images.write_shards(out, valid_images(sources, digests, rejected))
@@ -92,11 +93,7 @@ def demand_rated(settings: Settings, concept: str) -> None:
     """Raises DataError when the sources hold no positive or no negative image of a concept by majority vote: a method
     that learns from rated images needs both.
     """
-    parsed = events.parse({path.as_posix(): files.read_lines(path) for path in find_sources(settings.ingest.sources)})
-    rows = [row for row in parsed.rows if row.is_withdrawal or row.event.concept == concept]
-    now = datetime.now(UTC)
-    invalid = [row for row in rows if not row.is_withdrawal and not events.event_time(row.event.created_at, now)]
-    answers = events.to_frame(resolution.resolve(rows, invalid, ()).answers)
+    answers = current_answers(settings, concept)
     share = votes.vote_shares(answers, votes.rater_table(answers))
     positive, negative = int((share >= 0.5).sum()), int((share < 0.5).sum())
     if not (positive and negative):
@@ -107,27 +104,55 @@ def demand_rated(settings: Settings, concept: str) -> None:
         )
 
 
-def find_sources(patterns: Sequence[str], *, required: bool = True) -> list[Path]:
-    """The source files, by pattern, sorted by name within each. Raises DataError when a required pattern matches none.
+def demand_answered(settings: Settings, concept: str) -> None:
+    """Raises DataError when the sources hold no usable answer about a concept: its tokens are learned from ratings."""
+    if not current_answers(settings, concept)["answer"].isin(("yes", "no", "ranked")).any():
+        raise DataError(
+            f"{concept} is to be erased by tokens, which are learned from ratings: expected usable answers about it at "
+            f"{', '.join(settings.ingest.sources)}, got none",
+            hint="bring feedback (docs/feedback.md; deleatur stage ingest names unusable rows), or erase it by its "
+            "words (erase.source: words)",
+        )
 
-    Brackets in the name of an existing file or folder are part of its name, elsewhere of a pattern.
+
+def current_answers(settings: Settings, concept: str) -> pd.DataFrame:
+    """The answers in effect about a concept, read from the sources; images and most expectations are not checked."""
+    sources = find_sources(settings, required=False)
+    rows = [
+        row
+        for row in _parsed(*((path.resolve(), path.stat().st_mtime_ns) for path in sources))
+        if row.is_withdrawal or row.event.concept == concept
+    ]
+    now = datetime.now(UTC)
+    invalid = [row for row in rows if not row.is_withdrawal and not events.event_time(row.event.created_at, now)]
+    return events.to_frame(resolution.resolve(rows, invalid, ()).answers)
+
+
+@lru_cache(maxsize=1)
+def _parsed(*sources: tuple[Path, int]) -> list[EventRow]:
+    """The rows of sources, each with its modification time; a benchmark needs them for each of its entries."""
+    return events.parse({path.as_posix(): files.read_lines(path) for path, _ in sources}).rows
+
+
+def find_sources(settings: Settings, *, required: bool = True) -> list[Path]:
+    """The files of `ingest.sources`, by pattern, sorted by name within each.
+
+    Raises DataError when a required pattern matches none, SettingsError for a file in a folder that a stage empties.
     """
     sources = dict[Path, None]()
-    for pattern in patterns:
-        paths = sorted(path for path in map(Path, glob(_escape_existing(pattern), recursive=True)) if path.is_file())
+    for pattern in settings.ingest.sources:
+        paths = files.matching_files(pattern)
         if required and not paths:
             hint = "put JSON-lines files there or correct ingest.sources in params.yaml, then: deleatur stage ingest"
             raise DataError(f"expected feedback at {pattern}, found no file", hint=hint)
         sources |= dict.fromkeys(paths)
+    for path, (name, folder) in product(sources, settings.paths.outputs.items()):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise SettingsError(
+                f"ingest.sources match {path}, and a stage empties paths.{name}, {folder}",
+                hint="move the file, or name another folder in params.yaml, then: deleatur check",
+            )
     return list(sources)
-
-
-def _escape_existing(pattern: str) -> str:
-    """The pattern with its leading folders, as far as they exist, escaped."""
-    existing, rest = Path(), Path(pattern).parts
-    while rest and (existing / rest[0]).exists():
-        existing, rest = existing / rest[0], rest[1:]
-    return str(Path(escape(str(existing)), *rest))
 
 
 def archive_path(source: Path) -> Path:

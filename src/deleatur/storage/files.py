@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,26 @@ def demand_untracked(folder: Path) -> None:
             f"a stage empties {folder}, where git tracks {tracked_file}",
             hint="name another folder in the section paths of params.yaml, then: deleatur check",
         )
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """The files that a glob pattern matches, sorted by name; ** matches any number of folders.
+
+    Brackets in the name of an existing file or folder are part of its name, elsewhere of a pattern.
+    """
+    folder = literal_path(pattern)
+    rest = Path(pattern).parts[len(folder.parts) :]
+    return sorted(
+        path for path in map(Path, glob(str(Path(escape(str(folder)), *rest)), recursive=True)) if path.is_file()
+    )
+
+
+def literal_path(pattern: str) -> Path:
+    """The leading part of a glob pattern that is no pattern: every file that it matches is there, or below."""
+    path, rest = Path(), Path(pattern).parts
+    while rest and (escape(rest[0]) == rest[0] or (path / rest[0]).exists()):
+        path, rest = path / rest[0], rest[1:]
+    return path
 
 
 def write_table(path: Path, frame: pd.DataFrame, schema: pa.Schema) -> None:

@@ -106,7 +106,7 @@ def waiting_metrics(settings: Settings) -> Iterator[Metric]:
 
 def _answers(settings: Settings) -> list[RecordedAnswer]:
     """Answers about the concepts of params.yaml, from all sources."""
-    sources = ((path, path.stat()) for path in ingest.find_sources(settings.ingest.sources))
+    sources = ((path, path.stat()) for path in ingest.find_sources(settings))
     by_source = (_read_source(path, stat.st_size, stat.st_mtime_ns) for path, stat in sources)
     return [a for answers in by_source for a in answers if a.concept in settings.concepts]
 
