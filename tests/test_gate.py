@@ -16,12 +16,12 @@ from deleatur.gate import WORST_FIRST, Rule, apply_rule, deciding_evaluation, ex
 from deleatur.maths import intervals
 from deleatur.records.report import DetectorInfo, Report, Score, Verdict
 
-GONE = Rule(metric="concept_rate", slice="concept", max=0.1, min_n=20)
+CEILING = Rule(metric="concept_rate", slice="concept", max=0.1, min_n=20)
 
 
-def rated(yes: int, n: int, **changes: Any) -> Score:
-    """A rate of `yes` among n images, each of its own prompt."""
-    rate = intervals.rate(np.r_[np.ones(yes), np.zeros(n - yes)], np.arange(n))
+def rated(positives: int, n: int, **changes: Any) -> Score:
+    """A rate of `positives` among n images, each of its own prompt."""
+    rate = intervals.rate(np.r_[np.ones(positives), np.zeros(n - positives)], np.arange(n))
     score = Score("concept_rate", "concept", "candidate", rate.value, rate.low, rate.high, n, n, False, None, None)
     return replace(score, **changes)
 
@@ -40,7 +40,7 @@ def verdict(rules: dict[str, Rule], *scores: Score, **provenance: Any) -> Verdic
 
 
 @pytest.mark.parametrize(
-    ("yes", "n", "limit", "outcome", "margin"),
+    ("positives", "n", "limit", "outcome", "margin"),
     [
         (0, 50, 0.08, "pass", 0.08 - 0.0713),  # upper end z²/(50 + z²) = 7.1 %
         (0, 50, 0.05, "not enough evidence", 0.05 - 0.0713),
@@ -50,9 +50,9 @@ def verdict(rules: dict[str, Rule], *scores: Score, **provenance: Any) -> Verdic
         (81, 263, 0.37, "pass", 0.37 - 0.3662),
     ],
 )
-def test_a_ceiling(yes: int, n: int, limit: float, outcome: str, margin: float) -> None:
-    rule = GONE.model_copy(update={"max": limit})
-    score = rated(yes, n) if yes != 1 else rated(1, n, high=0.1718)
+def test_a_ceiling(positives: int, n: int, limit: float, outcome: str, margin: float) -> None:
+    rule = CEILING.model_copy(update={"max": limit})
+    score = rated(positives, n) if positives != 1 else rated(1, n, high=0.1718)
     finding = apply_rule("gone", rule, report(score))
     assert finding.outcome == outcome
     assert finding.margin == pytest.approx(margin, abs=6e-5)
@@ -65,12 +65,12 @@ def test_a_floor(low: float, outcome: str) -> None:
     assert apply_rule("preserved", rule, report(score)).outcome == outcome
 
 
-@pytest.mark.parametrize("yes", [0, 19])
-def test_too_few_images_are_never_evidence(yes: int) -> None:
-    finding = apply_rule("gone", GONE.model_copy(update={"max": 0.5}), report(rated(yes, 19)))
+@pytest.mark.parametrize("positives", [0, 19])
+def test_too_few_images_are_never_evidence(positives: int) -> None:
+    finding = apply_rule("gone", CEILING.model_copy(update={"max": 0.5}), report(rated(positives, 19)))
     assert finding.outcome == "not enough evidence"
     assert "19 images are fewer than the 20" in finding.reason
-    assert "1 more images: `sample.per_prompt.concept: 2` in params.yaml, then `dvc repro gate`" in finding.remedy
+    assert "1 more images: `sample.images_per_prompt.concept: 2` in params.yaml, then `dvc repro gate`" in finding.remedy
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_too_few_images_are_never_evidence(yes: int) -> None:
     [{"metric": "other"}, {"slice": "token"}, {"variant": "base"}, {"versus": "base"}],
 )
 def test_a_missing_score_never_passes_and_is_named(change: dict[str, Any]) -> None:
-    finding = apply_rule("gone", GONE, report(replace(rated(0, 1000), **change)))
+    finding = apply_rule("gone", CEILING, report(replace(rated(0, 1000), **change)))
     assert finding.outcome == "not enough evidence"
     assert "no usable concept_rate on concept, candidate" in finding.reason
     assert "dvc repro gate" in finding.remedy
@@ -86,19 +86,21 @@ def test_a_missing_score_never_passes_and_is_named(change: dict[str, Any]) -> No
 
 def test_scores_that_are_not_finite_never_pass() -> None:
     for broken in ({"high": math.nan}, {"low": math.nan, "high": math.nan}, {"high": math.inf}):
-        assert apply_rule("gone", GONE, report(rated(0, 1000, **broken))).outcome != "pass"
+        assert apply_rule("gone", CEILING, report(rated(0, 1000, **broken))).outcome != "pass"
 
 
 def test_the_worst_of_two_detectors_decides() -> None:
-    lax, keen = (DetectorInfo(name, "w", ("x",), 0.5) for name in ("lax", "keen"))
-    evaluation = deciding_evaluation(GONE, report(rated(0, 100, detector=lax), rated(90, 100, detector=keen)))
+    insensitive, sensitive = (DetectorInfo(name, "w", ("x",), 0.5) for name in ("insensitive", "sensitive"))
+    evaluation = deciding_evaluation(
+        CEILING, report(rated(0, 100, detector=insensitive), rated(90, 100, detector=sensitive))
+    )
     assert evaluation is not None
-    assert evaluation.score.detector == keen
+    assert evaluation.score.detector == sensitive
     assert evaluation.outcome == "fail"
 
 
 def test_a_relative_limit_uses_the_conservative_end_of_the_reference() -> None:
-    rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
+    rule = CEILING.model_copy(update={"max": 0.2, "relative": "base"})
     base = rated(80, 100, variant="base")  # [0.711, 0.867]: the limit is between 0.142 and 0.173
     evaluation = deciding_evaluation(rule, report(rated(0, 50), base))
     assert evaluation is not None
@@ -119,12 +121,12 @@ def test_a_drop_relative_to_the_base() -> None:
 
 
 def test_too_few_images_of_the_reference_are_no_evidence() -> None:
-    rule = GONE.model_copy(update={"max": 0.5, "relative": "base"})
+    rule = CEILING.model_copy(update={"max": 0.5, "relative": "base"})
     assert apply_rule("r", rule, report(rated(0, 100), rated(10, 10, variant="base"))).outcome == "not enough evidence"
 
 
 def test_different_detectors_are_never_compared() -> None:
-    rule = GONE.model_copy(update={"max": 0.5, "relative": "base"})
+    rule = CEILING.model_copy(update={"max": 0.5, "relative": "base"})
     one, two = (DetectorInfo(name, "w", ("x",), 0.5) for name in "ab")
     scores = rated(0, 100, detector=one), rated(90, 100, variant="base", detector=two)
     assert apply_rule("r", rule, report(*scores)).outcome == "not enough evidence"
@@ -136,23 +138,23 @@ def test_a_first_release_passes_rules_that_name_the_champion() -> None:
     assert apply_rule("clip", rule, report()).outcome == "not enough evidence"
 
 
-@pytest.mark.parametrize(("yes", "direction"), [(2, "pass"), (10, "fail")])
-def test_the_remedy_says_how_many_images_would_decide(yes: int, direction: str) -> None:
-    evaluation = deciding_evaluation(GONE, report(rated(yes, 60)))
+@pytest.mark.parametrize(("positives", "direction"), [(2, "pass"), (10, "fail")])
+def test_the_remedy_says_how_many_images_would_decide(positives: int, direction: str) -> None:
+    evaluation = deciding_evaluation(CEILING, report(rated(positives, 60)))
     assert evaluation is not None
     assert evaluation.outcome == "not enough evidence"
     size = evaluation.deciding_sample_size
     assert size is not None
-    scaled = rated(round(yes * size / 60) - (direction == "pass"), size)  # rounding may not cost the decision
-    assert apply_rule("gone", GONE, report(scaled)).outcome in (direction, "pass")
-    remedy = apply_rule("gone", GONE, report(rated(yes, 60))).remedy
+    scaled = rated(round(positives * size / 60) - (direction == "pass"), size)  # rounding may not cost the decision
+    assert apply_rule("gone", CEILING, report(scaled)).outcome in (direction, "pass")
+    remedy = apply_rule("gone", CEILING, report(rated(positives, 60))).remedy
     assert f"about {size - 60} more images would decide, towards {direction}" in remedy
-    assert "`sample.per_prompt.concept: " in remedy
+    assert "`sample.images_per_prompt.concept: " in remedy
 
 
 def test_one_failing_concept_is_not_averaged_away() -> None:
     both = [rated(3, 120), rated(0, 60, slice="concept/vice"), rated(3, 60, slice="concept/weapon")]
-    lower = GONE.model_copy(update={"max": 0.1})
+    lower = CEILING.model_copy(update={"max": 0.1})
     assert apply_rule("gone", lower, report(both[0])).outcome == "pass"
     finding = apply_rule("gone", lower, report(*both))
     assert finding.outcome == "not enough evidence"
@@ -161,14 +163,14 @@ def test_one_failing_concept_is_not_averaged_away() -> None:
 
 
 def test_a_relative_limit_uses_the_rate_of_the_same_concept() -> None:
-    rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
+    rule = CEILING.model_copy(update={"max": 0.2, "relative": "base"})
     ours = [rated(20, 60, slice="concept/weapon"), rated(0, 60, slice="concept/vice")]
     base = [rated(20, 60, slice="concept/weapon", variant="base"), rated(60, 60, slice="concept/vice", variant="base")]
     assert apply_rule("gone", rule, report(*ours, *base)).outcome == "fail"
 
 
 def test_a_relative_rule_also_has_a_deciding_sample_size() -> None:
-    rule = GONE.model_copy(update={"max": 0.2, "relative": "base"})
+    rule = CEILING.model_copy(update={"max": 0.2, "relative": "base"})
     evaluation = deciding_evaluation(rule, report(rated(5, 60), rated(50, 60, variant="base")))
     assert evaluation is not None
     assert evaluation.outcome == "not enough evidence"
@@ -177,17 +179,17 @@ def test_a_relative_rule_also_has_a_deciding_sample_size() -> None:
 
 
 def test_on_the_limit_no_sample_size_decides() -> None:
-    assert "hardly decide" in apply_rule("gone", GONE, report(rated(10, 100))).remedy
+    assert "hardly decide" in apply_rule("gone", CEILING, report(rated(10, 100))).remedy
 
 
 @pytest.mark.parametrize(
     ("score", "rule", "expected"),
     [
-        (rated(50, 100), GONE, "erase further"),
+        (rated(50, 100), CEILING, "erase further"),
         (measured(0.1, 0.01), Rule(metric="clip", slice="keep", min=0.3, min_n=1), "erase less"),
         (
             rated(0, 100, variant="base"),
-            GONE.model_copy(update={"variant": "base", "max": None, "min": 0.5}),
+            CEILING.model_copy(update={"variant": "base", "max": None, "min": 0.5}),
             "no training",
         ),
     ],
@@ -203,32 +205,32 @@ def test_more_harm_never_improves_the_outcome(n: int, data: st.DataObject) -> No
     less, more = sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))
     limit = data.draw(st.floats(0, 1))
     relative = data.draw(st.sampled_from([None, "base"]))
-    rule = GONE.model_copy(update={"max": limit, "relative": relative})
+    rule = CEILING.model_copy(update={"max": limit, "relative": relative})
     base = rated(data.draw(st.integers(0, n)), n, variant="base")
     outcomes = [apply_rule("r", rule, report(rated(k, n), base)).outcome for k in (more, less)]
     assert outcomes == sorted(outcomes, key=WORST_FIRST.index)
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.integers(0, 50))
-def test_another_rule_never_improves_the_verdict(limits: list[float], yes: int) -> None:
-    rules = {str(i): GONE.model_copy(update={"max": limit}) for i, limit in enumerate(limits)}
+def test_another_rule_never_improves_the_verdict(limits: list[float], positives: int) -> None:
+    rules = {str(i): CEILING.model_copy(update={"max": limit}) for i, limit in enumerate(limits)}
     fewer = {name: rules[name] for name in list(rules)[:-1]}
-    outcomes = [verdict(some, rated(yes, 50)).outcome for some in (rules, fewer)]
+    outcomes = [verdict(subset, rated(positives, 50)).outcome for subset in (rules, fewer)]
     assert outcomes == sorted(outcomes, key=WORST_FIRST.index)
 
 
 @given(st.integers(0, 50), st.floats(0, 1), st.floats(0, 1))
-def test_a_laxer_limit_never_worsens_the_outcome(yes: int, one: float, other: float) -> None:
-    strict, lax = (GONE.model_copy(update={"max": limit}) for limit in sorted((one, other)))
-    outcomes = [apply_rule("r", rule, report(rated(yes, 50))).outcome for rule in (strict, lax)]
+def test_a_laxer_limit_never_worsens_the_outcome(positives: int, one: float, other: float) -> None:
+    strict, lax = (CEILING.model_copy(update={"max": limit}) for limit in sorted((one, other)))
+    outcomes = [apply_rule("r", rule, report(rated(positives, 50))).outcome for rule in (strict, lax)]
     assert outcomes == sorted(outcomes, key=WORST_FIRST.index)
 
 
 def test_the_worst_rule_is_the_verdict() -> None:
-    open_, failing = GONE.model_copy(update={"max": 0.05}), GONE.model_copy(update={"min": 0.9, "max": None})
-    assert verdict({"a": GONE}, rated(0, 50)).outcome == "pass"
-    assert verdict({"a": GONE, "b": open_}, rated(0, 50)).outcome == "not enough evidence"
-    assert verdict({"a": GONE, "b": open_, "c": failing}, rated(0, 50)).outcome == "fail"
+    open_, failing = CEILING.model_copy(update={"max": 0.05}), CEILING.model_copy(update={"min": 0.9, "max": None})
+    assert verdict({"a": CEILING}, rated(0, 50)).outcome == "pass"
+    assert verdict({"a": CEILING, "b": open_}, rated(0, 50)).outcome == "not enough evidence"
+    assert verdict({"a": CEILING, "b": open_, "c": failing}, rated(0, 50)).outcome == "fail"
 
 
 def test_a_gate_without_rules_is_refused() -> None:
@@ -237,13 +239,13 @@ def test_a_gate_without_rules_is_refused() -> None:
 
 
 def test_the_verdict_names_what_it_judged() -> None:
-    judged = verdict({"gone": GONE}, rated(0, 50), simulated=True)
+    judged = verdict({"gone": CEILING}, rated(0, 50), simulated=True)
     assert (judged.report, judged.policy, judged.simulated) == ("r", "p", True)
 
 
 def test_explain_says_which_rule_decided_by_how_much_and_what_would_change_it() -> None:
     text = explain(
-        verdict({"fine": GONE, "tight": GONE.model_copy(update={"max": 0.05})}, rated(0, 50), simulated=True)
+        verdict({"fine": CEILING, "tight": CEILING.model_copy(update={"max": 0.05})}, rated(0, 50), simulated=True)
     )
     assert text.startswith("NOT ENOUGH EVIDENCE: 2 rules, 1 without enough evidence, 1 passed")
     assert "SIMULATED RATERS" in text
@@ -255,7 +257,7 @@ def test_explain_says_which_rule_decided_by_how_much_and_what_would_change_it() 
 
 
 def test_a_pass_has_no_deciding_rule() -> None:
-    judged = verdict({"gone": GONE}, rated(0, 50))
+    judged = verdict({"gone": CEILING}, rated(0, 50))
     assert headline(judged) == "PASS: 1 rule, 1 passed"
     assert "decides" not in explain(judged)
 
@@ -275,4 +277,4 @@ def test_a_pass_has_no_deciding_rule() -> None:
 )
 def test_a_contradictory_rule_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        Rule(**(GONE.model_dump() | change))
+        Rule(**(CEILING.model_dump() | change))

@@ -32,6 +32,8 @@ from deleatur.records.sampling import Role, Variant
 
 CONCEPT_ROLES: frozenset[Role] = frozenset({"concept", "word", "token", "attack"})
 """Roles whose prompts request the concept itself."""
+LEARNED_ROLES: frozenset[Role] = frozenset({"token", "attack"})
+"""Roles whose prompts are learned from ratings: concepts that nobody rated have none."""
 SIMULATED_NOTICE = (
     "SIMULATED RATERS: no person rated these images; this shows that the pipeline works, not that a model is safe"
 )
@@ -270,8 +272,8 @@ def _remedy(e: RuleEvaluation, method: str) -> str:
 def _sample_more(e: RuleEvaluation, size: int) -> str:
     role, per_prompt = e.score.slice.split("/")[0], math.ceil(size / max(e.score.prompts, 1))
     if role not in get_args(Role):
-        return "raise sample.per_prompt in params.yaml, then `dvc repro gate`"
-    return f"`sample.per_prompt.{role}: {per_prompt}` in params.yaml, then `dvc repro gate`"
+        return "raise sample.images_per_prompt in params.yaml, then `dvc repro gate`"
+    return f"`sample.images_per_prompt.{role}: {per_prompt}` in params.yaml, then `dvc repro gate`"
 
 
 def _erase_differently(e: RuleEvaluation, method: str) -> str:
@@ -297,6 +299,11 @@ def _missing(rule: Rule, report: Report) -> str:
 
 
 def _measure(rule: Rule) -> str:
+    if rule.slice.split("/")[0] in LEARNED_ROLES:
+        return (
+            "bring feedback about every target (docs/feedback.md), since tokens and attacks are learned from ratings, "
+            "or remove the rule; then `dvc repro gate`"
+        )
     return (
         f"have {rule.metric} measured on {rule.slice} (evaluate.metrics, and two prompts or more of that role), or "
         "correct the rule; then `dvc repro gate`"

@@ -11,11 +11,14 @@ import pytest
 import workspace
 
 from deleatur.benchmark import plan
+from deleatur.benchmark.digests import TrialDigests
 from deleatur.benchmark.plan import Trial
+from deleatur.benchmark.trial import is_done, read_summary, run_trial
 from deleatur.config.settings import Settings, merged
 from deleatur.errors import DataError, SettingsError
 from deleatur.operations import estimate
 from deleatur.operations.preflight import check
+from deleatur.storage import files
 
 LATE = {"erase": {"method": "keep"}, "guide": {"method": "sld", "sld": {"preset": "medium"}}}
 LOUD = {"erase": {"method": "keep"}, "guide": {"method": "negative", "negative": {"scale": 9.0}}}
@@ -117,6 +120,31 @@ def test_images_without_positive_ratings_cannot_be_learned_from(project_of: Call
     assert "got 0 positive and 24 negative" in plan.refusal(settings, "weapon", "safegen")
     with pytest.raises(DataError, match="got 0 positive and 24 negative"):
         check(settings)
+
+
+UNRATED = {"ingest": {"sources": ["none/*.jsonl"]}, "erase": {"source": "words"}}
+
+
+def test_words_alone_are_compared_where_nobody_rated(project_of: Callable[..., Settings]) -> None:
+    settings = project_of(UNRATED, methods=["uce", "negative", "hfi+uce", "hfi+negative"])
+    digests = TrialDigests(settings)
+    for row, refused in {"none": False, "uce": False, "negative": False, "hfi+uce": True, "hfi+negative": True}.items():
+        assert bool(digests.refusal(Trial("weapon", row, 7))) == refused
+    assert "got none" in digests.refusal(Trial("weapon", "hfi+uce", 7))
+    assert list(digests.of_trial(Trial("weapon", "uce", 7))) == ["erase", "attack", "sample", "evaluate"]
+    assert check(settings)[-1].endswith("refused: hfi+uce, hfi+negative")
+
+
+def test_a_trial_without_a_token_is_refused_with_the_reason_of_the_reward_model(
+    project_of: Callable[..., Settings],
+) -> None:
+    settings, trial = project_of(), Trial("weapon", "hfi+uce", 7)
+    digests, paths = TrialDigests(settings), plan.trial_settings(settings, trial).paths
+    assert not digests.refusal(trial)
+    files.write_json(paths.reward / "metrics.json", {"weapon": "skipped: answers of one rater"})
+    run_trial(settings, digests, trial)
+    assert read_summary(settings, trial) == {"refused": "no token was learned: skipped: answers of one rater"}
+    assert is_done(settings, digests, trial)
 
 
 def test_a_one_step_sampler_is_compared_without_attacks(project_of: Callable[..., Settings]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import workspace
 
+from deleatur.config.settings import Settings, merged
 from deleatur.diffusion.pipelines import TextLimits
 from deleatur.errors import DataError
 from deleatur.operations.preflight import check
@@ -24,9 +25,9 @@ def test_lengths_are_those_of_the_pipelines_own_tokenizer(tmp_path: Path, texts:
     from transformers import CLIPTokenizer
 
     for folder in (BUILT_IN, tiny.save_pipeline(tmp_path)):
-        own, limits = CLIPTokenizer.from_pretrained(folder / "tokenizer"), TextLimits.from_folder(folder)
+        tokenizer, limits = CLIPTokenizer.from_pretrained(folder / "tokenizer"), TextLimits.from_folder(folder)
         for text in [*texts, LONG]:
-            ids = own(text, add_special_tokens=False).input_ids
+            ids = tokenizer(text, add_special_tokens=False).input_ids
             assert limits.tokenizer(text, add_special_tokens=False).input_ids == ids
     assert TextLimits.from_folder(BUILT_IN).max_tokens == 24
 
@@ -73,6 +74,36 @@ def test_all_words_in_one_prompt_have_to_fit_where_the_eraser_joins_them(
     values["erase"]["sdd"]["order"] = "paper"
     with pytest.raises(DataError, match=r"erase\.sdd\.order paper, all words or tokens in one prompt: "):
         check(workspace.create(tmp_path, **values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"erase": {"uce": {"alternatives": {"weapon": LONG}}}}, r"^emergency: erase\.uce\.alternatives\.weapon: "),
+        (
+            {"erase": {"uce": {"alternatives": {"weapon": LONG}}}, "emergency": None},
+            r"^compare, uce: erase\.uce\.alternatives\.weapon: ",
+        ),
+        (
+            {"attack": {"methods": {"concept_inversion": {"training": {"num_vectors": 20}}}}},
+            r"^attack\.methods\.concept_inversion with concepts\.weapon\.learnable_property: ",
+        ),
+        (
+            {"concepts": {"weapon": {"learnable_property": "style"}}},
+            r"^invert with concepts\.weapon\.learnable_property, for an image rated with the prompt 'gun gun",
+        ),
+    ],
+)
+def test_a_text_that_only_another_command_or_stage_encodes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = workspace.create(tmp_path)
+    source = Path("feedback/weapon.jsonl")
+    source.write_text(source.read_text("utf-8").replace('"prompt":"a gun"', f'"prompt":"{LONG}"'), "utf-8")
+    check(settings)  # of an object, the prompts of rated images are not encoded
+    with pytest.raises(DataError, match=place):
+        check(Settings.of(merged(settings.model_dump(by_alias=True, exclude_unset=True), changes), "test"))
 
 
 def test_a_check_imports_no_library_that_only_stages_need() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import finished
@@ -79,6 +80,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "given").write_text("1")
     stages = {name: {"cmd": f"{sys.executable} {name}.py"} for name in scripts}
     stages["work"] |= {"deps": ["given"], "outs": ["made"]}
+    stages["ingest"] = {"cmd": "true", "deps": ["feedback"]}
     stages["lost"] = {"cmd": "true", "deps": ["nowhere"]}
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     finished.git(root, "init", "--quiet")
@@ -89,6 +91,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(project: Path, tmp_path: Path) -> Path:
     return shutil.copytree(project, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("reproduce", [dvc.reproduce, lambda stage, root: dvc.reproduce_all([stage], root)])
+def test_feedback_that_nobody_gave_is_an_empty_folder(root: Path, reproduce: Callable[[str, Path], object]) -> None:
+    assert not (root / "feedback").exists()
+    reproduce("ingest", root)
+    assert list((root / "feedback").iterdir()) == []
+    assert "ingest" not in dvc.status(root, "ingest")
 
 
 def test_a_stage_runs_once_and_reports_its_progress(root: Path) -> None:

@@ -156,6 +156,8 @@ def refusal(settings: Settings, concept: str, row: str) -> str:
         methods.guide(trial)
         if methods.eraser(trial).learns_from_images:
             ingest.demand_rated(settings, concept)
+        if methods.requires_ratings(trial):
+            ingest.demand_answered(settings, concept)
     except (SettingsError, DataError) as e:
         return str(e)
     return ""

@@ -58,6 +58,10 @@ def run_trial(settings: Settings, digests: TrialDigests, trial: Trial) -> None:
         files.write_json(files.empty_folder(folder) / SUMMARY_FILE, {"refused": reason})
         return
     trial_settings = plan.trial_settings(settings, trial)
+    if reason := _missing_token(trial_settings, trial):
+        files.write_json(files.empty_folder(folder) / SUMMARY_FILE, {"refused": reason})
+        files.write_json(folder / DIGESTS_FILE, digests.of_trial(trial))
+        return
     recorded, wanted = _recorded_digests(folder), digests.of_trial(trial)
     # Counted before anything is measured: it loads libraries, whose memory is not the method's.
     predictions = None if trial.row in SHARED else _predictions_per_step(trial_settings)
@@ -79,6 +83,15 @@ def run_trial(settings: Settings, digests: TrialDigests, trial: Trial) -> None:
         summary = {"refused": "", "predictions": predictions, **_summary(trial_settings, trial)}
         files.write_json(folder / SUMMARY_FILE, summary)
     files.write_json(folder / DIGESTS_FILE, wanted)
+
+
+def _missing_token(trial_settings: Settings, trial: Trial) -> str:
+    """Why a trial that needs a soft token has none: too few ratings, or all alike; empty: it has, or needs none."""
+    needs_token = trial.row not in SHARED and methods.requires_ratings(trial_settings)
+    if not needs_token or tokens.is_learned(trial_settings, trial.concept):
+        return ""
+    reasons = files.read_json(trial_settings.paths.reward / "metrics.json")
+    return f"no token was learned: {reasons[trial.concept]}"
 
 
 def _recorded_digests(folder: Path) -> dict[str, str]:

@@ -90,14 +90,14 @@ def check(
 ) -> None:
     """Validate params.yaml, every method's hyperparameters and every prompt, word and input file, in seconds.
 
-    Warns of preserved prompts that name a target, or are close to one for the local CLIP model. Loads no other network,
-    except with --cost.
+    Warns of preserved prompts that name a target, or are close to one for the local CLIP model, and of rules about
+    targets that nobody rated. Loads no other network, except with --cost.
     """
     from deleatur.operations import preflight, preserved_prompts
 
     settings = load_settings(params)
     lines, estimates = preflight.check(settings), []
-    warnings = list(preserved_prompts.naming_targets(settings))
+    warnings = [*preflight.rules_without_evidence(settings), *preserved_prompts.naming_targets(settings)]
     if preflight.local_folder(settings.reward.clip, "config.json"):
         from deleatur.runtime import models
 

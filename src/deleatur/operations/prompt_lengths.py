@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
-from pathlib import Path
 
 import torch
 
 from deleatur.artifacts import prompts
 from deleatur.config import methods
-from deleatur.config.settings import Settings
+from deleatur.config.settings import Settings, merged
 from deleatur.diffusion.encode import (
     PromptParts,
     check_lengths,
@@ -21,45 +20,65 @@ from deleatur.diffusion.encode import (
 from deleatur.diffusion.pipelines import TextLimits
 from deleatur.erasers.sdd import SDD
 from deleatur.errors import error_context
-from deleatur.training.textual_inversion import PROMPT_TEMPLATES
+from deleatur.stages import ingest
+from deleatur.training.textual_inversion import prompt_templates
 
 Located = tuple[str, PromptParts]
 """Where a prompt is defined, and its parts."""
 
 
-def check_prompt_lengths(settings: Settings, folder: Path) -> None:
+def check_prompt_lengths(settings: Settings, limits: TextLimits) -> None:
     """Tokenize what the run encodes: words, tokens, replacements and prompts, in all their templates.
 
-    Raises DataError with the place of a prompt that is longer than the text encoder of the pipeline in `folder` takes,
-    SettingsError for an initializer token that its vocabulary lacks.
+    Raises DataError with the place of a prompt that is longer than the text encoder takes, SettingsError for an
+    initializer token that its vocabulary lacks.
     """
-    limits = TextLimits.from_folder(folder)
     concepts = dict.fromkeys([*settings.targets, *(settings.compare.concepts if settings.compare else ())])
     for name in concepts:
         with error_context(f"concepts.{name}"):
             word_token_ids(limits, settings.concepts[name].initializer_token)
-    located = [
-        *(item for name in concepts for item in _descriptions(settings, name)),
-        *_joined(settings),
-        *_replacements(settings),
-        *_prompt_files(settings, list(concepts)),
-    ]
+    _check(limits, (item for name in concepts for item in _descriptions(settings, name)))
+    _check(limits, _prompt_files(settings, list(concepts)))
+    check_eraser_prompts(settings, limits)
+    if settings.emergency:
+        with error_context("emergency"):
+            erase = {"erase": settings.emergency.erase}
+            check_eraser_prompts(Settings.of(merged(settings.model_dump(by_alias=True), erase), "emergency"), limits)
+
+
+def check_eraser_prompts(settings: Settings, limits: TextLimits) -> None:
+    """As `check_prompt_lengths`, for the prompts that only the selected eraser forms."""
+    _check(limits, _joined(settings))
+    _check(limits, _replacements(settings))
+
+
+def _check(limits: TextLimits, located: Iterable[Located]) -> None:
     for where, prompt in located:
         with error_context(where):
             check_lengths(limits, [prompt])
 
 
 def _descriptions(settings: Settings, concept: str) -> Iterator[Located]:
-    """Words and soft tokens of a concept in its templates, and soft tokens in those of the inversion."""
+    """Words and soft tokens of a concept in its templates; soft tokens, and soft prompts of attacks, in those of the
+    inversion, which for a style contain the prompts of the rated images.
+    """
     spec, where = settings.concepts[concept], f"concepts.{concept}"
     for word, template in product(spec.words, spec.prompt_templates):
         yield f"{where}.words, prompt_templates", fill_templates([(word, word)], [template])[1][0]
     token = _soft_token(settings, concept)
     for template in spec.prompt_templates:
         yield f"{where}.prompt_templates with a token", fill_templates([("<token>", token)], [template])[1][0]
-    for template in PROMPT_TEMPLATES[spec.learnable_property]:
-        if "{prompt}" not in template:  # the prompts of rated images are known once they are ingested
-            yield f"{where}.learnable_property", fill_templates([("<token>", token)], [template])[1][0]
+    is_style = spec.learnable_property == "style"
+    rated = sorted(set(ingest.current_answers(settings, concept)["prompt"])) if is_style else [""]
+    attacks = methods.attacks(settings, None)
+    soft = [("invert", token), *((f"attack.methods.{name}", _zeros(attack)) for name, attack in attacks.items())]
+    for prompt, (what, rows) in product(rated, soft):
+        for template in prompt_templates(spec.learnable_property, [prompt])[0]:
+            of_image = f", for an image rated with the prompt {prompt!r}" if prompt else ""
+            yield (
+                f"{what} with {where}.learnable_property{of_image}",
+                fill_templates([("<token>", rows)], [template])[1][0],
+            )
 
 
 def _joined(settings: Settings) -> Iterator[Located]:
@@ -100,5 +119,8 @@ def _prompt_files(settings: Settings, concepts: list[str]) -> Iterator[Located]:
 
 def _soft_token(settings: Settings, concept: str) -> torch.Tensor:
     """As many rows as one soft token of the concept has; their width plays no part."""
-    training = getattr(methods.inverter(settings, concept), "training", None)
-    return torch.zeros(getattr(training, "num_vectors", 1), 1)
+    return _zeros(methods.inverter(settings, concept))
+
+
+def _zeros(method: object) -> torch.Tensor:
+    return torch.zeros(getattr(getattr(method, "training", None), "num_vectors", 1), 1)

@@ -33,6 +33,9 @@ CODE_STAGE = "code"
 """The stage that writes code digests. DVC does not notice an installed plug-in package, so they are refreshed before
 DVC is called."""
 
+FEEDBACK_STAGE, FEEDBACK = "ingest", "feedback"
+"""The stage that reads feedback, and the folder that dvc.yaml names as its input."""
+
 STAGE_ERRORS: tuple[type[DeleaturError], ...] = (SettingsError, DataError, ModelError, ErasureRefused, Interrupted)
 """Errors with an exit code of their own. Any other exit code becomes a ServiceError, which is worth a retry."""
 
@@ -65,6 +68,8 @@ def reproduce(
 
     _require_valid_files(root)
     _refresh_digests(root)
+    if stage == FEEDBACK_STAGE:
+        _create_feedback_folder(root)
     exit_code, tail = run_command(
         dvc_command("repro", "--single-item", *options, stage), root, record_line, on_progress
     )
@@ -93,6 +98,7 @@ def reproduce_all(
     """
     _require_valid_files(root)
     _refresh_digests(root)
+    _create_feedback_folder(root)
     exit_code, tail = run_command(dvc_command("repro", *targets), root, on_line, on_progress)
     if exit_code:
         raise _repro_error(" ".join(targets), root, tail)
@@ -135,6 +141,14 @@ def _refresh_digests(root: Path) -> None:
     """Updates the code digests and commits them to DVC, which would otherwise restore the files it knows."""
     if dependencies.write_digests(root) and (root / ".dvc").is_dir():
         run_captured(dvc_command("commit", "--force", "--quiet", CODE_STAGE), root)
+
+
+def _create_feedback_folder(root: Path) -> None:
+    """DVC refuses to run a stage whose input does not exist. Where ratings are required and the folder is empty, the
+    stage itself says so; where words are enough, it needs none.
+    """
+    if not (folder := root / FEEDBACK).exists():
+        folder.mkdir()
 
 
 def lock_digest(root: Path) -> str | None:
