@@ -48,8 +48,8 @@ def feedback(min_new: int | None = None) -> int:
             return 0
         fetch(settings)
         reproduce("ingest")
-        now = event_counts(settings)
-        new = sum(now.values()) - sum(counts_at_last_report(settings).values())
+        counts = event_counts(settings)
+        new = sum(counts.values()) - sum(counts_at_last_report(settings).values())
         log.info("%d new events about %s; %d start the chain", new, ", ".join(settings.targets), threshold)
         if new >= threshold:
             start_chain(settings)

@@ -82,12 +82,12 @@ class Package:
 def packages(root: str = "deleatur") -> list[Package]:
     """The core's dependencies, and those of each extra beyond them."""
     extras = distribution(root).metadata.get_all("Provides-Extra") or []
-    found: dict[str, Package] = {}
+    by_name: dict[str, Package] = {}
     for extra in ("", *sorted(extras, key=lambda extra: extra == "dev")):
         for name in sorted(closure(root, extra)):
-            if name not in found and name != canonicalize_name(root):
-                found[name] = describe(distribution(name), extra)
-    return sorted(found.values(), key=lambda p: p.name)
+            if name not in by_name and name != canonicalize_name(root):
+                by_name[name] = describe(distribution(name), extra)
+    return sorted(by_name.values(), key=lambda p: p.name)
 
 
 def closure(root: str, extra: str) -> set[str]:
@@ -123,8 +123,8 @@ def describe(package: Distribution, extra: str) -> Package:
 def licence_files(package: Distribution) -> list[Path]:
     """The package's own: not those of libraries that it vendors, which are in deeper folders."""
     named = [f for f in package.files or [] if re.match(r"(?i)(licen[cs]e|copying|unlicense)", f.name)]
-    own = [f for f in named if re.fullmatch(r"[^/]+\.dist-info(/licenses)?", f.parent.as_posix())]
-    return [Path(str(f.locate())) for f in own if Path(str(f.locate())).is_file()]
+    in_dist_info = [f for f in named if re.fullmatch(r"[^/]+\.dist-info(/licenses)?", f.parent.as_posix())]
+    return [Path(str(f.locate())) for f in in_dist_info if Path(str(f.locate())).is_file()]
 
 
 def identify(text: str, *, whole: bool = False) -> set[str]:
@@ -138,7 +138,7 @@ def identify(text: str, *, whole: bool = False) -> set[str]:
     return {min(matches, key=lambda name: matches[name])} if matches else set()
 
 
-def table(found: list[Package]) -> str:
+def table(packages_: list[Package]) -> str:
     """As Markdown, without versions, so that it changes only with the packages."""
     lines = [
         "# Licences of the dependencies",
@@ -149,7 +149,7 @@ def table(found: list[Package]) -> str:
         "| package | extra | licence | metadata | note |",
         "|---|---|---|---|---|",
     ]
-    for p in found:
+    for p in packages_:
         metadata = p.metadata.replace("|", r"\|")[:80]
         licences = ", ".join(p.licences) + ("" if p.files else " (metadata)")
         lines.append(f"| {p.name} | {p.extra} | {licences} | {metadata} | {EXCEPTIONS.get(p.name, '')} |")
@@ -157,12 +157,12 @@ def table(found: list[Package]) -> str:
 
 
 def main() -> int:
-    found = packages()
-    TABLE.write_text(table(found), "utf-8")
-    refused = [p for p in found if not p.is_allowed]
+    all_packages = packages()
+    TABLE.write_text(table(all_packages), "utf-8")
+    refused = [p for p in all_packages if not p.is_allowed]
     for p in refused:
-        says = ", ".join(p.licences) or "nothing that is known"
-        print(f"{p.name} {p.version}: expected one of {', '.join(ALLOWED)}, got {says} (metadata: {p.metadata})")
+        licences_ = ", ".join(p.licences) or "nothing that is known"
+        print(f"{p.name} {p.version}: expected one of {', '.join(ALLOWED)}, got {licences_} (metadata: {p.metadata})")
     if refused:
         print("Next: remove the package, or add it with a reason to EXCEPTIONS of infra/licences.py")
     return int(bool(refused))

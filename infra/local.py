@@ -111,8 +111,8 @@ class Stack:
     @property
     def libpq_parameters(self) -> dict[str, str]:
         """Connection parameters of libpq."""
-        where = {"host": "127.0.0.1", "port": str(self.ports["postgres"])}
-        return where | {"user": "deleatur", "password": self.passwords["postgres"]}
+        server = {"host": "127.0.0.1", "port": str(self.ports["postgres"])}
+        return server | {"user": "deleatur", "password": self.passwords["postgres"]}
 
     @property
     def _postgres_env(self) -> dict[str, str]:

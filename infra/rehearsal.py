@@ -154,11 +154,11 @@ class Rehearsal:
         path = os.pathsep.join([str(Path(PYTHON).parent), clean.get("PATH", os.defpath)])
         return clean | {"PATH": path} | self.stack.client_environment | quick | extra
 
-    def log(self, what: str) -> None:
+    def log(self, message: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         clock = datetime.now().strftime("%H:%M:%S")
-        self.timeline.append((clock, what))
-        self.console.print(f"[dim]{clock}  {minutes:>3}:{seconds:02}[/dim]  {what}")
+        self.timeline.append((clock, message))
+        self.console.print(f"[dim]{clock}  {minutes:>3}:{seconds:02}[/dim]  {message}")
 
     def run(self, *command: str, cwd: Path | None = None, codes: Sequence[int] = (0,)) -> str:
         with (self.folder / "commands.log").open("a") as log:
@@ -247,13 +247,13 @@ class Rehearsal:
         objects = self.stack.s3_client().list_objects_v2(Bucket=BUCKET, Prefix=f"state/{stage}-").get("Contents", [])
         return any(file["Key"].endswith((".safetensors", ".parquet")) for file in objects)
 
-    def lose_worker(self, stage: str, how: str) -> None:
+    def lose_worker(self, stage: str, cause: str) -> None:
         """Lose the worker that runs the stage, as soon as the stage has a checkpoint."""
         self.wait_until(lambda: self.has_checkpoint(stage), f"a checkpoint of {stage}")
         [busy] = [w for n, w in self.workers.items() if n.startswith("gpu") and w.children()]
-        getattr(busy, how)()
-        self.log(f"{stage}: worker {busy.name} {how.replace('_', ' ')}")
-        if how != "kill_run":
+        getattr(busy, cause)()
+        self.log(f"{stage}: worker {busy.name} {cause.replace('_', ' ')}")
+        if cause != "kill_run":
             del self.workers[busy.name]
             name = f"{busy.name}'"
             self.start_worker("gpu", name, self.folder / "machines" / name)
@@ -309,8 +309,8 @@ def release_by_chain(rehearsal: Rehearsal, feedback: dict[str, bytes], champion:
     # Late runs of this schedule would come before the runs below.
     rehearsal.prefect("deployment", "schedule", "clear", "feedback/sync", "--accept-yes")
     rehearsal.log("the schedule has started the chain")
-    for stage, how in (("invert", "lose_power"), ("erase", "evict"), ("sample", "kill_run")):
-        rehearsal.lose_worker(stage, how)
+    for stage, cause in (("invert", "lose_power"), ("erase", "evict"), ("sample", "kill_run")):
+        rehearsal.lose_worker(stage, cause)
     run = rehearsal.wait_until(lambda: _if_paused(rehearsal.newest_run("erase")), "a run that waits for approval")
     rehearsal.log("the chain is complete and waits for approval")
     rehearsal.approve(run, "Grace")

@@ -30,8 +30,8 @@ def create(shared: Path, root: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, chdir(root):
         patch.setattr(dvc, "status", lambda root: {})
         for limit in (-5.0, -4.0):
-            given = settings.model_dump(mode="json", by_alias=True) | {"gate": finished.passing_policy(limit)}
-            gate.run(changed := Settings.model_validate(given))
+            changes = settings.model_dump(mode="json", by_alias=True) | {"gate": finished.passing_policy(limit)}
+            gate.run(changed := Settings.model_validate(changes))
             register.run(changed)
         shutil.copytree("models/pipeline", "models/white")
         vae = AutoencoderKL.from_pretrained("models/white/vae")
@@ -54,8 +54,8 @@ def copy(source: Path, root: Path) -> None:
 def change_params(**sections: dict[str, Any]) -> None:
     path = Path("params.yaml")
     params = yaml.safe_load(path.read_text("utf-8"))
-    for name, numbers in sections.items():
-        params[name] = params.get(name, {}) | numbers
+    for name, values in sections.items():
+        params[name] = params.get(name, {}) | values
     path.write_text(yaml.safe_dump(params, sort_keys=False), "utf-8")
 
 

@@ -7,8 +7,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +30,30 @@ SLOW_FIXTURES = frozenset({"shared", "done", "browser", "server", "servers", "st
 """Fixtures that run the complete chain, a server or a browser: what uses them, however indirectly, is slow."""
 
 
+WARM = Path(__file__).parent / "warm"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests in several processes start hundreds of commands of deleatur and DVC: the warm server spares their imports.
+
+    Commands that are started before it is ready, or with PYTHONPATH overridden, run as everywhere else.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
+        return
+    folder = TemporaryDirectory(prefix="warm-")
+    address = f"{folder.name}/socket"
+    server = subprocess.Popen([sys.executable, WARM / "server.py", address], stdin=subprocess.DEVNULL)
+    os.environ["WARM_SOCKET"] = address
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WARM), os.environ.get("PYTHONPATH")]))
+
+    def stop() -> None:
+        server.terminate()
+        server.wait()
+        folder.cleanup()
+
+    config.add_cleanup(stop)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
@@ -42,8 +69,8 @@ def model() -> Model:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of this test run, the same one for all its processes."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    basetemp = tmp_path_factory.getbasetemp()
+    return basetemp.parent if "PYTEST_XDIST_WORKER" in os.environ else basetemp
 
 
 @pytest.fixture

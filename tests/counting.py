@@ -54,13 +54,13 @@ def rows() -> Iterator[Counter[str]]:
         handle.remove()
 
 
-def killed(work: Callable[[], object], when: Callable[[], object] = lambda: None) -> bool:
+def killed(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> bool:
     """Runs `work` in a child process, after `when`, which arranges its death. Returns whether it was killed."""
     child = os.fork()
     if child == 0:
         try:
-            when()
-            work()
+            before()
+            function()
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

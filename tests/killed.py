@@ -30,7 +30,7 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def _run_stage(root: Path, name: str, progress_file: Path, save_every_step: bool, dies_at_save: int) -> None:
+def _run_stage(root: Path, name: str, progress_file: Path, save_every_step: bool, fatal_save: int) -> None:
     """`deleatur stage NAME`, optionally saving after every step, or killed while it writes a checkpoint."""
     from deleatur.cli import app
     from deleatur.runtime import checkpoint
@@ -49,7 +49,7 @@ def _run_stage(root: Path, name: str, progress_file: Path, save_every_step: bool
         nonlocal written
         written += 1
         plain(values, path, metadata=metadata)
-        if written == dies_at_save:
+        if written == fatal_save:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -60,10 +60,10 @@ def _run_stage(root: Path, name: str, progress_file: Path, save_every_step: bool
 class StageProcess:
     """A running stage."""
 
-    def __init__(self, root: Path, name: str, *, saves: bool = True, dies_at_save: int = 0) -> None:
+    def __init__(self, root: Path, name: str, *, saves: bool = True, fatal_save: int = 0) -> None:
         self._progress_file = root / f"{name}.progress"
         self._progress_file.unlink(missing_ok=True)
-        arguments = (root, name, self._progress_file, saves, dies_at_save)
+        arguments = (root, name, self._progress_file, saves, fatal_save)
         self._process: ForkServerProcess = CONTEXT.Process(target=_run_stage, args=arguments)
         self._process.start()
 

@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from deleatur.config.settings import Settings
 from deleatur.registry.decisions import open_registry, record_verdict
 from deleatur.registry.ledger import Subject
-from deleatur.registry.mlflow_registry import Registry
+from deleatur.registry.mlflow_registry import Registry, logged_model_id
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,10 +48,18 @@ def register_pass(settings: Settings, evidence: str, weights: str = "", **extra_
         tags |= {f"deleatur.{name}": value for name, value in extra_tags.items()}
         with suppress(MlflowException):
             registry.client.create_registered_model(registry.model)
-        created = registry.client.create_model_version(registry.model, source=str(Path.cwd() / "none"), tags=tags)
-        version = str(created.version)
+        model = registry.client.create_logged_model(registry.runs.experiment_id, "model", tags=tags)
+        version = str(registry.client.create_model_version(registry.model, model.model_uri).version)
     record_verdict(settings, Subject(version, weights, evidence * 64), "pass", "PASS: 1 rule, 1 passed")
     return version
+
+
+def change_tags(settings: Settings, version: str, **tags: str) -> None:
+    """Changes tags of a version's model, as someone with access to MLflow can."""
+    registry = open_registry(settings)
+    registered = registry.client.get_model_version(registry.model, version)
+    tags = {f"deleatur.{name}": value for name, value in tags.items()}
+    registry.client.set_logged_model_tags(logged_model_id(registered), tags)
 
 
 def register_fail(settings: Settings, evidence: str, weights: str = "") -> None:

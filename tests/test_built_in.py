@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 def test_the_built_in_weights_are_the_measured_ones() -> None:
     measured = json.loads((ROOT / "emoji/metrics.json").read_text("utf-8"))["sha256"]
     shipped = sorted((ROOT / "models").rglob("*.safetensors"))
-    found = {str(f.relative_to(ROOT / "models")): hashlib.sha256(f.read_bytes()).hexdigest() for f in shipped}
-    assert found == measured
+    digests = {str(f.relative_to(ROOT / "models")): hashlib.sha256(f.read_bytes()).hexdigest() for f in shipped}
+    assert digests == measured
     assert sum(f.stat().st_size for f in (ROOT / "models").rglob("*") if f.is_file()) <= 20e6
 
 

@@ -40,10 +40,10 @@ def test_a_finished_chain_is_registered_and_prints_the_next_commands(project: Pa
     assert "Up to date: ingest, reward, invert, erase, attack, sample, evaluate, gate" in done.stderr
     assert "  deleatur report --open" in done.stdout
     assert "deleatur export erased" in done.stdout
-    found = json.loads(demo(project, "--json").stdout)
-    assert found["verdict"]["outcome"] == "pass"
-    assert (project / found["contact_sheet"]).is_file()
-    assert len(found["next"]) == 3
+    output = json.loads(demo(project, "--json").stdout)
+    assert output["verdict"]["outcome"] == "pass"
+    assert (project / output["contact_sheet"]).is_file()
+    assert len(output["next"]) == 3
 
 
 @pytest.mark.parametrize(

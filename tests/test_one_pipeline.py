@@ -31,10 +31,10 @@ SECTIONS = {field.alias or name for name, field in Settings.model_fields.items()
 
 def interpolate(text: str) -> str:
     """${paths.delta} → out/delta."""
-    return re.sub(r"\$\{([\w.]+)\}", lambda m: str(look_up(m[1])), text)
+    return re.sub(r"\$\{([\w.]+)\}", lambda m: str(param_value(m[1])), text)
 
 
-def look_up(dotted: str) -> Any:
+def param_value(dotted: str) -> Any:
     value: Any = PARAMS
     for key in dotted.split("."):
         value = value[key]
@@ -79,7 +79,7 @@ def test_a_stage_depends_on_its_section_and_on_parameters_that_exist(name: str) 
     stage = CHAIN["stages"][name]
     assert name in {key.partition(".")[0] for key in stage["params"]}
     for key in stage["params"]:
-        look_up(key)
+        param_value(key)
 
 
 def test_every_output_is_a_path_of_the_settings_and_is_read_by_later_stages_only() -> None:
@@ -106,9 +106,9 @@ def test_metrics_and_plots_are_in_outputs() -> None:
 
 @pytest.mark.parametrize("stage", plan.STAGE_SETTINGS)
 def test_a_trial_of_a_benchmark_reads_the_settings_that_its_stages_read(stage: str) -> None:
-    own = CHAIN["stages"][stage]
+    stage_definition = CHAIN["stages"][stage]
     if stage != "evaluate":  # its report names all there is, and a cell's folder is named by it
-        assert set(plan.STAGE_SETTINGS[stage]) == set(own["params"]) - {"seed", "targets", "concepts"}
+        assert set(plan.STAGE_SETTINGS[stage]) == set(stage_definition["params"]) - {"seed", "targets", "concepts"}
 
 
 @pytest.mark.parametrize("name", ["ratings", "tokens", "none", "row"])
@@ -164,8 +164,8 @@ class RecordingSettings:
         self._inner, self._read, self._name = inner, read, name
 
     def __getattr__(self, key: str) -> Any:
-        if isinstance(found := getattr(type(self._inner), key, None), property) and found.fget:
-            return found.fget(self)
+        if isinstance(member := getattr(type(self._inner), key, None), property) and member.fget:
+            return member.fget(self)
         value = getattr(self._inner, key)
         if key not in type(self._inner).model_fields:  # a method, which may read all there is
             self._read.add(self._name)
@@ -175,11 +175,11 @@ class RecordingSettings:
             return RecordingSettings(value, self._read, key)
         return value
 
-    def model_dump(self, **how: Any) -> Any:
+    def model_dump(self, **options: Any) -> Any:
         fields = type(self._inner).model_fields
-        read = {field.alias or name for name, field in fields.items() if name not in how.get("exclude", ())}
+        read = {field.alias or name for name, field in fields.items() if name not in options.get("exclude", ())}
         self._read.update(f"{self._name}.{key}" if self._name else key for key in read)
-        return self._inner.model_dump(**how)
+        return self._inner.model_dump(**options)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     """Installs a package with an eraser in a temporary folder of the search path."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def put(package: str, method: str, module: str, text: str = FILE, version: str = "1.0") -> None:
+    def install_package(package: str, method: str, module: str, text: str = FILE, version: str = "1.0") -> None:
         info = tmp_path / f"{package}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
@@ -41,7 +41,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (tmp_path / f"{module}.py").write_text(text, "utf-8")
         plugins._plugins.cache_clear()
 
-    yield put
+    yield install_package
     plugins._plugins.cache_clear()
 
 

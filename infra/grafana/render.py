@@ -118,7 +118,7 @@ def timeseries(axes: Axes, panel: dict[str, Any], rows: Sequence[Row]) -> None:
     now = time.time()
     for name, points in rows:
         dashed = name.endswith((", low", ", high"))
-        x = [(at - now) / 60 for at, _ in points]
+        x = [(time_ - now) / 60 for time_, _ in points]
         axes.step(
             x, [v for _, v in points], where="post", label=name, lw=0.8 if dashed else 1.5, ls="--" if dashed else "-"
         )

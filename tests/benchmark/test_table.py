@@ -40,7 +40,7 @@ def row(name: str, concept: float, unseen: float, cost: ErasureCost = COST, note
     return MethodRow(name, "", (1, 2), scores, cost, notes)
 
 
-NONE = MethodRow("none", "", (1, 2), {"concept": score(0.9)}, GUIDED)
+BASE_ROW = MethodRow("none", "", (1, 2), {"concept": score(0.9)}, GUIDED)
 TABLE = BenchmarkTable(
     "weapon",
     0.95,
@@ -49,7 +49,7 @@ TABLE = BenchmarkTable(
     (1, 2),
     {"concept": score(0.9), "unseen": score(0.96)},
     (
-        NONE,
+        BASE_ROW,
         row("sld", 0.5, -0.12, GUIDED),
         row("uce", 0.1, -0.02, notes=("A <note> with `a command`.",)),
         row("hfi+uce", 0.3, -0.05, notes=("A <note> with `a command`.",)),
@@ -138,7 +138,7 @@ def test_the_plot_is_deterministic_and_takes_the_colours_of_the_page() -> None:
 
 def test_labels_of_the_plot_do_not_overlap() -> None:
     crowd = BenchmarkTable(
-        **{**vars(TABLE), "rows": (NONE, *(row(f"row-{i}", 0.3 + 0.004 * i, -0.02 - 0.001 * i) for i in range(12)))}
+        **{**vars(TABLE), "rows": (BASE_ROW, *(row(f"row-{i}", 0.3 + 0.004 * i, -0.02 - 0.001 * i) for i in range(12)))}
     )
     figure = pareto.draw([crowd])
     names = [t for t in figure.axes[0].texts if t.get_text().startswith("row-")]

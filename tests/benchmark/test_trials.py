@@ -38,10 +38,10 @@ SEEDS = [1, 2]
 
 
 def project(root: Path) -> Settings:
-    numbers = workspace.small_params(root)
-    compare = numbers["compare"] | {"methods": ROWS, "seeds": SEEDS}
-    register = numbers["register"] | {"tracking_uri": f"sqlite:///{root}/mlflow.db"}  # one connection per address
-    return workspace.create(root, compare=compare, register=register, erase=numbers["erase"] | {"abo": {}})
+    params = workspace.small_params(root)
+    compare = params["compare"] | {"methods": ROWS, "seeds": SEEDS}
+    register = params["register"] | {"tracking_uri": f"sqlite:///{root}/mlflow.db"}  # one connection per address
+    return workspace.create(root, compare=compare, register=register, erase=params["erase"] | {"abo": {}})
 
 
 def ran(settings: Settings) -> None:
@@ -93,9 +93,9 @@ def test_scores_are_pooled_over_the_images_of_all_seeds(settings: Settings) -> N
 
 def test_changes_are_paired_with_the_base_model(settings: Settings) -> None:
     table = table_of(settings)
-    none, uce = (next(row for row in table.rows if row.name == name) for name in ("none", "uce"))
-    assert set(none.scores) == {"concept", "word", "token", "attack"}, "what others are compared with"
-    assert none.scores["concept"].value == table.base_scores["concept"].value
+    base_row, uce = (next(row for row in table.rows if row.name == name) for name in ("none", "uce"))
+    assert set(base_row.scores) == {"concept", "word", "token", "attack"}, "what others are compared with"
+    assert base_row.scores["concept"].value == table.base_scores["concept"].value
     values = pd.concat([files.read_table(Path(f"out/compare/weapon/uce/{s}/scores/values.parquet")) for s in SEEDS])
     for key, metric in (("unseen", "recognition"), ("clip", "clip_score")):
         unseen = values[(values.metric == metric) & (values.role == "unseen")]
@@ -110,12 +110,12 @@ def test_all_rows_have_the_same_noise_and_the_base_model_is_sampled_once(setting
         listing = files.read_table(Path(f"out/compare/weapon/{row}/1/samples/samples.parquet"))
         return listing[listing["role"] != "attack"].set_index(["variant", "id", "index"]).sort_index()
 
-    none = recipes("none")
+    base_recipes = recipes("none")
     for row in ("uce", "negative", "hfi+sdd"):
-        found = recipes(row)
-        assert (found["noise_seed"] == none["noise_seed"]).all()
-        assert (found.loc["base"]["key"] == none.loc["base"]["key"]).all()
-        assert (found.loc["candidate"]["key"] != none.loc["candidate"]["key"]).all()
+        row_recipes = recipes(row)
+        assert (row_recipes["noise_seed"] == base_recipes["noise_seed"]).all()
+        assert (row_recipes.loc["base"]["key"] == base_recipes.loc["base"]["key"]).all()
+        assert (row_recipes.loc["candidate"]["key"] != base_recipes.loc["candidate"]["key"]).all()
 
 
 def test_a_trial_that_is_up_to_date_evaluates_no_network(settings: Settings) -> None:
@@ -142,21 +142,27 @@ def test_resource_usage_is_recorded_outside_of_the_trials_folder(settings: Setti
         assert cost.bytes == Path(f"out/compare/weapon/{name}/1/delta/delta.safetensors").stat().st_size
         assert not list(Path(f"out/compare/weapon/{name}/1").rglob("*resources*"))
     for name, predictions in (("none", 2), ("negative", 2), ("uce", 2)):
-        found = rows[name]
-        assert found is not None
-        assert found.predictions == predictions
+        cost = rows[name]
+        assert cost is not None
+        assert cost.predictions == predictions
     assert rows["negative"] == rows["none"], "a guide erases nothing"
 
 
 def test_another_hyperparameter_makes_only_its_own_rows_stale(settings: Settings) -> None:
     erase = settings.erase.model_copy(update={"uce": {"edit": {"lam": 0.7, "preserve": 1.0}}})
     changed, digests = settings.model_copy(update={"erase": erase}), TrialDigests(settings)
-    now = TrialDigests(changed)
-    stale = [row for row in plan.row_names(settings)[:-1] if not trials.is_done(changed, now, Trial("weapon", row, 1))]
+    new_digests = TrialDigests(changed)
+    stale = [
+        row
+        for row in plan.row_names(settings)[:-1]
+        if not trials.is_done(changed, new_digests, Trial("weapon", row, 1))
+    ]
     assert stale == ["uce"]
     assert trials.is_done(settings, digests, Trial("weapon", "uce", 1))
     assert [
-        row.name for row in aggregate.aggregate_trials(changed, now, "weapon", ["none", "uce"], SEEDS).rows if row.seeds
+        row.name
+        for row in aggregate.aggregate_trials(changed, new_digests, "weapon", ["none", "uce"], SEEDS).rows
+        if row.seeds
     ] == ["none"]
 
 
@@ -244,10 +250,10 @@ def test_seconds_of_an_interrupted_run_are_added_and_missing_parts_are_recorded(
     assert first is not None
     assert first.complete
     part(resumed=True)
-    whole = resources.read(path, "digest")
-    assert whole is not None
-    assert whole.complete
-    assert whole.seconds > first.seconds
+    usage = resources.read(path, "digest")
+    assert usage is not None
+    assert usage.complete
+    assert usage.seconds > first.seconds
     assert resources.read(path, "another") is None
     assert counting.killed(lambda: killed_inside(path))
     part(resumed=True)
@@ -265,21 +271,21 @@ def test_memory_is_the_peak(tmp_path: Path) -> None:
     size = 64 * 2**20
     for wanted in (0, size):
         with resources.measure(tmp_path / "m.json", "digest", "cpu", resumed=False):
-            held = bytearray(wanted)
-            held[:: 2**12] = b"x" * (wanted // 2**12)
-            del held
-        found = resources.read(tmp_path / "m.json", "digest")
-        assert found is not None
-        if found.memory is None:
+            buffer = bytearray(wanted)
+            buffer[:: 2**12] = b"x" * (wanted // 2**12)
+            del buffer
+        usage = resources.read(tmp_path / "m.json", "digest")
+        assert usage is not None
+        if usage.memory is None:
             pytest.skip("this system reports no peak memory")
-        assert wanted - 2**20 <= found.memory < wanted + size / 2
+        assert wanted - 2**20 <= usage.memory < wanted + size / 2
 
 
 def test_the_command_runs_trials_and_writes_the_table(settings: Settings) -> None:
     result = CliRunner().invoke(app, ["compare", "--methods", "uce,abo", "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    [table] = found["tables"]
+    output = json.loads(result.stdout)
+    [table] = output["tables"]
     assert [row["name"] for row in table["rows"]] == ["none", "uce", "abo"]
     assert table["rows"][2]["refused"]
     csv = files.read_csv(Path("out/compare/table.csv"))
@@ -311,9 +317,9 @@ def test_dvc_runs_only_stale_trials(done: Path, tmp_path: Path, monkeypatch: pyt
         shutil.copy(finished.ROOT / name, name)
     shutil.copy("compare/stages.yaml", "compare/dvc.yaml")
     shutil.copytree(finished.ROOT / "src", "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    numbers = yaml.safe_load(params.read_text("utf-8"))
-    numbers["compare"]["methods"].remove("abo")  # which is refused
-    params.write_text(yaml.safe_dump(numbers), "utf-8")
+    config = yaml.safe_load(params.read_text("utf-8"))
+    config["compare"]["methods"].remove("abo")  # which is refused
+    params.write_text(yaml.safe_dump(config), "utf-8")
     ran(settings := Settings.load())  # whatever other tests did to it
     plan.write_plan(settings, "weapon")
     dependencies.write_digests(root)  # the stage `code` of dvc.yaml
@@ -322,9 +328,9 @@ def test_dvc_runs_only_stale_trials(done: Path, tmp_path: Path, monkeypatch: pyt
     finished.dvc(root, "commit", "--force", "--quiet", "compare/dvc.yaml")
     assert "Running stage" not in finished.dvc(root, "repro", "compare/dvc.yaml"), "the outputs are those of DVC"
 
-    numbers["erase"]["uce"] = {"edit": {"lam": 0.9, "preserve": 1.0}}
-    numbers["compare"]["seeds"] = [1]
-    params.write_text(yaml.safe_dump(numbers), "utf-8")
+    config["erase"]["uce"] = {"edit": {"lam": 0.9, "preserve": 1.0}}
+    config["compare"]["seeds"] = [1]
+    params.write_text(yaml.safe_dump(config), "utf-8")
     lines: list[str] = []
     follow = dvc.run_command
 

@@ -20,7 +20,7 @@ from deleatur.operations import preflight
 from deleatur.runtime import provenance
 
 PARTS = ("ANUS", "ARMPITS", "BELLY", "BUTTOCKS", "FEET", "FEMALE_BREAST", "FEMALE_GENITALIA")
-PUBLISHED = {f"{part}_{how}" for part, how in product(PARTS, ("COVERED", "EXPOSED"))}
+PUBLISHED = {f"{part}_{state}" for part, state in product(PARTS, ("COVERED", "EXPOSED"))}
 PUBLISHED |= {"MALE_BREAST_EXPOSED", "MALE_GENITALIA_EXPOSED", "FACE_FEMALE", "FACE_MALE"}
 """The 18 labels of version 3; male parts exist only as exposed."""
 

@@ -44,8 +44,8 @@ def guided(model: Model, weights: Weights, prompt: str, s_g: float) -> Tensor:
 def test_the_concepts_guidance_is_its_alternatives_at_every_scale(model: Model, alternative: str) -> None:
     edited = erase(model, alternative)
     for s_g in (1.0, 3.0, 7.5):
-        aim = guided(model, {}, "a cat" if alternative else "", s_g)
-        before, after = (float((guided(model, w, "a gun", s_g) - aim).square().mean()) for w in ({}, edited))
+        target = guided(model, {}, "a cat" if alternative else "", s_g)
+        before, after = (float((guided(model, w, "a gun", s_g) - target).square().mean()) for w in ({}, edited))
         assert before > 1e-5, "the effect exists before"
         assert after < 0.5 * before, "and mostly gone after"
 
@@ -65,9 +65,9 @@ def test_the_target_is_the_alternatives_guidance_over_the_empty_prompt(model: Mo
     z, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 800])
     with torch.no_grad():
         target = guidance_target(c_alt, c_0)(denoisers, z, t, torch.tensor([1, 0]))
-        empty, nothing = base(z, t, c_0), guidance_target(c_0, c_0)(denoisers, z, t, torch.tensor([0, 0]))
+        empty, zero = base(z, t, c_0), guidance_target(c_0, c_0)(denoisers, z, t, torch.tensor([0, 0]))
         assert torch.allclose(target, torch.cat([base(z, t, c_alt.flip(0)) - empty, empty]), atol=1e-6)
-    assert torch.equal(nothing[:2], torch.zeros_like(z)), "an empty alternative is no guidance, exactly"
+    assert torch.equal(zero[:2], torch.zeros_like(z)), "an empty alternative is no guidance, exactly"
 
 
 def test_the_loss_by_hand() -> None:

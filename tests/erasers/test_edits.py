@@ -116,8 +116,8 @@ def test_the_empty_prompt_is_preserved_by_default(model: Model) -> None:
 
 
 def test_the_default_weight_of_preserved_prompts_is_the_releases(model: Model) -> None:
-    few, many = ("", "a cat", "a dog"), ("a cat",) * 20
-    for keep, eta_p in ((few, 1 / 3), (many, 0.1)):
+    few_prompts, many_prompts = ("", "a cat", "a dog"), ("a cat",) * 20
+    for keep, eta_p in ((few_prompts, 1 / 3), (many_prompts, 0.1)):
         default, explicit = (
             erase(model, UCE(edit={"preserve": p}), words(model, "gun"), keep=keep) for p in (None, eta_p)
         )
@@ -146,10 +146,10 @@ def test_preserve_columns_select_the_states_to_preserve(model: Model) -> None:
 
 def test_preserving_last_tokens_needs_their_positions(model: Model) -> None:
     gun, preserve = words(model, "gun"), encode.encode_text(model, ["a cat"])
-    own = UCE(edit={"preserve_columns": "own"})
+    last_tokens = UCE(edit={"preserve_columns": "own"})
     with pytest.raises(SettingsError, match="end position of each of 1 preserved prompts, got 0"):
-        own.erase(model, [gun], ErasureContext(0, preserve))
-    own.erase(model, [gun], ErasureContext(0))  # the empty prompt's is known
+        last_tokens.erase(model, [gun], ErasureContext(0, preserve))
+    last_tokens.erase(model, [gun], ErasureContext(0))  # the empty prompt's is known
 
 
 def test_columns_select_the_states_to_erase(model: Model) -> None:
@@ -253,10 +253,10 @@ def test_every_step_is_reported(model: Model) -> None:
     assert all(0 <= p.loss < 1 for p in progress), "the remaining share of the distance"
 
 
-def test_images_are_evaluated_only_with_max_preserved_drift(model: Model) -> None:
+def test_images_are_evaluated_only_with_max_preserved_drop(model: Model) -> None:
     gun = words(model, "gun")
     evaluations = iter([Evaluation(1.0, 1.0), Evaluation(0.4, 0.95), Evaluation(0.3, 0.94), Evaluation(0.2, 0.5)])
-    rece = RECE(epochs=3, edit={"max_preserved_drift": 0.1})
+    rece = RECE(epochs=3, edit={"max_preserved_drop": 0.1})
     undone = erase(model, rece, gun, probe=lambda w: next(evaluations))
     assert undone.record["stop"] == "guard"
     assert [e["preserved"] for e in undone.record["evaluations"]] == [1.0, 0.95, 0.94, 0.5]
@@ -272,7 +272,7 @@ def test_images_are_evaluated_only_with_max_preserved_drift(model: Model) -> Non
 def test_an_edit_that_destroys_the_model_is_refused(model: Model) -> None:
     evaluations = iter([Evaluation(1.0, 1.0), Evaluation(0.0, 0.2)])
     with pytest.raises(ErasureRefused, match="preserved prompts degraded"):
-        erase(model, UCE(edit={"max_preserved_drift": 0.1}), words(model, "gun"), probe=lambda w: next(evaluations))
+        erase(model, UCE(edit={"max_preserved_drop": 0.1}), words(model, "gun"), probe=lambda w: next(evaluations))
     with pytest.raises(ErasureRefused, match="times their norm"):
         erase(model, UCE(edit={"max_relative_change": 0.01}), words(model, "gun"))
 
@@ -280,9 +280,9 @@ def test_an_edit_that_destroys_the_model_is_refused(model: Model) -> None:
 @pytest.mark.parametrize("eraser", [UCE(), RECE()])
 def test_an_edit_that_does_nothing_is_refused(model: Model, eraser: Eraser) -> None:
     empty = encode.encode_text(model, [""])
-    nothing = Concept("weapon", "words", ("",), (("",),), empty, ((),), (1,))
+    empty_concept = Concept("weapon", "words", ("",), (("",),), empty, ((),), (1,))
     with pytest.raises(ErasureRefused, match="nothing was erased"):
-        erase(model, eraser, nothing)
+        erase(model, eraser, empty_concept)
     same = type(eraser)(alternatives={"weapon": "gun"})
     with pytest.raises(ErasureRefused, match="nothing was erased"):
         erase(model, same, words(model, "gun"))

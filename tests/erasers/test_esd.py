@@ -57,14 +57,14 @@ def states() -> tuple[Tensor, Tensor, Tensor]:
 def test_both_targets_follow_the_papers_formula(
     model: Model, denoisers: Denoisers, states: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    z, t, which = states
+    z, t, rows = states
     c, c_0 = words(model, "gun", "sword").states, encode.encode_text(model, [""])
     with torch.no_grad():
         of_c, of_0 = denoisers.base(z, t, c[[1, 0, 1]]), denoisers.base(z, t, c_0)
     for start, c_from in (("empty", of_0), ("concept", of_c)):
         esd = ESD(eta=3.0, start=start)  # type: ignore[arg-type]
         assert torch.allclose(
-            negative_guidance_target(c, c_0, esd.guidance)(denoisers, z, t, which),
+            negative_guidance_target(c, c_0, esd.guidance)(denoisers, z, t, rows),
             c_from - 3 * (of_c - of_0),
             atol=1e-5,
         )
@@ -84,12 +84,12 @@ def test_with_eta_0_the_target_is_sdds_frozen_one(
 
 
 def test_x_and_u_train_the_tensors_of_the_paper(model: Model) -> None:
-    everything = {n for n, _ in model.unet.named_parameters()}
+    all_names = {n for n, _ in model.unet.named_parameters()}
     x, strict, u = (ESD(training={"trainable": t}).touched_parameters(model) for t in ("xattn", "xattn_kv", "noxattn"))  # type: ignore[arg-type]
-    assert x == {n for n in everything if ".attn2." in n}
+    assert x == {n for n in all_names if ".attn2." in n}
     assert strict == {n for n in x if n.split(".attn2.")[1] in ("to_k.weight", "to_v.weight")}
     assert x & u == set()
-    assert everything - x - u == {
+    assert all_names - x - u == {
         *(f"conv_out.{part}" for part in ("weight", "bias")),
         *(f"time_embedding.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")),
     }
@@ -121,9 +121,9 @@ def test_the_prediction_moves_away_from_the_concept(model: Model, start: str, et
             predict(model, w, z, t, c)
             for w, c in (({}, concept.states), (edited_weights(model, delta), concept.states), ({}, c_0))
         )
-    aim = 2 * empty - before
-    assert (before - aim).square().mean() > 1e-5, "the effect exists before"
-    assert (after - aim).square().mean() < 0.5 * (before - aim).square().mean(), "and mostly gone after"
+    target = 2 * empty - before
+    assert (before - target).square().mean() > 1e-5, "the effect exists before"
+    assert (after - target).square().mean() < 0.5 * (before - target).square().mean(), "and mostly gone after"
     assert set(delta.tensors) == esd.touched_parameters(model)
 
 
@@ -172,11 +172,13 @@ def test_three_iterations_equal_the_algorithm_written_out(model: Model, trainabl
 
 def test_nothing_to_erase_has_no_loss_and_is_refused(model: Model) -> None:
     """c = c₀: the target is the empty prompt's own prediction, so the gradient is 0."""
-    nothing = Concept("nothing", "words", ("",), (("", "", ""),), encode.encode_text(model, [""]), ((),), (1,))
+    empty_concept = Concept("nothing", "words", ("",), (("", "", ""),), encode.encode_text(model, [""]), ((),), (1,))
     norms: list[float] = []
     esd = ESD(training={**QUICK, "iterations": 3})
     with pytest.raises(ErasureRefused, match="nothing was erased"):
-        esd.erase(model, [nothing], ErasureContext(0, on_step=lambda p: norms.append(p.state.curve[-1]["grad_norm"])))
+        esd.erase(
+            model, [empty_concept], ErasureContext(0, on_step=lambda p: norms.append(p.state.curve[-1]["grad_norm"]))
+        )
     assert max(norms) < 1e-6
 
 

@@ -59,8 +59,8 @@ def random_model(device: str) -> Model:
                 torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
             else:
                 torch.nn.init.constant_(p, float(name.endswith("weight")))
-    own = tiny.parts()
-    return assemble(unet, vae, text, own["tokenizer"], own["scheduler"], device=torch.device(device))
+    parts = tiny.parts()
+    return assemble(unet, vae, text, parts["tokenizer"], parts["scheduler"], device=torch.device(device))
 
 
 def one_step(model: Model, eraser: Eraser) -> dict[str, Any]:
@@ -75,28 +75,30 @@ def on_a_cpu(name: str) -> None:
     model = random_model("cpu")
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the highest point so far was that of making the networks
-    found = one_step(model, METHODS[name])
+    result = one_step(model, METHODS[name])
     status = Path("/proc/self/status").read_text("utf-8").splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    print(json.dumps(found | {"peak": peak}))
+    print(json.dumps(result | {"peak": peak}))
 
 
-def judge(name: str, found: dict[str, Any]) -> None:
-    said = estimate_cost(METHODS[name].workload("words"), stable_diffusion()).peak_memory
-    gib = {what: n / 2**30 for what, n in (("took", found["peak"]), ("said", said))}
-    print(f"\n{name}: {gib['took']:.1f} GiB at most, {gib['said']:.1f} by the estimate, loss {found['loss']:.4f}")
-    assert found["moved"] > 0
-    assert found["touched"] == len(METHODS[name].touched_parameters(stable_diffusion()))  # type: ignore[arg-type]
-    assert found["peak"] < ROOM
-    assert said == pytest.approx(found["peak"], rel=1 / 3), "Python and the libraries, a gigabyte, are in what it took"
+def judge(name: str, result: dict[str, Any]) -> None:
+    estimate = estimate_cost(METHODS[name].workload("words"), stable_diffusion()).peak_memory
+    measured_gib, estimated_gib = result["peak"] / 2**30, estimate / 2**30
+    print(f"\n{name}: {measured_gib:.1f} GiB at most, {estimated_gib:.1f} by the estimate, loss {result['loss']:.4f}")
+    assert result["moved"] > 0
+    assert result["touched"] == len(METHODS[name].touched_parameters(stable_diffusion()))  # type: ignore[arg-type]
+    assert result["peak"] < ROOM
+    assert estimate == pytest.approx(result["peak"], rel=1 / 3), (
+        "Python and the libraries, a gigabyte, are in what it took"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.large
 @pytest.mark.parametrize("name", METHODS)
 def test_one_step_fits_into_24_gib_on_a_cpu(name: str) -> None:
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent), *sys.path])
     env = {
         **os.environ,
         "PYTHONPATH": path,
@@ -116,5 +118,5 @@ def test_one_step_fits_into_24_gib_on_a_cpu(name: str) -> None:
 def test_one_step_fits_into_24_gib_on_a_gpu(name: str) -> None:
     model = random_model("cuda")
     torch.cuda.reset_peak_memory_stats()
-    found = one_step(model, METHODS[name])
-    judge(name, found | {"peak": torch.cuda.max_memory_allocated()})
+    result = one_step(model, METHODS[name])
+    judge(name, result | {"peak": torch.cuda.max_memory_allocated()})

@@ -160,12 +160,12 @@ def test_without_censoring_it_is_denoising_of_negative_images(model: Model, conc
         assert torch.allclose(difference, average[name] - base[name], atol=2e-5), name
 
 
-@pytest.mark.parametrize("pictures", [None, RatedImages([], random_images(2, 0)), RatedImages(random_images(2, 0), [])])
+@pytest.mark.parametrize("images", [None, RatedImages([], random_images(2, 0)), RatedImages(random_images(2, 0), [])])
 def test_missing_positive_or_negative_images_are_refused_before_any_work(
-    model: Model, concept: Concept, pictures: RatedImages | None, monkeypatch: pytest.MonkeyPatch
+    model: Model, concept: Concept, images: RatedImages | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.unet, "forward", lambda *a, **k: pytest.fail("the network was asked"))
     monkeypatch.setattr(model.vae, "encode", lambda *a, **k: pytest.fail("a picture was encoded"))
-    lacking = replace(concept, name="vice", images=pictures)
+    incomplete = replace(concept, name="vice", images=images)
     with pytest.raises(DataError, match="image of vice, got"):
-        SafeGen().erase(model, [concept, lacking], ErasureContext(0))
+        SafeGen().erase(model, [concept, incomplete], ErasureContext(0))

@@ -138,8 +138,8 @@ def test_each_vector_of_a_soft_token_gets_the_alternatives_last_state(model: Mod
 
 def test_a_blank_alternative_is_none(model: Model) -> None:
     gun = words(model, "gun")
-    none, blank = (edit_pairs(model, [gun], alternatives, "onward") for alternatives in ({}, {"weapon": " "}))
-    assert all(torch.equal(a, b) for a, b in zip(none, blank, strict=True))
+    without, blank = (edit_pairs(model, [gun], alternatives, "onward") for alternatives in ({}, {"weapon": " "}))
+    assert all(torch.equal(a, b) for a, b in zip(without, blank, strict=True))
     assert torch.equal(encode.encode_replacement(model, gun, " "), encode.encode_text(model, [""]))
 
 
@@ -157,9 +157,9 @@ def test_positions_and_states_of_split_words(model: Model) -> None:
 def test_an_initializer_of_several_tokens_is_their_mean_and_one_of_none_is_refused(model: Model) -> None:
     rows = soft_token(model, "sword").vectors[0]
     assert torch.allclose(encode.word_embedding(model, "sword"), rows.mean(0))
-    for nothing in ("", " "):
+    for blank in ("", " "):
         with pytest.raises(SettingsError, match="initializer_token: expected a word") as e:
-            encode.word_embedding(model, nothing)
+            encode.word_embedding(model, blank)
         assert "object" in e.value.hint
 
 

@@ -104,13 +104,13 @@ LINES: dict[str, dict[str, object]] = {
 def test_withdrawal_counts_whatever_its_order_and_other_fields(
     event: EventFactory, changes: dict[str, object], first: bool
 ) -> None:
-    answer, kept = (events.to_json(e).encode() for e in (event("e1"), event("e2", rater="r2")))
+    answer, other = (events.to_json(e).encode() for e in (event("e1"), event("e2", rater="r2")))
     values = {**vars(event("w")), "answer": "withdrawn", "replaces": "e1", **changes}
     withdrawal = json.dumps({k: v for k, v in values.items() if v is not None}).encode()
     lines = [withdrawal, answer] if first else [answer, withdrawal]
-    without = events.parse({"a.jsonl": [answer, kept]})
+    without = events.parse({"a.jsonl": [answer, other]})
     assert len(resolve(without.rows, (), ()).answers) == 2
-    parsed = events.parse({"a.jsonl": [*lines, kept]})
+    parsed = events.parse({"a.jsonl": [*lines, other]})
     result = resolve(parsed.rows, (), ())
     assert [row.event.event_id for row in result.answers] == ["e2"]
     assert parsed.rejected + result.rejected == []
@@ -150,9 +150,9 @@ def test_rater_can_answer_again_after_a_withdrawal(event: EventFactory) -> None:
 
 @pytest.mark.parametrize("rater", ["r2", "Jane Doe", ""])
 def test_answers_of_other_raters_cannot_be_withdrawn(event: EventFactory, rater: str) -> None:
-    mine, other = event("e1"), event("c1", rater="r2", replaces="e1")
+    answer, other = event("e1"), event("c1", rater="r2", replaces="e1")
     lines = [
-        mine,
+        answer,
         other,
         *(event(w, rater=rater, answer="withdrawn", replaces=r) for w, r in (("w", "e1"), ("v", "c1"))),
     ]

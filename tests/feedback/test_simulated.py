@@ -55,8 +55,8 @@ def test_screens_have_five_images_of_one_prompt_and_x_below_the_cut() -> None:
         assert e.ranks is not None
         assert {f"prompt {index[item] % 4}" for item in e.items} == {e.prompt}
         assert [r is None for r in e.ranks] == [(index[item] + 0.5) / 62 < 0.3 for item in e.items]
-        numbers = [r for r in e.ranks if r is not None]
-        assert sorted(numbers) == list(range(1, len(numbers) + 1))
+        ranks = [r for r in e.ranks if r is not None]
+        assert sorted(ranks) == list(range(1, len(ranks) + 1))
 
 
 def test_ranking_needs_two_images_of_a_prompt() -> None:
@@ -71,6 +71,6 @@ def test_careless_raters_answer_at_random_and_fast() -> None:
     feedback = simulate_answers("c", "binary", images, raters, replace(panel, spread=0), rng, model_version="base")
     for rater in raters:
         answers_of_rater = [e for e in feedback if e.rater == rater.name]
-        yes = np.mean([e.answer == "yes" for e in answers_of_rater])
+        yes_share = np.mean([e.answer == "yes" for e in answers_of_rater])
         seconds = np.median([e.seconds_spent for e in answers_of_rater])
-        assert (0.35 < yes < 0.65 and seconds < 1) if rater.careless else (yes > 0.97 and seconds > 2)
+        assert (0.35 < yes_share < 0.65 and seconds < 1) if rater.careless else (yes_share > 0.97 and seconds > 2)

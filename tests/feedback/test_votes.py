@@ -109,8 +109,8 @@ def test_careless_raters_get_low_weights_and_the_weighted_vote_beats_the_mean() 
     assert raters.loc[is_careless, "agreement"].max() < raters.loc[~is_careless, "agreement"].min()
     vote_table, truth = votes.vote_table(answers, raters), oracle > 0.5
     assert ((vote_table["vote"] > 0.5) == truth).mean() > ((vote_table["mean"] > 0.5) == truth).mean() + 0.02
-    careful = 1 / (1 + (1 / oracle - 1) ** 2)  # σ(2·logit o), the share without careless raters
-    assert ((vote_table["vote"] - careful) ** 2).mean() < 0.8 * ((vote_table["mean"] - careful) ** 2).mean()
+    expected = 1 / (1 + (1 / oracle - 1) ** 2)  # σ(2·logit o), the share without careless raters
+    assert ((vote_table["vote"] - expected) ** 2).mean() < 0.8 * ((vote_table["mean"] - expected) ** 2).mean()
     assert votes.rater_agreement(answers, "weapon")["value"] > 0.1
 
 

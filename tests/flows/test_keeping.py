@@ -42,7 +42,7 @@ def released(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> R
 def test_audit_reproduces_a_version_and_compares_digests(released: Registry) -> None:
     from audit import audit
 
-    released.tag("1", {"policy": "0" * 64})
+    change_tags(Settings.load(), "1", policy="0" * 64)
     params = Path("params.yaml").read_text()
     machines.change_params(Path(), seed=7, erase={"method": "keep"})  # an audit does not use today's settings
     with pytest.raises(DataError, match=r"version 1 is not reproduced: other digests of policy\."):
@@ -57,7 +57,7 @@ def test_audit_refuses_a_version_whose_commit_holds_other_code(released: Registr
     code = Path("src/deleatur/erasers/sdd.py")
     code.write_text(code.read_text() + "\n\nCORRECTED = True\n")
     finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "corrected")
-    released.tag("1", {"git_commit": str(git.current_commit(Path()).hash)})
+    change_tags(Settings.load(), "1", git_commit=str(git.current_commit(Path()).hash))
     with pytest.raises(DataError, match=r"produced with other files than its commit holds: out/code/erase\.json"):
         audit(where="here")
 
@@ -76,10 +76,10 @@ def old_flow_run(stack: Stack) -> Any:
         run = client.create_flow_run(old, tags=["deleatur"], state=Completed())
     address = stack.prefect_database.replace("+aiosqlite", "").replace("asyncpg", "psycopg")
     database = create_engine(address, connect_args={} if "sqlite" in address else stack.libpq_parameters)
-    then = (datetime.now(UTC) - timedelta(days=100)).strftime("%Y-%m-%d %H:%M:%S.%f")
+    end_time = (datetime.now(UTC) - timedelta(days=100)).strftime("%Y-%m-%d %H:%M:%S.%f")
     ended = text("UPDATE flow_run SET end_time = :then WHERE id = :run")
     with database.begin() as connection:
-        changed = connection.execute(ended, {"then": then, "run": str(run.id)})
+        changed = connection.execute(ended, {"then": end_time, "run": str(run.id)})
         assert changed.rowcount == 1
     database.dispose()
     return run

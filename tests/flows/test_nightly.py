@@ -57,15 +57,15 @@ def test_the_flow_fails_only_if_a_concept_is_back(
 ) -> None:
     from canary import canary
 
-    slots_held: list[tuple[str, int]] = []
+    slots_in_use: list[tuple[str, int]] = []
     check, decide = stage.check, stage.decide
 
     def checking(*args: Any) -> CanaryResult:
-        slots_held.append(("check", active_slots()))
+        slots_in_use.append(("check", active_slots()))
         return check(*args)
 
     def deciding(*args: Any) -> Any:
-        slots_held.append(("decide", active_slots()))
+        slots_in_use.append(("decide", active_slots()))
         return decide(*args)
 
     monkeypatch.setattr(stage, "check", checking)
@@ -73,7 +73,7 @@ def test_the_flow_fails_only_if_a_concept_is_back(
 
     detect_labels(label_of_white())
     assert canary() == "pass"
-    assert slots_held == [("check", 1), ("decide", 0)], "the slot is slots_held while sampling"
+    assert slots_in_use == [("check", 1), ("decide", 0)], "the slot is slots_held while sampling"
     detect_labels("axe")
     assert canary() == "not enough evidence"
     assert any(r.levelname == "WARNING" and "Version 2: not enough evidence" in r.message for r in caplog.records)
@@ -118,16 +118,16 @@ def test_a_worker_checks_and_this_machine_decides(
     from canary import canary
 
     stage.check(Settings.load(), "2", ["weapon"])
-    here = canary_result()
-    sheet = Path("out/canary/weapon.png").read_bytes()
+    expected = canary_result()
+    contact_sheet = Path("out/canary/weapon.png").read_bytes()
     for file in Path("out/canary").iterdir():
         file.unlink()
     monkeypatch.setattr(workers, "POLL_INTERVAL", 0.5)
     monkeypatch.setattr(stage, "check", None)  # nothing is sampled in this process
     with pytest.raises(DeleaturError, match="Version 2 is quarantined; version 1 is champion now"):
         canary()
-    assert canary_result().checks == here.checks, "the same seeds"
-    assert Path("out/canary/weapon.png").read_bytes() == sheet
+    assert canary_result().checks == expected.checks, "the same seeds"
+    assert Path("out/canary/weapon.png").read_bytes() == contact_sheet
     assert not list((tmp_path / "state").rglob("*.png"))
     assert aliases() == {CHAMPION: "1", QUARANTINED: "2"}
     with get_client(sync_client=True) as client:

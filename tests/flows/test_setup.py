@@ -150,20 +150,20 @@ def test_crashed_runs_are_restarted(server: dict[str, str]) -> None:
             def states(run: Any) -> list[str]:
                 return [state.name for state in client.read_flow_run_states(run)]
 
-            silent, killed, never = start_run(), start_run(), start_run()
+            silent, killed, heartbeatless = start_run(), start_run(), start_run()
             for _ in range(3):  # a busy server on SQLite may drop one
                 beat(silent)
-            looks = count()
+            checks = count()
             machines.wait_until(
                 lambda: "AwaitingRetry" in states(silent),
                 "the restart of a run without heartbeats",
-                meanwhile=lambda: None if next(looks) % 40 else beat(killed),
+                meanwhile=lambda: None if next(checks) % 40 else beat(killed),
             )
             assert states(silent)[-2:] == ["Lost", "AwaitingRetry"]
-            for run in (killed, never):
+            for run in (killed, heartbeatless):
                 client.set_flow_run_state(run, Crashed(), force=True)
             machines.wait_until(lambda: "AwaitingRetry" in states(killed), "the restart of a crashed run")
-            assert "AwaitingRetry" not in states(never), "a run that never started is not restarted"
+            assert "AwaitingRetry" not in states(heartbeatless), "a run that never started is not restarted"
     finally:
         clear_server()
 

@@ -36,14 +36,14 @@ def project(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return root
 
 
-def write_answers(inbox: Path, name: str, pictures: int) -> int:
+def write_answers(inbox: Path, name: str, count: int) -> int:
     """Write answers about new images; their number."""
     rng = np.random.default_rng(len(name))
-    drawn = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(pictures)]
+    images = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
     spec = Settings.load().concepts["weapon"]
     panel = Panel(raters=6, per_question=4)
-    asked: dict[str, Any] = {"panel": panel, "model_version": "tiny", "seed": len(name), "out": inbox}
-    simulate("weapon", spec, drawn, ["a gun"] * pictures, range(pictures), [0.5] * pictures, **asked)
+    options: dict[str, Any] = {"panel": panel, "model_version": "tiny", "seed": len(name), "out": inbox}
+    simulate("weapon", spec, images, ["a gun"] * count, range(count), [0.5] * count, **options)
     for end in (".jsonl", ".images.parquet"):
         (inbox / f"weapon{end}").rename(inbox / f"{name}{end}")
     return len((inbox / f"{name}.jsonl").read_text().splitlines())
@@ -74,16 +74,16 @@ def test_enough_new_feedback_starts_the_chain_once(project: Path, tmp_path: Path
 
         wait_until(lambda: bool({run.id for run in chain_runs()} - before), "a later run of the schedule")
         assert feedback.feedback() == 0
-        few = write_answers(inbox, "some", 2)
-        assert feedback.feedback() == few < 10
+        first_count = write_answers(inbox, "some", 2)
+        assert feedback.feedback() == first_count < 10
         assert started() == []
-        many = write_answers(inbox, "others", 4)
-        assert feedback.feedback() == few + many >= 10
+        second_count = write_answers(inbox, "others", 4)
+        assert feedback.feedback() == first_count + second_count >= 10
         [run] = started()
         assert feedback.feedback() == 0, "one run at a time"
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(run.id, Failed(), force=True)
-        assert feedback.feedback() == few + many, "still newer than the last report"
+        assert feedback.feedback() == first_count + second_count, "still newer than the last report"
         assert [r.id for r in started()] == [run.id], "one run per state of the feedback"
     finally:
         clear_server()

@@ -28,11 +28,11 @@ def test_a_stage_that_loads_networks_holds_the_slot_while_it_runs(
 ) -> None:
     import tasks
 
-    held: dict[str, int] = {}
+    in_use: dict[str, int] = {}
     after: list[int] = []
 
     def looking(stage: str, *_: Any) -> bool:
-        held[stage] = active_slots()
+        in_use[stage] = active_slots()
         return True
 
     monkeypatch.setattr(dvc, "reproduce", looking)
@@ -44,9 +44,9 @@ def test_a_stage_that_loads_networks_holds_the_slot_while_it_runs(
             after.append(active_slots())
 
     chain()
-    assert held == {stage: int("${paths.models}" in CHAIN[stage]["deps"]) for stage in CHAIN}
-    assert held["evaluate"] == 1
-    assert held["ingest"] == 0
+    assert in_use == {stage: int("${paths.models}" in CHAIN[stage]["deps"]) for stage in CHAIN}
+    assert in_use["evaluate"] == 1
+    assert in_use["ingest"] == 0
     assert after == [0] * len(CHAIN), "released"
 
 

@@ -70,9 +70,9 @@ def test_a_lost_worker_is_replaced_and_outputs_are_bit_identical(
     monkeypatch.setattr(workers, "POLL_INTERVAL", 0.5)
     monkeypatch.chdir(deployed)
     machines.change_params(deployed, **LONG)
-    at_home = machines.project(shared, tmp_path, **LONG)
+    local = machines.project(shared, tmp_path, **LONG)
     for stage in OUTPUTS:
-        assert dvc.reproduce(stage, at_home)
+        assert dvc.reproduce(stage, local)
 
     @flow
     def one(stage: str) -> bool:
@@ -80,32 +80,32 @@ def test_a_lost_worker_is_replaced_and_outputs_are_bit_identical(
 
     names = iter(range(100))
     pool = [Worker(server, tmp_path / f"w{i}", f"w{i}") for i in (next(names), next(names))]
-    gone: list[Worker] = []
+    lost: list[Worker] = []
 
-    def lose(stage: str, how: str) -> None:
+    def lose(stage: str, cause: str) -> None:
         """Lose the worker as soon as a checkpoint was uploaded."""
         state = deployed.parent / "state"
         kinds = ("safetensors", "parquet")
         wait_until(lambda: any(any(state.glob(f"{stage}-*/out/**/[!.]*.{k}")) for k in kinds), f"state of {stage}")
         [busy] = [worker for worker in pool if worker.processes()]
-        if how == "flow":
+        if cause == "flow":
             busy.flow_process().kill()
             return
-        getattr(busy, how)()
+        getattr(busy, cause)()
         pool.remove(busy)
-        gone.append(busy)
+        lost.append(busy)
         pool.append(Worker(server, tmp_path / f"w{next(names)}", "again"))
 
     try:
-        for stage, how in zip(OUTPUTS, ("kill", "flow", "evict"), strict=True):
-            taking = threading.Thread(target=contextvars.copy_context().run, args=(lose, stage, how), daemon=True)
-            taking.start()
+        for stage, cause in zip(OUTPUTS, ("kill", "flow", "evict"), strict=True):
+            thread = threading.Thread(target=contextvars.copy_context().run, args=(lose, stage, cause), daemon=True)
+            thread.start()
             assert one(stage)
-            taking.join()
+            thread.join()
             first, *_, last = logs(stage)
             assert not any("go on" in line or "reused" in line for line in first)
             assert any("resumes after step" in line or "reused" in line for line in last), "\n".join(last)
-            assert files(deployed / OUTPUTS[stage]) == files(at_home / OUTPUTS[stage])
+            assert files(deployed / OUTPUTS[stage]) == files(local / OUTPUTS[stage])
             assert dvc.status(deployed, stage) == {}
             kinds_logged = [line.kind for line in event_log.read(deployed / "out/checkpoints") if line.stage == stage]
             assert kinds_logged[:1] + kinds_logged[-1:] == ["started", "done"]
@@ -113,7 +113,7 @@ def test_a_lost_worker_is_replaced_and_outputs_are_bit_identical(
             assert not one(stage), "up to date"
         assert not list((deployed.parent / "state").rglob("*.safetensors")), "checkpoints are removed"
     finally:
-        for worker in (*pool, *gone):
+        for worker in (*pool, *lost):
             print(worker.name, worker.log)
             worker.stop()
 

@@ -24,11 +24,11 @@ STEPS, PROMPT = 8, "a cat in a picture"
 
 
 def pipeline(name: str) -> Any:
-    found = getattr(diffusers, name, None)
-    if found is None:
+    pipeline_class = getattr(diffusers, name, None)
+    if pipeline_class is None:
         pytest.skip(f"diffusers {diffusers.__version__} no longer has {name}")
     parts = {**tiny.parts(), "safety_checker": None, "feature_extractor": None}
-    pipe = found(**parts, requires_safety_checker=False, **({"image_encoder": None} if "Safe" in name else {}))
+    pipe = pipeline_class(**parts, requires_safety_checker=False, **({"image_encoder": None} if "Safe" in name else {}))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -41,11 +41,11 @@ def our_latents(model: Model, guide: Guide, words: dict[str, str]) -> Tensor:
 
 def reference_latents(model: Model, name: str, **arguments: Any) -> Tensor:
     """The latents after the last step."""
-    found = getattr(diffusers, name, None)
-    if found is None:
+    pipeline_class = getattr(diffusers, name, None)
+    if pipeline_class is None:
         pytest.skip(f"diffusers {diffusers.__version__} no longer has {name}")
     parts = {**tiny.parts(), "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = found(**parts)
+    pipe = pipeline_class(**parts)
     pipe.set_progress_bar_config(disable=True)
     if "Safe" in name:
         pipe.safety_concept = arguments.pop("safety_concept")

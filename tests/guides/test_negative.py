@@ -53,7 +53,7 @@ def test_prompt_as_negative_prompt_gives_the_conditional_trajectory(model: Model
 
 def test_prediction_is_linear_in_the_scale() -> None:
     eps_n, eps_p = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    none, one, five = (Negative(scale=s).combine(0, eps_p, {"negative": eps_n}, None)[0] for s in (0, 1, 5))
-    assert torch.equal(none, eps_n)
+    zero, one, five = (Negative(scale=s).combine(0, eps_p, {"negative": eps_n}, None)[0] for s in (0, 1, 5))
+    assert torch.equal(zero, eps_n)
     assert torch.allclose(one, eps_p, atol=1e-6)
-    assert torch.allclose(five - none, 5 * (one - none), atol=1e-5)
+    assert torch.allclose(five - zero, 5 * (one - zero), atol=1e-5)

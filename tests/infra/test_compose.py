@@ -17,7 +17,7 @@ from deleatur.storage.processes import GRACE_PERIOD
 FILE = INFRA / "compose.yaml"
 GPU = INFRA / "compose.gpu.yaml"
 """Overlay for machines with a GPU."""
-OWN_IMAGE = re.compile(r"^deleatur(-services)?:")
+BUILT_IMAGE = re.compile(r"^deleatur(-services)?:")
 ONE_SHOT_SERVICES = ("databases", "bucket", "checkout", "setup")
 """Services that run once and exit."""
 
@@ -73,7 +73,7 @@ def test_the_file_contains_no_secret() -> None:
 
 def test_images_are_pinned(stack: dict[str, Any]) -> None:
     for name, service in stack.items():
-        assert "build" in service if OWN_IMAGE.match(service["image"]) else VERSION.search(service["image"]), name
+        assert "build" in service if BUILT_IMAGE.match(service["image"]) else VERSION.search(service["image"]), name
 
 
 def test_long_running_services_have_health_checks_and_restart(stack: dict[str, Any]) -> None:
@@ -85,8 +85,8 @@ def test_long_running_services_have_health_checks_and_restart(stack: dict[str, A
 
 def test_dependencies_wait_for_health_only_where_it_is_checked(stack: dict[str, Any]) -> None:
     for service in stack.values():
-        for other, how in service.get("depends_on", {}).items():
-            assert how["condition"] == "service_started" or (how["condition"] == "service_healthy") != (
+        for other, dependency in service.get("depends_on", {}).items():
+            assert dependency["condition"] == "service_started" or (dependency["condition"] == "service_healthy") != (
                 other in ONE_SHOT_SERVICES
             )
 
@@ -95,7 +95,7 @@ def test_containers_are_read_only_and_unprivileged(stack: dict[str, Any]) -> Non
     for name, service in stack.items():
         assert "no-new-privileges:true" in service["security_opt"], name
         assert not service.get("privileged"), name
-        if OWN_IMAGE.match(service["image"]):
+        if BUILT_IMAGE.match(service["image"]):
             assert service["read_only"], name
             assert service["cap_drop"] == ["ALL"], name
 

@@ -74,10 +74,10 @@ def test_every_pod_meets_the_restricted_standard(overlay: str, built: dict[str, 
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert pod["enableServiceLinks"] is False, f"{name}: the variable PREFECT_PORT would be read as a setting"
     for name, container in containers(built[overlay]):
-        own = container["securityContext"]
-        assert own["readOnlyRootFilesystem"], name
-        assert own["allowPrivilegeEscalation"] is False, name
-        assert own["capabilities"] == {"drop": ["ALL"]}, name
+        context = container["securityContext"]
+        assert context["readOnlyRootFilesystem"], name
+        assert context["allowPrivilegeEscalation"] is False, name
+        assert context["capabilities"] == {"drop": ["ALL"]}, name
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -115,10 +115,10 @@ def test_references_resolve(overlay: str, built: dict[str, Path]) -> None:
 
 
 def test_workers_have_time_to_save_and_one_gpu(built: dict[str, Path]) -> None:
-    found = dict(pods(built["aws"]))
+    pod_specs = dict(pods(built["aws"]))
     for name in ("worker-cpu", "worker-gpu"):
-        assert found[name]["terminationGracePeriodSeconds"] >= GRACE_PERIOD + 30, name
-    [worker] = found["worker-gpu"]["containers"]
+        assert pod_specs[name]["terminationGracePeriodSeconds"] >= GRACE_PERIOD + 30, name
+    [worker] = pod_specs["worker-gpu"]["containers"]
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
@@ -142,8 +142,8 @@ def test_writable_paths_are_mounted(overlay: str, built: dict[str, Path]) -> Non
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_notification_addresses_are_set_wherever_setup_runs(overlay: str, built: dict[str, Path]) -> None:
-    found = {(name, c["name"]) for name, c in containers(built[overlay]) if "DELEATUR_NOTIFY" in str(c.get("env"))}
-    assert {("setup", "setup"), ("worker-cpu", "worker")} <= found
+    notified = {(name, c["name"]) for name, c in containers(built[overlay]) if "DELEATUR_NOTIFY" in str(c.get("env"))}
+    assert {("setup", "setup"), ("worker-cpu", "worker")} <= notified
 
 
 def test_images_match_compose(built: dict[str, Path]) -> None:

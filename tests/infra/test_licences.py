@@ -26,26 +26,26 @@ def package(root: Path, **texts: str) -> Distribution:
 
 
 @pytest.fixture(scope="module")
-def found() -> list[licences.Package]:
+def packages() -> list[licences.Package]:
     return licences.packages()
 
 
-def test_every_dependency_is_allowed_and_in_the_table(found: list[licences.Package]) -> None:
-    assert [p.name for p in found if not p.is_allowed] == []
-    assert licences.TABLE.read_text("utf-8") == licences.table(found), "run: python infra/licences.py"
+def test_every_dependency_is_allowed_and_in_the_table(packages: list[licences.Package]) -> None:
+    assert [p.name for p in packages if not p.is_allowed] == []
+    assert licences.TABLE.read_text("utf-8") == licences.table(packages), "run: python infra/licences.py"
 
 
-def test_exceptions_are_needed(found: list[licences.Package]) -> None:
-    by_name = {p.name: p for p in found}
+def test_exceptions_are_needed(packages: list[licences.Package]) -> None:
+    by_name = {p.name: p for p in packages}
     assert [n for n in licences.EXCEPTIONS if set(by_name[n].licences) <= set(licences.ALLOWED)] == []
 
 
-def test_the_core_is_without_nudenet_and_without_the_agpl(found: list[licences.Package]) -> None:
-    core = [p for p in found if not p.extra]
+def test_the_core_is_without_nudenet_and_without_the_agpl(packages: list[licences.Package]) -> None:
+    core = [p for p in packages if not p.extra]
     assert len(core) > 100, "the core's dependencies are followed"
     assert "nudenet" not in {p.name for p in core}
     assert [p.name for p in core if "AGPL" in p.files] == []
-    assert {p.extra for p in found if p.name == "nudenet"} == {"nudity"}
+    assert {p.extra for p in packages if p.name == "nudenet"} == {"nudity"}
 
 
 @pytest.mark.parametrize(

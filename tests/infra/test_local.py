@@ -26,9 +26,9 @@ def test_processes_have_the_settings_of_containers(stack: Stack, name: str) -> N
     service = yaml.safe_load((INFRA / "compose.yaml").read_text("utf-8"))["services"][name]
     server = stack._server(name, None)
     ours = [str(word) for word in server.command]
-    where = re.compile(r"--(host|port|workers|expose-prometheus)\b|0\.0\.0\.0")
+    address_option = re.compile(r"--(host|port|workers|expose-prometheus)\b|0\.0\.0\.0")
     for word in service["command"][2:]:
-        assert where.search(word) or word in ours, word
+        assert address_option.search(word) or word in ours, word
     assert {k for k in service["environment"] if k.startswith("MLFLOW") and "HOSTS" not in k} <= set(server.env)
     assert {k for k in service["environment"] if k.startswith("PREFECT")} <= set(server.env)
 
@@ -50,5 +50,5 @@ def test_prometheus_scrapes_local_addresses(stack: Stack) -> None:
 
 @pytest.mark.parametrize("program", ["local.py", "rehearsal.py"])
 def test_help_names_the_folder(program: str) -> None:
-    said = subprocess.run([sys.executable, INFRA / program, "--help"], capture_output=True, text=True, check=True)
-    assert "FOLDER" in said.stdout
+    result = subprocess.run([sys.executable, INFRA / program, "--help"], capture_output=True, text=True, check=True)
+    assert "FOLDER" in result.stdout

@@ -52,9 +52,9 @@ def test_alert_unit_tests_pass_and_can_fail(tmp_path: Path) -> None:
 
 def test_every_alert_is_tested_firing_and_quiet() -> None:
     tests = [test for path in TESTS for test in yaml.safe_load(path.read_text("utf-8"))["tests"]]
-    asked = [case for test in tests for case in test["alert_rule_test"]]
+    cases = [case for test in tests for case in test["alert_rule_test"]]
     for fires in (True, False):
-        assert {case["alertname"] for case in asked if bool(case["exp_alerts"]) == fires} == set(alerts())
+        assert {case["alertname"] for case in cases if bool(case["exp_alerts"]) == fires} == set(alerts())
 
 
 def test_every_alert_has_severity_and_runbook() -> None:
@@ -75,9 +75,9 @@ def exported_series() -> set[str]:
 
 
 def test_alerts_and_dashboard_query_existing_series(exported_series: set[str]) -> None:
-    asked = [*((name, rule["expr"]) for name, rule in alerts().items()), *queries()]
-    for where, expr in asked:
-        assert set(re.findall(r"deleatur_(\w+)", expr)) <= exported_series, where
+    expressions = [*((name, rule["expr"]) for name, rule in alerts().items()), *queries()]
+    for name, expr in expressions:
+        assert set(re.findall(r"deleatur_(\w+)", expr)) <= exported_series, name
 
 
 def test_every_series_is_on_the_dashboard_or_in_an_alert(exported_series: set[str]) -> None:
@@ -90,44 +90,48 @@ def test_every_series_is_on_the_dashboard_or_in_an_alert(exported_series: set[st
 def test_grafana_knows_every_field_of_the_dashboard() -> None:
     """Fields that Grafana's own types do not know are lost in a round trip."""
     register_default_plugins()
-    given = dashboard()
-    assert unknown_fields(given) == []
-    given["panels"][1]["options"]["colourMode"] = "background"
-    assert unknown_fields(given) == [".panels[1].options.colourMode"]
+    document = dashboard()
+    assert unknown_fields(document) == []
+    document["panels"][1]["options"]["colourMode"] = "background"
+    assert unknown_fields(document) == [".panels[1].options.colourMode"]
 
 
-def unknown_fields(given: dict[str, Any]) -> list[str]:
+def unknown_fields(document: dict[str, Any]) -> list[str]:
     """Paths of fields that do not survive a round trip through Grafana's types, which only adds defaults."""
-    return list(_unknown_fields(given, json.loads(JSONEncoder().encode(Dashboard.from_json(given))), ""))
+    return list(_unknown_fields(document, json.loads(JSONEncoder().encode(Dashboard.from_json(document))), ""))
 
 
-def _unknown_fields(given: Any, found: Any, path: str) -> Iterator[str]:
-    if isinstance(given, dict) and isinstance(found, dict):
-        for key, value in given.items():
-            yield from _unknown_fields(value, found.get(key), f"{path}.{key}")
-    elif isinstance(given, list) and isinstance(found, list):
-        for i, value in enumerate(given):
-            yield from _unknown_fields(value, found[i] if i < len(found) else None, f"{path}[{i}]")
-    elif given != found:
+def _unknown_fields(document: Any, parsed: Any, path: str) -> Iterator[str]:
+    if isinstance(document, dict) and isinstance(parsed, dict):
+        for key, value in document.items():
+            yield from _unknown_fields(value, parsed.get(key), f"{path}.{key}")
+    elif isinstance(document, list) and isinstance(parsed, list):
+        for i, value in enumerate(document):
+            yield from _unknown_fields(value, parsed[i] if i < len(parsed) else None, f"{path}[{i}]")
+    elif document != parsed:
         yield path
 
 
 def test_panels_do_not_overlap_and_have_unique_ids() -> None:
     panels = dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    taken: set[tuple[int, int]] = set()
+    occupied: set[tuple[int, int]] = set()
     for panel in panels:
-        at = panel["gridPos"]
-        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert not cells & taken, panel["title"]
-        assert at["x"] + at["w"] <= 24
-        taken |= cells
+        position = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(position["x"], position["x"] + position["w"])
+            for y in range(position["y"], position["y"] + position["h"])
+        }
+        assert not cells & occupied, panel["title"]
+        assert position["x"] + position["w"] <= 24
+        occupied |= cells
 
 
 def test_grafana_uses_the_prometheus_of_compose() -> None:
     [source] = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text("utf-8"))["datasources"]
-    asked = {target["datasource"]["uid"] for panel in dashboard()["panels"] for target in panel.get("targets", [])}
-    assert asked == {source["uid"]}
+    sources = {target["datasource"]["uid"] for panel in dashboard()["panels"] for target in panel.get("targets", [])}
+    assert sources == {source["uid"]}
     services = yaml.safe_load((INFRA / "compose.yaml").read_text("utf-8"))["services"]
     assert source["url"] == "http://prometheus:9090"
     assert "prometheus" in services

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from programs import INFRA, ROOT, program, run_checked
-from test_compose import GPU, OWN_IMAGE, config_command, services, write_env_file
+from test_compose import BUILT_IMAGE, GPU, config_command, services, write_env_file
 from test_kubernetes import KUBERNETES, containers, documents, pods
 from test_kubernetes import built as built  # the fixture
 
@@ -34,21 +34,21 @@ def template(kind: str, pool: str) -> dict[str, Any]:
 
 def defaults(kind: str, pool: str) -> dict[str, Any]:
     declared = template(kind, pool)["variables"]["properties"]
-    return {name: said["default"] for name, said in declared.items() if "default" in said}
+    return {name: variable["default"] for name, variable in declared.items() if "default" in variable}
 
 
 def rendered_job(pool: str) -> dict[str, Any]:
     """The job manifest with the template's defaults; fields without a value are left out."""
-    given = defaults("kubernetes", pool) | {"name": "run"}
+    variables = defaults("kubernetes", pool) | {"name": "run"}
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: v for k, v in ((k, fill(v)) for k, v in value.items()) if v is not None}
         if isinstance(value, list):
             return [fill(v) for v in value]
-        if isinstance(value, str) and (whole := PLACEHOLDER.fullmatch(value)):
-            return given.get(whole[1])
-        return PLACEHOLDER.sub(lambda match: given[match[1]], value) if isinstance(value, str) else value
+        if isinstance(value, str) and (placeholder := PLACEHOLDER.fullmatch(value)):
+            return variables.get(placeholder[1])
+        return PLACEHOLDER.sub(lambda match: variables[match[1]], value) if isinstance(value, str) else value
 
     return dict(fill(template("kubernetes", pool)["job_configuration"]["job_manifest"]))
 
@@ -67,17 +67,19 @@ def test_prefect_has_the_same_settings_everywhere(
     sys.path.insert(0, str(INFRA))
     from local import Stack
 
-    given = [composed["services"]["prefect"]["environment"], Stack(tmp_path)._prefect(None).env]
+    environments = [composed["services"]["prefect"]["environment"], Stack(tmp_path)._prefect(None).env]
     for path in built.values():
         [container] = [c for name, c in containers(path) if name == "prefect"]
-        given.append({v["name"]: v["value"] for v in container["env"] if "value" in v})
+        environments.append({v["name"]: v["value"] for v in container["env"] if "value" in v})
         mounted = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
         [pod] = [pod for name, pod in pods(path) if name == "prefect"]
-        kept = [v["name"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
-        assert [mounted[given[-1]["PREFECT_HOME"]]] == kept, "leases survive a restart"
-    own = {"PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_UI_API_URL", "PREFECT_HOME"}
+        persistent = [v["name"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
+        assert [mounted[environments[-1]["PREFECT_HOME"]]] == persistent, "leases survive a restart"
+    local = {"PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_UI_API_URL", "PREFECT_HOME"}
     image = {"PREFECT_SERVER_ANALYTICS_ENABLED"}
-    first, *rest = [{n: v for n, v in e.items() if n.startswith("PREFECT_") and n not in own | image} for e in given]
+    first, *rest = [
+        {n: v for n, v in e.items() if n.startswith("PREFECT_") and n not in local | image} for e in environments
+    ]
     assert len(first) >= 4
     assert all(other == first for other in rest)
 
@@ -98,7 +100,7 @@ def test_templates_use_existing_images_volumes_and_networks(
     pool: str, composed: dict[str, Any], built: dict[str, Path], tmp_path: Path
 ) -> None:
     docker, kubernetes = defaults("docker", pool), defaults("kubernetes", pool)
-    images = [s["image"] for s in services(tmp_path, GPU).values() if OWN_IMAGE.match(s["image"])]
+    images = [s["image"] for s in services(tmp_path, GPU).values() if BUILT_IMAGE.match(s["image"])]
     assert docker["image"] in images
     assert docker["networks"] == [composed["networks"]["default"]["name"]]
     volumes = {volume["name"] for volume in composed["volumes"].values()}

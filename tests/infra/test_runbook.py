@@ -60,9 +60,9 @@ def test_named_services_exist() -> None:
         r"docker compose (?:exec|stop|ps|logs)(?: -T| -e \S+)* ([a-z][\w-]+)",
         r"/workspace ([a-z-]+) deleatur",
     ):
-        found = re.findall(pattern, TEXT)
-        assert found
-        assert set(found) <= set(services), pattern
+        names = re.findall(pattern, TEXT)
+        assert names
+        assert set(names) <= set(services), pattern
 
 
 def test_links_resolve() -> None:

@@ -22,11 +22,11 @@ def test_files_are_formatted() -> None:
 
 @pytest.fixture(scope="module")
 def blocks() -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
+    blocks_by_kind: dict[str, list[Any]] = {}
     for file in FILES:
-        for kind, own in hcl2.loads(file.read_text("utf-8")).items():
-            found.setdefault(kind, []).extend(own if isinstance(own, list) else [])
-    return found
+        for kind, declared_blocks in hcl2.loads(file.read_text("utf-8")).items():
+            blocks_by_kind.setdefault(kind, []).extend(declared_blocks if isinstance(declared_blocks, list) else [])
+    return blocks_by_kind
 
 
 def bare(name: str) -> str:
@@ -40,7 +40,7 @@ def declared(blocks: dict[str, list[Any]]) -> Iterator[str]:
         yield from (f"local.{name}" for name in block if not name.startswith("__"))  # the parser's own
     for kind, prefix in (("resource", ""), ("data", "data.")):
         for block in blocks[kind]:
-            yield from (f"{prefix}{bare(t)}.{bare(name)}" for t, own in block.items() for name in own)
+            yield from (f"{prefix}{bare(t)}.{bare(name)}" for t, by_name in block.items() for name in by_name)
 
 
 def test_references_are_declared_and_variables_are_used(blocks: dict[str, list[Any]]) -> None:
@@ -53,7 +53,7 @@ def test_references_are_declared_and_variables_are_used(blocks: dict[str, list[A
 
 
 def test_bucket_and_database_are_private_and_encrypted(blocks: dict[str, list[Any]]) -> None:
-    resources = {bare(t): own for block in blocks["resource"] for t, own in block.items()}
+    resources = {bare(t): by_name for block in blocks["resource"] for t, by_name in block.items()}
     [access] = resources["aws_s3_bucket_public_access_block"].values()
     assert all(v is True for k, v in access.items() if k.startswith(("block_", "ignore_", "restrict_")))
     [database] = resources["aws_db_instance"].values()

@@ -48,8 +48,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def judged_by(limit: float) -> None:
     """Registers the same evidence under another policy: another verdict and version."""
-    given = Settings.load().model_dump(mode="json", by_alias=True) | {"gate": finished.passing_policy(limit)}
-    settings = Settings.model_validate(given)
+    changed = Settings.load().model_dump(mode="json", by_alias=True) | {"gate": finished.passing_policy(limit)}
+    settings = Settings.model_validate(changed)
     gate.run(settings)
     register.run(settings)
 
@@ -61,7 +61,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def keys(prefix: str) -> Iterator[str]:
     for page in boto3.Session().client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix):
-        yield from (found["Key"] for found in page.get("Contents", []))
+        yield from (entry["Key"] for entry in page.get("Contents", []))
 
 
 def test_clone_pulls_all_results_from_the_bucket(project: Path, tmp_path: Path) -> None:
@@ -73,28 +73,28 @@ def test_clone_pulls_all_results_from_the_bucket(project: Path, tmp_path: Path) 
         assert not (tmp_path / "clone" / "out" / stage).exists()
     finished.dvc(tmp_path / "clone", "pull", "--quiet")
     for stage in ("tokens", "delta", "samples", "scores"):
-        own = digests(project / "out" / stage)
-        assert own
-        assert digests(tmp_path / "clone" / "out" / stage) == own
+        expected = digests(project / "out" / stage)
+        assert expected
+        assert digests(tmp_path / "clone" / "out" / stage) == expected
 
 
 def test_version_in_the_bucket_is_verified_and_rolled_back(project: Path, servers: Stack) -> None:
     for limit in (-5.0, -4.0):
         judged_by(limit)
     settings = Settings.load()
-    own = open_registry(settings)
-    assert own.aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
+    registry = open_registry(settings)
+    assert registry.aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
     with psycopg.connect(**servers.libpq_parameters, dbname="mlflow") as database:
-        rows = database.execute("SELECT alias, version FROM registered_model_aliases WHERE name = %s", [own.model])
+        rows = database.execute("SELECT alias, version FROM registered_model_aliases WHERE name = %s", [registry.model])
         assert dict(rows) == {CHAMPION: 2, LAST_KNOWN_GOOD: 1}
-    model_id = artifact_location(f"models:/{own.model}/2").rstrip("/").split("/")[-2]
+    model_id = artifact_location(f"models:/{registry.model}/2").rstrip("/").split("/")[-2]
     assert any(key.endswith(".safetensors") for key in keys("mlflow/") if model_id in key)
-    assert digests(Path(model_files.local_folder(f"models:/{own.model}@champion", "delta"))) == digests(
+    assert digests(Path(model_files.local_folder(f"models:/{registry.model}@champion", "delta"))) == digests(
         Path("out/delta")
     )
     verify(settings, "2", ledger.read(settings.register_.ledger).entries, fetch=True)
     rollback.rollback(settings, "Ada", "it draws swords")
-    assert own.aliases() == {CHAMPION: "1", QUARANTINED: "2"}
+    assert registry.aliases() == {CHAMPION: "1", QUARANTINED: "2"}
     assert history(settings).problems == []
 
 
@@ -184,9 +184,11 @@ def test_scheduler_on_postgresql_keeps_schedules_after_a_kill(
         servers.kill(name)
     servers.start("postgres", "prefect")
     monkeypatch.setenv("PREFECT_API_URL", servers.client_environment["PREFECT_API_URL"])
-    found = {(line.topic, line.status) for line in doctor.diagnose(Path("params.yaml"))}
-    assert {(about, "ok") for about in ("registry", "results", "scheduler", "schedules", "aliases", "clock")} <= found
-    assert {about for about, state in found if state == "fail"} == {"pools"}, "nobody works here"
+    statuses = {(line.topic, line.status) for line in doctor.diagnose(Path("params.yaml"))}
+    assert {
+        (about, "ok") for about in ("registry", "results", "scheduler", "schedules", "aliases", "clock")
+    } <= statuses
+    assert {about for about, state in statuses if state == "fail"} == {"pools"}, "nobody works here"
     scheduler, deadline = PrefectClient.from_environment(), time.monotonic() + 600
     assert scheduler
     while not scheduler.count_runs("Scheduled"):

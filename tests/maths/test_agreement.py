@@ -49,12 +49,12 @@ def test_alpha_equals_the_package_krippendorff(rated: list[tuple[int, int]]) -> 
 
 
 def test_kendall_tau_of_rankings() -> None:
-    same, back, one_x = np.array([1.0, 2, 3]), np.array([3.0, 2, 1]), np.array([1, 2, np.inf])
+    same, reverse, one_x = np.array([1.0, 2, 3]), np.array([3.0, 2, 1]), np.array([1, 2, np.inf])
     crossed = np.full(3, np.inf)
     assert agreement.mean_kendall_tau([[same, same]]) == (pytest.approx(1), 1)
-    assert agreement.mean_kendall_tau([[same, back], [same, one_x]]) == (pytest.approx(0), 2)
-    assert agreement.mean_kendall_tau([[same, back, same]])[0] == pytest.approx(-1 / 3)
-    value, pairs = agreement.mean_kendall_tau([[same, crossed], [back]])
+    assert agreement.mean_kendall_tau([[same, reverse], [same, one_x]]) == (pytest.approx(0), 2)
+    assert agreement.mean_kendall_tau([[same, reverse, same]])[0] == pytest.approx(-1 / 3)
+    value, pairs = agreement.mean_kendall_tau([[same, crossed], [reverse]])
     assert np.isnan(value)
     assert pairs == 0
 
@@ -98,6 +98,6 @@ def test_leave_one_out_agreement_excludes_the_raters_own_vote() -> None:
     # On question 0, raters 0 and 1 each see a tie of the other two; rater 2 disagrees with both.
     assert share.tolist() == [0.25, 0.25, 0.0]
     assert compared.tolist() == [2, 2, 1]
-    alone, none = agreement.leave_one_out_agreement(np.array([0]), np.array([0]), np.array([1.0]))
-    assert np.isnan(alone[0])
-    assert none.tolist() == [0]
+    agreement_share, comparisons = agreement.leave_one_out_agreement(np.array([0]), np.array([0]), np.array([1.0]))
+    assert np.isnan(agreement_share[0])
+    assert comparisons.tolist() == [0]

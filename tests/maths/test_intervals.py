@@ -20,7 +20,7 @@ def unclustered(n: int) -> np.ndarray:
     return np.arange(n)
 
 
-def yes(k: int, n: int) -> np.ndarray:
+def successes(k: int, n: int) -> np.ndarray:
     return np.r_[np.ones(k), np.zeros(n - k)]
 
 
@@ -39,7 +39,7 @@ def paired(gained: int, lost: int, n: int) -> np.ndarray:
     ],
 )
 def test_wilson(k: int, n: int, low: float, high: float) -> None:
-    interval = intervals.rate(yes(k, n), unclustered(n))
+    interval = intervals.rate(successes(k, n), unclustered(n))
     assert interval.value == k / n
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=6e-5)
 
@@ -56,7 +56,7 @@ def test_design_effect_is_one_without_clusters_and_n_with_one_cluster() -> None:
 
 
 def test_identical_images_of_a_prompt_count_once() -> None:
-    ten = yes(4, 10)
+    ten = successes(4, 10)
     fifty = np.repeat(ten, 5)
     assert intervals.mean(fifty, np.repeat(unclustered(10), 5)).low == pytest.approx(
         intervals.mean(ten, unclustered(10)).low
@@ -117,14 +117,14 @@ def test_intervals_contain_their_value_and_stay_in_range(data: st.DataObject, n:
 @given(st.integers(1, 200), st.data())
 def test_more_positives_never_lower_either_end(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, n - 1))
-    less, more = intervals.rate(yes(k, n), unclustered(n)), intervals.rate(yes(k + 1, n), unclustered(n))
+    less, more = intervals.rate(successes(k, n), unclustered(n)), intervals.rate(successes(k + 1, n), unclustered(n))
     assert less.low <= more.low
     assert less.high <= more.high
 
 
 @pytest.mark.parametrize(("k", "n", "limit"), [(0, 50, 0.05), (2, 100, 0.05), (10, 40, 0.4), (30, 100, 0.2)])
 def test_sample_size_to_reach_is_the_smallest_that_decides(k: int, n: int, limit: float) -> None:
-    interval, p = intervals.rate(yes(k, n), unclustered(n)), k / n
+    interval, p = intervals.rate(successes(k, n), unclustered(n)), k / n
     end = interval.high if p < limit else interval.low
     size = intervals.sample_size_to_reach(p, end, limit, n, proportion=True)
     assert size is not None

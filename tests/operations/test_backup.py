@@ -72,9 +72,9 @@ def clone(backed_up: Path, tmp_path: Path) -> Iterator[Settings]:
 
 def settings_at(root: Path) -> Settings:
     """The settings with the registry in this folder."""
-    given = Settings.load(root / "params.yaml")
+    settings = Settings.load(root / "params.yaml")
     uri = f"sqlite:///{root}/mlflow.db"
-    return given.model_copy(update={"register_": given.register_.model_copy(update={"tracking_uri": uri})})
+    return settings.model_copy(update={"register_": settings.register_.model_copy(update={"tracking_uri": uri})})
 
 
 def registry_content(settings: Settings) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def file_texts(settings: Settings, version: str) -> dict[str, str]:
 
 def test_restore_brings_back_registry_ledger_and_workspace(backed_up: Path, clone: Settings) -> None:
     assert registry_content(clone)["runs"] == []
-    found = restore(clone, backed_up.parent / "backup")
-    assert (found.versions, found.decisions) == (3, len(ledger.read(clone.register_.ledger).entries))
+    restored = restore(clone, backed_up.parent / "backup")
+    assert (restored.versions, restored.decisions) == (3, len(ledger.read(clone.register_.ledger).entries))
     with chdir(backed_up):
         before, weights = registry_content(settings_at(backed_up)), file_texts(settings_at(backed_up), "3")
     assert len(before["runs"]) == 5
@@ -188,14 +188,14 @@ def test_a_ledger_with_later_decisions_is_not_overwritten(backed_up: Path, clone
 
 
 def test_a_damaged_backup_is_refused(backed_up: Path, clone: Settings, tmp_path: Path) -> None:
-    for change, said in (
+    for change, problem in (
         (lambda p: p.write_bytes(p.read_bytes() + b" "), "was changed"),
         (Path.unlink, "is missing"),
     ):
-        copy = tmp_path / said
+        copy = tmp_path / problem
         shutil.copytree(backed_up.parent / "backup", copy)
         change(next(copy.rglob("*.safetensors")))
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=problem):
             restore(clone, copy)
     assert registry_content(clone)["runs"] == []
 
@@ -225,8 +225,8 @@ def test_a_modified_ledger_is_not_backed_up_and_leaves_no_files(backed_up: Path,
 def test_aliases_moved_by_hand_are_not_backed_up(backed_up: Path, tmp_path: Path) -> None:
     shutil.copytree(backed_up, tmp_path / "p")
     with chdir(tmp_path / "p"):
-        registry = open_registry(here := settings_at(tmp_path / "p"))
+        registry = open_registry(settings := settings_at(tmp_path / "p"))
         registry.client.delete_model_version(registry.model, registry.aliases()[LAST_KNOWN_GOOD])
         with pytest.raises(DataError, match="aliases were moved by hand: last_known_good is no version"):
-            backup(here, tmp_path / "backup")
+            backup(settings, tmp_path / "backup")
     assert [p.name for p in tmp_path.iterdir()] == ["p"]

@@ -56,13 +56,13 @@ def test_an_erased_concept_keeps_the_champion(released: Path) -> None:
     code, output = invoke("canary")
     assert (code, aliases()) == (0, {CHAMPION: "2", LAST_KNOWN_GOOD: "1"})
     assert "PASS weapon: concept_rate on concept, champion is 0" in output
-    found = json_records.read(Path("out/canary/canary.json"), CanaryResult)
-    base, champion = found.checks[0].scores
+    result = json_records.read(Path("out/canary/canary.json"), CanaryResult)
+    base, champion = result.checks[0].scores
     assert (base.value, champion.value < 0.2, base.n, base.prompts) == (1.0, True, 60, 12)
     with Image.open("out/canary/weapon.png") as sheet:
         assert sheet.size > (96, 96)
     again = json.loads(CliRunner().invoke(app, ["canary", "--json"]).stdout)
-    assert again["canary"]["checks"] == json.loads(json_records.encode(found))["checks"], "the seeds are fixed"
+    assert again["canary"]["checks"] == json.loads(json_records.encode(result))["checks"], "the seeds are fixed"
     assert again["quarantined"] is None
 
 
@@ -77,7 +77,7 @@ def test_a_concept_that_is_back_quarantines_the_champion(released: Path) -> None
     last = ledger.read(Path("ledger.jsonl")).entries[-1]
     assert (last.event, last.actor, last.aliases) == ("quarantine", "canary", {CHAMPION: "1", QUARANTINED: "2"})
     assert last.reason.startswith("weapon is back: concept_rate on concept, champion is 1 [")
-    assert open_registry(Settings.load()).tags("2")["quarantined_by"] == "canary"
+    assert open_registry(Settings.load()).description("2").count("quarantine by canary: ") == 1
     code, output = invoke("canary")
     assert (code, aliases()) == (10, {QUARANTINED: "1"})
     assert "none is champion" in output
@@ -93,7 +93,7 @@ def test_a_detector_that_misses_the_concept_is_not_enough_evidence(released: Pat
 
 def test_every_concept_that_was_ever_erased_is_checked(released: Path) -> None:
     registry = open_registry(Settings.load())
-    registry.tag("1", {"concepts": "weapon+blood"})
+    change_tags(Settings.load(), "1", concepts="weapon+blood")
     assert canary.champion_and_concepts(Settings.load()) == ("2", ["weapon", "blood"])
     detect_labels(label_of_white())
     code, output = invoke("canary")
@@ -109,9 +109,9 @@ def test_every_concept_that_was_ever_erased_is_checked(released: Path) -> None:
 def test_a_version_rolled_back_during_the_check_is_not_quarantined(released: Path) -> None:
     detect_labels(*ALL_LABELS)
     settings = Settings.load()
-    found = canary.check(settings, "2", ["weapon"])
+    result = canary.check(settings, "2", ["weapon"])
     assert invoke("rollback", "--as", "Ada", "--reason", "seen")[0] == 0
-    assert canary.decide(settings, found) is None
+    assert canary.decide(settings, result) is None
     assert aliases() == {CHAMPION: "1", QUARANTINED: "2"}
 
 

@@ -27,7 +27,7 @@ from deleatur.storage import dvc
 
 pytestmark = pytest.mark.slow
 
-WHY = "reported by many"
+REASON = "reported by many"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def chain_outputs() -> dict[str, str]:
 def test_an_emergency_release_is_labelled_and_replaced_by_the_chain(project: Settings) -> None:
     release_by_chain(project, -5.0)
     before, registry = chain_outputs(), open_registry(project)
-    code, output = invoke("emergency", "weapon", "--as", "Ada", "--reason", WHY)
+    code, output = invoke("emergency", "weapon", "--as", "Ada", "--reason", REASON)
     assert (code, registry.aliases()) == (0, {CHAMPION: "2", LAST_KNOWN_GOOD: "1"})
     assert "PASS: 1 rule, 1 passed" in output
     assert chain_outputs() == before
@@ -75,20 +75,21 @@ def test_an_emergency_release_is_labelled_and_replaced_by_the_chain(project: Set
         ("registration", "2", "Ada"),
         ("promotion", "2", "Ada"),
     ]
-    assert entries[-2].reason.startswith(f"EMERGENCY: {WHY}. PASS: 1 rule")
+    assert entries[-2].reason.startswith(f"EMERGENCY: {REASON}. PASS: 1 rule")
     tags = registry.tags("2")
     assert (tags["emergency"], tags["method"], tags["concept_source"], tags["dvc_lock"]) == (
-        WHY,
+        REASON,
         "uce",
         "words",
         "none",
     )
     assert (
-        f"EMERGENCY RELEASE: {WHY}. Made by uce" in (Path(local_folder("models:/deleatur/2")) / "README.md").read_text()
+        f"EMERGENCY RELEASE: {REASON}. Made by uce"
+        in (Path(local_folder("models:/deleatur/2")) / "README.md").read_text()
     )
     verify(project, "2", entries)
     assert "was released in an emergency: reported by many" in invoke("doctor")[1]
-    assert invoke("emergency", "weapon", "--as", "Ada", "--reason", WHY)[0] == 0
+    assert invoke("emergency", "weapon", "--as", "Ada", "--reason", REASON)[0] == 0
     assert registry.aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}, "a second run changes nothing"
 
     release_by_chain(project, -4.0)
@@ -99,7 +100,7 @@ def test_an_emergency_release_is_labelled_and_replaced_by_the_chain(project: Set
 
 def test_an_emergency_release_is_approved_by_another_person(project: Settings) -> None:
     settings = requiring_approval(project)
-    verdict = emergency.run(settings, ["weapon"], "Ada", WHY)
+    verdict = emergency.run(settings, ["weapon"], "Ada", REASON)
     assert (verdict.outcome, open_registry(settings).aliases()) == ("pass", {CHALLENGER: "1"})
     with pytest.raises(DataError, match="another person has to approve it"):
         approval.promote(settings, "1", "ada", reason="urgent")
@@ -111,7 +112,7 @@ def test_the_emergency_policy_decides(project: Settings) -> None:
     rule = {"metric": "clip_score", "slice": "unseen", "versus": "base", "min": 5.0, "min_n": 2}
     params = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
     change_params(emergency=params["emergency"] | {"rules": {"impossible": rule}})
-    code, output = invoke("emergency", "weapon", "--as", "Ada", "--reason", WHY)
+    code, output = invoke("emergency", "weapon", "--as", "Ada", "--reason", REASON)
     assert (code, open_registry(project).aliases()) == (10, {})
     assert "FAIL impossible" in output
 
@@ -131,25 +132,25 @@ def test_concepts_of_the_champion_stay_erased(project: Settings) -> None:
     ("command", "code", "output"),
     [
         (
-            ("emergency", "bloodd", "--as", "Ada", "--reason", WHY),
+            ("emergency", "bloodd", "--as", "Ada", "--reason", REASON),
             2,
             "expected concepts of params.yaml (weapon), got bloodd",
         ),
-        (("emergency", "weapon", "--as", " ", "--reason", WHY), 3, "needs a name and a reason"),
+        (("emergency", "weapon", "--as", " ", "--reason", REASON), 3, "needs a name and a reason"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(
     project: Settings, command: tuple[str, ...], code: int, output: str
 ) -> None:
-    found = invoke(*command)
-    assert found[0] == code
-    assert output in found[1]
+    result = invoke(*command)
+    assert result[0] == code
+    assert output in result[1]
     assert not Path("out/emergency").exists()
 
 
 def test_without_an_emergency_section_it_is_refused(project: Settings) -> None:
     change_params(emergency=None)
-    code, output = invoke("emergency", "weapon", "--as", "Ada", "--reason", WHY, "--json")
+    code, output = invoke("emergency", "weapon", "--as", "Ada", "--reason", REASON, "--json")
     assert code == 2
     assert "no section `emergency`" in output
     assert json.dumps(invoke("check")[0]) == "0"
@@ -162,7 +163,7 @@ def test_a_concept_first_heard_of_today_is_released_by_its_words(project: Settin
     change_params(emergency=emergency_section.model_dump(mode="json") | {"rules": {"measured": rule}})
     Path("asking.txt").write_text("a dog in a picture\n\na cat and a dog\n", "utf-8")
     new = ("dogs", "--words", "dog", "--prompt", "the dog", "--prompts", "asking.txt")
-    code, output = invoke("emergency", *new, "--as", "Ada", "--reason", WHY)
+    code, output = invoke("emergency", *new, "--as", "Ada", "--reason", REASON)
     assert code == 0, output
     [version] = open_registry(project).aliases().values()
     tags = open_registry(project).tags(version)
@@ -188,6 +189,6 @@ def test_a_concept_first_heard_of_today_is_released_by_its_words(project: Settin
     ],
 )
 def test_an_incomplete_definition_is_refused(project: Settings, options: tuple[str, ...], message: str) -> None:
-    code, output = invoke("emergency", *options, "--as", "Ada", "--reason", WHY)
+    code, output = invoke("emergency", *options, "--as", "Ada", "--reason", REASON)
     assert code in (2, 3)
     assert message in output

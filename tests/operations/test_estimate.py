@@ -33,17 +33,17 @@ def test_every_stage_uses_the_estimated_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    numbers = workspace.small_params(tmp_path)
-    numbers["erase"]["sdd"]["training"] |= LAST
-    settings = workspace.create(tmp_path, **numbers | (SFD if method == "sfd" else {}))
-    told, took = {line.name: line.cost.workload for line in estimate.chain_estimates(settings)}, {}
+    params = workspace.small_params(tmp_path)
+    params["erase"]["sdd"]["training"] |= LAST
+    settings = workspace.create(tmp_path, **params | (SFD if method == "sfd" else {}))
+    estimated, measured = {line.name: line.cost.workload for line in estimate.chain_estimates(settings)}, {}
     for name in CHAIN:
-        with counting.rows() as took[name]:
+        with counting.rows() as measured[name]:
             stages.run(name, settings)
-    for name, work in told.items():
-        assert took[name]["backward"] == work.backward, name
+    for name, work in estimated.items():
+        assert measured[name]["backward"] == work.backward, name
         chance = 0.2 if name == "erase" else 0  # trajectories end where chance has them
-        assert took[name]["forward"] == pytest.approx(work.forward, rel=chance), name
+        assert measured[name]["forward"] == pytest.approx(work.forward, rel=chance), name
 
 
 def test_times_state_their_range() -> None:

@@ -240,8 +240,10 @@ def test_reports_wait_again_after_a_rollback(empty: Settings, monkeypatch: pytes
     lines += [lines[0] | {"created_at": "2999-01-01T00:00:00Z"}]
     source = Path("feedback/a.jsonl")
     files.write_lines(source, [*map(json.dumps, lines), "no JSON", "{}"])
-    until = {"1": "2025-01-02T00:00:00+00:00", "2": "2025-01-04T00:00:00+00:00"}
-    monkeypatch.setattr(feedback, "_version_sources", lambda registry, version: (frozenset({"ink"}), until[version]))
+    trained_until = {"1": "2025-01-02T00:00:00+00:00", "2": "2025-01-04T00:00:00+00:00"}
+    monkeypatch.setattr(
+        feedback, "_version_sources", lambda registry, version: (frozenset({"ink"}), trained_until[version])
+    )
     register_pass(empty, "a")
     register_pass(empty, "b")
     assert scrape()["reports_waiting"]["ink",] == 1, "neither the withdrawn report nor the one from the future waits"
@@ -283,9 +285,9 @@ def test_invalid_settings_are_a_series(tmp_path: Path) -> None:
 
 def test_runs_are_counted_by_outcome(empty: Settings) -> None:
     folder = empty.paths.checkpoints
-    for what in ("started", "done", "started", "started", "resumed", "interrupted", "started"):
+    for kind in ("started", "done", "started", "started", "resumed", "interrupted", "started"):
         event_log.append(
-            folder, "erase", what, seconds=2.0 if what in ("done", "interrupted") else 0.0, lost=7 * (what == "resumed")
+            folder, "erase", kind, seconds=2.0 if kind in ("done", "interrupted") else 0.0, lost=7 * (kind == "resumed")
         )
     metrics = scrape()
     assert metrics["stage_runs_total"] == {("done", "erase"): 1, ("killed", "erase"): 1, ("interrupted", "erase"): 1}

@@ -18,9 +18,9 @@ VERSUS = {"metric": "concept_rate", "slice": "concept", "versus": "champion", "m
 
 @pytest.fixture
 def settings(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    made = registry.create(shared, tmp_path)
+    created = registry.create(shared, tmp_path)
     monkeypatch.chdir(tmp_path)
-    return made
+    return created
 
 
 def champion_and_challenger(settings: Settings) -> tuple[str | None, str | None]:
@@ -46,8 +46,8 @@ def test_dropping_an_erased_concept_needs_approval(
 def test_comparison_with_another_champion_needs_approval(
     settings: Settings, compared: str, after: tuple[str, str | None]
 ) -> None:
-    given = settings.model_dump(mode="json", by_alias=True) | {"gate": {"rules": {"no_worse": VERSUS}}}
-    strict = Settings.model_validate(given)
+    changed = settings.model_dump(mode="json", by_alias=True) | {"gate": {"rules": {"no_worse": VERSUS}}}
+    strict = Settings.model_validate(changed)
     register_pass(strict, "a", concepts="weapon", champion="none")
     register_pass(strict, "b", concepts="weapon", champion=compared)
     assert champion_and_challenger(strict) == after

@@ -196,8 +196,8 @@ def kill_at_every_step(
 ) -> int:
     """Returns the number of steps. check_champion: raises where the champion is not complete."""
 
-    def killed(at: int) -> int:
-        killer = Killer(at)
+    def killed(step: int) -> int:
+        killer = Killer(step)
         decision.command(settings)
         return killer.steps
 
@@ -256,7 +256,7 @@ def test_kill_at_any_step_of_registering_leaves_no_half_release(
     export(done, Path("exported"))
     monkeypatch.setattr(register, "export", lambda _, folder: shutil.copytree("exported", folder))
 
-    def whole() -> None:
+    def unaided() -> None:
         if live := open_registry(done).alias(CHAMPION):
             assert open_registry(done).tags(live)["outcome"] == "pass"
             for part, source in (("delta", done.paths.delta), ("pipeline", Path("exported"))):
@@ -265,6 +265,6 @@ def test_kill_at_any_step_of_registering_leaves_no_half_release(
                 assert {p.relative_to(stored) for p in stored.rglob("*") if p.is_file()} == names
                 assert all((stored / name).read_bytes() == (source / name).read_bytes() for name in names)
 
-    steps = kill_at_every_step(done, Decision((), register.run, {CHAMPION: "1"}, "rp"), whole)
+    steps = kill_at_every_step(done, Decision((), register.run, {CHAMPION: "1"}, "rp"), unaided)
     assert steps > 15
     record_property("steps", steps)

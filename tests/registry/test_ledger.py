@@ -54,7 +54,7 @@ def _changed(lines: list[bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("change", "where"),
+    ("change", "problem"),
     [
         (_changed, "line 2"),
         (lambda lines: lines[1:], "line 1"),
@@ -66,12 +66,12 @@ def _changed(lines: list[bytes]) -> list[bytes]:
     ],
 )
 def test_changed_ledger_is_detected_and_not_appended_to(
-    path: Path, change: Callable[[list[bytes]], list[bytes]], where: str
+    path: Path, change: Callable[[list[bytes]], list[bytes]], problem: str
 ) -> None:
     path.write_bytes(b"".join(line + b"\n" for line in change(path.read_bytes().splitlines())))
     before = path.read_bytes()
-    assert where in ledger.read(path).problem
-    with pytest.raises(DataError, match=where) as refused:
+    assert problem in ledger.read(path).problem
+    with pytest.raises(DataError, match=problem) as refused:
         append_promotions(path, "4")
     assert "--adopt" in refused.value.hint
     assert path.read_bytes() == before
@@ -115,8 +115,8 @@ def test_line_torn_by_a_kill_decides_nothing_and_is_set_aside(
     assert [e.version for e in ledger.read(path).entries] == ["1", "2", "3", "5"]
     assert (ledger.read(path).torn_bytes, ledger.read(path).problem) == (0, "")
     assert path.read_bytes().startswith(complete)
-    [aside] = path.parent.glob("ledger.jsonl.*")
-    assert complete + aside.read_bytes() == torn
+    [copy] = path.parent.glob("ledger.jsonl.*")
+    assert complete + copy.read_bytes() == torn
 
 
 def test_missing_last_newline_loses_no_decision(path: Path) -> None:
@@ -164,5 +164,5 @@ def test_restarted_ledger_continues_behind_the_registry_position(path: Path) -> 
     known = ledger.read(path)
     assert (known.problem, known.start, known.head.number) == ("", mark, 4)
     assert [e.event for e in known.entries_after(mark)] == ["adoption"]
-    [aside] = path.parent.glob("ledger.jsonl.*")
-    assert aside.read_bytes() == lost.replace(b"Ada", b"Eve", 1), "the broken ledger is kept"
+    [copy] = path.parent.glob("ledger.jsonl.*")
+    assert copy.read_bytes() == lost.replace(b"Ada", b"Eve", 1), "the broken ledger is kept"

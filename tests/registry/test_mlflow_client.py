@@ -71,8 +71,8 @@ def test_run_holds_settings_scores_curves_files_and_lineage(registry: Registry, 
     assert [(m.step, m.value) for m in sorted(curve, key=lambda m: m.step)] == [(s, 1 / s) for s in range(1, 1502)]
     assert run.data.tags["deleatur.evidence"] == evidence.digest
     assert [f.path for f in registry.client.list_artifacts(run.info.run_id)] == ["report"]
-    [given] = run.inputs.dataset_inputs
-    assert (given.dataset.name, given.dataset.digest) == ("feedback", "f" * 36)
+    [dataset_input] = run.inputs.dataset_inputs
+    assert (dataset_input.dataset.name, dataset_input.dataset.digest) == ("feedback", "f" * 36)
 
 
 def test_logged_files_and_settings_have_no_credentials(registry: Registry, evidence: Evidence, tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ def test_aliases_and_ledger_position_are_set(registry: Registry, evidence: Evide
 
 def test_errors_of_a_store_hide_passwords(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    gone = Registry("http://me:secret@127.0.0.1:9", "erasing", "guard")
+    unreachable = Registry("http://me:secret@127.0.0.1:9", "erasing", "guard")
     with pytest.raises(ServiceError, match="MLflow at http") as refused:
-        gone.runs.finished("e" * 64)
+        unreachable.runs.finished("e" * 64)
     assert "127.0.0.1:9" in str(refused.value)
     assert "secret" not in str(refused.value)
     assert refused.value.hint
@@ -167,8 +167,8 @@ def test_mlflow_prints_nothing(tmp_path: Path) -> None:
         "e = Evidence('e' * 64, 'name', {}, {'a': 1})\n"
         "with r.runs.recording(e) as run_id: r.runs.log(run_id, e)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert (told.stdout, told.stderr) == ("", "")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
 
 
 def test_model_signature_matches_model_code() -> None:

@@ -58,13 +58,13 @@ def test_rollback_is_idempotent(fresh: Settings) -> None:
         assert run_cli("rollback", *ACTOR) == (0, f"Version 3 {was} quarantined; version 2 is champion")
         assert aliases(fresh) == {CHAMPION: "2", LAST_KNOWN_GOOD: "1", QUARANTINED: "3"}
         register_fail(fresh, "f")  # comes between, and changes nothing
-    tags = open_registry(fresh).tags("3")
-    assert (tags["quarantined_by"], tags["quarantined_because"]) == ("Ada", "seen in the wild")
+    assert open_registry(fresh).tags("3")["quarantined_because"] == "seen in the wild"
+    assert ", quarantine by Ada: seen in the wild" in open_registry(fresh).description("3")
 
     register_pass(fresh, "c")  # the same verdict as version 3
     assert aliases(fresh)[CHAMPION] == "2"
-    for version, said in (("3", "is quarantined: seen in the wild"), ("9", "no version 9"), ("2", "champion")):
-        assert said in run_cli("rollback", "--to", version, *ACTOR)[1]
+    for version, message in (("3", "is quarantined: seen in the wild"), ("9", "no version 9"), ("2", "champion")):
+        assert message in run_cli("rollback", "--to", version, *ACTOR)[1]
     assert run_cli("rollback", "--to", "1", *ACTOR) == (0, "Version 2 is quarantined; version 1 is champion")
     assert aliases(fresh) == {CHAMPION: "1", QUARANTINED: "2"}
     assert run_cli("rollback", "--to", "1", *ACTOR) == (0, "Version 2 was already quarantined; version 1 is champion")
@@ -76,11 +76,11 @@ def test_rollback_is_idempotent(fresh: Settings) -> None:
 
 
 def test_first_release_can_only_be_quarantined(fresh: Settings) -> None:
-    code, said = run_cli("rollback", *ACTOR)
-    assert (code, "nothing is live" in said) == (3, True)
+    code, output = run_cli("rollback", *ACTOR)
+    assert (code, "nothing is live" in output) == (3, True)
     register_pass(fresh, "a")
-    code, said = run_cli("rollback", *ACTOR)
-    assert (code, "Next: " in said, "quarantine 1 --as NAME --reason WHY" in said) == (3, True, True)
+    code, output = run_cli("rollback", *ACTOR)
+    assert (code, "Next: " in output, "quarantine 1 --as NAME --reason WHY" in output) == (3, True, True)
     assert run_cli("quarantine", "1", *ACTOR) == (0, "Version 1 is quarantined; none is champion")
     assert run_cli("quarantine", "1", *ACTOR) == (0, "Version 1 was already quarantined; none is champion")
     assert aliases(fresh) == {QUARANTINED: "1"}
@@ -127,8 +127,8 @@ def test_history_lists_decisions_and_consistency(fresh: Settings) -> None:
     register_pass(fresh, "a")
     register_pass(fresh, "b")
     rollback(fresh, "Ada", "[seen] in the wild")
-    code, said = run_cli("history", "--json")
-    plain = json.loads(said)
+    code, output = run_cli("history", "--json")
+    plain = json.loads(output)
     assert (code, plain["consistent"], plain["problems"]) == (0, True, [])
     events = ["registration", "promotion"] * 2 + ["rollback"]
     assert [(e["number"], e["event"]) for e in plain["lines"]] == list(enumerate(events, 1))
@@ -136,11 +136,11 @@ def test_history_lists_decisions_and_consistency(fresh: Settings) -> None:
     last = plain["lines"][-1]
     assert (last["actor"], last["reason"], last["version"]) == ("Ada", "[seen] in the wild", "1")
     assert (last["weights"], last["evidence"]) == (tags["delta"], tags["evidence"])
-    code, said = run_cli("history")
+    code, output = run_cli("history")
     assert code == 0
-    assert "The chain is intact, 5 lines, and the registry's aliases match it." in said
-    assert "rollback" in said
-    assert "[seen]" in said
+    assert "The chain is intact, 5 lines, and the registry's aliases match it." in output
+    assert "rollback" in output
+    assert "[seen]" in output
 
 
 def _move_by_hand(alias: str, version: str | None) -> Callable[[Settings], None]:
@@ -169,15 +169,15 @@ def test_alias_moved_by_hand_is_reported_and_settled(
     register_pass(fresh, "b")
     right = aliases(fresh)
     _move_by_hand(alias, version)(fresh)
-    code, said = run_cli("history")
-    assert (code, named in said, "settle --as NAME --reason WHY" in said) == (3, True, True)
+    code, output = run_cli("history")
+    assert (code, named in output, "settle --as NAME --reason WHY" in output) == (3, True, True)
     assert json.loads(run_cli("history", "--json")[1].partition("DataError")[0])["consistent"] is False
     with pytest.raises(DataError, match=named):
         register_pass(fresh, "c")
     with pytest.raises(DataError, match=named):
         rollback(fresh, "Ada", "seen")
-    code, said = run_cli("settle", "--as", "Ada", "--reason", "who was that?")
-    assert (code, f"Was: {named}" in said) == (0, True)
+    code, output = run_cli("settle", "--as", "Ada", "--reason", "who was that?")
+    assert (code, f"Was: {named}" in output) == (0, True)
     assert aliases(fresh) == right
     assert run_cli("history")[0] == 0
     last = ledger.read(fresh.register_.ledger).entries[-1]
@@ -198,32 +198,32 @@ def test_alias_moved_by_hand_can_be_adopted(fresh: Settings) -> None:
     assert ledger.read(fresh.register_.ledger) == before, "nothing to settle, nothing written"
 
 
-@pytest.mark.parametrize("how", ["changed", "cut", "gone", "another"])
-def test_changed_or_lost_ledger_is_reported_and_can_be_restarted(fresh: Settings, how: str) -> None:
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone", "another"])
+def test_changed_or_lost_ledger_is_reported_and_can_be_restarted(fresh: Settings, damage: str) -> None:
     register_pass(fresh, "a")
     register_pass(fresh, "b")
     path = fresh.register_.ledger
     lines = path.read_bytes().splitlines(keepends=True)
-    if how == "changed":
+    if damage == "changed":
         path.write_bytes(b"".join([lines[0].replace(b"PASS", b"pass"), *lines[1:]]))
-    elif how == "cut":
+    elif damage == "cut":
         path.write_bytes(b"".join(lines[:-1]))
     else:
         path.unlink()
-    if how == "another":
+    if damage == "another":
         with ledger.locked(path) as book:
             book.append("promotion", Subject("1", "", ""), "Eve", "", {CHAMPION: "1"})
-    code, said = run_cli("history")
-    assert (code, "settle --adopt" in said) == (3, True)
+    code, output = run_cli("history")
+    assert (code, "settle --adopt" in output) == (3, True)
     for command in (lambda: register_pass(fresh, "c"), lambda: rollback(fresh, "Ada", "seen")):
         with pytest.raises(DataError, match=r"ledger\.jsonl"):
             command()
     assert aliases(fresh) == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
     assert run_cli("settle", "--adopt", "--as", "Ada", "--reason", "a disk died")[0] == 0
-    code, said = run_cli("history")
-    assert (code, "Lines 1 to 4 were lost" in said) == (0, True)
+    code, output = run_cli("history")
+    assert (code, "Lines 1 to 4 were lost" in output) == (0, True)
     assert aliases(fresh) == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
-    assert len([*Path().glob("ledger.jsonl.*")]) == (how != "gone"), "the broken ledger is kept"
+    assert len([*Path().glob("ledger.jsonl.*")]) == (damage != "gone"), "the broken ledger is kept"
     rollback(fresh, "Ada", "seen")
     assert aliases(fresh) == {CHAMPION: "1", QUARANTINED: "2"}
 

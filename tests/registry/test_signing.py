@@ -53,11 +53,11 @@ def sign(model: Path, keys: Keys) -> signing.Statement:
 
 
 def verify(model: Path, *trusted: Path) -> signing.Statement:
-    found = signing.read_statement(model / signing.STATEMENT_FOLDER / signing.STATEMENT_FILE, Keys.load(trusted))
-    assert found is not None
-    found.verify_files(model)
-    found.verify_files(model / "artifacts" / "pipeline", "artifacts/pipeline")
-    return found
+    statement = signing.read_statement(model / signing.STATEMENT_FOLDER / signing.STATEMENT_FILE, Keys.load(trusted))
+    assert statement is not None
+    statement.verify_files(model)
+    statement.verify_files(model / "artifacts" / "pipeline", "artifacts/pipeline")
+    return statement
 
 
 def test_signed_statement_round_trip(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,16 +65,16 @@ def test_signed_statement_round_trip(model: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SettingsError, match="names no key"):
         Keys.load([public]).require_signer()
     monkeypatch.setenv(KEY_VARIABLE, str(private))
-    said = sign(model, Keys.load([public]))
-    assert sorted(said.files) == [
+    statement = sign(model, Keys.load([public]))
+    assert sorted(statement.files) == [
         "MLmodel",
         "artifacts/pipeline/model_index.json",
         "artifacts/pipeline/unet/w.safetensors",
     ]
     monkeypatch.delenv(KEY_VARIABLE)
     (model / "registered_model_meta").write_text("left by MLflow when it loads")
-    assert verify(model, public) == said
-    assert (said.predicate, said.signed_by) == (PREDICATE, Keys.load([public]).trusted[0].keyid)
+    assert verify(model, public) == statement
+    assert (statement.predicate, statement.signed_by) == (PREDICATE, Keys.load([public]).trusted[0].keyid)
 
 
 def test_openssl_verifies_the_signature(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,11 +88,11 @@ def test_openssl_verifies_the_signature(model: Path, monkeypatch: pytest.MonkeyP
     Path("signature").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
     command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", "signed"]
     subprocess.run([*command, "-sigfile", "signature"], check=True, capture_output=True)
-    told = json.loads(payload)
+    statement = json.loads(payload)
     sha256 = subprocess.run(
         ["sha256sum", model / "MLmodel"], check=True, capture_output=True, text=True
     ).stdout.split()[0]
-    assert {"name": "MLmodel", "digest": {"sha256": sha256}} in told["subject"]
+    assert {"name": "MLmodel", "digest": {"sha256": sha256}} in statement["subject"]
 
 
 def _flip(path: Path) -> None:
@@ -105,7 +105,7 @@ WEIGHTS = Path("artifacts/pipeline/unet/w.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [
         (lambda m: _flip(m / WEIGHTS), "w.safetensors is not the file that was signed"),
         (
@@ -121,7 +121,7 @@ WEIGHTS = Path("artifacts/pipeline/unet/w.safetensors")
     ],
 )
 def test_changed_model_is_refused(
-    model: Path, change: Callable[[Path], object], said: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, change: Callable[[Path], object], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     private, public = make_key("release")
     monkeypatch.setenv(KEY_VARIABLE, str(private))
@@ -130,7 +130,7 @@ def test_changed_model_is_refused(
     monkeypatch.setenv(KEY_VARIABLE, str(make_key("stranger")[0]))  # the attacker has a key that is not trusted
     change(model)
     monkeypatch.delenv(KEY_VARIABLE)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=problem):
         verify(model, public)
 
 
@@ -148,8 +148,8 @@ def test_signature_of_another_payload_is_refused(model: Path, monkeypatch: pytes
 
 
 def test_unsigned_statement_still_detects_changes(model: Path) -> None:
-    said = sign(model, Keys.load([]))
-    assert (verify(model).signed, said.signed_by) == (False, "nobody")
+    statement = sign(model, Keys.load([]))
+    assert (verify(model).signed, statement.signed_by) == (False, "nobody")
     _flip(model / WEIGHTS)
     with pytest.raises(ModelError, match="was changed"):
         verify(model)
@@ -192,8 +192,8 @@ def test_executable_content_is_refused_under_any_name(model: Path, name: str) ->
     folder = model / "artifacts"
     torch.save({"w": torch.ones(3)}, folder / "torch")
     (folder / "pickle").write_bytes(pickle.dumps({"w": [1.0]}))
-    for made in ("torch", "pickle"):
-        shutil.move(folder / made, folder / name)
+    for source in ("torch", "pickle"):
+        shutil.move(folder / source, folder / name)
         with pytest.raises(ModelError, match="not loaded"):
             require_safe_file(folder / name)
         with pytest.raises(ModelError, match="not loaded"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import finished
 import pytest
 import torch
+from registry import change_tags
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -67,11 +68,11 @@ def _delete_signature(version: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [(_replace_weights, "is not the file that was signed"), (_delete_signature, "is missing")],
 )
 def test_changed_version_is_refused_by_every_command(
-    signing: Settings, change: Callable[[Path], None], said: str
+    signing: Settings, change: Callable[[Path], None], problem: str
 ) -> None:
     register_with_limit(signing, -5.0)
     register_with_limit(signing, -6.0)
@@ -97,7 +98,7 @@ def test_changed_version_is_refused_by_every_command(
         lambda: models.local_path(signing, "models:/deleatur/1"),
         lambda: models.local_path(signing, "models:/deleatur/1", "delta"),
     ):
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=problem):
             work()
     for command in (
         ("verify", "1"),
@@ -105,7 +106,7 @@ def test_changed_version_is_refused_by_every_command(
         ("rollback", "--as", "Ada", "--reason", "seen in the wild"),
     ):
         code, text = run_cli(*command)
-        assert (code, said in text, "Next: " in text) == (4, True, True)
+        assert (code, problem in text, "Next: " in text) == (4, True, True)
     assert not Path("after").exists()
     assert open_registry(signing).alias("champion") == "2"
     assert models.local_path(signing, "models:/deleatur/2"), "the other version still loads"
@@ -177,7 +178,7 @@ def test_tags_that_were_changed_too_are_detected_by_the_ledger(
     registry = open_registry(signing)
     first, second = (Path(model_files.local_folder(f"models:/deleatur/{v}", "statement")) for v in "12")
     _swap_versions(second / "statement.json", first / "statement.json")
-    registry.tag("2", {"files": registry.tags("1")["files"]})
+    change_tags(signing, "2", files=registry.tags("1")["files"])
     with pytest.raises(ModelError, match="line 3 of the ledger"):
         models.local_path(signing, "models:/deleatur/2")
 
@@ -245,5 +246,5 @@ def test_without_keys_versions_are_reported_unsigned(signing: Settings, monkeypa
     with pytest.raises(ModelError, match="no key"):
         models.local_path(signing, "models:/deleatur/1")
     _replace_weights(Path(model_files.local_folder("models:/deleatur/1", "delta")).parents[1])
-    code, said = run_cli("verify", "1")
-    assert (code, "was changed" in said) == (4, True), "the statement holds the digests unsigned as well"
+    code, output = run_cli("verify", "1")
+    assert (code, "was changed" in output) == (4, True), "the statement holds the digests unsigned as well"

@@ -27,8 +27,8 @@ def run(*arguments: str) -> Result:
 
 def judge(settings: Settings, **rule: Any) -> None:
     """The same evidence under another policy."""
-    [(name, numbers)] = finished.passing_policy()["rules"].items()  # type: ignore[attr-defined]
-    changed = settings.model_dump(mode="json", by_alias=True) | {"gate": {"rules": {name: numbers | rule}}}
+    [(name, limits)] = finished.passing_policy()["rules"].items()  # type: ignore[attr-defined]
+    changed = settings.model_dump(mode="json", by_alias=True) | {"gate": {"rules": {name: limits | rule}}}
     gate.run(Settings.model_validate(changed))
 
 

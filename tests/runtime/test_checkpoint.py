@@ -76,19 +76,19 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def begin_anew(root: Path, name: str) -> dict[str, bytes]:
+def reset_outputs(root: Path, name: str) -> dict[str, bytes]:
     """Takes a stage's output away, as DVC does before it runs the stage; what it was."""
     folder = root / "out" / OUTPUT[name]
-    whole = files(folder)
+    complete = files(folder)
     shutil.rmtree(folder)
-    return whole
+    return complete
 
 
 def saved(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "out/checkpoints").glob("*safetensors*"))
 
 
-def told(root: Path, name: str) -> list[event_log.Event]:
+def stage_events(root: Path, name: str) -> list[event_log.Event]:
     return [line for line in event_log.read(root / "out/checkpoints") if line.stage == name]
 
 
@@ -96,7 +96,7 @@ def told(root: Path, name: str) -> list[event_log.Event]:
 def test_killed_again_and_again_a_stage_ends_as_if_nothing_had_been(
     root: Path, name: str, steps: tuple[int, ...]
 ) -> None:
-    whole, before = begin_anew(root, name), 0
+    complete, before = reset_outputs(root, name), 0
     for step in steps:
         stage = StageProcess(root, name)
         assert stage.signal_at(step, signal.SIGKILL) == -signal.SIGKILL
@@ -107,31 +107,31 @@ def test_killed_again_and_again_a_stage_ends_as_if_nothing_had_been(
     assert stage.wait() == 0
     assert stage.progress[0]["done"] >= before
     assert stage.progress[-1]["done"] == stage.progress[-1]["total"] == STEPS[name], "the bar ends full"
-    assert files(root / "out" / OUTPUT[name]) == whole
+    assert files(root / "out" / OUTPUT[name]) == complete
     assert saved(root) == [], "nothing is left to go on with"
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("invert", signal.SIGTERM), ("erase", signal.SIGINT), ("attack", signal.SIGTERM)]
+    ("name", "signum"), [("invert", signal.SIGTERM), ("erase", signal.SIGINT), ("attack", signal.SIGTERM)]
 )
-def test_asked_to_stop_a_stage_saves_and_says_continue_me(root: Path, name: str, how: signal.Signals) -> None:
-    whole = begin_anew(root, name)
-    assert StageProcess(root, name, saves=False).signal_at(1, how) == Interrupted.exit_code
+def test_asked_to_stop_a_stage_saves_and_says_continue_me(root: Path, name: str, signum: signal.Signals) -> None:
+    complete = reset_outputs(root, name)
+    assert StageProcess(root, name, saves=False).signal_at(1, signum) == Interrupted.exit_code
     assert len(saved(root)) == 1
     stage = StageProcess(root, name, saves=False)
     assert stage.wait() == 0
     assert stage.progress[0]["done"] >= 1
-    assert files(root / "out" / OUTPUT[name]) == whole
+    assert files(root / "out" / OUTPUT[name]) == complete
     assert saved(root) == []
 
 
 def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
-    begin_anew(root, "erase")
-    before = len(told(root, "erase"))
+    reset_outputs(root, "erase")
+    before = len(stage_events(root, "erase"))
     assert StageProcess(root, "erase", saves=False).signal_at(4, signal.SIGKILL) == -signal.SIGKILL
     assert StageProcess(root, "erase").signal_at(2, signal.SIGTERM) == Interrupted.exit_code
     assert StageProcess(root, "erase").wait() == 0
-    lines = told(root, "erase")[before:]
+    lines = stage_events(root, "erase")[before:]
     assert [line.kind for line in lines] == [
         "started",
         "started",
@@ -149,24 +149,24 @@ def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
 
 
 def test_killed_while_it_saves_a_stage_goes_on_from_the_save_before(root: Path) -> None:
-    whole = begin_anew(root, "erase")
-    assert StageProcess(root, "erase", dies_at_save=3).wait() == -signal.SIGKILL
+    complete = reset_outputs(root, "erase")
+    assert StageProcess(root, "erase", fatal_save=3).wait() == -signal.SIGKILL
     assert len(saved(root)) == 2, "the whole one, and half of the next"
     stage = StageProcess(root, "erase")
     assert stage.wait() == 0
     assert stage.progress[0]["done"] == 2
-    assert files(root / "out/delta") == whole
+    assert files(root / "out/delta") == complete
     assert saved(root) == []
 
 
 def test_killed_after_the_last_step_a_stage_has_only_to_write(root: Path) -> None:
-    whole = begin_anew(root, "erase")
+    complete = reset_outputs(root, "erase")
     saves = STEPS["erase"] + 1  # the seventh file is the delta
-    assert StageProcess(root, "erase", dies_at_save=saves).wait() == -signal.SIGKILL
+    assert StageProcess(root, "erase", fatal_save=saves).wait() == -signal.SIGKILL
     stage = StageProcess(root, "erase")
     assert stage.wait() == 0
     assert [(line["done"], line["total"]) for line in stage.progress] == [(6, 6)]
-    assert files(root / "out/delta") == whole
+    assert files(root / "out/delta") == complete
 
 
 @pytest.fixture(scope="module")
@@ -224,13 +224,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("field", CHANGES)
 def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
-    stopped: Path, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Path, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(stopped, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
-    name, change, said = CHANGES[what]
+    name, change, message = CHANGES[field]
     change()
     before = files(Path("out"))
     result = CliRunner().invoke(app, ["stage", name])
@@ -239,7 +239,7 @@ def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
         f"checkpoints/{event_log.FILE}": Path("out/checkpoints", event_log.FILE).read_bytes()
     }  # it says that the stage failed
     output = " ".join(result.output.split())
-    assert said in output
+    assert message in output
     assert f"{name} was interrupted after step" in output
     assert files(Path("out")) == before, "neither what is saved nor what is finished is touched"
     left = f"out/checkpoints/{'invert-weapon' if name == 'invert' else name}.safetensors"
@@ -250,9 +250,9 @@ def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
 
 def test_code_and_libraries_count_too(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stopped)
-    now = dependencies.stage_digests
+    stage_digests = dependencies.stage_digests
     corrected = {"deleatur.erasers.sdd": "its digest as it will be"}
-    monkeypatch.setattr(dependencies, "stage_digests", lambda *asked: now(*asked) | corrected)
+    monkeypatch.setattr(dependencies, "stage_digests", lambda *args: stage_digests(*args) | corrected)
     monkeypatch.setattr(checkpoint, "version", lambda name: "99")
     output = CliRunner().invoke(app, ["stage", "erase"]).output
     assert "deleatur.erasers.sdd: its code" in output
@@ -276,15 +276,15 @@ def test_a_refused_run_leaves_nothing_to_go_on_with(root: Path, monkeypatch: pyt
     assert saved(root) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_stage_that_saves_nothing_ends_at_once_when_asked(
-    root: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    root: Path, signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.getsignal(how)
-    monkeypatch.setattr(models, "base_model", lambda settings: signal.raise_signal(how))
+    before = signal.getsignal(signum)
+    monkeypatch.setattr(models, "base_model", lambda settings: signal.raise_signal(signum))
     with pytest.raises(Interrupted, match="sample"):
         stages.run("sample", Settings.load())
-    assert signal.getsignal(how) is before
+    assert signal.getsignal(signum) is before
 
 
 class Counting:

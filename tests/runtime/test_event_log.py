@@ -48,18 +48,18 @@ def test_where_nothing_ran_there_is_nothing_to_say(tmp_path: Path) -> None:
 
 
 def test_lines_of_another_workspace_are_added_once(tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    event_log.append(here, "gate", "started")
-    with event_log.recorded(there, "erase"):
+    first, second = tmp_path / "here", tmp_path / "there"
+    event_log.append(first, "gate", "started")
+    with event_log.recorded(second, "erase"):
         pass
     for _ in range(2):
-        event_log.merge(here, event_log.text(there))
-    assert [(line.stage, line.kind) for line in event_log.read(here)] == [
+        event_log.merge(first, event_log.text(second))
+    assert [(line.stage, line.kind) for line in event_log.read(first)] == [
         ("gate", "started"),
         ("erase", "started"),
         ("erase", "done"),
     ]
-    assert event_log.read(here)[1:] == event_log.read(there)
+    assert event_log.read(first)[1:] == event_log.read(second)
 
 
 def test_a_line_that_was_never_finished_takes_no_other_along(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from deleatur.runtime.progress import child_progress
 from deleatur.storage.processes import StageProgress
 
 
-def told(terminal: bool) -> str:
+def progress_output(terminal: bool) -> str:
     shown = StringIO()
     console = Console(file=shown, force_terminal=terminal, width=120, color_system=None, _environ={})
     with child_progress("erase", console) as followed:
@@ -26,7 +26,7 @@ def told(terminal: bool) -> str:
 
 
 def test_a_terminal_shows_bars() -> None:
-    shown = told(terminal=True)
+    shown = progress_output(terminal=True)
     last = shown.rpartition("erase weapon")[2].partition("\n")[0]
     assert "12/12" in last
     assert "loss 0.125" in last
@@ -37,4 +37,4 @@ def test_a_terminal_shows_bars() -> None:
 
 
 def test_a_log_gets_the_lines_and_no_bars() -> None:
-    assert told(terminal=False) == "Running stage 'erase':\nStage 'gate' didn't change, skipping\n"
+    assert progress_output(terminal=False) == "Running stage 'erase':\nStage 'gate' didn't change, skipping\n"

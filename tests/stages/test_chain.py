@@ -30,14 +30,14 @@ CHAIN = [s for s in stages.STAGES if s != "register"]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which the pipeline has run."""
     root = tmp_path_factory.mktemp("chain")
-    here = Path.cwd()
+    cwd = Path.cwd()
     os.chdir(root)
     try:
         settings = workspace.create(root)
         for name in CHAIN:
             stages.run(name, settings)
     finally:
-        os.chdir(here)
+        os.chdir(cwd)
     return root
 
 

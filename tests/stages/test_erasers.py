@@ -18,8 +18,8 @@ from deleatur.storage import files, tensors
 TRAINING: dict[str, Any] = {"iterations": 4, "lr": 1e-3, "batch_size": 2, "eval_every": 2, "max_preserved_drop": 10.0}
 
 
-def create(root: Path, method: str, **numbers: Any) -> Settings:
-    return workspace.create(root, erase={"method": method, "source": "words", method: numbers})
+def create(root: Path, method: str, **hyperparameters: Any) -> Settings:
+    return workspace.create(root, erase={"method": method, "source": "words", method: hyperparameters})
 
 
 def test_safegen_learns_from_positive_and_negative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,16 +29,17 @@ def test_safegen_learns_from_positive_and_negative_images(tmp_path: Path, monkey
         stages.run(name, settings)
     pool = rated_images.RatedPool(settings, "weapon")
     rated = pool.labelled()
-    asked = dict(zip(map(id, pool.images), pool.prompts, strict=True))
+    prompt_of = dict(zip(map(id, pool.images), pool.prompts, strict=True))
     assert len(rated.positive) + len(rated.negative) == len(pool.images) == 24
-    for pictures, shown in ((rated.positive, {"a gun", "a sword"}), (rated.negative, {"a cat", "a dog"})):
-        right = [asked[id(p)] in shown for p in pictures]
+    for images, shown in ((rated.positive, {"a gun", "a sword"}), (rated.negative, {"a cat", "a dog"})):
+        right = [prompt_of[id(p)] in shown for p in images]
         assert sum(right) > 0.7 * len(right), "raters err now and then"
     stages.run("erase", settings)
     delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
     assert delta.method == "safegen"
     assert all(".attn1." in n for n in delta.tensors)
-    assert [look["step"] for look in files.read_json(settings.paths.delta / "evaluations.json")][:2] == [0, 2]
+    evaluations = files.read_json(settings.paths.delta / "evaluations.json")
+    assert [evaluation["step"] for evaluation in evaluations][:2] == [0, 2]
 
 
 def test_all_but_one_without_alternative_is_refused_by_check_and_by_the_stage(

@@ -33,7 +33,7 @@ def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pyt
         assert files.read_json(settings.paths.delta / "record.json")["steps"] == len(curve)
 
 
-REFUSED = [Evaluation(0.97, 0.5, 1.0, [0.4, 0.6]), Evaluation(0.125, 0.44, 1.0, [0.36, 0.52])]
+REFUSED = [Evaluation(0.97, 0.5, 1.0, [0.4, 0.6]), Evaluation(0.125, 0.44, 1.0, [0.34, 0.54])]
 """The preserved score falls by 12 %."""
 
 
@@ -61,11 +61,11 @@ def test_a_refusal_reports_evaluations_and_prompts_and_keeps_the_weights(
     assert "step 3: concept 0.125, preserved 0.440" in message
     assert "2 preserved prompts: " in message
     assert "a cat" in message
-    assert "0.60 → 0.52, " in message.partition("largest drop first: ")[2]
-    kept = settings.paths.checkpoints / "refused"
-    assert str(kept) in message
-    assert tensors.load_delta(kept / tensors.DELTA_FILE).method == "sdd"
-    record = files.read_json(kept / "record.json")
+    assert "0.60 → 0.54" in message.partition("largest drop first: ")[2]
+    refused_folder = settings.paths.checkpoints / "refused"
+    assert str(refused_folder) in message
+    assert tensors.load_delta(refused_folder / tensors.DELTA_FILE).method == "sdd"
+    record = files.read_json(refused_folder / "record.json")
     assert [e["concept"] for e in record["evaluations"]] == [0.97, 0.125]
     assert [row["step"] for row in record["curve"]] == [1, 2, 3]
     assert not settings.paths.delta.exists(), "no candidate"

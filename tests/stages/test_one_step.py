@@ -39,8 +39,8 @@ def test_the_candidate_is_sampled_in_one_step_and_the_base_model_in_all_steps(
     assert set(by_variant["base"]["steps"]) == {settings.sample.steps}
     assert set(by_variant["candidate"]["steps"]) == {1}
     assert set(by_variant["candidate"]["guidance"]) == {'{"from": 625}'}
-    looks = files.read_json(settings.paths.delta / "evaluations.json")
-    assert [look["step"] for look in looks][:2] == [0, 1]
+    evaluations = files.read_json(settings.paths.delta / "evaluations.json")
+    assert [evaluation["step"] for evaluation in evaluations][:2] == [0, 1]
     notes = files.read_json(settings.paths.delta / "record.json")["notes"]
     assert any("one step" in note for note in notes)
     assert methods.requires_custom_sampler(settings) == "a sampler of one step"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,13 +24,14 @@ from deleatur.artifacts.export import export
 from deleatur.cli import app
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
+from deleatur.records.report import Report
 from deleatur.registry import approval
 from deleatur.registry.decisions import open_registry
 from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION, LAST_KNOWN_GOOD, Registry
 from deleatur.registry.model_files import local_folder
 from deleatur.runtime import models
 from deleatur.stages import gate, register, sample
-from deleatur.storage import dvc, samples, tensors
+from deleatur.storage import dvc, json_records, samples, tensors
 
 PLAIN = """
 import json, sys
@@ -90,8 +92,8 @@ def test_plain_mlflow_and_plain_diffusers_sample_the_same_images_from_a_version(
     plain = StableDiffusionPipeline.from_pretrained(tmp_path / "exported", safety_checker=None)
     for (prompt, seed), png in zip([("a cat", 7), ("a gun", 8)], answer, strict=True):
         noise = torch.Generator("cpu").manual_seed(seed)
-        [picture] = plain(prompt, num_inference_steps=3, guidance_scale=4.0, generator=noise).images
-        assert np.array_equal(picture, Image.open(BytesIO(base64.b64decode(png))))
+        [image] = plain(prompt, num_inference_steps=3, guidance_scale=4.0, generator=noise).images
+        assert np.array_equal(image, Image.open(BytesIO(base64.b64decode(png))))
 
 
 def test_the_champion_can_be_loaded_and_sampled(fresh: Settings) -> None:
@@ -126,9 +128,9 @@ def test_evidence_names_everything_that_went_in(fresh: Settings) -> None:
     assert not any(name.startswith("register") for name in run.data.params)
     assert len(registry.client.get_metric_history(run.info.run_id, "erase/loss")) > 1
     assert {"clip_score/unseen/candidate-base", "clip_score/unseen/candidate-base.low"} <= set(run.data.metrics)
-    [given] = run.inputs.dataset_inputs
+    [dataset_input] = run.inputs.dataset_inputs
     tags = registry.tags("1")
-    assert tags["feedback"].startswith(given.dataset.digest)
+    assert tags["feedback"].startswith(dataset_input.dataset.digest)
     assert tags["base"] == models.base_model(fresh).unet_digest, "which model was changed"
     assert run.data.tags["deleatur.base"] == tags["base"]
     assert run.data.params["base.model"] == "models/pipeline"
@@ -140,6 +142,30 @@ def test_evidence_names_everything_that_went_in(fresh: Settings) -> None:
     }
     wanted = {"verdict/sheet.png", "verdict/report.html", "verdict/verdict.json", "report/report.json"}
     assert files >= wanted | {"params/params.yaml", "lock/dvc.lock"}
+
+
+def test_mlflow_shows_a_summary_with_links_and_the_tags_that_people_filter_by(fresh: Settings) -> None:
+    register.run(fresh)
+    registry = open_registry(fresh)
+    version = registry.client.get_model_version("deleatur", "1")
+    assert version.tags == {"outcome": "pass", "concepts": "weapon", "method": "sdd", "simulated": "true"}
+    report = json_records.read(fresh.paths.report / "report.json", Report)
+    rates = {s.variant: s for s in report.scores if (s.metric, s.slice, s.versus) == ("concept_rate", "concept", None)}
+    before, after = rates["base"], rates["candidate"]
+    first, *rest = version.description.splitlines()
+    assert first == f"PASS: weapon {before.value:.2f} → {after.value:.2f}", "MLflow's list shows this line as it is"
+    assert f"of this model {after.value:.2f} \\[{after.low:.2f}, {after.high:.2f}\\]" in version.description
+    assert any(line.startswith("* SIMULATED RATERS: ") for line in rest)
+    assert [line.split(", ")[1].split(" by ")[0] for line in rest[-2:]] == ["registration", "promotion"]
+    run = registry.client.get_run(version.run_id)
+    assert version.description.startswith(run.data.tags["mlflow.note.content"]), "a run that fails has it, too"
+    links = re.findall(r"\]\(#/experiments/(\w+)/runs/(\w+)/artifacts/([^)]+)\)", version.description)
+    assert [path for *_, path in links] == ["verdict/report.html", "model_card.md"]
+    for experiment_id, run_id, path in links:
+        assert (experiment_id, run_id) == (run.info.experiment_id, run.info.run_id)
+        assert Path(registry.client.download_artifacts(run_id, path)).is_file()
+    card = Path(registry.client.download_artifacts(version.run_id, "model_card.md")).read_text("utf-8")
+    assert card.lstrip().startswith("# "), "without metadata"
 
 
 def _files(registry: Registry, run_id: str, place: str) -> list[Any]:
@@ -178,9 +204,9 @@ def test_a_pass_that_depends_on_a_guide_is_logged_and_releases_nothing(fresh: Se
 def test_a_person_decides_where_the_policy_requires_approval(fresh: Settings) -> None:
     register.run(requiring_approval(fresh))
     assert aliases(fresh) == {CHALLENGER: "1"}
-    found = approval.pending_approval(fresh)
-    assert found is not None
-    version, evidence = found
+    pending = approval.pending_approval(fresh)
+    assert pending is not None
+    version, evidence = pending
     with pytest.raises(DataError, match="other evidence"):
         approval.promote(fresh, version, "Ada", evidence="0" * 64)
     with pytest.raises(DataError, match="a name"):
@@ -188,9 +214,7 @@ def test_a_person_decides_where_the_policy_requires_approval(fresh: Settings) ->
     approval.promote(fresh, version, "Ada", reason="seen the sheet", evidence=evidence)
     approval.promote(fresh, version, "Ada", evidence=evidence)  # changes nothing
     assert aliases(fresh) == {CHAMPION: "1"}
-    tags = open_registry(fresh).tags("1")
-    assert (tags["approved_by"], tags["approved_because"]) == ("Ada", "seen the sheet")
-    assert (tags["approved_evidence"], tags["approved_delta"]) == (evidence, tags["delta"])
+    assert ", approval by Ada: seen the sheet (line 2 of the ledger)" in open_registry(fresh).description("1")
     assert approval.pending_approval(fresh) is None
     with pytest.raises(DataError, match="no version 9"):
         approval.promote(fresh, "9", "Ada")
@@ -216,18 +240,17 @@ def test_a_person_decides_on_the_command_line(fresh: Settings) -> None:
     assert CliRunner().invoke(app, ["approve", "1"]).exit_code == 2, "no decision without a name"
     done = CliRunner().invoke(app, ["approve", "1", "--as", "Ada", "--reason", "seen the sheet"])
     assert done.exit_code == 0, done.output
-    tags = open_registry(fresh).tags("1")
-    assert (tags["approved_by"], tags["approved_because"]) == ("Ada", "seen the sheet")
-    assert tags["evidence"] in done.output
+    assert ", approval by Ada: seen the sheet" in open_registry(fresh).description("1")
+    assert open_registry(fresh).tags("1")["evidence"] in done.output
     assert aliases(fresh) == {CHAMPION: "1"}
 
     register.run(requiring_approval(judged_under(fresh, finished.passing_policy(limit=-6.0))))
-    astray = CliRunner().invoke(app, ["decline", "1", "--as", "Ada"])
-    assert "version 2 does" in astray.output
-    assert "deleatur approve 2 --as NAME" in astray.output
+    wrong_version = CliRunner().invoke(app, ["decline", "1", "--as", "Ada"])
+    assert "version 2 does" in wrong_version.output
+    assert "deleatur approve 2 --as NAME" in wrong_version.output
     assert CliRunner().invoke(app, ["decline", "2", "--as", "Ada", "--reason", "too blurred"]).exit_code == 0
     assert aliases(fresh) == {CHAMPION: "1"}
-    assert open_registry(fresh).tags("2")["declined_because"] == "too blurred"
+    assert ", decline by Ada: too blurred" in open_registry(fresh).description("2")
 
 
 def _forged(name: str, key: str, value: Any) -> Callable[[], None]:

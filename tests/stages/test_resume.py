@@ -86,8 +86,8 @@ def change(root: Path, **sections: Any) -> Settings:
 
 
 def files(*folders: str) -> dict[str, bytes]:
-    found = (p for folder in folders for p in sorted(Path("out", folder).rglob("*")))
-    return {str(p): p.read_bytes() for p in found if p.is_file()}
+    paths = (p for folder in folders for p in sorted(Path("out", folder).rglob("*")))
+    return {str(p): p.read_bytes() for p in paths if p.is_file()}
 
 
 def delete(*folders: str) -> None:
@@ -103,8 +103,8 @@ def report() -> Report:
     return json_records.read(Path("out/report/report.json"), Report)
 
 
-def calls_for(pictures: int, size: int) -> int:
-    return -(-pictures // size)
+def calls_for(images: int, size: int) -> int:
+    return -(-images // size)
 
 
 def test_a_second_run_calls_no_network(root: Path) -> None:
@@ -196,11 +196,11 @@ def test_another_detector_in_the_same_folder_is_run_again_and_no_other_network(r
     assert counts[JUDGE] == calls_for(total, EVALUATION_SHARD)
     assert (counts[UNET], counts[VISION]) == (0, 0)
 
-    def judges(found: Report) -> set[str]:
-        return {s.detector.weights for s in found.scores if s.metric == "concept_rate" and s.detector}
+    def judges(report: Report) -> set[str]:
+        return {s.detector.weights for s in report.scores if s.metric == "concept_rate" and s.detector}
 
-    def other(found: Report) -> list[Any]:
-        return [s for s in found.scores if s.metric not in ("concept_rate", "recognition")]
+    def other(report: Report) -> list[Any]:
+        return [s for s in report.scores if s.metric not in ("concept_rate", "recognition")]
 
     assert not judges(report()) & judges(old)
     assert other(report()) == other(old)

@@ -24,12 +24,12 @@ ANSWERS = Path("out/feedback/answers.parquet")
 @pytest.fixture(scope="module")
 def ingested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ingested")
-    here = Path.cwd()
+    cwd = Path.cwd()
     os.chdir(root)
     try:
         stages.run("ingest", workspace.create(root))
     finally:
-        os.chdir(here)
+        os.chdir(cwd)
     return root
 
 
@@ -74,6 +74,6 @@ def test_quality_is_null_when_no_fold_has_both_answers(root: Path) -> None:
     files.write_table(ANSWERS, answers.assign(answer=message), events.EVENT_SCHEMA)
     result = CliRunner().invoke(app, ["stage", "reward"])
     assert result.exit_code == 0, result.output
-    found = json.loads(Path("out/reward/metrics.json").read_text())["weapon"]
-    assert found["new_prompts"]["train"]["quality"] is None, "no fold of one prompt has both kinds of answers"
-    assert found["new_raters"] is not None
+    metrics = json.loads(Path("out/reward/metrics.json").read_text())["weapon"]
+    assert metrics["new_prompts"]["train"]["quality"] is None, "no fold of one prompt has both kinds of answers"
+    assert metrics["new_raters"] is not None

@@ -52,16 +52,16 @@ def test_the_pipeline_runs_without_any_feedback(settings: Settings) -> None:
     roles = set(samples.read_listing(settings.paths.samples)["role"])
     assert {"concept", "word", "neighbour", "unseen"} <= roles
     assert not {"token", "attack"} & roles
-    found = report(settings)
-    assert any("No person rated images of weapon" in note for note in found.notes)
-    assert not any("What raters of weapon were asked" in note for note in found.notes)
-    assert not found.provenance.simulated
-    metrics = {score.metric for score in found.scores}
+    report_ = report(settings)
+    assert any("No person rated images of weapon" in note for note in report_.notes)
+    assert not any("What raters of weapon were asked" in note for note in report_.notes)
+    assert not report_.provenance.simulated
+    metrics = {score.metric for score in report_.scores}
     assert "concept_rate" in metrics
     assert "held_out_reward" not in metrics
     verdict = json_records.read(settings.paths.verdict / "verdict.json", Verdict)
     assert "No person rated" in (settings.paths.verdict / "report.html").read_text("utf-8")
-    evidence = collect_evidence(settings, found, verdict, "")
+    evidence = collect_evidence(settings, report_, verdict, "")
     assert evidence.tags["feedback_until"] == ""
 
 

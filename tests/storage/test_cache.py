@@ -75,12 +75,12 @@ def test_an_unchanged_group_keeps_its_files(tmp_path: Path) -> None:
     assert len(same) == 2, "the shards of abcd"
 
 
-@pytest.mark.parametrize(("stays", "goes"), [("abc", "cab"), ("cab", "abc")])  # whichever name sorts first
-def test_a_row_in_two_shards_is_read_from_the_remaining_one(stays: str, goes: str, tmp_path: Path) -> None:
-    for keys in (stays, goes):
+@pytest.mark.parametrize(("remaining", "deleted"), [("abc", "cab"), ("cab", "abc")])  # whichever name sorts first
+def test_a_row_in_two_shards_is_read_from_the_remaining_one(remaining: str, deleted: str, tmp_path: Path) -> None:
+    for keys in (remaining, deleted):
         RowCache(tmp_path, SCHEMA).add(rows(keys))
     cache = RowCache(tmp_path, SCHEMA)
-    cache.compact(stays, size=SIZE)
+    cache.compact(remaining, size=SIZE)
     assert len(files(tmp_path)) == 1
     assert list(cache.read("bca")["key"]) == list("bca")
 

@@ -39,8 +39,8 @@ def test_a_record_round_trips(tmp_path: Path) -> None:
 
 def test_the_digest_equals_sha256sum_of_the_file(tmp_path: Path) -> None:
     json_records.write(tmp_path / "report.json", REPORT)
-    said = subprocess.run(["sha256sum", tmp_path / "report.json"], capture_output=True, text=True, check=True)
-    assert said.stdout.split()[0] == json_records.digest(REPORT)
+    result = subprocess.run(["sha256sum", tmp_path / "report.json"], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[0] == json_records.digest(REPORT)
 
 
 def test_same_content_same_bytes() -> None:
@@ -142,9 +142,9 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_error_message_never_contains_a_value() -> None:
-    shot = {"variant": "base", "prompt": {"id": 3, "text": "unspeakable", "role": "unspeakable", "label": "x"}}
+    sample = {"variant": "base", "prompt": {"id": 3, "text": "unspeakable", "role": "unspeakable", "label": "x"}}
     with pytest.raises(DataError) as caught:
-        json_records.decode(json.dumps(shot).encode(), Sample, "there")
+        json_records.decode(json.dumps(sample).encode(), Sample, "there")
     assert "unspeakable" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__

@@ -75,12 +75,12 @@ def test_a_failed_upload_stops_nothing_and_is_retried(
     problems: list[str] = []
     plain = remote.upload
 
-    def put(file: Path, address: str) -> None:
+    def upload(file: Path, address: str) -> None:
         if len(problems) < 2:
             raise ServiceError("no answer")
         plain(file, address)
 
-    monkeypatch.setattr(remote, "upload", put)
+    monkeypatch.setattr(remote, "upload", upload)
     with synced([STATE], str(tmp_path / "store"), problems.append):
         (STATE / "erase").write_text("step 1")
         wait_for(tmp_path / "store" / STATE / "erase", "step 1")

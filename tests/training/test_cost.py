@@ -175,11 +175,11 @@ print(json.dumps({"estimated": estimated, "measured": memory("VmHWM") - before})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["train", "sample"])
-def test_memory_is_that_of_a_process_on_the_built_in_model(what: str) -> None:
+@pytest.mark.parametrize("case", ["train", "sample"])
+def test_memory_is_that_of_a_process_on_the_built_in_model(case: str) -> None:
     """Within a third: allocators free late, and convolutions have buffers that no shape reveals."""
     env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT / "src"), "PATH": ""}
-    command = [sys.executable, "-c", MEASURE, str(BUILT_IN), what]
+    command = [sys.executable, "-c", MEASURE, str(BUILT_IN), case]
     result = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
     assert result["measured"] > 5e7, "large enough to measure"
     assert result["estimated"] == pytest.approx(result["measured"], rel=1 / 3), result

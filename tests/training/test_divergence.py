@@ -114,13 +114,13 @@ def test_an_edit_without_solution_is_refused(model: Model, eraser: Eraser) -> No
 @pytest.mark.parametrize(
     "eraser",
     [
-        UCE(edit={"max_preserved_drift": 0.5}),  # type: ignore[arg-type]
+        UCE(edit={"max_preserved_drop": 0.5}),  # type: ignore[arg-type]
         SDD(training={**SHORT, "sampler_steps": 2, "lr": 1e-3, "eval_every": 1, "max_preserved_drop": 0.5}),  # type: ignore[arg-type]
     ],
 )
-@pytest.mark.parametrize("when", [0, 1])
-def test_evaluations_that_are_no_numbers_are_not_acceptable(model: Model, eraser: Eraser, when: int) -> None:
-    scores = iter([1.0] * when + [float("nan")] + [1.0] * 9)
+@pytest.mark.parametrize("evaluation", [0, 1])
+def test_evaluations_that_are_no_numbers_are_not_acceptable(model: Model, eraser: Eraser, evaluation: int) -> None:
+    scores = iter([1.0] * evaluation + [float("nan")] + [1.0] * 9)
     with pytest.raises(DeleaturError, match="degraded") as e:
         erase(model, eraser, probe=lambda weights: Evaluation(1.0, next(scores)))
     assert e.value.exit_code == 5

@@ -98,7 +98,7 @@ def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int
     s, g = sampler(model, steps, seed=3, conditions=3), torch.Generator().manual_seed(3)
     pool = TrajectoryPool(s, batch_size=batch, pool_size=slots, distribution="uniform")
 
-    def advance(rows: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
+    def advance_slots(rows: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
         """One guided step of some slots, in one call: calls of other shapes round differently."""
         if not rows:
             return
@@ -108,12 +108,12 @@ def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int
             row["z"], row["k"] = z_next, row["k"] + 1
 
     order = torch.randperm(slots, generator=g).tolist()
-    turns = torch.randperm(slots, generator=g).tolist()
+    condition_order = torch.randperm(slots, generator=g).tolist()
     noise = torch.randn(slots, 4, 4, 4, generator=g)
-    table = [{"z": noise[i], "k": 0, "c": turns[i] % 3} for i in range(slots)]
+    table = [{"z": noise[i], "k": 0, "c": condition_order[i] % 3} for i in range(slots)]
     starts = [i * steps // slots for i in range(slots)]  # spread evenly
     for _ in range(steps):
-        advance([r for r, start in zip(table, starts, strict=True) if r["k"] < start], teacher_at(model, 0))
+        advance_slots([r for r, start in zip(table, starts, strict=True) if r["k"] < start], teacher_at(model, 0))
     started, position, restarted = slots, 0, 0
     for i in range(3 * steps):
         current = [table[order[(position + j) % slots]] for j in range(batch)]
@@ -123,7 +123,7 @@ def test_the_pool_is_to_the_bit_a_plain_loop_over_slots(model: Model, steps: int
         assert states.k.tolist() == [r["k"] for r in current]
         assert states.condition.tolist() == [r["c"] for r in current]
         finished = [r for r in current if r["k"] == steps - 1]
-        advance([r for r in current if r["k"] < steps - 1], teacher_at(model, i))
+        advance_slots([r for r in current if r["k"] < steps - 1], teacher_at(model, i))
         for row, z in zip(finished, torch.randn(len(finished), 4, 4, 4, generator=g) if finished else (), strict=True):
             row.update(z=z, k=0, c=started % 3)  # after N steps a slot restarts, with the next condition
             started, restarted = started + 1, restarted + 1
@@ -228,11 +228,11 @@ def test_trajectories_end_at_the_last_trained_step(model: Model, monkeypatch: py
     advanced: list[int] = []
     original = TrajectorySampler.advance
 
-    def advance(self: TrajectorySampler, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+    def recording_advance(self: TrajectorySampler, weights: Weights, z: Tensor, k: Tensor, condition: Tensor) -> Tensor:
         advanced.extend(k.tolist())
         return original(self, weights, z, k, condition)
 
-    monkeypatch.setattr(TrajectorySampler, "advance", advance)
+    monkeypatch.setattr(TrajectorySampler, "advance", recording_advance)
     trajectories = build_trajectories(kind, s, batch_size=2, pool_size=6, distribution="uniform")  # type: ignore[arg-type]
     seen = Counter(k for _ in range(30) for k in trajectories.next_batch({}).k.tolist())
     assert set(seen) == {0, 1, 2}
