@@ -109,8 +109,8 @@ def get(kind: str, name: str, source: Path = PACKAGE) -> Plugin:
 
 def base(kind: str) -> type[BaseModel]:
     """The class that plug-ins of a kind are derived from."""
-    found: type[BaseModel] = getattr(import_module(f"deleatur.{kind}"), BASES[kind])
-    return found
+    base_class: type[BaseModel] = getattr(import_module(f"deleatur.{kind}"), BASES[kind])
+    return base_class
 
 
 def load(kind: str, name: str, base: type[T]) -> type[T]:

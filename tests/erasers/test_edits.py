@@ -125,17 +125,17 @@ def test_the_default_weight_of_preserved_prompts_is_the_releases(model: Model) -
 
 
 def test_preserve_columns_select_the_states_to_preserve(model: Model) -> None:
-    """all: every state of the prompts (first release); own: the last token's (current release), by its own formula."""
+    """all: every state of the prompts (first release); last: the last token's (current release), by its own formula."""
     gun, texts = words(model, "gun"), ["", "a cat", "a picture of dog"]
     encoded = encode.encode_texts(model, texts)
     last = [int(model.tokenizer(t, return_tensors="pt").attention_mask.sum()) - 2 for t in texts]
     assert last == [0, 2, 4], "of the empty prompt, the start token"
-    c, g = edit_pairs(model, [gun], {}, "own")
+    c, g = edit_pairs(model, [gun], {}, "concept")
     for columns, k in (
         ("all", encoded.states.double().flatten(0, 1)),
-        ("own", torch.stack([encoded.states[i, p].double() for i, p in enumerate(last)])),
+        ("last", torch.stack([encoded.states[i, p].double() for i, p in enumerate(last)])),
     ):
-        uce = UCE(edit={"columns": "own", "preserve_columns": columns, "preserve": 1.0, "lam": 0.5})
+        uce = UCE(edit={"columns": "concept", "preserve_columns": columns, "preserve": 1.0, "lam": 0.5})
         delta = uce.erase(model, [gun], ErasureContext(0, encoded.states, encoded.end_positions))
         a = 0.5 * torch.eye(64, dtype=torch.float64) + c.T @ c + k.T @ k  # λI + Σcc' + Σkk'
         for name, d in delta.tensors.items():
@@ -146,21 +146,22 @@ def test_preserve_columns_select_the_states_to_preserve(model: Model) -> None:
 
 def test_preserving_last_tokens_needs_their_positions(model: Model) -> None:
     gun, preserve = words(model, "gun"), encode.encode_text(model, ["a cat"])
-    last_tokens = UCE(edit={"preserve_columns": "own"})
+    last_tokens = UCE(edit={"preserve_columns": "last"})
     with pytest.raises(SettingsError, match="end position of each of 1 preserved prompts, got 0"):
         last_tokens.erase(model, [gun], ErasureContext(0, preserve))
     last_tokens.erase(model, [gun], ErasureContext(0))  # the empty prompt's is known
 
 
 def test_columns_select_the_states_to_erase(model: Model) -> None:
-    """own: the last token of a word, all vectors of a soft token; onward: from there to the end."""
+    """concept: the last token of a word, all vectors of a soft token; to_end: from there to the end."""
     red_cat = words(model, "red cat", templates=("a {} of",))
     rows = torch.stack([torch.stack([encode.word_embedding(model, w) for w in ("gun", "cat")])])
     token = encode.concept_from_token(model, SoftToken("weapon", rows, {}), ("a {} of",))
     last = red_cat.content_positions[0][-1]
     c_0 = encode.encode_text(model, [""])[0].double()
     for concept, start, end in ((red_cat, last, last + 1), (token, 2, 4)):
-        for columns, positions in (("own", slice(start, end)), ("onward", slice(start, None)), ("all", slice(None))):
+        slices = {"concept": slice(start, end), "to_end": slice(start, None), "all": slice(None)}
+        for columns, positions in slices.items():
             c, g = edit_pairs(model, [concept], {}, columns)  # type: ignore[arg-type]
             assert torch.equal(c, concept.states[0, positions].double())
             assert torch.equal(g, c_0[positions])
@@ -174,7 +175,7 @@ def test_a_soft_token_equal_to_a_word_is_erased_as_the_word(model: Model) -> Non
 
 
 def test_only_text_projections_change_and_they_are_stored_as_factors(model: Model, tmp_path: Path) -> None:
-    delta = erase(model, UCE(edit={"columns": "own"}), words(model, "gun", "sword"))
+    delta = erase(model, UCE(edit={"columns": "concept"}), words(model, "gun", "sword"))
     assert set(delta.tensors) == UCE().touched_parameters(model)
     assert all("attn2.to_k" in n or "attn2.to_v" in n for n in delta.tensors)
     save_delta(tmp_path / "d.safetensors", delta)
@@ -222,7 +223,7 @@ def test_each_epoch_leaves_less_to_regenerate(model: Model) -> None:
         residual = sum(float((x @ e.T - c @ w.T).square().sum()) for e, w in zip(edited, base, strict=True))
         return 1 - residual / closed_form.projected_distance(closed_form.gram(base), c, g)
 
-    edit = {"preserve": 0.01, "columns": "own"}
+    edit = {"preserve": 0.01, "columns": "concept"}
     after = [regenerated(erase(model, RECE(edit=edit, epochs=n), gun)) for n in range(4)]
     assert after[0] > 0.3, "UCE alone leaves the concept regenerable"
     assert sorted(after, reverse=True) == after

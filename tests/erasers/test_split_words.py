@@ -81,13 +81,13 @@ def test_the_tokenizer_splits_words(model: Model) -> None:
 def test_pairs_are_aligned_at_the_last_content_tokens_as_released(
     model: Model, concept: str, alternative: str, before: str
 ) -> None:
-    """The slices of UCE's paper-era release (onward) and of its current one (own)."""
+    """The slices of UCE's paper-era release (to_end) and of its current one (concept)."""
     old, new = states(model, before + concept), states(model, before + alternative)
     i, j = last_content(model, before + concept), last_content(model, before + alternative)
     farthest = max(i, j)
     released = {
-        "own": (old[i : i + 1], new[j : j + 1]),
-        "onward": (old[i : len(old) - max(0, farthest - i)], new[j : len(new) - max(0, farthest - j)]),
+        "concept": (old[i : i + 1], new[j : j + 1]),
+        "to_end": (old[i : len(old) - max(0, farthest - i)], new[j : len(new) - max(0, farthest - j)]),
     }
     description = words(model, concept, templates=(before + "{}",))
     for columns, (c, g) in released.items():
@@ -112,7 +112,7 @@ def test_pairs_of_complete_prompts_are_aligned_too(model: Model, concept: str, a
 @pytest.mark.parametrize("eraser", [UCE, RECE])
 def test_every_token_of_the_alternative_counts(model: Model, eraser: type[UCE | RECE]) -> None:
     """The projections map the concept's last token to the alternative's last; "cat dog" is not "cat"."""
-    edit = {"lam": 1e-4, "columns": "own"}
+    edit = {"lam": 1e-4, "columns": "concept"}
     targets = {}
     for alternative in ("cat dog", "cat"):
         method = eraser(alternatives={"weapon": alternative}, edit=edit, **({"epochs": 0} if eraser is RECE else {}))  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def test_every_token_of_the_alternative_counts(model: Model, eraser: type[UCE | 
 def test_each_vector_of_a_soft_token_gets_the_alternatives_last_state(model: Model) -> None:
     token = encode.concept_from_token(model, soft_token(model, "gun"), ("a {}",))
     new, end = states(model, "a sword"), last_content(model, "a sword")
-    c, g = edit_pairs(model, [token], {"weapon": "sword"}, "onward")
+    c, g = edit_pairs(model, [token], {"weapon": "sword"}, "to_end")
     assert torch.equal(c[:2], token.states[0, 2:4].double())
     assert torch.allclose(g[:2], new[end].expand(2, -1), atol=1e-5)
     assert torch.allclose(g[2:], new[end + 1 :], atol=1e-5)
@@ -138,7 +138,7 @@ def test_each_vector_of_a_soft_token_gets_the_alternatives_last_state(model: Mod
 
 def test_a_blank_alternative_is_none(model: Model) -> None:
     gun = words(model, "gun")
-    without, blank = (edit_pairs(model, [gun], alternatives, "onward") for alternatives in ({}, {"weapon": " "}))
+    without, blank = (edit_pairs(model, [gun], alternatives, "to_end") for alternatives in ({}, {"weapon": " "}))
     assert all(torch.equal(a, b) for a, b in zip(without, blank, strict=True))
     assert torch.equal(encode.encode_replacement(model, gun, " "), encode.encode_text(model, [""]))
 

@@ -31,7 +31,7 @@ def _without_credentials(address: str) -> str:
 Address = Annotated[str, AfterValidator(_without_credentials)]
 """Of a model or a folder. Reports and the parameters of flows show it."""
 Share = Annotated[float, Field(gt=0, lt=1)]
-"""Neither nothing nor all."""
+"""A share strictly between 0 and 1."""
 Text = Annotated[str, Field(pattern=r"\S")]
 Name = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
 """Files are named after it."""
@@ -120,7 +120,7 @@ class ConceptSpec(Section):
     """CSV: id, text, label, role, split."""
     detection: Detection
     learnable_property: Literal["object", "style"] = "object"
-    """FeedbackKind of prompt templates that soft tokens are learned in."""
+    """Kind of the prompt templates that soft tokens are learned in."""
     invert: dict[str, Hyperparameters] = Field(default_factory=dict)
     """Hyperparameters of `invert` that differ for this concept, by method: an object family has many kinds, a style has
     one.
@@ -287,8 +287,8 @@ class CanarySection(Section):
 
     @property
     def rule(self) -> Rule:
-        of = {"metric": "concept_rate", "slice": "concept", "variant": "champion", "relative": "base"}
-        return Rule.model_validate({**of, "max": self.max_relative_rate, "min_n": self.min_n})
+        fields = {"metric": "concept_rate", "slice": "concept", "variant": "champion", "relative": "base"}
+        return Rule.model_validate({**fields, "max": self.max_relative_rate, "min_n": self.min_n})
 
     @property
     def result_file(self) -> Path:
@@ -331,6 +331,6 @@ class WorkersSection(Section):
     more than 1 % of the time.
     """
     dask: PositiveInt | Annotated[str, Field(pattern=r"^(tcp|tls|ws|wss)://\S+$")] | None = None
-    """Who samples and evaluates images: the workers of a Dask scheduler, by its address; as many processes on this
-    machine; or, null, the stage itself.
+    """Where images are sampled and evaluated: on the workers of a Dask scheduler, by its address; in as many
+    processes on this machine; or, null, in the stage itself.
     """

@@ -169,7 +169,7 @@ def _round_trip(address: str, name: str) -> Iterator[Diagnosis]:
     if content == PROBE:
         yield ok(f"{name}, {address}: writes, reads and deletes work")
     else:
-        yield fail(f"{name}, {address}, returns another content than was written", "look at the store's log")
+        yield fail(f"{name}, {address}, returns another content than was written", "check the store's log")
 
 
 def _scheduler(scheduler: PrefectClient | None) -> Iterator[Diagnosis]:

@@ -149,7 +149,8 @@ def _method_workloads(
             configured = hyperparameters.get(kind, {}).get(name, {})
             if not configured and any(f.is_required() for f in plugins.load(kind, name, base).model_fields.values()):
                 continue  # has required hyperparameters, and the settings do not configure it
-            yield (kind, name), work(methods.instantiate(kind, base, name, configured, f"the numbers of {name}"), steps)
+            method = methods.instantiate(kind, base, name, configured, f"the hyperparameters of {name}")
+            yield (kind, name), work(method, steps)
 
 
 WORKLOADS: dict[str, tuple[type[BaseModel], Callable[[Any, int], Workload]]] = {

@@ -3,7 +3,7 @@
 The same content gives the same bytes, so a record's digest equals the `sha256sum` of its file.
 
 Rejected are missing and unknown fields, wrong types (nothing is converted), numbers that are not finite, and blank
-values in the fields that identify a result (`Identity`, and the name and weights of a `Detector`).
+values in the fields that identify a result (`Provenance`, and the name and weights of a `DetectorInfo`).
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from deleatur.errors import ErasureRefused, SettingsError
 from deleatur.maths import closed_form
 from deleatur.records.model import Concept, Delta, LowRank
 from deleatur.training.cost import Workload
-from deleatur.training.early_stopping import describe
+from deleatur.training.early_stopping import describe, is_acceptable
 from deleatur.training.loop import ErasureContext, TrainingProgress
 from deleatur.training.parameters import select
 
-Columns = Literal["onward", "own", "all"]
+Columns = Literal["concept", "to_end", "all"]
 
 
 class ClosedFormConfig(BaseModel):
@@ -32,24 +32,24 @@ class ClosedFormConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    columns: Literal["onward", "own"] = "onward"
-    """Which states of a prompt are erased: own, those of the concept (of words the last token, as in UCE's current
-    release; of soft tokens all vectors); or onward, from there to the end, as in the first release, since the end token
+    columns: Literal["concept", "to_end"] = "to_end"
+    """Which states of a prompt are erased: concept, those of the concept (of words the last token, as in UCE's current
+    release; of soft tokens all vectors); or to_end, from there to the end, as in the first release, since the end token
     and the padding carry the concept too."""
     erase: float = Field(1.0, gt=0)
     """η_e. Large values damage the model: blank or noisy images."""
     preserve: float | None = Field(None, ge=0)
     """η_p, of each preserved state. None: 1/q for q prompts, at least 0.1, as in the first release; the current one's
     is 1."""
-    preserve_columns: Literal["all", "own"] = "all"
-    """Which states of a preserved prompt are preserved: all of them, as in the first release; or own, the last token's,
-    as in the current one (of the empty prompt, the start token's)."""
+    preserve_columns: Literal["all", "last"] = "all"
+    """Which states of a preserved prompt are preserved: all of them, as in the first release; or last, the last
+    token's, as in the current one (of the empty prompt, the start token's)."""
     lam: float = Field(0.1, gt=0)
     """λ, which holds W in the directions that no state above constrains. 0.1 in the first release, 0.5 in the current
     one; the squared norm of a state is close to its width."""
-    max_preserved_drift: float | None = Field(None, ge=0)
-    """Evaluate sampled images after every step, and undo a step after which preserved prompts score worse than the base
-    model by this share. None: never evaluate."""
+    max_preserved_drop: float | None = Field(None, ge=0)
+    """Evaluate sampled images after every step, and undo a step after which preserved prompts certainly score worse
+    than the base model by this share (see `deleatur.training.early_stopping`). None: never evaluate."""
     min_relative_change: float = Field(1e-5, ge=0)
     """An edit whose relative change of the projections is smaller is refused: it did nothing."""
     max_relative_change: float = Field(10.0, gt=0)
@@ -57,7 +57,7 @@ class ClosedFormConfig(BaseModel):
 
     def workload(self, steps: int) -> Workload:
         """No network calls. Memory of the projections and of their difference, both in fp64."""
-        evaluations = 0 if self.max_preserved_drift is None else 1 + steps
+        evaluations = 0 if self.max_preserved_drop is None else 1 + steps
         return Workload(trainable="xattn_kv", bytes_per_parameter=8 + 8, evaluations=evaluations)
 
 
@@ -84,14 +84,14 @@ def edit_pairs(
             # The first tokens of a word are parts of other words too; the vectors of a soft token are its own.
             erased = content[-1:] if concept.source == "words" else content
             positions = {
-                "own": [*erased],
-                "onward": [*erased, *range(content[-1] + 1, model.max_tokens)],
+                "concept": [*erased],
+                "to_end": [*erased, *range(content[-1] + 1, model.max_tokens)],
                 "all": [*range(model.max_tokens)],
             }[columns]
             counterparts = positions
             if alternative:
                 end = alternative.content_positions[i][-1]
-                if columns == "onward":  # as many states as both prompts have after the last content token
+                if columns == "to_end":  # as many states as both prompts have after the last content token
                     positions = [p for p in positions if p - content[-1] < model.max_tokens - end]
                 counterparts = [_counterpart(p, content, end, model.max_tokens) for p in positions]
             c.append(concept.states[i, positions])
@@ -115,7 +115,7 @@ def _preserved_states(model: Model, config: ClosedFormConfig, context: ErasureCo
         return list(states)
     if len(ends) != len(states):
         raise SettingsError(
-            f"edit.preserve_columns: own needs the end position of each of {len(states)} preserved prompts, "
+            f"edit.preserve_columns: last needs the end position of each of {len(states)} preserved prompts, "
             f"got {len(ends)}",
             hint="pass ErasureContext.preserve_ends, or preserve_columns: all",
         )
@@ -132,7 +132,7 @@ class ClosedFormEditor:
 
     def __init__(self, model: Model, config: ClosedFormConfig, context: ErasureContext, *, steps: int) -> None:
         self._model, self._config, self._steps, self._on_step = model, config, steps, context.on_step
-        self._probe = context.probe if config.max_preserved_drift is not None else None
+        self._probe = context.probe if config.max_preserved_drop is not None else None
         self._projections = {n: p.detach().double().cpu() for n, p in text_projections(model).items()}
         preserved = _preserved_states(model, config, context)
         self._preserved = _flatten(preserved)
@@ -141,7 +141,7 @@ class ClosedFormEditor:
         self.m = torch.eye(len(self.gram), dtype=torch.float64)
         self.stop = ""
         self._curve: list[dict[str, float]] = []
-        self._evaluations: list[dict[str, float]] = []
+        self._evaluations: list[dict[str, Any]] = []
 
     def step(self, c: Tensor, g: Tensor, **values: float) -> None:
         """Gives states c (n, d) the values that g has now. `values`: further columns of the curve."""
@@ -179,12 +179,11 @@ class ClosedFormEditor:
             self._evaluations.append({"step": 0, **asdict(self._probe({}))})
         edited = edited_weights(self._model, Delta(self._differences(m), self._model.unet_digest, "", {}, ()))
         self._evaluations.append({"step": len(self._curve), **asdict(self._probe(edited))})
-        base, last = self._evaluations[0]["preserved"], self._evaluations[-1]["preserved"]
-        degraded = not base - last <= (self._config.max_preserved_drift or 0) * abs(base)  # true for NaN as well
+        base, last = self._evaluations[0], self._evaluations[-1]
+        degraded = not is_acceptable(base, last, self._config.max_preserved_drop or 0)
         if degraded and len(self._curve) == 1:
             raise ErasureRefused(
-                f"preserved prompts degraded from {base:.3f} to {last:.3f} with the first edit"
-                f"{describe(self._evaluations)}",
+                f"preserved prompts degraded with the first edit:{describe(self._evaluations)}",
                 hint="lower edit.erase, raise edit.preserve or edit.lam",
                 record={"steps": 1, "evaluations": self._evaluations, "curve": self._curve},
                 weights=self._differences(m),
