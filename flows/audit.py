@@ -30,19 +30,19 @@ NO_RUN_CACHE = ("--no-run-cache",)
 
 
 @flow(name="audit", on_cancellation=[cancel_worker_runs])
-def audit(version: str | None = None, where: Placement = "auto") -> dict[str, str]:
+def audit(version: str | None = None, placement: Placement = "auto") -> dict[str, str]:
     """Reproduce a registered version in a checkout of its commit and compare digests; fails if one differs.
 
     Args:
         version: Number of the version; by default the champion.
-        where: Which machine runs the stages that load networks, as in the flow `erase`.
+        placement: Which machine runs the stages that load networks, as in the flow `erase`.
     """
     with error_with_next_command():
         settings = Settings.load()
         version = version or open_registry(settings).alias(CHAMPION)
         if version is None:
             raise DataError("expected a version to reproduce; there is no champion", hint="deleatur demo")
-        on_workers = use_workers(where)
+        on_workers = use_workers(placement)
         with checkout(settings, version) as (root, tags):
             for stage in reset_outputs(root):
                 (run_on_worker if on_workers and stage in GPU_STAGES else reproduce)(stage, NO_RUN_CACHE, root)

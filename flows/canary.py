@@ -39,20 +39,20 @@ JOB_NAME = "canary-check"
 
 
 @flow(name="canary", on_cancellation=[cancel_worker_runs])
-def canary(where: Placement = "auto") -> Outcome | None:
+def canary(placement: Placement = "auto") -> Outcome | None:
     """Check the champion for every concept that was ever erased. If one is back, quarantine the version and fail, with
     the new champion in the message. None: no champion has erased anything.
 
     Args:
-        where: Which machine samples: a worker of the pool `gpu`, or this one. `auto` uses workers if the server has the
-            deployment `canary-check/gpu`.
+        placement: Which machine samples: a worker of the pool `gpu`, or this one. `auto` uses workers if the server has
+            the deployment `canary-check/gpu`.
     """
     with error_with_next_command():
         settings, log = Settings.load(), get_run_logger()
         if (pending := stage.pending_check(settings)) is None:
             log.info("No champion has erased anything")
             return None
-        if on_workers := use_workers(where, CHECK_DEPLOYMENT):
+        if on_workers := use_workers(placement, CHECK_DEPLOYMENT):
             require_published()
         result = (check_on_worker if on_workers else check_here)(settings, *pending)
         json_records.write(settings.canary.result_file, result)

@@ -60,7 +60,9 @@ def has_ui() -> bool:
 
 
 @flow(name="erase", on_cancellation=[cancel_worker_runs])
-def erase(approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10, where: Placement = "auto") -> ErasureResult:
+def erase(
+    approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10, placement: Placement = "auto"
+) -> ErasureResult:
     """Bring every stage up to date, publish and register the verdict, and wait for approval if it is required and the
     server has a UI.
 
@@ -68,12 +70,12 @@ def erase(approval_seconds: int = 7 * 24 * 3600, poll_seconds: int = 10, where: 
         approval_seconds: How long to wait for approval. After that the flow fails and the challenger stays; running the
             flow again asks again.
         poll_seconds: Polling interval of a run without a deployment, whose process waits.
-        where: Which machine runs the stages that load networks: a worker of the pool `gpu`, or this one. `auto` uses
-            workers if the server has the deployment `stage/gpu`.
+        placement: Which machine runs the stages that load networks: a worker of the pool `gpu`, or this one. `auto`
+            uses workers if the server has the deployment `stage/gpu`.
     """
     with error_with_next_command():
         settings = Settings.load()
-        if on_workers := use_workers(where):
+        if on_workers := use_workers(placement):
             require_published()
         reproduce(CODE_STAGE)
         ran = tuple(s for s in STAGES[:-1] if (run_on_worker if on_workers and s in GPU_STAGES else reproduce)(s))

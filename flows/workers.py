@@ -53,7 +53,7 @@ from deleatur.storage import dvc, dvc_remote, git
 
 STAGE_DEPLOYMENT = "stage/gpu"
 
-Placement = Literal["auto", "here", "workers"]
+Placement = Literal["auto", "local", "workers"]
 ReturnKind = Literal["lock", "event-log", "canary"]
 FENCE = "```yaml\n"
 """A code fence, so that Prefect's UI shows an artifact verbatim."""
@@ -97,16 +97,16 @@ class WorkerJob:
         return f"{base.rstrip('/')}/{self.name}-{self.digest}"
 
 
-def use_workers(where: Placement, deployment: str = STAGE_DEPLOYMENT) -> bool:
+def use_workers(placement: Placement, deployment: str = STAGE_DEPLOYMENT) -> bool:
     """Whether to use workers. `auto`: if the server has the deployment that they run."""
-    if where == "auto":
+    if placement == "auto":
         return bool(PREFECT_API_URL.value()) and _is_deployed(deployment)
-    if where == "workers" and not _is_deployed(deployment):
+    if placement == "workers" and not _is_deployed(deployment):
         raise SettingsError(
             f"expected the deployment {deployment}, which workers run; this server does not have it",
             hint="prefect --no-prompt deploy --all",
         )
-    return where == "workers"
+    return placement == "workers"
 
 
 def _worker_was_lost(task: Any, task_run: Any, state: Any) -> bool:

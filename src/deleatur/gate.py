@@ -222,8 +222,8 @@ def _matches(score: Score, rule: Rule, variant: Variant, versus: Variant | None)
 def describe(e: RuleEvaluation) -> str:
     """The values of an evaluation and its outcome, in one sentence."""
     conclusion = {
-        "pass": f"the whole interval is inside, by {_number(e.margin)}",
-        "fail": f"the whole interval is outside, by {_number(-e.margin)}",
+        "pass": f"the entire interval is inside, by {_number(e.margin)}",
+        "fail": f"the entire interval is outside, by {_number(-e.margin)}",
         "not enough evidence": f"the interval reaches {_number(-e.margin)} beyond the limit",
     }[e.outcome]
     if e.n < e.rule.min_n:

@@ -185,6 +185,6 @@ def test_without_a_deployment_stages_run_in_process(server: dict[str, str]) -> N
 
     clear_server()
     assert use_workers("auto") is False
-    assert use_workers("here") is False
+    assert use_workers("local") is False
     with pytest.raises(SettingsError, match="expected the deployment stage/gpu"):
         use_workers("workers")

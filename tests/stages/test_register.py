@@ -140,7 +140,7 @@ def test_evidence_names_everything_that_went_in(fresh: Settings) -> None:
     files = {
         f.path for place in ("verdict", "report", "params", "lock") for f in _files(registry, run.info.run_id, place)
     }
-    wanted = {"verdict/sheet.png", "verdict/report.html", "verdict/verdict.json", "report/report.json"}
+    wanted = {"verdict/contact_sheet.png", "verdict/report.html", "verdict/verdict.json", "report/report.json"}
     assert files >= wanted | {"params/params.yaml", "lock/dvc.lock"}
 
 

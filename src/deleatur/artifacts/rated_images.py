@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.feedback import votes
+from deleatur.feedback.events import EVENT_SCHEMA
 from deleatur.records.model import RatedImages
 from deleatur.storage import files, images
 
@@ -22,7 +23,7 @@ class RatedPool:
     """All rated images of one concept with their answers and prompts, ordered by digest."""
 
     def __init__(self, settings: Settings, name: str) -> None:
-        answers = files.read_table(settings.paths.feedback / "answers.parquet")
+        answers = files.read_table(settings.paths.feedback / "answers.parquet", EVENT_SCHEMA)
         self.answers = answers[answers["concept"] == name]
         # All images of a ranking screen have its prompt.
         screens = zip(self.answers["items"], self.answers["prompt"], strict=True)
@@ -35,7 +36,7 @@ class RatedPool:
         if len(digests) > 1 and len({image.tobytes() for image in self.images}) == 1:
             raise DataError(
                 f"expected different images of {name}, got {len(digests)} files with the same pixels",
-                hint="write the archive anew from the images that were shown, then: deleatur stage ingest",
+                hint="write the archive again from the images that were shown, then: deleatur stage ingest",
             )
 
     def labelled(self) -> RatedImages:

@@ -72,7 +72,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _reset_peak(device: torch.device) -> int | None:
-    """Starts the peak anew; returns the bytes in use."""
+    """Resets the peak; returns the bytes in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)

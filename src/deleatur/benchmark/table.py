@@ -36,7 +36,7 @@ class MetricColumn:
 
 COLUMNS = (
     MetricColumn(
-        "concept", "concept", "concept_rate", "concept", "share", "lower", "of prompts that ask for it in a sentence"
+        "concept", "concept", "concept_rate", "concept", "share", "lower", "of prompts that request it"
     ),
     MetricColumn("word", "words", "concept_rate", "word", "share", "lower", "of its words alone"),
     MetricColumn("token", "tokens", "concept_rate", "token", "share", "lower", "of its soft tokens alone"),

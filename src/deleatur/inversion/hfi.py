@@ -118,5 +118,5 @@ class HFI(Inverter):
             on_step=context.on_step,
             state=context.state,
         )
-        scores = [max(look["score"] for look in t.evaluations) for t in learned]
+        scores = [max(evaluation["score"] for evaluation in t.evaluations) for t in learned]
         return [t for t, score in zip(learned, scores, strict=True) if score >= min(self.threshold, max(scores))]

@@ -50,7 +50,7 @@ def _erasure_curves(settings: Settings) -> Iterator[Curve]:
         selected = files.read_json(delta / "record.json")["selected"]
         marker = (selected, "selected") if selected < evaluations[-1]["step"] else None
         series = [Series(name, [(e["step"], e[key]) for e in evaluations]) for key, name in EVALUATION_METRICS.items()]
-        yield Curve("erase/look", "Erasure: evaluations on sampled images", "step", series, marker)
+        yield Curve("erase/evaluation", "Erasure: evaluations on sampled images", "step", series, marker)
 
 
 def _loss_curve(key: str, title: str, x: str, losses: dict[str, list[float]]) -> Curve:

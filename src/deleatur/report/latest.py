@@ -42,7 +42,7 @@ def latest_report(params: Path) -> LatestReport:
         "stale": (reason := stale_reason(settings, report, verdict)),
     }
     table = summary(report, verdict)
-    return LatestReport(verdict, table, json, folder / "report.html", folder / "sheet.png", reason)
+    return LatestReport(verdict, table, json, folder / "report.html", folder / "contact_sheet.png", reason)
 
 
 def stale_reason(settings: Settings, report: Report, verdict: Verdict) -> str:

@@ -31,7 +31,7 @@ def run(settings: Settings) -> None:
     checkpoints, record, curves = [], dict[str, Any](), {}
     for name in settings.targets:
         if not reward_heads.is_trained(settings, name):
-            record[name] = {"concept": name, "skipped": "no reward head: nobody has rated images of the concept"}
+            record[name] = {"concept": name, "skipped": "no reward head: no one rated images of the concept"}
             continue
         spec, pool = settings.concepts[name], rated_images.RatedPool(settings, name)
         rows = _concept_rows(settings, name, pool, clip)

@@ -41,8 +41,8 @@ def run(settings: Settings) -> None:
         sheets = list(_contact_sheets(settings))
         curves, path, base = list(training_curves(settings)), folder / "report.html", settings.base.model
         write_html(report, verdict, sheets, curves, path, base_model=base, rules=rules)
-        cover = settings.evaluate.blur_contact_sheet
-        write_contact_sheet(sheets[0], folder / "sheet.png", simulated=verdict.simulated, cover=cover, cell_size=96)
+        path, cover = folder / "contact_sheet.png", settings.evaluate.blur_contact_sheet
+        write_contact_sheet(sheets[0], path, simulated=verdict.simulated, cover=cover, cell_size=96)
 
 
 def _summary(verdict: Verdict) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def valid_images(
 
 
 def _invalid_image(path: Path, line: int, row: str, rule: str, expected: str, got: str) -> QuarantineRow:
-    remedy = "write the archive anew from the images that were shown"
+    remedy = "write the archive again from the images that were shown"
     return QuarantineRow(path.as_posix(), line, None, rule, expected, got, remedy, row)
 
 

@@ -175,21 +175,21 @@ def contact_sheet(
     corner: header of the row labels. cell_size: in pixels; by default the largest side of any image.
     """
     assert len(row_labels) in (0, len(rows)), "a label for every row, or none"
-    gap, side = 4, cell_size or max(max(image.size) for row in rows for image in row)
-    font = ImageFont.load_default(size=max(10, side // 10))
+    gap, size = 4, cell_size or max(max(image.size) for row in rows for image in row)
+    font = ImageFont.load_default(size=max(10, size // 10))
     ascent = font.getbbox("Ág")[3]
     left = int(max((font.getlength(label) for label in (*row_labels, corner) if label), default=-gap)) + gap
     top = int(ascent) + gap if column_labels or corner else 0
     columns = max([len(column_labels), *map(len, rows)])
-    sheet = Image.new("RGB", (left + columns * (side + gap), top + len(rows) * (side + gap)), "white")
+    sheet = Image.new("RGB", (left + columns * (size + gap), top + len(rows) * (size + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((0, 0), corner, "black", font)
     for c, label in enumerate(column_labels):
-        draw.text((left + c * (side + gap), 0), label, "black", font)
+        draw.text((left + c * (size + gap), 0), label, "black", font)
     for r, row in enumerate(rows):
-        y = top + r * (side + gap)
+        y = top + r * (size + gap)
         if row_labels:
-            draw.text((0, y + (side - ascent) // 2), row_labels[r], "black", font)
+            draw.text((0, y + (size - ascent) // 2), row_labels[r], "black", font)
         for c, image in enumerate(row):
-            sheet.paste(ImageOps.contain(image, (side, side)), (left + c * (side + gap), y))
+            sheet.paste(ImageOps.contain(image, (size, size)), (left + c * (size + gap), y))
     return sheet

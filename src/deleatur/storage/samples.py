@@ -1,7 +1,7 @@
 """Sampled images with their recipes, written by `sample` and read by `evaluate` and `gate`.
 
 `images/` stores every image once, by the digest of its recipe; `samples.parquet` lists the samples. Another label for a
-prompt, or a candidate that becomes the champion, therefore samples nothing anew.
+prompt, or a candidate that becomes the champion, therefore samples nothing again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_listing(folder: Path, frame: pd.DataFrame) -> None:
 
 def read_listing(folder: Path) -> pd.DataFrame:
     """All samples without their images, ordered by variant, prompt and index."""
-    return files.read_table(folder / LISTING).sort_values(["variant", "id", "index"]).reset_index(drop=True)
+    return files.read_table(folder / LISTING, SCHEMA).sort_values(["variant", "id", "index"]).reset_index(drop=True)
 
 
 def read(folder: Path, variant: Variant) -> pd.DataFrame:

@@ -66,7 +66,7 @@ class LossTerm(Restorable, Protocol):
     def weight(self) -> float: ...
     @property
     def generator(self) -> torch.Generator:
-        """The source of all its random draws."""
+        """The source of all its random numbers."""
         ...
 
     def batch(self, denoisers: Denoisers, step: int) -> Batch:

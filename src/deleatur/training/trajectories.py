@@ -30,7 +30,7 @@ class TrajectoryStates:
 
 
 class Restorable(Protocol):
-    """A part of a run's checkpoint. Draws nothing before its first batch, so that restoring wastes no draw."""
+    """A part of a run's checkpoint. Samples nothing before its first batch: restoring consumes no random numbers."""
 
     def tensors(self) -> dict[str, Tensor]: ...
     def restore(self, tensors: dict[str, Tensor]) -> None: ...
@@ -65,7 +65,7 @@ def acceptance_probabilities(distribution: TimestepDistribution, n: int) -> Tens
 
 @dataclass
 class TrajectorySampler:
-    """The guided sampler of all trajectories: its conditions, and the generator of every random draw."""
+    """The guided sampler of all trajectories: its conditions, and the generator of all their random numbers."""
 
     model: Model
     c_0: Tensor
@@ -159,7 +159,7 @@ class TrajectoryPool:
             self.position += 1
             visited.append(slot)
             chance = self.acceptance[self.k[slot]]
-            # A certain acceptance draws no number, so `uniform` leaves the generator to the noise.
+            # A certain acceptance takes no random number, so `uniform` leaves the generator to the noise.
             if chance == 1 or torch.rand((), generator=self.sampler.generator) < chance:
                 accepted.append(slot)
         rows = torch.tensor(accepted or visited[: self.batch_size])
