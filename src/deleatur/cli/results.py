@@ -33,7 +33,7 @@ def report(
     as_json: AsJson = False,
     browse: Annotated[bool, typer.Option("--open", help="Open the HTML report in a browser.")] = False,
 ) -> None:
-    """Print the newest report: every metric with its confidence interval, and the paths of the HTML report and images."""
+    """Print the newest report: every metric with its confidence interval, and the paths of HTML report and images."""
     from deleatur.report.latest import latest_report
 
     latest = latest_report(params)
