@@ -10,7 +10,7 @@ import workspace
 
 from deleatur import stages
 from deleatur.config.sections import EraseSection
-from deleatur.config.settings import Settings
+from deleatur.config.settings import Settings, merged
 from deleatur.errors import ErasureRefused
 from deleatur.records.model import LowRank
 from deleatur.stages import erase
@@ -31,6 +31,26 @@ def test_closed_forms_erase_with_their_defaults(tmp_path: Path, monkeypatch: pyt
         curve = files.read_json(settings.paths.delta / "curve.json")
         assert [row["step"] for row in curve] == list(range(1, len(curve) + 1))
         assert files.read_json(settings.paths.delta / "record.json")["steps"] == len(curve)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lam", "noted"),
+    [("float32", 1e5, False), ("bfloat16", 0.1, False), ("bfloat16", 1e3, True), ("bfloat16", 1e5, None)],
+)
+def test_a_difference_that_the_precision_does_not_show_is_noted_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, lam: float, noted: bool | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    erase = {"method": "uce", "source": "words", "uce": {"edit": {"lam": lam, "min_relative_change": 0.0}}}
+    values = merged(workspace.small_params(tmp_path), {"base": {"dtype": dtype}, "erase": erase})
+    settings = workspace.create(tmp_path, **values)
+    if noted is None:
+        with pytest.raises(ErasureRefused, match=r"less than bfloat16 resolves: \d+% of the difference is lost"):
+            stages.run("erase", settings)
+        return
+    stages.run("erase", settings)
+    notes = files.read_json(settings.paths.delta / "record.json")["notes"]
+    assert any("is lost to rounding in bfloat16" in note for note in notes) == noted
 
 
 REFUSED = [Evaluation(0.97, 0.5, 1.0, [0.4, 0.6]), Evaluation(0.125, 0.44, 1.0, [0.34, 0.54])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -29,6 +30,19 @@ def edited_weights(model: Model, delta: Delta) -> dict[str, Tensor]:
         raise ModelError(f"the delta names tensors that this UNet lacks: {', '.join(sorted(missing)[:3])}")
     differences = {n: require_finite(d, f"the delta of {delta.method}, {n}") for n, d in delta.tensors.items()}
     return {n: (base[n].float() + d.to(model.device)).to(base[n].dtype) for n, d in differences.items()}
+
+
+def rounding_loss(model: Model, delta: Delta) -> float:
+    """‖applied difference − difference‖ / ‖difference‖: what the model's precision does not show of a delta.
+
+    A parameter in bfloat16 has eight significant bits: a difference below 1/512 of it rounds to nothing.
+    """
+    base, total, lost = dict(model.unet.named_parameters()), 0.0, 0.0
+    for name, weight in edited_weights(model, delta).items():
+        difference = delta.tensors[name].to(model.device)
+        total += float(difference.square().sum())
+        lost += float((weight.float() - base[name].float() - difference).square().sum())
+    return math.sqrt(lost / total) if total else 0.0
 
 
 def weight_difference(model: Model, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from deleatur.config.settings import Settings
 from deleatur.diffusion import encode
 from deleatur.diffusion.clip import Clip
 from deleatur.diffusion.model import Model
+from deleatur.diffusion.overlay import rounding_loss
 from deleatur.erasers import Eraser
 from deleatur.errors import ErasureRefused
 from deleatur.evaluation.probe import EVAL_PROMPTS, validation_probe
@@ -54,12 +55,13 @@ def run(settings: Settings) -> None:
         )
         try:
             delta = eraser.erase(model, concepts, context)
+            precision_notes = _precision_notes(settings, rounding_loss(model, delta))
         except ErasureRefused as refused:
             raise _kept_for_inspection(settings, model, eraser, refused) from refused
     with files.replace_folder(settings.paths.delta) as folder:
         tensors.save_delta(folder / tensors.DELTA_FILE, delta)
         record = {"method": delta.method, "concepts": list(delta.concepts), **delta.record}
-        record["notes"] = [*_token_notes(settings), *eraser.notes()]
+        record["notes"] = [*_token_notes(settings), *precision_notes, *eraser.notes()]
         for name in ("curve", "evaluations"):
             files.write_json(folder / f"{name}.json", record.pop(name, []))
         files.write_json(folder / "record.json", record)
@@ -84,6 +86,25 @@ def _kept_for_inspection(settings: Settings, model: Model, eraser: Eraser, refus
         f"Evaluations, curve and weights are kept in {settings.paths.checkpoints / 'refused'}",
         hint=refused.hint,
     )
+
+
+NOTED_LOSS, MAX_LOSS = 0.05, 0.5
+"""Shares of a delta's norm lost to rounding from which it is noted, and refused."""
+
+
+def _precision_notes(settings: Settings, loss: float) -> list[str]:
+    """For the report. Raises ErasureRefused where images would be sampled and judged without most of the difference,
+    which an export, in float32, has.
+    """
+    dtype = settings.base.dtype
+    if loss > MAX_LOSS:
+        raise ErasureRefused(
+            f"the weights changed by less than {dtype} resolves: {loss:.0%} of the difference is lost to rounding",
+            hint="base.dtype: float32, or a method or learning rate that changes them more; then: deleatur stage erase",
+        )
+    if loss > NOTED_LOSS:
+        return [f"{loss:.0%} of the weights' difference is lost to rounding in {dtype}; an export has all of it."]
+    return []
 
 
 def _token_notes(settings: Settings) -> list[str]:
