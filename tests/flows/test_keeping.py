@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import finished
-import machines
+import prefect_workers
 import pytest
+from registry import change_tags
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
@@ -44,9 +45,9 @@ def test_audit_reproduces_a_version_and_compares_digests(released: Registry) -> 
 
     change_tags(Settings.load(), "1", policy="0" * 64)
     params = Path("params.yaml").read_text()
-    machines.change_params(Path(), seed=7, erase={"method": "keep"})  # an audit does not use today's settings
+    prefect_workers.change_params(Path(), seed=7, erase={"method": "keep"})  # an audit does not use today's settings
     with pytest.raises(DataError, match=r"version 1 is not reproduced: other digests of policy\."):
-        audit(where="here")
+        audit(placement="local")
     Path("params.yaml").write_text(params)
     assert dvc.status(Path()) == {}, "this workspace is unchanged"
 
@@ -59,7 +60,7 @@ def test_audit_refuses_a_version_whose_commit_holds_other_code(released: Registr
     finished.git(Path(), "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "corrected")
     change_tags(Settings.load(), "1", git_commit=str(git.current_commit(Path()).hash))
     with pytest.raises(DataError, match=r"produced with other files than its commit holds: out/code/erase\.json"):
-        audit(where="here")
+        audit(placement="local")
 
 
 def cache_files() -> set[Path]:
@@ -92,7 +93,7 @@ def test_housekeeping_removes_only_what_is_unneeded_and_only_for_real(
     from housekeeping import housekeeping
 
     state = tmp_path.parent / "state"
-    machines.change_params(Path(), workers={"checkpoint_uri": str(state)})
+    prefect_workers.change_params(Path(), workers={"checkpoint_uri": str(state)})
     for name in ("erase-old", "erase-young"):
         (state / name).mkdir(parents=True)
         (state / name / "erase.safetensors").write_text("x")
@@ -102,7 +103,7 @@ def test_housekeeping_removes_only_what_is_unneeded_and_only_for_real(
     finished.dvc(Path(), "gc", "--workspace", "--force", "--quiet")
     of_version = cache_files()
     for limit in (-6.0, -7.0):
-        machines.change_params(Path(), gate=finished.passing_policy(limit=limit))
+        prefect_workers.change_params(Path(), gate=finished.passing_policy(limit=limit))
         dvc.reproduce("gate", Path())
     run, tried = old_flow_run(stack), released.client.create_run(released.runs.experiment_id, run_name="tried")
     released.client.set_terminated(tried.info.run_id, "FAILED", end_time=int(1000 * (time.time() - 100 * 86400)))

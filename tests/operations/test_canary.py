@@ -11,6 +11,7 @@ import canaries
 import pytest
 from canaries import ALL_LABELS, change_params, detect_labels, label_of_white
 from PIL import Image
+from registry import change_tags
 from typer.testing import CliRunner
 
 from deleatur.cli import app

@@ -9,9 +9,11 @@ from pathlib import Path
 import pandas as pd
 
 from deleatur.config.settings import NON_RESULT_SECTIONS, Settings
+from deleatur.feedback.events import EVENT_SCHEMA
 from deleatur.records.report import Report, Score, Verdict
 from deleatur.registry.mlflow_runs import Evidence
 from deleatur.report.curves import training_curves
+from deleatur.report.description import describe
 from deleatur.report.plots import Curve
 from deleatur.storage import dvc, files, git, json_records
 
@@ -19,12 +21,13 @@ from deleatur.storage import dvc, files, git, json_records
 def collect_evidence(settings: Settings, report: Report, verdict: Verdict, emergency: str) -> Evidence:
     """emergency: the reason for a release outside the pipeline, of which dvc.lock then knows nothing."""
     paths, digest = settings.paths, json_records.digest(verdict)
-    answers = files.read_table(paths.feedback / "answers.parquet")
+    answers = files.read_table(paths.feedback / "answers.parquet", EVENT_SCHEMA)
     tags = _lineage(report, verdict, answers, lock="" if emergency else dvc.lock_digest(Path()) or "")
     return Evidence(
         digest=digest,
         name=f"{tags['method']} {tags['concepts']} {digest[:8]}",
         tags=tags | ({"emergency": emergency} if emergency else {}),
+        summary=describe(report, verdict, emergency),
         # Without the sections that have no influence on the result, such as where it is registered.
         settings=settings.model_dump(mode="json", by_alias=True, exclude={*NON_RESULT_SECTIONS, "register_"}),
         scores=dict(_scores(report)),

@@ -44,7 +44,8 @@ def export(settings: Settings, folder: Path) -> None:
             # The sampler of the images that were judged, with the base model's noise schedule.
             config = pipeline.scheduler.config
             pipeline.scheduler = DDIMScheduler.from_config(config, steps_offset=1, clip_sample=False)
-        pipeline.save_pretrained(partial, safe_serialization=True)
+        with files.disk_errors(partial):
+            pipeline.save_pretrained(partial, safe_serialization=True)
     _write_model_card(settings, partial)
     partial.rename(folder)
 

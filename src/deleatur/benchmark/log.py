@@ -50,6 +50,7 @@ def _evidence(settings: Settings, tables: Sequence[BenchmarkTable], files: Mappi
         digest=digest,
         name=f"compare {concepts} {digest[:8]}",
         tags=tags,
+        summary=f"Benchmark of {concepts} on the prompts of the split {tables[0].split}",
         settings=settings.model_dump(mode="json", by_alias=True, exclude={"register_", "gate", "targets"}),
         scores={name: value for table in tables for name, value in _metrics(table)},
         files={name.lower(): path for name, path in files.items()} | {"params": Path("params.yaml")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import json
 import re
@@ -65,7 +66,13 @@ class Commands(TyperGroup):
 def _from_os_error(error: OSError) -> DeleaturError:
     """A full disk or a folder without write permission; or a host that does not answer, which is worth a retry."""
     kind = ServiceError if isinstance(error, ConnectionError | TimeoutError) else DataError
-    return kind(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    path = error.filename2 or error.filename  # the second one is the target of a copy
+    hint = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = f"df -h {path or '.'}"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        hint = f"ls -ld {path or '.'} (this account has to be able to write there)"
+    return kind(f"{error.strerror or error}{f': {path}' if path else ''}", hint=hint)
 
 
 def load_settings(params: Path = PARAMS) -> Settings:

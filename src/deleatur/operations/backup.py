@@ -20,7 +20,7 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.redaction import redacted_file
 from deleatur.registry import ledger
-from deleatur.registry.decisions import locked_for_decision, open_registry
+from deleatur.registry.decisions import locked_for_decision, show_state, unchecked_registry
 from deleatur.registry.history import history
 from deleatur.registry.ledger import Ledger
 from deleatur.registry.mlflow_registry import QUARANTINED
@@ -91,14 +91,13 @@ def restore(settings: Settings, folder: Path) -> BackupInfo:
     saved.require_intact()
     _require_no_other_decisions(saved, ledger.read(target))
     _require_committed(folder / "workspace")
-    registry = open_registry(settings)
+    registry = unchecked_registry(settings)
     RegistryDump(registry, folder / "registry").load()
     for number in sorted({*saved.aliases.values()} - {saved.aliases.get(QUARANTINED)}):
         verify(settings, number, saved.entries)
     with files.atomic_write(target) as partial:
         shutil.copyfile(folder / "ledger.jsonl", partial)
-    registry.set_aliases(saved.aliases)
-    registry.set_ledger_position(saved.head)
+    show_state(registry, saved)
     for name in WORKSPACE_FILES:  # never a path that only the folder names
         if (path := folder / "workspace" / name).is_file() and not _is_same(Path(name), path):
             with files.atomic_write(Path(name)) as partial:
@@ -114,7 +113,7 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
             f"expected a folder that `deleatur backup` has written, and there is no {folder / MANIFEST}",
             hint="deleatur restore FOLDER",
         )
-    manifest: dict[str, Any] = files.read_json(folder / MANIFEST)
+    manifest: dict[str, Any] = files.read_json(folder / MANIFEST, "restore an older backup")
     digests = dict(_digests(folder))
     for name in sorted(manifest["files"].keys() | digests.keys()):
         if manifest["files"].get(name) != digests.get(name):

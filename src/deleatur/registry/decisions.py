@@ -1,4 +1,4 @@
-"""Decisions about versions: first a line of the ledger, then the registry's tags and aliases, then its ledger position.
+"""Decisions about versions: a line of the ledger, then the registry's pages and aliases, then its ledger position.
 
 The line is the decision. A process that is killed before the line is complete has decided nothing; where it is killed
 after it, the next process that locks the ledger applies the line first. In between, the registry still shows the
@@ -18,7 +18,7 @@ from pathlib import Path
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.records.report import Outcome
-from deleatur.registry import ledger
+from deleatur.registry import descriptions, ledger
 from deleatur.registry.ledger import Entry, Event, Ledger, LedgerWriter, Subject
 from deleatur.registry.mlflow_registry import ALIASES, CHALLENGER, CHAMPION, LAST_KNOWN_GOOD, QUARANTINED, Registry
 from deleatur.storage import git
@@ -80,9 +80,8 @@ class LockedRegistry:
             for version in sorted(set(self.ledger.aliases.values())):
                 self.subject(version)
             for entry in pending:
-                _tag_version(self.registry, entry)
-            self.registry.set_aliases(self.ledger.aliases)
-            self.registry.set_ledger_position(self.ledger.head)
+                _show_decision(self.registry, entry)
+            show_state(self.registry, self.ledger)
         if self.ledger.entries and (last := self.ledger.entries[-1]).event == "approval":
             self.promote(_subject_of(last), last.actor, last.reason)
 
@@ -106,7 +105,27 @@ def alias_mismatches(decided: Mapping[str, str], registered: Mapping[str, str]) 
     return [AliasMismatch(*pair) for pair in pairs if pair[1] != pair[2]]
 
 
-def open_registry(settings: Settings) -> Registry:
+def open_registry(settings: Settings, recorded: Ledger | None = None) -> Registry:
+    """The registry. Raises DataError where its file is missing although the ledger has decisions: a query would make
+    MLflow create an empty one.
+
+    recorded: the ledger; read where it is not given, which a process must not do that has locked it.
+    """
+    registry = unchecked_registry(settings)
+    if not (registry.exists or os.environ.get(WITHOUT_LEDGER)):
+        recorded = recorded or ledger.read(settings.register_.ledger)
+        if recorded.entries:
+            raise DataError(
+                f"{registry.shown_uri} is missing, and {recorded.path} has {recorded.head.number} decisions about its "
+                "versions: missing is not empty",
+                hint="put it back, or correct register.tracking_uri in params.yaml, or: deleatur restore FOLDER; where "
+                "it is lost: deleatur settle --adopt --as NAME --reason WHY",
+            )
+    return registry
+
+
+def unchecked_registry(settings: Settings) -> Registry:
+    """The registry, which may be about to be created."""
     section = settings.register_
     return Registry(section.tracking_uri, section.experiment, section.model)
 
@@ -117,8 +136,9 @@ def checked_ledger(settings: Settings) -> Ledger:
     Where neither exists, the registry is not queried: MLflow would create its store. On a worker without ledger, it is
     empty.
     """
-    recorded, registry = ledger.read(settings.register_.ledger), open_registry(settings)
+    recorded = ledger.read(settings.register_.ledger)
     recorded.require_intact()
+    registry = open_registry(settings, recorded)
     if recorded.entries or (registry.exists and not os.environ.get(WITHOUT_LEDGER)):
         recorded.entries_after(registry.ledger_position())
     return recorded
@@ -143,8 +163,8 @@ def locked_registry(settings: Settings) -> Iterator[LockedRegistry]:
     Raises DataError where the ledger was changed, or belongs to another registry.
     """
     with ledger.locked(settings.register_.ledger) as writer:
-        locked = LockedRegistry(writer, open_registry(settings))
         writer.ledger.require_intact()
+        locked = LockedRegistry(writer, open_registry(settings, writer.ledger))
         if not writer.ledger.entries and locked.registry.ledger_position() is None:
             _adopt_existing_aliases(locked)
         locked.apply_pending()
@@ -279,20 +299,16 @@ def _subject_of(entry: Entry) -> Subject:
     return Subject(entry.version, entry.weights, entry.evidence, entry.files)
 
 
-def _tag_version(registry: Registry, entry: Entry) -> None:
-    """Shows a decision in the tags of its version, for readers of MLflow's pages."""
+def _show_decision(registry: Registry, entry: Entry) -> None:
+    """Shows a decision in the descriptions and tags of its versions, for readers of MLflow's pages."""
+    for version, line in descriptions.decision_lines(entry).items():
+        registry.describe(descriptions.with_decision(registry.description(version), line), version)
+    if entry.event in ("rollback", "quarantine"):
+        registry.mark_quarantined(entry.aliases[QUARANTINED], entry.reason)
 
-    version, tags = entry.version, {}
-    match entry.event:
-        case "registration":
-            tags = {"started_by": entry.actor}
-        case "approval":
-            tags = {"approved_by": entry.actor, "approved_because": entry.reason}
-            tags |= {"approved_evidence": entry.evidence, "approved_delta": entry.weights}
-        case "decline":
-            tags = {"declined_by": entry.actor, "declined_because": entry.reason}
-        case "rollback" | "quarantine":
-            version = entry.aliases[QUARANTINED]
-            tags = {"quarantined_by": entry.actor, "quarantined_because": entry.reason}
-    if version and tags:
-        registry.tag(version, tags)
+
+def show_state(registry: Registry, recorded: Ledger) -> None:
+    """Sets the registry's aliases and description by the ledger and then, as everything is applied, its position."""
+    registry.set_aliases(recorded.aliases)
+    registry.describe(descriptions.model_description(registry.model, recorded))
+    registry.set_ledger_position(recorded.head)

@@ -18,6 +18,7 @@ from deleatur.registry.decisions import (
     checked_ledger,
     locked_registry,
     open_registry,
+    unchecked_registry,
 )
 from deleatur.registry.ledger import Entry, Ledger, Subject
 from deleatur.registry.mlflow_registry import ALIASES, CHAMPION
@@ -63,10 +64,10 @@ def _problems(settings: Settings, recorded: Ledger) -> Iterator[DataError]:
     if recorded.problem:
         yield DataError(recorded.problem, hint=ledger.RECOVERY_HINT)
         return
-    registry = open_registry(settings)
-    if not (recorded.entries or registry.exists):
-        return  # nothing is decided yet; a query would make MLflow create its store
     try:
+        registry = open_registry(settings, recorded)
+        if not registry.exists:
+            return  # nothing is decided yet; a query would make MLflow create its store
         pending = recorded.entries_after(registry.ledger_position())
     except DataError as e:
         yield e
@@ -93,7 +94,7 @@ def settle(settings: Settings, actor: str, reason: str, *, adopt: bool = False) 
     """Resets the registry's aliases to those of the ledger, and returns what was inconsistent.
 
     adopt: takes the registry's aliases into the ledger instead. A ledger that was changed or lost starts again, behind
-    the last line that the registry has applied.
+    the last line that the registry has applied; so does the ledger of a registry that was lost.
     """
     if not (actor.strip() and reason.strip()):
         raise DataError("a decision needs a name and a reason", hint=f"{SETTLE_HINT} {'--adopt' * adopt}".strip())
@@ -107,7 +108,7 @@ def settle(settings: Settings, actor: str, reason: str, *, adopt: bool = False) 
 
 def _adopt(settings: Settings, actor: str, reason: str) -> list[str]:
     with ledger.locked(settings.register_.ledger) as writer:
-        locked = LockedRegistry(writer, registry := open_registry(settings))
+        locked = LockedRegistry(writer, registry := unchecked_registry(settings))
         problems = []
         try:
             writer.ledger.require_intact()

@@ -25,7 +25,7 @@ from socket import gethostname
 from typing import Literal
 
 from deleatur.errors import DataError
-from deleatur.storage import json_records
+from deleatur.storage import files, json_records
 
 RECOVERY_HINT = "restore it from the backup or, where it is lost: deleatur settle --adopt --as NAME --reason WHY"
 
@@ -136,9 +136,16 @@ class Ledger:
     def entries_after(self, position: LedgerPosition | None) -> tuple[Entry, ...]:
         """The entries behind the line that the registry last applied; position None: it has applied none.
 
-        Raises DataError where that line is not in this ledger.
+        Raises DataError where that line is not in this ledger, or none is applied although each one is applied before
+        the next is written.
         """
-        if position is None or position == self.start:
+        if position is None and len(self.entries) > 1:
+            raise DataError(
+                f"the registry has applied none of the {len(self.entries)} lines of {self.path}: it was created anew, "
+                "or this is the ledger of another registry",
+                hint="deleatur restore FOLDER or, where it is lost: deleatur settle --adopt --as NAME --reason WHY",
+            )
+        if position in (None, self.start):
             return self.entries
         if position not in self.positions:
             missing = position.number > self.head.number
@@ -179,7 +186,8 @@ class LedgerWriter:
         )
         line = json.dumps(asdict(entry), ensure_ascii=False, separators=(",", ":")).encode()
         self._set_aside()
-        _write_all(self._file, (b"" if self.ledger.terminated else b"\n") + line + b"\n")
+        with files.disk_errors(self.ledger.path):
+            _write_all(self._file, (b"" if self.ledger.terminated else b"\n") + line + b"\n")
         entries, positions = (*self.ledger.entries, entry), (*self.ledger.positions, _position(entry.number, line))
         self.ledger = replace(self.ledger, entries=entries, positions=positions, torn_bytes=0, terminated=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deleatur.errors import DataError, DeleaturError, ServiceError, SettingsError
 from deleatur.redaction import redact
+from deleatur.registry.relocation import relocate
+from deleatur.storage.files import disk_errors
 
 ENVIRONMENT_URI = os.environ.get("MLFLOW_TRACKING_URI")
 """As it was when this process started: MLflow sets the variable itself whenever it is given a URI, see
@@ -48,7 +51,13 @@ def use_tracking_uri(uri: str) -> None:
 
 
 def connect(uri: str) -> mlflow.MlflowClient:
+    """A client of our store, whose artifacts are read and written where the project is now."""
     use_tracking_uri(uri)
+    if (path := sqlite_file(uri)) and path.is_file():
+        try:
+            relocate(path)
+        except sqlite3.Error as e:
+            raise _store_error(uri, str(e)) from e
     return mlflow.MlflowClient()
 
 
@@ -60,13 +69,13 @@ def tracking_uri(uri: str) -> str:
 def store_exists(uri: str) -> bool:
     """Whether a store exists already; False for a SQLite file that MLflow would create. Servers are not queried."""
     path = sqlite_file(uri)
-    return path is None or path.is_file()
+    return path is None or (path.is_file() and path.stat().st_size > 0)
 
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of an SQLite store."""
     _, found, path = tracking_uri(uri).partition("sqlite:///")
-    return Path(path.partition("?")[0]) if found else None
+    return Path(path.partition("?")[0].removeprefix("file:")) if found else None
 
 
 @contextmanager
@@ -76,7 +85,8 @@ def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterato
     missing: raised where MLflow reports that the object does not exist.
     """
     try:
-        yield
+        with disk_errors(sqlite_file(uri) or Path(redact(tracking_uri(uri)))):
+            yield
     except (SQLAlchemyError, CommandError, RequestException) as e:
         raise _store_error(uri, str(getattr(e, "orig", None) or e)) from None
     except MlflowException as e:

@@ -1,8 +1,9 @@
 """Versions and aliases of a registered model in MLflow.
 
-A verdict that passes makes one version, identified by the digest of its evidence: registered again, the existing
-version is returned. Which version an alias names is decided in the ledger; the tag `LEDGER_TAG` holds the last line of
-the ledger that was applied here.
+A verdict that passes makes one version. Its source is a logged model, whose tags are the digests of its evidence and
+of its files; the version has a copy of those that people filter by. Registered again, the existing version is returned.
+Which version an alias names is decided in the ledger; the tag `LEDGER_TAG` holds the last line of the ledger that was
+applied here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import mlflow
-from mlflow.entities import LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
@@ -43,6 +44,11 @@ ALIASES = (QUARANTINED, LAST_KNOWN_GOOD, CHAMPION, CHALLENGER)
 aliases that say what was champion before."""
 
 LEDGER_TAG = "deleatur.ledger"
+
+SHOWN_TAGS = ("outcome", "concepts", "method", "simulated")
+"""Tags that a version has, for people to filter by: a copy of its model's, which commands read."""
+QUARANTINE_TAG = "quarantined_because"
+"""Tag of a version that was taken back."""
 
 MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 MODEL_SIGNATURE = ModelSignature(
@@ -86,9 +92,11 @@ class Registry:
     def version(self, evidence: str) -> str | None:
         """The version made from this evidence, if there is one."""
         with translated_errors(self.uri):
-            filter_string = f"name = '{self.model}' and tag.`{EVIDENCE_TAG}` = '{evidence}'"
-            versions = self.client.search_model_versions(filter_string)
-            return str(versions[0].version) if versions else None
+            for model in self._logged_models(evidence):
+                filter_string = f"name = '{self.model}' and source_path = '{model.model_uri}'"
+                for version in self.client.search_model_versions(filter_string):
+                    return str(version.version)
+        return None
 
     def versions(self) -> list[ModelVersion]:
         """All versions of the model, by number."""
@@ -104,30 +112,51 @@ class Registry:
         """
         with translated_errors(self.uri):
             uri = self._logged_model(run_id, evidence) or self._log_model(run_id, evidence, pipeline, delta)
-            tags = evidence.prefixed_tags | self._attach_statement(uri, evidence, keys)
-            with ignore_existing():
-                self.client.create_registered_model(self.model)
+            self._attach_statement(uri, evidence, keys)
+            self._create_model()
+            tags = {name: evidence.tags[name] for name in SHOWN_TAGS if name in evidence.tags}
             created = self.client.create_model_version(
                 self.model, uri, run_id, tags=tags, description=description, model_id=uri.rpartition("/")[2]
             )
             return str(created.version)
 
     def tags(self, version: str) -> dict[str, str]:
-        """A version's tags, without our prefix. Raises DataError when there is no such version."""
-        with translated_errors(self.uri, DataError(f"{self.model} has no version {version}", hint="mlflow ui")):
-            tags = self.client.get_model_version(self.model, version).tags
-            return {k.removeprefix("deleatur."): v for k, v in tags.items()}
+        """The tags of a version's model, which identify its evidence, without our prefix; and QUARANTINE_TAG.
 
-    def tag(self, version: str, tags: Mapping[str, str]) -> None:
+        Raises DataError when there is no such version.
+        """
+        registered = self._version(version)
+        quarantined = {k: v for k, v in registered.tags.items() if k == QUARANTINE_TAG}
         with translated_errors(self.uri):
-            for key, value in tags.items():
-                self.client.set_model_version_tag(self.model, version, f"deleatur.{key}", value)
+            try:
+                tags = self.client.get_logged_model(logged_model_id(registered)).tags
+            except MlflowException as e:
+                if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                tags = {}  # it was deleted, or the version was registered by hand: the ledger has it
+        return {k.removeprefix("deleatur."): v for k, v in tags.items()} | quarantined
+
+    def mark_quarantined(self, version: str, reason: str) -> None:
+        with translated_errors(self.uri):
+            self.client.set_model_version_tag(self.model, version, QUARANTINE_TAG, reason)
+
+    def description(self, version: str) -> str:
+        return self._version(version).description or ""
+
+    def describe(self, description: str, version: str | None = None) -> None:
+        """Sets the description of a version, or that of the registered model."""
+        with translated_errors(self.uri):
+            if version:
+                self.client.update_model_version(self.model, version, description)
+            else:
+                self._create_model()
+                self.client.update_registered_model(self.model, description)
 
     def artifact_text(self, version: str, name: str) -> str:
         """An artifact of the run that made a version, as text. Raises DataError when there is no such version."""
         missing = DataError(f"{self.model} has no version {version} with an artifact {name}", hint="mlflow ui")
+        run_id = str(self._version(version).run_id)
         with translated_errors(self.uri, missing), TemporaryDirectory(prefix="deleatur-") as folder:
-            run_id = str(self.client.get_model_version(self.model, version).run_id)
             return Path(self.client.download_artifacts(run_id, name, folder)).read_text("utf-8")
 
     def disposable_runs(self, before: float) -> dict[str, str]:
@@ -164,9 +193,17 @@ class Registry:
 
     def set_ledger_position(self, position: LedgerPosition) -> None:
         with translated_errors(self.uri):
-            with ignore_existing():  # a ledger can begin with a verdict that makes no version
-                self.client.create_registered_model(self.model)
+            self._create_model()
             self.client.set_registered_model_tag(self.model, LEDGER_TAG, str(position))
+
+    def _create_model(self) -> None:
+        """Creates the registered model, unless it exists: a ledger can begin with a verdict that makes no version."""
+        with ignore_existing():
+            self.client.create_registered_model(self.model)
+
+    def _version(self, version: str) -> ModelVersion:
+        with translated_errors(self.uri, DataError(f"{self.model} has no version {version}", hint="mlflow ui")):
+            return self.client.get_model_version(self.model, version)
 
     def _registered_model(self) -> RegisteredModel | None:
         with translated_errors(self.uri):
@@ -179,12 +216,15 @@ class Registry:
 
     def _logged_model(self, run_id: str, evidence: Evidence) -> str | None:
         """URI of the model that an earlier attempt stored completely; incomplete ones are deleted."""
-        filter_string = f"tags.`{EVIDENCE_TAG}` = '{evidence.digest}'"
-        models = self.client.search_logged_models([self.runs.experiment_id], filter_string)
+        models = self._logged_models(evidence.digest)
         for model in (m for m in models if m.status != LoggedModelStatus.READY):
             self.client.delete_logged_model(model.model_id)
         complete = [m for m in models if m.status == LoggedModelStatus.READY and m.source_run_id == run_id]
         return str(complete[0].model_uri) if complete else None
+
+    def _logged_models(self, evidence: str) -> list[LoggedModel]:
+        filter_string = f"tags.`{EVIDENCE_TAG}` = '{evidence}'"
+        return list(self.client.search_logged_models([self.runs.experiment_id], filter_string))
 
     def _log_model(self, run_id: str, evidence: Evidence, pipeline: Path, delta: Path) -> str:
         with warnings.catch_warnings():
@@ -203,12 +243,21 @@ class Registry:
             )
         return str(info.model_uri)
 
-    def _attach_statement(self, uri: str, evidence: Evidence, keys: signing.Keys) -> dict[str, str]:
-        """Signs the files that the store holds, which need not be those that were sent there."""
+    def _attach_statement(self, uri: str, evidence: Evidence, keys: signing.Keys) -> None:
+        """Signs the files that the store holds, which need not be those that were sent there, and tags the model with
+        the digest of the statement.
+        """
         with model_files(uri) as folder, TemporaryDirectory(prefix="deleatur-") as target:
             predicate = {**evidence.tags, "evidence": evidence.digest}
             envelope, statement = signing.create_statement(folder, predicate, keys)
             path = Path(target) / signing.STATEMENT_FILE
             path.write_bytes(envelope)
-            self.client.log_model_artifact(uri.rpartition("/")[2], str(path), signing.STATEMENT_FOLDER)
-        return {"deleatur.files": statement.digest, "deleatur.signed_by": statement.signed_by}
+            id = uri.rpartition("/")[2]
+            self.client.log_model_artifact(id, str(path), signing.STATEMENT_FOLDER)
+        tags = {"deleatur.files": statement.digest, "deleatur.signed_by": statement.signed_by}
+        self.client.set_logged_model_tags(id, tags)
+
+
+def logged_model_id(version: ModelVersion) -> str:
+    """The source of a version is models:/ID."""
+    return str(version.source).rpartition("/")[2]

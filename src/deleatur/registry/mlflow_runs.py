@@ -18,6 +18,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from deleatur.redaction import redact, redacted_file
 from deleatur.registry.mlflow_client import all_pages, connect, translated_errors, use_tracking_uri
@@ -38,6 +39,8 @@ class Evidence:
     name: str
     """Shown in lists of runs."""
     tags: Mapping[str, str]
+    summary: str
+    """Markdown, shown as the run's description."""
     settings: Mapping[str, Any]
     """Nested; logged as flat params."""
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -102,7 +105,9 @@ class Runs:
             params = {k: redact(v) for k, v in flatten(evidence.settings).items() if k not in run.data.params}
             metrics = [Metric(k, v, start, 0) for k, v in evidence.scores.items()]
             metrics += [Metric(k, v, start, step) for k, step, v in evidence.curves]
-            log_batches(self.client, run_id, evidence.prefixed_tags, params, metrics)
+            log_batches(
+                self.client, run_id, evidence.prefixed_tags | {MLFLOW_RUN_NOTE: evidence.summary}, params, metrics
+            )
             if evidence.feedback is not None:
                 self.client.log_inputs(run_id, [_dataset_input(evidence)])
             for name, path in evidence.files.items():
@@ -111,6 +116,10 @@ class Runs:
                 elif path.is_file():
                     with redacted_file(path) as redacted:
                         self.client.log_artifact(run_id, str(redacted), name)
+
+    def log_text(self, run_id: str, name: str, text: str) -> None:
+        with translated_errors(self.uri):
+            self.client.log_text(run_id, text, name)
 
     def search(self, filter_string: str = "") -> list[Run]:
         """All runs that match a filter of MLflow's."""

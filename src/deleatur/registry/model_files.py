@@ -17,9 +17,6 @@ from deleatur.errors import DataError, ModelError
 from deleatur.registry.mlflow_client import translated_errors
 from deleatur.storage import remote
 
-ARTIFACT_ROOT = "mlruns"
-"""Name of the folder in which MLflow stores artifacts by default."""
-
 
 def artifact_location(address: str) -> str:
     """models:/name/version, models:/name@alias or models:/id → where its files are stored, a path or a URL.
@@ -65,14 +62,7 @@ def local_folder(address: str, part: str = "pipeline") -> str:
 
 
 def missing_files(address: str, path: Path) -> ModelError:
-    """The error for files that are not where the store has recorded them: says whether the project was moved."""
-    root = next((parent.parent for parent in path.parents if parent.name == ARTIFACT_ROOT), None)
-    if root and not root.exists():
-        return ModelError(
-            f"{address}: {path} is missing: the project was moved from {root}, and MLflow's store records its old "
-            "place; nothing says that a file was changed",
-            hint=f"mkdir -p {root.parent} && ln -s {Path.cwd()} {root}, or move it back",
-        )
+    """The error for files that are not where the store has recorded them."""
     return ModelError(
         f"{address}: {path} is missing from the store; nothing says that another file was changed",
         hint="put it back, or restore a backup: deleatur restore FOLDER",

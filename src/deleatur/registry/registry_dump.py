@@ -20,8 +20,9 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, 
 from mlflow.entities.model_registry import ModelVersion
 
 from deleatur.errors import DataError
+from deleatur.registry.descriptions import run_link
 from deleatur.registry.mlflow_client import ignore_existing, translated_errors, use_tracking_uri
-from deleatur.registry.mlflow_registry import Registry
+from deleatur.registry.mlflow_registry import Registry, logged_model_id
 from deleatur.registry.mlflow_runs import EVIDENCE_TAG, log_batches
 from deleatur.registry.model_files import model_files
 from deleatur.storage import files
@@ -41,9 +42,9 @@ class RegistryDump:
             for run in self.registry.runs.search():
                 if EVIDENCE_TAG in run.data.tags:
                     self._save_run(run)
-            for model in dict.fromkeys(map(_model_id, versions)):
+            for model in dict.fromkeys(map(logged_model_id, versions)):
                 self._save_model(model)
-            files.write_json(self.folder / "versions.json", [_version_record(version) for version in versions])
+            files.write_json(self.folder / "versions.json", [self._version_record(version) for version in versions])
 
     def load(self) -> None:
         """Raises DataError, before anything is changed, where the registry has versions that the dump lacks."""
@@ -117,7 +118,7 @@ class RegistryDump:
     def _load_model(self, dumped_id: str, run_id: str) -> str:
         """Returns the model's id in this store."""
         folder, client = self.folder / "models" / dumped_id, self.registry.client
-        record, experiment = files.read_json(folder / "model.json"), self.registry.runs.experiment_id
+        record, experiment = self._model_record(dumped_id), self.registry.runs.experiment_id
         evidence = record["tags"][EVIDENCE_TAG]
         existing = client.search_logged_models([experiment], f"tags.`{EVIDENCE_TAG}` = '{evidence}'")
         for model in (m for m in existing if m.source_run_id == run_id):
@@ -131,14 +132,30 @@ class RegistryDump:
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return str(model.model_id)
 
+    def _model_record(self, dumped_id: str) -> dict[str, Any]:
+        record: dict[str, Any] = files.read_json(self.folder / "models" / dumped_id / "model.json")
+        return record
+
+    def _version_record(self, version: ModelVersion) -> dict[str, Any]:
+        return {
+            "number": int(version.version),
+            "run_id": version.run_id,
+            "run_link": run_link(self.registry.runs.experiment_id, version.run_id),
+            "model_id": logged_model_id(version),
+            "tags": version.tags,
+            "description": version.description or "",
+        }
+
     def _load_version(self, record: dict[str, Any], run_id: str, model_id: str) -> None:
         """Creates the version under its old number, by creating and deleting versions for the numbers in between."""
         client, name, source = self.registry.client, self.registry.model, f"models:/{model_id}"
+        link = run_link(self.registry.runs.experiment_id, run_id)
+        description = record["description"].replace(record["run_link"], link)
         if record["number"] in {int(v.version) for v in self.registry.versions()}:
             return
         while True:
             created = client.create_model_version(
-                name, source, run_id, tags=record["tags"], description=record["about"], model_id=model_id
+                name, source, run_id, tags=record["tags"], description=description, model_id=model_id
             )
             if int(created.version) == record["number"]:
                 return
@@ -150,29 +167,14 @@ class RegistryDump:
                 )
 
     def _require_known_versions(self, records: list[dict[str, Any]]) -> None:
-        evidence = {v["number"]: v["tags"].get(EVIDENCE_TAG) for v in records}
+        dumped = {v["number"]: self._model_record(v["model_id"])["tags"][EVIDENCE_TAG] for v in records}
         for version in self.registry.versions():
-            if evidence.get(int(version.version)) != version.tags.get(EVIDENCE_TAG):
+            evidence = self.registry.tags(str(version.version)).get("evidence")
+            if evidence is None or dumped.get(int(version.version)) != evidence:
                 raise DataError(
                     f"{self.registry.model} has a version {version.version} here that is not the dump's",
                     hint="restore into an empty registry, or under another name (register.model)",
                 )
-
-
-def _model_id(version: ModelVersion) -> str:
-    """The source of a version is models:/ID."""
-
-    return str(version.source).rpartition("/")[2]
-
-
-def _version_record(version: ModelVersion) -> dict[str, Any]:
-    return {
-        "number": int(version.version),
-        "run_id": version.run_id,
-        "model_id": _model_id(version),
-        "tags": version.tags,
-        "about": version.description,
-    }
 
 
 def _dataset_input(record: dict[str, Any]) -> DatasetInput:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from huggingface_hub import ModelCard
+
 from deleatur import gate
 from deleatur.artifacts.evidence import collect_evidence
 from deleatur.artifacts.export import export
@@ -18,12 +20,14 @@ from deleatur.config import methods
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.records.report import Report, Verdict
+from deleatur.registry import descriptions
 from deleatur.registry.decisions import locked_registry, open_registry, record_verdict
 from deleatur.registry.ledger import Subject
 from deleatur.registry.mlflow_registry import Registry
 from deleatur.registry.mlflow_runs import Evidence
 from deleatur.registry.signing import Keys
 from deleatur.registry.verify import signer_text, signing_keys
+from deleatur.report import model_card
 from deleatur.runtime import models, provenance
 from deleatur.runtime.progress import bar
 from deleatur.storage import dvc, json_records
@@ -64,7 +68,7 @@ def run(settings: Settings, emergency: str = "") -> None:
             advance(note="evidence logged")
             if verdict.outcome == "pass" and not methods.requires_custom_sampler(settings):
                 version = registry.version(evidence.digest) or _add_version(
-                    settings, registry, run_id, evidence, verdict, signing
+                    settings, registry, run_id, evidence, signing
                 )
                 advance(note=f"{registry.model} version {version}")
             message = _record(settings, registry, evidence, verdict)
@@ -99,11 +103,12 @@ def _current_verdict(settings: Settings, *, in_pipeline: bool) -> tuple[Report, 
     return report, verdict
 
 
-def _add_version(
-    settings: Settings, registry: Registry, run_id: str, evidence: Evidence, verdict: Verdict, signing: Keys
-) -> str:
+def _add_version(settings: Settings, registry: Registry, run_id: str, evidence: Evidence, signing: Keys) -> str:
     with TemporaryDirectory(prefix="deleatur-") as directory:
         folder = Path(directory) / "pipeline"
         export(settings, folder)
-        description = gate.headline(verdict) + (f"\n\n{gate.SIMULATED_NOTICE}" if verdict.simulated else "")
+        card = ModelCard.load(folder / model_card.FILE_NAME).text  # without metadata, which MLflow shows as text
+        registry.runs.log_text(run_id, descriptions.MODEL_CARD, card)
+        run = descriptions.run_link(registry.runs.experiment_id, run_id)
+        description = descriptions.version_description(evidence.summary, run)
         return registry.add_version(run_id, evidence, folder, settings.paths.delta, description, signing)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,12 +17,34 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from deleatur.errors import DataError, SettingsError
 from deleatur.storage.git import first_tracked_file
 
 UNREADABLE_PARQUET = (pa.ArrowException, OSError, KeyError)
 """What pyarrow raises for files that are no Parquet, are damaged (OSError), or lack a column (KeyError)."""
+
+
+RECOMPUTE_HINT = "dvc repro (runs the stages whose outputs are missing, damaged or out of date)"
+"""For files that stages write."""
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raises what libraries raise for a full or read-only disk as OSError with its number, and a path for messages.
+
+    safetensors, pyarrow and shutil have the number in their text only, and a failing write names no file.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError) as e:
+        in_text = re.search(r"(?:os error|Errno) (\d+)", str(e))
+        number = getattr(e, "errno", None) or (int(in_text[1]) if in_text else None)
+        if number in DISK_ERRORS and not getattr(e, "filename", None):
+            raise OSError(number, os.strerror(number), str(path)) from e
+        raise
 
 
 @contextmanager
@@ -32,9 +56,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file)
+        with disk_errors(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -61,7 +86,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}.partial") for kind in ("new", "old"))
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with disk_errors(folder):
+            yield partial
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
@@ -115,13 +141,20 @@ def write_table(path: Path, frame: pd.DataFrame, schema: pa.Schema) -> None:
         pq.write_table(table.replace_schema_metadata(None), partial, compression="zstd")
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Reads Parquet. Lists become arrays; missing numbers and booleans NaN or None."""
-    _demand_file(path)
+def read_table(path: Path, schema: pa.Schema | None = None) -> pd.DataFrame:
+    """Reads Parquet. Lists become arrays; missing numbers and booleans NaN or None.
+
+    Raises DataError for a table that is damaged, or lacks columns of the schema.
+    """
+    demand_file(path)
     try:
         frame: pd.DataFrame = pq.read_table(path).to_pandas()
     except UNREADABLE_PARQUET as e:
-        raise DataError(f"{path} is not an intact Parquet table: {e}", hint="dvc repro") from e
+        raise DataError(f"{path} is not an intact Parquet table: {e}", hint=RECOMPUTE_HINT) from e
+    if missing := [name for name in (schema.names if schema else ()) if name not in frame]:
+        raise DataError(
+            f"{path} lacks the columns {', '.join(missing)}: another version of deleatur wrote it", hint=RECOMPUTE_HINT
+        )
     return frame
 
 
@@ -135,7 +168,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
     Raises DataError for anything but UTF-8 with commas and the header's number of fields in every row.
     """
-    _demand_file(path)
+    demand_file(path, "put it there or correct the path in params.yaml, then: deleatur check")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header, *rows = (row for row in csv.reader(file, strict=True) if row)
@@ -161,12 +194,12 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(text + "\n", "utf-8")
 
 
-def read_json(path: Path) -> Any:
-    _demand_file(path)
+def read_json(path: Path, hint: str = RECOMPUTE_HINT) -> Any:
+    demand_file(path, hint)
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as e:
-        raise DataError(f"{path} is not JSON in UTF-8: {e}", hint="dvc repro") from e
+        raise DataError(f"{path} is not JSON in UTF-8: {e}", hint=hint) from e
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -176,11 +209,12 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def read_lines(path: Path) -> Iterator[bytes]:
     """Lines as bytes: the caller decides what to do with a line that is not UTF-8."""
-    _demand_file(path)
+    demand_file(path, f"ls {path.parent}")
     with path.open("rb") as file:
         yield from file
 
 
-def _demand_file(path: Path) -> None:
+def demand_file(path: Path, hint: str = RECOMPUTE_HINT) -> None:
+    """Raises DataError where there is no such file."""
     if not path.is_file():
-        raise DataError(f"no file {path}", hint="dvc status")
+        raise DataError(f"no file {path}", hint=hint)

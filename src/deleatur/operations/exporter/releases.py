@@ -44,10 +44,10 @@ def ledger_metrics(settings: Settings) -> Iterator[Metric]:
 def registry_metrics(settings: Settings) -> Iterator[Metric]:
     """State according to the registry. Before the first decision it is not queried: MLflow would create its store."""
     decisions = ledger.read(settings.register_.ledger)
-    registry = open_registry(settings)
-    if not (decisions.entries or registry.exists):
-        return
     try:
+        registry = open_registry(settings, decisions)
+        if not registry.exists:
+            return
         pending = float(len(decisions.entries_after(registry.ledger_position())))
     except DataError:
         yield gauge("ledger_known", "1: the ledger is the one that the registry knows.", False)
