@@ -64,7 +64,7 @@ def fetch(settings: Settings) -> None:
 
 def event_counts(settings: Settings) -> dict[str, int]:
     """Number of events about each target."""
-    return _target_counts(files.read_json(settings.paths.feedback / "summary.json"), settings)
+    return _target_counts(files.read_object(settings.paths.feedback / "summary.json", "concepts"), settings)
 
 
 def counts_at_last_report(settings: Settings) -> dict[str, int]:
@@ -76,7 +76,7 @@ def counts_at_last_report(settings: Settings) -> dict[str, int]:
 @task(cache_policy=NO_CACHE)
 def start_chain(settings: Settings) -> None:
     """Start one run per state of the feedback: the same answers do not start a failed run again."""
-    digest = files.read_json(settings.paths.feedback / "summary.json")["feedback"]
+    digest = files.read_object(settings.paths.feedback / "summary.json", "feedback")["feedback"]
     try:
         run_deployment(CHAIN, timeout=0, as_subflow=False, idempotency_key=f"feedback-{digest}")
     except ObjectNotFound:  # the server has no such deployment

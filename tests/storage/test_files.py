@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from deleatur.errors import DataError, SettingsError
-from deleatur.storage import files
+from deleatur.records.report import Report
+from deleatur.storage import files, json_records
 from deleatur.storage.cache import RowCache
 
 
@@ -93,6 +94,42 @@ def test_the_literal_part_of_a_pattern(tmp_path: Path, monkeypatch: pytest.Monke
         f"{tmp_path}/**/a.jsonl": str(tmp_path),
     }.items():
         assert files.literal_path(pattern) == Path(expected), pattern
+
+
+def test_a_table_of_another_version_is_refused(tmp_path: Path) -> None:
+    schema = pa.schema({"key": pa.string(), "value": pa.float64()})
+    files.write_table(path := tmp_path / "table.parquet", pd.DataFrame({"key": ["a"], "value": [1.0]}), schema)
+    assert len(files.read_table(path, schema)) == 1
+    with pytest.raises(DataError, match="lacks the columns variant") as raised:
+        files.read_table(path, pa.schema([*schema, ("variant", pa.string())]))
+    assert raised.value.hint.startswith("dvc repro")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "expected a JSON object, got list"),
+        ("null", "expected a JSON object, got NoneType"),
+        ('{"other": 1}', "lacks feedback"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_json_of_another_shape_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (path := tmp_path / "summary.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        files.read_object(path, "feedback")
+
+
+def test_the_hint_for_a_missing_file_is_the_command_that_writes_it(tmp_path: Path) -> None:
+    for read, hint in (
+        (files.read_json, "dvc repro"),
+        (files.read_table, "dvc repro"),
+        (lambda path: json_records.read(path, Report), "dvc repro"),
+        (files.read_csv, "put it there"),
+    ):
+        with pytest.raises(DataError, match="no file") as raised:
+            read(tmp_path / "none")
+        assert raised.value.hint.startswith(hint)
 
 
 def damage(path: Path) -> None:

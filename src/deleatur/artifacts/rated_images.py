@@ -15,7 +15,10 @@ from deleatur.storage import files, images
 
 def is_rated(settings: Settings, concept: str) -> bool:
     """Whether `ingest` found usable answers about the concept."""
-    counts = files.read_json(settings.paths.feedback / "summary.json")["concepts"][concept]
+    path = settings.paths.feedback / "summary.json"
+    counts = files.read_object(path, "concepts")["concepts"].get(concept)
+    if counts is None:
+        raise DataError(f"{path} lacks the concept {concept}: params.yaml has changed since", hint="dvc repro")
     return bool(counts["voted_images"] + counts["pairs"])
 
 

@@ -17,7 +17,7 @@ def report_notes(settings: Settings) -> list[str]:
         f"Intervals ({settings.evaluate.confidence_level:.0%}): Wilson for rates, Bonett–Price for paired yes/no "
         "differences, t for means; images of one prompt count as one cluster, and few prompts widen every interval.",
         f"Tokens are {'the learned soft tokens' if settings.erase.source == 'token' else 'the given words'}.",
-        *files.read_json(settings.paths.delta / "record.json")["notes"],
+        *files.read_object(settings.paths.delta / "record.json", "notes")["notes"],
         *_template_notes(settings),
         *_feedback_notes(settings),
         *_sampling_notes(settings),
@@ -39,13 +39,13 @@ def _feedback_notes(settings: Settings) -> Iterator[str]:
         else:
             unrated = f"No person rated images of {name}"
             if is_rated(settings, name):
-                reason = files.read_json(settings.paths.reward / "metrics.json")[name]
+                reason = files.read_object(settings.paths.reward / "metrics.json", name)[name]
                 unrated = f"Ratings of {name} were not used ({reason})"
             yield (
                 f"{unrated}: it was erased by its words alone, the detector {spec.detection.detector} took the place "
                 "of raters, no token was learned, and attacks that start from rated images were skipped."
             )
-    summary = files.read_json(settings.paths.feedback / "summary.json")
+    summary = files.read_object(settings.paths.feedback / "summary.json", "quarantined")
     if quarantined := summary["quarantined"]["rows"]:
         yield f"{quarantined} rows of feedback could not be used; quarantine.csv beside it lists the reasons."
 

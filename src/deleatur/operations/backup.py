@@ -113,7 +113,7 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
             f"expected a folder that `deleatur backup` has written, and there is no {folder / MANIFEST}",
             hint="deleatur restore FOLDER",
         )
-    manifest: dict[str, Any] = files.read_json(folder / MANIFEST, "restore an older backup")
+    manifest = files.read_object(folder / MANIFEST, "files", hint="restore an older backup")
     digests = dict(_digests(folder))
     for name in sorted(manifest["files"].keys() | digests.keys()):
         if manifest["files"].get(name) != digests.get(name):

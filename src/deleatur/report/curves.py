@@ -27,16 +27,16 @@ EVALUATION_METRICS = {
 def training_curves(settings: Settings) -> Iterator[Curve]:
     """Curves of the reward, of inversion, erasure and attacks, as far as these stages have run."""
     paths = settings.paths
-    for concept, losses in files.read_json(paths.reward / "curves.json").items():
+    for concept, losses in files.read_object(paths.reward / "curves.json").items():
         yield _loss_curve(f"reward/{concept}", f"Reward of {concept}: loss on held-out prompts", "epoch", losses)
     if settings.erase.source == "token":
-        for concept, learned in files.read_json(paths.tokens / "metrics.json").items():
+        for concept, learned in files.read_object(paths.tokens / "metrics.json").items():
             # The loss of a single token is dominated by its noise.
             mean = np.mean([token["losses"] for token in learned], axis=0).tolist()
             title = f"Inversion of {concept}: loss, mean of {len(learned)} tokens"
             yield _loss_curve(f"invert/{concept}", title, "step", {"loss": mean})
     yield from _erasure_curves(settings)
-    for name, losses in files.read_json(paths.attacks / "curves.json").items():
+    for name, losses in files.read_object(paths.attacks / "curves.json").items():
         yield _loss_curve(f"attack/{name}", f"Attack {name}: loss", "step", {"loss": losses})
 
 
@@ -47,7 +47,7 @@ def _erasure_curves(settings: Settings) -> Iterator[Curve]:
         if points := [(step["step"], step[key]) for step in steps if key in step]:
             yield Curve("erase", f"Erasure: {name}", "step", [Series(key, points)])
     if evaluations:
-        selected = files.read_json(delta / "record.json")["selected"]
+        selected = files.read_object(delta / "record.json", "selected")["selected"]
         marker = (selected, "selected") if selected < evaluations[-1]["step"] else None
         series = [Series(name, [(e["step"], e[key]) for e in evaluations]) for key, name in EVALUATION_METRICS.items()]
         yield Curve("erase/evaluation", "Erasure: evaluations on sampled images", "step", series, marker)

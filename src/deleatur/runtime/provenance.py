@@ -40,7 +40,7 @@ def collect(settings: Settings) -> Provenance:
     """Of the report that this workspace holds."""
     delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
     listing = samples.read_listing(settings.paths.samples)
-    summary = files.read_json(settings.paths.feedback / "summary.json")
+    summary = files.read_object(settings.paths.feedback / "summary.json", "feedback")
     training = delta.settings.get("training", {})
     prompts = [settings.paths.prompts, *(settings.concepts[n].prompts for n in settings.targets)]
     return Provenance(

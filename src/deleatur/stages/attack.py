@@ -66,7 +66,7 @@ def run(settings: Settings) -> None:
 def _run_identity(settings: Settings, model: Model, clip: Clip, name: str, kind: str) -> dict[str, Any]:
     """Everything that can change the result of one attack on one concept; other attacks and concepts cannot."""
     content = {
-        "feedback": files.read_json(settings.paths.feedback / "summary.json")["feedback"],
+        "feedback": files.read_object(settings.paths.feedback / "summary.json", "feedback")["feedback"],
         "reward": provenance.digest_files([settings.paths.reward / f"{name}.safetensors"]),
         "delta": provenance.digest_files([settings.paths.delta / tensors.DELTA_FILE]),
     }

@@ -81,7 +81,7 @@ def run(settings: Settings) -> None:
 def _run_identity(settings: Settings, model: Model, clip: Clip, name: str) -> dict[str, Any]:
     """Everything that can change the tokens of one concept; other concepts cannot."""
     content = {
-        "feedback": files.read_json(settings.paths.feedback / "summary.json")["feedback"],
+        "feedback": files.read_object(settings.paths.feedback / "summary.json", "feedback")["feedback"],
         "reward": provenance.digest_files([settings.paths.reward / f"{name}.safetensors"]),
     }
     selected = {"invert": {"method": settings.invert.method}, "guide": {"method": settings.guide.method}}

@@ -202,6 +202,16 @@ def read_json(path: Path, hint: str = RECOMPUTE_HINT) -> Any:
         raise DataError(f"{path} is not JSON in UTF-8: {e}", hint=hint) from e
 
 
+def read_object(path: Path, *keys: str, hint: str = RECOMPUTE_HINT) -> dict[str, Any]:
+    """Reads a JSON object. Raises DataError for anything else, or where a key is missing."""
+    value = read_json(path, hint)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}", hint=hint)
+    if missing := [key for key in keys if key not in value]:
+        raise DataError(f"{path} lacks {', '.join(missing)}: another version or setting wrote it", hint=hint)
+    return value
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     with atomic_write(path) as partial:
         partial.write_text("".join(f"{line}\n" for line in lines), "utf-8")

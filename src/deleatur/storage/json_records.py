@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from deleatur.errors import DataError
 from deleatur.records.report import DetectorInfo, Provenance
-from deleatur.storage.files import atomic_write
+from deleatur.storage.files import atomic_write, demand_file
 
 T = TypeVar("T")
 
@@ -54,8 +54,7 @@ def write(path: Path, document: object) -> None:
 
 def read(path: Path, record_type: type[T]) -> T:
     """Raises DataError when the file is missing or does not hold a valid record of this type."""
-    if not path.is_file():
-        raise DataError(f"no file {path}", hint="dvc status")
+    demand_file(path)
     return decode(path.read_bytes(), record_type, str(path))
 
 
