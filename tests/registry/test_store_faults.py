@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -11,13 +12,19 @@ from pathlib import Path
 
 import pytest
 import registry
+from full_disk import max_file_size
+from registry import register_fail, register_pass
 from typer.testing import CliRunner
 
 from deleatur.cli import app
 from deleatur.config.settings import Settings
-from deleatur.errors import ServiceError
+from deleatur.errors import DataError, ServiceError
+from deleatur.operations.exporter.releases import registry_metrics
+from deleatur.registry import history
 from deleatur.registry.decisions import open_registry
-from deleatur.registry.mlflow_registry import Registry
+from deleatur.registry.mlflow_registry import CHAMPION, LAST_KNOWN_GOOD, QUARANTINED, Registry
+
+ACTOR = ("--as", "Ada", "--reason", "seen in the wild")
 
 
 def corrupt(path: Path) -> None:
@@ -74,6 +81,96 @@ def test_locked_database_is_reported(shared: Path, tmp_path: Path, monkeypatch: 
         locked.aliases()
     database.close()
     assert "lsof" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("replace", "problem"),
+    [
+        (lambda store, empty: None, "is missing, and ledger.jsonl has 4 decisions"),
+        (lambda store, empty: store.touch(), "is missing, and ledger.jsonl has 4 decisions"),
+        (lambda store, empty: shutil.copy(empty, store), "has applied none of the 4 lines of ledger.jsonl"),
+    ],
+    ids=["deleted", "emptied", "recreated"],
+)
+def test_lost_store_is_not_an_empty_one(
+    replace: Callable[[Path, Path], object],
+    problem: str,
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = registry.create(shared, tmp_path)
+    register_pass(settings, "a")
+    register_pass(settings, "b")
+    # Another address, as MLflow has the deleted file open.
+    params, lost = tmp_path / "params.yaml", tmp_path / "lost.db"
+    params.write_text(params.read_text("utf-8").replace("mlflow.db", "lost.db"), "utf-8")
+    replace(lost, registry.empty_store(shared))
+    size = lost.stat().st_size if lost.exists() else None
+    for command in (
+        ("history",),
+        ("verify", "1"),
+        ("canary", "--dry-run"),
+        ("rollback", *ACTOR),
+        ("quarantine", "1", *ACTOR),
+        ("export", "exported", "--version", "1"),
+        ("backup", "saved"),
+        ("settle", *ACTOR),
+    ):
+        result = CliRunner().invoke(app, list(command))
+        assert (result.exit_code, type(result.exception)) == (3, SystemExit), (command, result.output)
+        message, _, hint = result.output.partition("Next: ")
+        assert (problem in message, "deleatur restore" in hint) == (True, True), (command, result.output)
+    assert (lost.stat().st_size if lost.exists() else None) == size, "nothing was created"
+    lost_settings = Settings.load()
+    with pytest.raises(DataError, match=problem):
+        register_fail(lost_settings, "c")
+    [known] = [m for m in registry_metrics(lost_settings) if m.name.endswith("ledger_known")]
+    assert known.samples[0].value == 0
+    result = CliRunner().invoke(app, ["settle", "--adopt", "--as", "Ada", "--reason", "the disk died"])
+    assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(app, ["history"]).exit_code == 0
+    assert len([*tmp_path.glob("ledger.jsonl.*")]) == 1, "the ledger of the lost store is kept"
+
+
+def test_read_only_store_can_be_read_and_says_what_a_decision_needs(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = registry.create(shared, tmp_path)
+    register_pass(settings, "a")
+    register_pass(settings, "b")
+    params, store = tmp_path / "params.yaml", tmp_path / "mlflow.db"
+    text = params.read_text("utf-8")
+    params.write_text(text.replace(f"sqlite:///{store}", f"sqlite:///file:{store}?mode=ro&uri=true"), "utf-8")
+    assert CliRunner().invoke(app, ["history"]).exit_code == 0
+    result = CliRunner().invoke(app, ["rollback", *ACTOR])
+    assert (result.exit_code, type(result.exception)) == (3, SystemExit), result.output
+    message, _, hint = result.output.partition("Next: ")
+    assert ("readonly database" in message, f"ls -l {store}" in hint) == (True, True), result.output
+    params.write_text(text, "utf-8")
+    assert CliRunner().invoke(app, ["rollback", *ACTOR]).exit_code == 0, "the same command completes the decision"
+    assert open_registry(settings).aliases() == {CHAMPION: "1", QUARANTINED: "2"}
+
+
+@pytest.mark.parametrize(("limit", "file"), [(1_000, "ledger.jsonl"), (20_000, "mlflow.db")])
+def test_full_disk_is_reported_and_the_decision_completes_afterwards(
+    limit: int, file: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = registry.create(shared, tmp_path)
+    register_pass(settings, "a")
+    register_pass(settings, "b")
+    with max_file_size(limit):
+        result = CliRunner().invoke(app, ["rollback", *ACTOR])
+    assert (result.exit_code, type(result.exception)) in ((3, SystemExit), (6, SystemExit)), result.output
+    message, _, hint = result.output.partition("Next: ")
+    assert (file in message, "df -h" in hint) == (True, True), result.output
+    assert open_registry(settings).aliases() == {CHAMPION: "2", LAST_KNOWN_GOOD: "1"}
+    assert CliRunner().invoke(app, ["rollback", *ACTOR]).exit_code == 0
+    assert open_registry(settings).aliases() == {CHAMPION: "1", QUARANTINED: "2"}
+    assert history.history(settings).problems == []
 
 
 @contextmanager

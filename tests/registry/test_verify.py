@@ -202,25 +202,14 @@ def test_lost_ledger_is_reported_by_every_command(signing: Settings, monkeypatch
         assert models.local_path(signing, "models:/deleatur/1")
 
 
-def test_files_of_a_moved_project_are_missing_and_not_changed(
-    signing: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_files_are_not_called_changed(signing: Settings) -> None:
     register_with_limit(signing, -5.0)
-    mlruns = Path("mlruns").resolve()
-    moved = mlruns.with_name("moved")
-    mlruns.rename(moved)
+    mlruns = Path("mlruns")
+    mlruns.rename("elsewhere")
     code, text = run_cli("verify", "1")
     assert (code, "is missing" in text, "quarantine" in text) == (4, True, False), text
-    moved.rename(mlruns)
+    Path("elsewhere").rename(mlruns)
     assert run_cli("verify", "1")[0] == 0
-    root, new = Path.cwd(), Path.cwd().with_name(f"{Path.cwd().name}-new")
-    root.rename(new)
-    monkeypatch.chdir(new)
-    code, text = run_cli("verify", "1")
-    assert (code, f"moved from {root}" in text, "quarantine" in text) == (4, True, False), text
-    command = text.partition("Next: ")[2].partition(", or move")[0]
-    subprocess.run(command, shell=True, check=True)
-    assert run_cli("verify", "1")[0] == 0, "the advice works"
 
 
 def test_nothing_is_registered_without_the_key(signing: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
