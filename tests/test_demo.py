@@ -11,7 +11,7 @@ from pathlib import Path
 
 import finished
 import pytest
-from killed import stage_processes
+from child_processes import stage_processes
 
 from deleatur.errors import Interrupted
 

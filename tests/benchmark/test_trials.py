@@ -9,8 +9,9 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-import counting
+import child_processes
 import finished
+import network_calls
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,7 +120,7 @@ def test_all_rows_have_the_same_noise_and_the_base_model_is_sampled_once(setting
 
 
 def test_a_trial_that_is_up_to_date_evaluates_no_network(settings: Settings) -> None:
-    with counting.calls() as counts:
+    with network_calls.calls() as counts:
         ran(settings)
     assert not counts
 
@@ -171,9 +172,9 @@ def test_another_metric_trains_nothing_and_samples_nothing(settings: Settings) -
         update={"metrics": {**settings.evaluate.metrics, "again": {"method": "clip_score", "prefix": "a "}}}
     )
     changed = settings.model_copy(update={"evaluate": more})
-    with counting.calls() as counts:
+    with network_calls.calls() as counts:
         trials.run_trial(changed, TrialDigests(changed), Trial("weapon", "uce", 1))
-    assert not counts[counting.UNET]
+    assert not counts[network_calls.UNET]
     values = files.read_table(Path("out/compare/weapon/uce/1/scores/values.parquet"))
     assert "again" in set(values["metric"])
     trials.run_trial(settings, TrialDigests(settings), Trial("weapon", "uce", 1))
@@ -202,7 +203,7 @@ def test_a_trial_killed_while_sampling_resumes_with_the_same_result(
 
         stages.run = run
 
-    assert counting.killed(lambda: trials.run_trial(fresh, TrialDigests(fresh), trial), die_while_sampling)
+    assert child_processes.killed(lambda: trials.run_trial(fresh, TrialDigests(fresh), trial), die_while_sampling)
     assert list(files.read_json(plan.trial_folder(fresh, trial) / trials.DIGESTS_FILE)) == [
         "erase",
         "attack",
@@ -255,7 +256,7 @@ def test_seconds_of_an_interrupted_run_are_added_and_missing_parts_are_recorded(
     assert usage.complete
     assert usage.seconds > first.seconds
     assert resources.read(path, "another") is None
-    assert counting.killed(lambda: killed_inside(path))
+    assert child_processes.killed(lambda: killed_inside(path))
     part(resumed=True)
     after = resources.read(path, "digest")
     assert after is not None
@@ -264,7 +265,7 @@ def test_seconds_of_an_interrupted_run_are_added_and_missing_parts_are_recorded(
 
 def killed_inside(path: Path) -> None:
     with resources.measure(path, "digest", "cpu", resumed=True):
-        counting.die()
+        child_processes.die()
 
 
 def test_memory_is_the_peak(tmp_path: Path) -> None:

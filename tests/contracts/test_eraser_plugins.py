@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import counting
+import network_calls
 import pytest
 import tiny
 import torch
@@ -96,7 +96,7 @@ def test_an_erasers_workload_is_what_it_takes(model: Model, name: str) -> None:
         hyperparameters["training"] = {**hyperparameters["training"], "iterations": 20}
     eraser: Eraser = plugins.load("erasers", name, Eraser)(**hyperparameters)
     concept = with_images(encode.concept_from_words(model, "weapon", ["gun", "sword"]))
-    with counting.rows() as counts:
+    with network_calls.rows() as counts:
         delta = eraser.erase(model, [concept], ErasureContext(1, encode.encode_text(model, ["", "a cat"])))
     workload = eraser.workload("words")
     assert counts["backward"] == workload.backward
@@ -128,7 +128,7 @@ def test_an_inversion_method_learns_tokens_and_leaves_the_model_unmodified(model
         evaluated.append(len(vectors))
         return [0.0] * len(vectors)
 
-    with counting.rows() as counts:
+    with network_calls.rows() as counts:
         tokens = inverter.invert(model, data, start, InversionContext(0, evaluate))
     workload = inverter.workload()
     assert (counts["forward"], counts["backward"]) == (0, workload.backward)
@@ -146,7 +146,7 @@ def test_an_attack_keeps_to_its_workload_and_reports_every_step(model: Model, na
     z = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     start, templates = encode.word_embedding(model, "object"), prompt_templates("style", ["cat"] * 4)
     steps: list[int] = []
-    with counting.rows() as counts:
+    with network_calls.rows() as counts:
         result = attack.attack(
             AttackTarget(model, {}, "weapon", z, start, templates), AttackContext(0, lambda p: steps.append(p.step))
         )

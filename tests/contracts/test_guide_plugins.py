@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import counting
+import network_calls
 import pytest
 import torch
 from plugin_examples import instantiate
@@ -64,9 +64,9 @@ def test_a_guides_predictions_do_not_depend_on_the_number_of_words(model: Model,
     guide: Guide = instantiate("guides", name, Guide)
     concepts = [encode.concept_from_words(model, f"c{i}", ["gun", "sword", "cat"]) for i in range(k)]
     c, conditions = encode.encode_text(model, ["a dog"]), guide.conditions(model, concepts)
-    with counting.rows() as rows, counting.calls() as calls:
+    with network_calls.rows() as rows, network_calls.calls() as calls:
         sample(model, c, [1], guide=guide, conditions=conditions, steps=3, batch=1)
-    assert (calls[counting.UNET], rows["forward"]) == (3, 3 * guide.predictions_per_step(k)), "one call per step"
+    assert (calls[network_calls.UNET], rows["forward"]) == (3, 3 * guide.predictions_per_step(k)), "one call per step"
 
 
 NEUTRAL: dict[str, dict[str, Any]] = {"sld": {"sld_guidance_scale": 0}, "sega": {"edit": {"edit_guidance_scale": 0}}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import counting
+import network_calls
 import numpy as np
 import pytest
 import torch
@@ -184,9 +184,9 @@ def test_the_fake_score_learns_the_concept_as_often_as_all_preserved_prompts_tog
 def test_an_image_is_one_network_call_without_guide(model: Model) -> None:
     c, guide = encode.encode_text(model, ["a cat", "a dog"]), CFG()
     conditions = guide.conditions(model, [])
-    with counting.calls() as calls, counting.rows() as rows:
+    with network_calls.calls() as calls, network_calls.rows() as rows:
         once = sample(model, c, [1, 2], guide=guide, conditions=conditions, steps=8, one_step=625, batch=2)
-    assert (calls[counting.UNET], rows["forward"]) == (1, 2)
+    assert (calls[network_calls.UNET], rows["forward"]) == (1, 2)
     other = sample(model, c, [1, 2], guide=CFG(scale=1.0), conditions={}, steps=3, one_step=625, batch=2)
     assert [p.tobytes() for p in once] == [p.tobytes() for p in other]
 

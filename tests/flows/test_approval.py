@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import finished
-import machines
+import prefect_workers
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
@@ -89,8 +89,8 @@ def run(shared: Path, server: dict[str, str], tmp_path: Path, monkeypatch: pytes
     root = tmp_path / "project"
     finished.copy(shared, root)
     for name in ("flows", "prefect.yaml"):
-        (root / name).symlink_to(machines.ROOT / name)
-    machines.change_params(root, register={"approval": True})
+        (root / name).symlink_to(prefect_workers.ROOT / name)
+    prefect_workers.change_params(root, register={"approval": True})
     monkeypatch.chdir(root)
     monkeypatch.setenv(STARTED_BY, "Grace")
     monkeypatch.setattr("erase.STAGES", STAGES[-2:])
@@ -115,7 +115,7 @@ def test_an_answer_is_void_if_the_candidate_has_changed(run: ChainRun) -> None:
     assert aliases() == {CHALLENGER: "1"}
     first = run.requested_evidence
 
-    machines.change_params(Path(), gate=finished.passing_policy(limit=-4.0))
+    prefect_workers.change_params(Path(), gate=finished.passing_policy(limit=-4.0))
     gate.run(Settings.load())
     run.answer(ADA)
     run.execute()
@@ -149,6 +149,6 @@ def test_approval_is_requested_again_and_an_answer_survives_a_lost_process(run: 
     assert (run.requested_evidence, aliases()) == (first, {CHALLENGER: "1"})
     run.answer(ADA)
     run.set_state(Crashed(name="Lost"))
-    machines.wait_until(lambda: run.state.name == "AwaitingRetry", "the server's restart of the run")
+    prefect_workers.wait_until(lambda: run.state.name == "AwaitingRetry", "the server's restart of the run")
     assert run.execute().decision == "approve"
     assert aliases() == {CHAMPION: "1"}

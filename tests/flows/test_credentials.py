@@ -13,8 +13,8 @@ from prefect.logging.formatters import JsonFormatter, PrefectFormatter
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
-from deleatur.registry import mlflow_client
 from deleatur.markdown import escape_markdown
+from deleatur.registry import mlflow_client
 
 ROOT = Path(__file__).parents[2]
 

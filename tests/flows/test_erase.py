@@ -15,7 +15,7 @@ from typing import Any
 import finished
 import pytest
 import yaml
-from stage_processes import stage_processes
+from child_processes import stage_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import canaries
-import machines
+import prefect_workers
 import pytest
 from canaries import ALL_LABELS, detect_labels, label_of_white
-from machines import Worker
+from prefect_workers import Worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
@@ -97,9 +97,9 @@ def worker(released: Path, server: dict[str, str], tmp_path: Path) -> Iterator[W
     """A worker of the pool gpu, whose checkouts of the project's commit have no ledger."""
     from setup import setup
 
-    machines.commit_flows(released)
+    prefect_workers.commit_flows(released)
     detect_labels(*ALL_LABELS)
-    machines.change_params(released, workers={"checkpoint_uri": str(tmp_path / "state")})
+    prefect_workers.change_params(released, workers={"checkpoint_uri": str(tmp_path / "state")})
     setup("process", [("gpu", 1)], [])
     prefect(server, released, "--no-prompt", "deploy", "--name", "canary-check/gpu")
     worker = Worker(server, tmp_path / "worker", "w")

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from typing import Any
 
-import machines
+import prefect_workers
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
@@ -87,7 +87,7 @@ def test_a_notification_ends_with_the_next_command(hook: tuple[str, Inbox], mail
                 broken()
             with pytest.raises(KeyError):
                 worse()
-        machines.wait_until(lambda: len(hook[1]) == len(mail[1]) == 2, "a message")
+        prefect_workers.wait_until(lambda: len(hook[1]) == len(mail[1]) == 2, "a message")
         [message] = [text for text in hook[1] if "broken" in text]
         assert message.startswith("deleatur: broken failed\n")
         assert message.endswith("SettingsError: lr: too large\nNext: deleatur check")
@@ -132,7 +132,7 @@ def test_crashed_runs_are_restarted(server: dict[str, str]) -> None:
 
     try:
         setup("process", [], [], heartbeat_timeout=12)
-        prefect(server, machines.ROOT, "--no-prompt", "deploy", "--name", "chain")
+        prefect(server, prefect_workers.ROOT, "--no-prompt", "deploy", "--name", "chain")
         with get_client(sync_client=True) as client:
             chain = client.read_deployment_by_name("erase/chain").id
 
@@ -154,7 +154,7 @@ def test_crashed_runs_are_restarted(server: dict[str, str]) -> None:
             for _ in range(3):  # a busy server on SQLite may drop one
                 beat(silent)
             checks = count()
-            machines.wait_until(
+            prefect_workers.wait_until(
                 lambda: "AwaitingRetry" in states(silent),
                 "the restart of a run without heartbeats",
                 meanwhile=lambda: None if next(checks) % 40 else beat(killed),
@@ -162,7 +162,7 @@ def test_crashed_runs_are_restarted(server: dict[str, str]) -> None:
             assert states(silent)[-2:] == ["Lost", "AwaitingRetry"]
             for run in (killed, heartbeatless):
                 client.set_flow_run_state(run, Crashed(), force=True)
-            machines.wait_until(lambda: "AwaitingRetry" in states(killed), "the restart of a crashed run")
+            prefect_workers.wait_until(lambda: "AwaitingRetry" in states(killed), "the restart of a crashed run")
             assert "AwaitingRetry" not in states(heartbeatless), "a run that never started is not restarted"
     finally:
         clear_server()

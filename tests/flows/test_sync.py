@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import finished
-import machines
 import numpy as np
+import prefect_workers
 import pytest
 from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
-from machines import wait_until  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName  # noqa: E402
 from prefect.states import Failed, Pending, Running, Suspended  # noqa: E402
+from prefect_workers import wait_until  # noqa: E402
 from test_deployments import clear_server, prefect  # noqa: E402
 
 from deleatur.artifacts.simulated_feedback import simulate  # noqa: E402
@@ -31,7 +31,7 @@ from deleatur.storage import dvc  # noqa: E402
 def project(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "project"
     finished.copy(shared, root)
-    machines.change_params(root, feedback={"inbox": str(tmp_path / "inbox"), "min_new": 10})
+    prefect_workers.change_params(root, feedback={"inbox": str(tmp_path / "inbox"), "min_new": 10})
     monkeypatch.chdir(root)
     return root
 
@@ -59,7 +59,7 @@ def test_enough_new_feedback_starts_the_chain_once(project: Path, tmp_path: Path
     from setup import setup
 
     for name in ("flows", "prefect.yaml"):
-        (project / name).symlink_to(machines.ROOT / name)
+        (project / name).symlink_to(prefect_workers.ROOT / name)
     inbox = tmp_path / "inbox"
     inbox.mkdir()
     try:
@@ -110,8 +110,8 @@ def test_a_suspended_run_blocks_ingestion_until_its_version_is_decided(
     from setup import setup
 
     for name in ("flows", "prefect.yaml"):
-        (project / name).symlink_to(machines.ROOT / name)
-    machines.change_params(project, register={"approval": True})
+        (project / name).symlink_to(prefect_workers.ROOT / name)
+    prefect_workers.change_params(project, register={"approval": True})
     settings = Settings.load()
     with monkeypatch.context() as patch:
         patch.setattr(dvc, "status", lambda root: {})

@@ -12,11 +12,11 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
-import machines  # noqa: E402
-from machines import Worker, wait_until  # noqa: E402
+import prefect_workers  # noqa: E402
 from prefect import flow  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId  # noqa: E402
+from prefect_workers import Worker, wait_until  # noqa: E402
 from test_deployments import clear_server, prefect  # noqa: E402
 
 from deleatur.errors import ErasureRefused, SettingsError  # noqa: E402
@@ -40,7 +40,9 @@ def deployed(server: dict[str, str], shared: Path, tmp_path_factory: pytest.Temp
     from setup import setup
 
     place = tmp_path_factory.mktemp("deployed")
-    root = machines.project(shared, place, workers={"checkpoint_uri": str(place / "state"), "checkpoint_interval": 0.5})
+    root = prefect_workers.project(
+        shared, place, workers={"checkpoint_uri": str(place / "state"), "checkpoint_interval": 0.5}
+    )
     setup("process", [("gpu", 1)], [], heartbeat_timeout=40)
     prefect(server, root, "--no-prompt", "deploy", "--name", "stage/gpu")
     yield root
@@ -69,8 +71,8 @@ def test_a_lost_worker_is_replaced_and_outputs_are_bit_identical(
 
     monkeypatch.setattr(workers, "POLL_INTERVAL", 0.5)
     monkeypatch.chdir(deployed)
-    machines.change_params(deployed, **LONG)
-    local = machines.project(shared, tmp_path, **LONG)
+    prefect_workers.change_params(deployed, **LONG)
+    local = prefect_workers.project(shared, tmp_path, **LONG)
     for stage in OUTPUTS:
         assert dvc.reproduce(stage, local)
 
@@ -126,7 +128,7 @@ def test_the_flow_raises_the_error_of_the_worker(
 
     monkeypatch.setattr(workers, "POLL_INTERVAL", 0.5)
     monkeypatch.chdir(deployed)
-    machines.change_params(deployed, erase={"sdd": {"training": {"iterations": 2, "max_relative_change": 1e-9}}})
+    prefect_workers.change_params(deployed, erase={"sdd": {"training": {"iterations": 2, "max_relative_change": 1e-9}}})
     worker = Worker(server, tmp_path, "w")
     try:
         with pytest.raises(ErasureRefused):
@@ -135,7 +137,7 @@ def test_the_flow_raises_the_error_of_the_worker(
             -1
         ] == "failed"
         before = (deployed / "params.yaml").read_text()
-        machines.change_params(deployed, erase={"sdd": {"bogus": 1}})
+        prefect_workers.change_params(deployed, erase={"sdd": {"bogus": 1}})
         with pytest.raises(SettingsError, match=r"bogus(.|\n)*\nNext: correct params\.yaml, then: deleatur check$"):
             erase()
         (deployed / "params.yaml").write_text(before)

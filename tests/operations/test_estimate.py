@@ -1,11 +1,11 @@
-"""What is said of the chain before it runs, against the chain."""
+"""Estimates of the chain, compared with its run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import counting
+import network_calls
 import pytest
 import workspace
 
@@ -16,7 +16,7 @@ from deleatur.training.cost import Workload, estimate_cost
 
 CHAIN = ("ingest", "reward", "invert", "erase", "attack", "sample")
 LAST = {"eval_every": 6, "max_preserved_drop": 9.0}
-"""One look after the first, at the end: nothing stops before."""
+"""One evaluation after the first, at the end: nothing stops before."""
 SFD: dict[str, Any] = {
     "erase": {
         "method": "sfd",
@@ -38,12 +38,12 @@ def test_every_stage_uses_the_estimated_number_of_rows(
     settings = workspace.create(tmp_path, **params | (SFD if method == "sfd" else {}))
     estimated, measured = {line.name: line.cost.workload for line in estimate.chain_estimates(settings)}, {}
     for name in CHAIN:
-        with counting.rows() as measured[name]:
+        with network_calls.rows() as measured[name]:
             stages.run(name, settings)
     for name, work in estimated.items():
         assert measured[name]["backward"] == work.backward, name
-        chance = 0.2 if name == "erase" else 0  # trajectories end where chance has them
-        assert measured[name]["forward"] == pytest.approx(work.forward, rel=chance), name
+        tolerance = 0.2 if name == "erase" else 0  # trajectories end at random steps
+        assert measured[name]["forward"] == pytest.approx(work.forward, rel=tolerance), name
 
 
 def test_times_state_their_range() -> None:

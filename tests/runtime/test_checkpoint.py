@@ -1,4 +1,4 @@
-"""Killed anywhere and started again, a stage writes what it would have written; it goes on with its own run only."""
+"""A stage killed at any step and run again writes the same bytes; it resumes only from checkpoints of the same run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tiny
 import torch
 import workspace
 import yaml
-from killed import StageProcess
+from child_processes import StageProcess
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -31,34 +31,34 @@ from deleatur.runtime.checkpoint import Checkpoint
 from deleatur.storage import tensors
 
 STEPS = {"invert": 4, "erase": 6, "attack": 6}
-"""Steps of the tiny project's long stages, see tests/workspace.py: of the attack three for each of two tries."""
+"""Steps of the tiny project's long stages, see tests/workspace.py: of the attack three for each of two attempts."""
 OUTPUT = {"invert": "tokens", "erase": "delta", "attack": "attacks"}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose long stages have run without being disturbed."""
-    root = tmp_path_factory.mktemp("whole")
+    """A project whose long stages have run without interruption."""
+    root = tmp_path_factory.mktemp("finished")
     with chdir(root):
         settings = workspace.create(root)
         for name in ("ingest", "reward"):
             stages.run(name, settings)
-        _see_the_concept_everywhere(settings.paths.reward / "weapon.safetensors")
+        _detect_the_concept_everywhere(settings.paths.reward / "weapon.safetensors")
         for name in STEPS:
             stages.run(name, settings)
     return root
 
 
-def _see_the_concept_everywhere(path: Path) -> None:
-    """So that erasing does not stop at its first look: a random model draws nothing that this head would mark."""
-    head, facts = tensors.load(path)
+def _detect_the_concept_everywhere(path: Path) -> None:
+    """Erasing would stop at its first evaluation: this head sees the concept in no image of a random model."""
+    head, metadata = tensors.load(path)
     head["train/out.bias"] += 1
-    tensors.save(path, head, facts)
+    tensors.save(path, head, metadata)
 
 
 @pytest.fixture
 def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the current directory."""
+    """A copy of the finished project, as the current directory."""
     shutil.copytree(finished, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
     return tmp_path / "w"
@@ -77,7 +77,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def reset_outputs(root: Path, name: str) -> dict[str, bytes]:
-    """Takes a stage's output away, as DVC does before it runs the stage; what it was."""
+    """Deletes a stage's output, as DVC does before it runs the stage; returns the deleted files."""
     folder = root / "out" / OUTPUT[name]
     complete = files(folder)
     shutil.rmtree(folder)
@@ -93,28 +93,28 @@ def stage_events(root: Path, name: str) -> list[event_log.Event]:
 
 
 @pytest.mark.parametrize(("name", "steps"), [("invert", (1, 3)), ("erase", (1, 3, 5)), ("attack", (2, 4))])
-def test_killed_again_and_again_a_stage_ends_as_if_nothing_had_been(
-    root: Path, name: str, steps: tuple[int, ...]
-) -> None:
+def test_a_stage_killed_several_times_ends_with_the_same_bytes(root: Path, name: str, steps: tuple[int, ...]) -> None:
     complete, before = reset_outputs(root, name), 0
     for step in steps:
         stage = StageProcess(root, name)
         assert stage.signal_at(step, signal.SIGKILL) == -signal.SIGKILL
         assert len(saved(root)) == 1
-        assert stage.progress[0]["done"] >= max(before, 1), "it has gone on where the one before was killed"
+        assert stage.progress[0]["done"] >= max(before, 1), "it has resumed where the previous one was killed"
         before = step
     stage = StageProcess(root, name)
     assert stage.wait() == 0
     assert stage.progress[0]["done"] >= before
     assert stage.progress[-1]["done"] == stage.progress[-1]["total"] == STEPS[name], "the bar ends full"
     assert files(root / "out" / OUTPUT[name]) == complete
-    assert saved(root) == [], "nothing is left to go on with"
+    assert saved(root) == [], "no checkpoint is left"
 
 
 @pytest.mark.parametrize(
     ("name", "signum"), [("invert", signal.SIGTERM), ("erase", signal.SIGINT), ("attack", signal.SIGTERM)]
 )
-def test_asked_to_stop_a_stage_saves_and_says_continue_me(root: Path, name: str, signum: signal.Signals) -> None:
+def test_an_interrupted_stage_saves_and_exits_with_the_code_of_interruption(
+    root: Path, name: str, signum: signal.Signals
+) -> None:
     complete = reset_outputs(root, name)
     assert StageProcess(root, name, saves=False).signal_at(1, signum) == Interrupted.exit_code
     assert len(saved(root)) == 1
@@ -125,7 +125,7 @@ def test_asked_to_stop_a_stage_saves_and_says_continue_me(root: Path, name: str,
     assert saved(root) == []
 
 
-def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
+def test_the_event_log_has_the_steps_lost_to_a_kill(root: Path) -> None:
     reset_outputs(root, "erase")
     before = len(stage_events(root, "erase"))
     assert StageProcess(root, "erase", saves=False).signal_at(4, signal.SIGKILL) == -signal.SIGKILL
@@ -143,15 +143,15 @@ def test_the_journal_has_what_a_kill_cost(root: Path) -> None:
     ]
     lost = [line.lost for line in lines if line.kind == "resumed"]
     assert lost[0] >= 4, "nothing had been saved"
-    assert lost[1] == 0, "who is asked to stop saves the last step"
+    assert lost[1] == 0, "an interrupted stage saves its last step"
     assert lines[-1].seconds > 0
     assert not list((root / "out/checkpoints").glob("*.steps"))
 
 
-def test_killed_while_it_saves_a_stage_goes_on_from_the_save_before(root: Path) -> None:
+def test_a_stage_killed_while_saving_resumes_from_the_previous_checkpoint(root: Path) -> None:
     complete = reset_outputs(root, "erase")
     assert StageProcess(root, "erase", fatal_save=3).wait() == -signal.SIGKILL
-    assert len(saved(root)) == 2, "the whole one, and half of the next"
+    assert len(saved(root)) == 2, "the complete one, and half of the next"
     stage = StageProcess(root, "erase")
     assert stage.wait() == 0
     assert stage.progress[0]["done"] == 2
@@ -159,7 +159,7 @@ def test_killed_while_it_saves_a_stage_goes_on_from_the_save_before(root: Path) 
     assert saved(root) == []
 
 
-def test_killed_after_the_last_step_a_stage_has_only_to_write(root: Path) -> None:
+def test_a_stage_killed_after_its_last_step_has_only_to_write(root: Path) -> None:
     complete = reset_outputs(root, "erase")
     saves = STEPS["erase"] + 1  # the seventh file is the delta
     assert StageProcess(root, "erase", fatal_save=saves).wait() == -signal.SIGKILL
@@ -170,29 +170,29 @@ def test_killed_after_the_last_step_a_stage_has_only_to_write(root: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def stopped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose long stages were stopped on the way."""
-    root = tmp_path_factory.mktemp("stopped") / "w"
+def interrupted_project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose long stages were interrupted."""
+    root = tmp_path_factory.mktemp("interrupted") / "w"
     shutil.copytree(finished, root)
     for name in STEPS:
         assert StageProcess(root, name).signal_at(1, signal.SIGTERM) == Interrupted.exit_code
     return root
 
 
-def set_number(*path: str, value: Any) -> Callable[[], None]:
+def set_param(*path: str, value: Any) -> Callable[[], None]:
     def change() -> None:
         params = yaml.safe_load(Path("params.yaml").read_text())
-        place = params
+        section = params
         for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
+            section = section[key]
+        section[path[-1]] = value
         Path("params.yaml").write_text(yaml.safe_dump(params))
 
     return change
 
 
 def set_hyperparameter(name: str, value: float) -> Callable[[], None]:
-    return set_number("erase", "sdd", "training", name, value=value)
+    return set_param("erase", "sdd", "training", name, value=value)
 
 
 def another_token() -> None:
@@ -217,7 +217,7 @@ CHANGES = {
         set_hyperparameter("max_grad_norm", 2.0),
         "training.max_grad_norm: it was null, now it is 2.0",
     ),
-    "seed": ("erase", set_number("seed", value=7), "seed: it was 42, now it is 7"),
+    "seed": ("erase", set_param("seed", value=7), "seed: it was 42, now it is 7"),
     "model": ("erase", lambda: tiny.save_pipeline(Path("models/pipeline"), seed=1), "UNet of base.model: its content"),
     "token": ("erase", another_token, "tokens: its content"),
     "feedback": ("invert", another_feedback, "feedback: its content"),
@@ -225,10 +225,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
-    stopped: Path, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_is_named(
+    interrupted_project: Path, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(stopped, tmp_path / "w")
+    shutil.copytree(interrupted_project, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
     name, change, message = CHANGES[field]
     change()
@@ -237,21 +237,21 @@ def test_another_run_is_not_gone_on_with_and_what_differs_is_named(
     assert result.exit_code == 2, result.output
     before |= {
         f"checkpoints/{event_log.FILE}": Path("out/checkpoints", event_log.FILE).read_bytes()
-    }  # it says that the stage failed
+    }  # the event log has the failure
     output = " ".join(result.output.split())
     assert message in output
     assert f"{name} was interrupted after step" in output
-    assert files(Path("out")) == before, "neither what is saved nor what is finished is touched"
-    left = f"out/checkpoints/{'invert-weapon' if name == 'invert' else name}.safetensors"
-    assert f"Next: rm {left}" in output
-    Path(left).unlink()
+    assert files(Path("out")) == before, "neither checkpoints nor outputs are changed"
+    checkpoint_file = f"out/checkpoints/{'invert-weapon' if name == 'invert' else name}.safetensors"
+    assert f"Next: rm {checkpoint_file}" in output
+    Path(checkpoint_file).unlink()
     assert CliRunner().invoke(app, ["stage", name]).exit_code == 0
 
 
-def test_code_and_libraries_count_too(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(stopped)
+def test_code_and_libraries_count_too(interrupted_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(interrupted_project)
     stage_digests = dependencies.stage_digests
-    corrected = {"deleatur.erasers.sdd": "its digest as it will be"}
+    corrected = {"deleatur.erasers.sdd": "its new digest"}
     monkeypatch.setattr(dependencies, "stage_digests", lambda *args: stage_digests(*args) | corrected)
     monkeypatch.setattr(checkpoint, "version", lambda name: "99")
     output = CliRunner().invoke(app, ["stage", "erase"]).output
@@ -259,7 +259,7 @@ def test_code_and_libraries_count_too(stopped: Path, monkeypatch: pytest.MonkeyP
     assert "torch: its version" in output
 
 
-def test_what_is_no_checkpoint_is_named_with_the_way_out(root: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_named_with_the_next_command(root: Path) -> None:
     (root / "out/checkpoints").mkdir(exist_ok=True)
     (root / "out/checkpoints/erase.safetensors").write_bytes(b"half of it")
     result = CliRunner().invoke(app, ["stage", "erase"])
@@ -267,17 +267,17 @@ def test_what_is_no_checkpoint_is_named_with_the_way_out(root: Path) -> None:
     assert "rm out/checkpoints/erase.safetensors" in " ".join(result.output.split())
 
 
-def test_a_refused_run_leaves_nothing_to_go_on_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_run_leaves_no_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "interval", lambda settings: 0.0)
     monkeypatch.setattr(checkpoint, "MAX_OVERHEAD", 1e9)
-    set_number("erase", "sdd", "training", "min_relative_change", value=1e9)()
+    set_param("erase", "sdd", "training", "min_relative_change", value=1e9)()
     with pytest.raises(ErasureRefused):
         stages.run("erase", Settings.load())
     assert saved(root) == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_stage_that_saves_nothing_ends_at_once_when_asked(
+def test_a_stage_without_checkpoints_ends_at_once_on_a_signal(
     root: Path, signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signum)
@@ -287,7 +287,7 @@ def test_a_stage_that_saves_nothing_ends_at_once_when_asked(
     assert signal.getsignal(signum) is before
 
 
-class Counting:
+class StepCounter:
     """A state of a few bytes."""
 
     step = 0
@@ -300,37 +300,37 @@ class Counting:
 
 
 @pytest.fixture
-def counting(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+def checkpoint_(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     monkeypatch.chdir(tmp_path)
     identity: dict[str, Any] = {kind: {} for kind in ("settings", "content", "code", "versions")}
     return Checkpoint(Settings.load(finished / "params.yaml"), "erase", "erase", identity)
 
 
-def interrupted(counting: Checkpoint, *signals: signal.Signals) -> None:
-    with counting:
-        counting(Counting())
+def interrupted(checkpoint_: Checkpoint, *signals: signal.Signals) -> None:
+    with checkpoint_:
+        checkpoint_(StepCounter())
         for number in signals:
             signal.raise_signal(number)
 
 
-def test_only_a_second_request_does_not_wait(counting: Checkpoint) -> None:
+def test_a_second_signal_interrupts_at_once(checkpoint_: Checkpoint) -> None:
     with pytest.raises(KeyboardInterrupt):
-        interrupted(counting, signal.SIGTERM, signal.SIGINT)
-    assert not counting.path.exists()
+        interrupted(checkpoint_, signal.SIGTERM, signal.SIGINT)
+    assert not checkpoint_.path.exists()
 
 
-def test_a_run_in_the_background_goes_on_when_ctrl_c_is_for_others(counting: Checkpoint) -> None:
+def test_a_run_in_the_background_ignores_ctrl_c(checkpoint_: Checkpoint) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    interrupted(counting, signal.SIGINT)
+    interrupted(checkpoint_, signal.SIGINT)
 
 
-def test_a_request_after_the_last_step_is_not_lost(counting: Checkpoint) -> None:
+def test_a_signal_after_the_last_step_is_not_lost(checkpoint_: Checkpoint) -> None:
     with pytest.raises(Interrupted):
-        interrupted(counting, signal.SIGTERM)
-    assert counting.path.is_file()
+        interrupted(checkpoint_, signal.SIGTERM)
+    assert checkpoint_.path.is_file()
 
 
-def test_saving_takes_its_share_of_the_time_and_no_more(counting: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_takes_a_limited_share_of_the_time(checkpoint_: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     now, saves = time.monotonic(), []
     cost = 0.0
 
@@ -342,30 +342,32 @@ def test_saving_takes_its_share_of_the_time_and_no_more(counting: Checkpoint, mo
     began = now
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(tensors, "save", save)
-    with counting:
+    with checkpoint_:
         for cost in (0.0, 10.0):
             saves.clear()
             began = now
             for _ in range(3000):
                 now += 1.0
-                counting(Counting())
+                checkpoint_(StepCounter())
             assert len(saves) == pytest.approx(
                 3000 / max(WorkersSection().checkpoint_interval, cost / checkpoint.MAX_OVERHEAD), abs=1
             )
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_checkpoint_belongs_to_all_that_dvc_runs_the_stage_again_for(stopped: Path, name: str) -> None:
-    [path] = (stopped / "out/checkpoints").glob(f"{name}*.safetensors")
+def test_a_checkpoints_identity_covers_everything_that_dvc_depends_on(interrupted_project: Path, name: str) -> None:
+    [path] = (interrupted_project / "out/checkpoints").glob(f"{name}*.safetensors")
     identity = tensors.load(path)[1]["identity"]
     chain = yaml.safe_load((workspace.ROOT / "dvc.yaml").read_text())["stages"][name]
-    assert identity["code"] == dependencies.stage_digests(name, yaml.safe_load((stopped / "params.yaml").read_text()))
+    assert identity["code"] == dependencies.stage_digests(
+        name, yaml.safe_load((interrupted_project / "params.yaml").read_text())
+    )
     one_by_one = {"targets"} if name != "erase" else set()  # each concept has a checkpoint of its own
     for section in set(chain["params"]) - one_by_one:
         assert any(f"{dotted}.".startswith(f"{section}.") for dotted in identity["settings"]), section
 
 
-def test_contrast_tells_pictures_from_blank_ones_and_from_noise() -> None:
+def test_contrast_separates_images_from_blank_ones_and_from_noise() -> None:
     import numpy as np
     from PIL import Image
 

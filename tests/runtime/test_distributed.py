@@ -1,4 +1,4 @@
-"""Pictures drawn and looked at in other processes are the pictures and the numbers of this one, to the bit."""
+"""Images sampled and evaluated in worker processes are bit-identical to those of this process."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from deleatur.stages import sample
 
 pytestmark = pytest.mark.slow
 
-PLACES = ("out/samples", "out/scores", "out/report")
+FOLDERS = ("out/samples", "out/scores", "out/report")
 
 
 @pytest.fixture(scope="module")
 def root(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A finished project, as the current directory, of which nothing has been drawn."""
+    """A finished project, as the current directory, without samples."""
     pytest.importorskip("distributed", reason="pip install 'deleatur[dask]'")
-    place = tmp_path_factory.mktemp("fan")
-    finished.copy(shared, place)
-    with chdir(place):
-        yield place
+    root = tmp_path_factory.mktemp("distributed")
+    finished.copy(shared, root)
+    with chdir(root):
+        yield root
 
 
 def files() -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for place in PLACES for p in sorted(Path(place).rglob("*")) if p.is_file()}
+    return {str(p): p.read_bytes() for folder in FOLDERS for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-def test_two_processes_make_what_one_makes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_give_the_files_of_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files()
-    for place in PLACES:
-        shutil.rmtree(place)
-    monkeypatch.setattr(sample, "_sample_shard", None)  # not in this process; the others import it anew
+    for folder in FOLDERS:
+        shutil.rmtree(folder)
+    monkeypatch.setattr(sample, "_sample_shard", None)  # not in this process; workers import their own
     monkeypatch.setattr(cache, "SHARD_SIZE", 16)
     settings = Settings.load().model_copy(update={"workers": WorkersSection(dask=2)})
     stages.run("sample", settings)
     stages.run("evaluate", settings)
     monkeypatch.setattr(cache, "SHARD_SIZE", 128)
-    stages.run("evaluate", Settings.load())  # in parts as before: nothing is looked at again
+    stages.run("evaluate", Settings.load())  # in shards as before: nothing is evaluated again
     assert files() == before
 
 
-def test_another_model_there_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_on_a_worker_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.load()
     [config] = [
         config
@@ -74,7 +74,7 @@ def test_a_scheduler_that_does_not_answer_is_a_service(root: Path, monkeypatch: 
         pass
 
 
-def test_where_dask_is_not_installed_the_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_dask_the_error_has_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "distributed", None)

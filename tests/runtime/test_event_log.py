@@ -1,4 +1,4 @@
-"""The journal: what it says of a run that ended well, was stopped, failed or was killed."""
+"""The event log: entries of runs that succeeded, were interrupted, failed or were killed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from deleatur.errors import DataError, Interrupted
 from deleatur.runtime import event_log
 
 
-def test_it_says_how_a_run_ended(tmp_path: Path) -> None:
+def test_a_run_has_its_outcome(tmp_path: Path) -> None:
     with event_log.recorded(tmp_path / "state", "gate"):
         pass
-    for error in (Interrupted("asked"), DataError("missing")):
+    for error in (Interrupted("SIGTERM"), DataError("missing")):
         with pytest.raises(type(error)), event_log.recorded(tmp_path / "state", "gate"):
             raise error
     lines = event_log.read(tmp_path / "state")
@@ -26,7 +26,7 @@ def test_it_says_how_a_run_ended(tmp_path: Path) -> None:
     assert lines == sorted(lines, key=lambda line: line.time)
 
 
-def test_a_killed_run_began_and_no_more(tmp_path: Path) -> None:
+def test_a_killed_run_has_a_start_and_no_end(tmp_path: Path) -> None:
     code = (
         "import os, signal; from pathlib import Path; from deleatur.runtime import event_log\n"
         f"with event_log.recorded(Path({str(tmp_path)!r}), 'erase'): os.kill(os.getpid(), signal.SIGKILL)"
@@ -35,7 +35,7 @@ def test_a_killed_run_began_and_no_more(tmp_path: Path) -> None:
     assert [line.kind for line in event_log.read(tmp_path)] == ["started"]
 
 
-def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+def test_unreadable_lines_are_skipped(tmp_path: Path) -> None:
     event_log.append(tmp_path, "erase", "started")
     with (tmp_path / event_log.FILE).open("a") as file:
         file.write('{"time": 1.0, "sta\n{"time": 2.0, "another": "version"}\n')
@@ -43,12 +43,12 @@ def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
     assert [(line.kind, line.lost) for line in event_log.read(tmp_path)] == [("started", 0), ("resumed", 7)]
 
 
-def test_where_nothing_ran_there_is_nothing_to_say(tmp_path: Path) -> None:
+def test_before_the_first_run_it_is_empty(tmp_path: Path) -> None:
     assert event_log.read(tmp_path) == []
 
 
-def test_lines_of_another_workspace_are_added_once(tmp_path: Path) -> None:
-    first, second = tmp_path / "here", tmp_path / "there"
+def test_events_of_another_workspace_are_added_once(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
     event_log.append(first, "gate", "started")
     with event_log.recorded(second, "erase"):
         pass
@@ -62,7 +62,7 @@ def test_lines_of_another_workspace_are_added_once(tmp_path: Path) -> None:
     assert event_log.read(first)[1:] == event_log.read(second)
 
 
-def test_a_line_that_was_never_finished_takes_no_other_along(tmp_path: Path) -> None:
+def test_an_incomplete_line_loses_no_other(tmp_path: Path) -> None:
     event_log.append(tmp_path, "erase", "started")
     with (tmp_path / event_log.FILE).open("a") as file:
         file.write('{"time": 1.0, "stage": "er')

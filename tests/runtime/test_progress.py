@@ -1,4 +1,4 @@
-"""Bars of a stage that another process runs: seen on a terminal as if it ran here, its lines elsewhere."""
+"""Progress of a stage in a child process: bars on a terminal, its lines in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def progress_output(terminal: bool) -> str:
         followed.line("Running stage 'erase':")
         followed.update(StageProgress("erase weapon", 3, 12, "loss 0.25"))
         followed.update(StageProgress("erase weapon", 12, 12, "loss 0.125"))
-        followed.update(StageProgress("looking", 1, 2, ""))
+        followed.update(StageProgress("evaluation", 1, 2, ""))
         followed.finish("done")
     with child_progress("gate", console) as followed:
         followed.line("Stage 'gate' didn't change, skipping")
@@ -30,7 +30,7 @@ def test_a_terminal_shows_bars() -> None:
     last = shown.rpartition("erase weapon")[2].partition("\n")[0]
     assert "12/12" in last
     assert "loss 0.125" in last
-    assert "looking" in shown
+    assert "evaluation" in shown
     assert "1/2" in shown
     assert "up to date" in shown
     assert "Running stage" not in shown

@@ -23,7 +23,8 @@ import tiny
 import torch
 import workspace
 import yaml
-from counting import JUDGE, TEXT, UNET, VISION, calls, die, killed
+from child_processes import die, killed
+from network_calls import JUDGE, TEXT, UNET, VISION, calls
 from safetensors.torch import load_file, save_file
 
 from deleatur import dependencies, stages

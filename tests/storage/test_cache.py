@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
-from counting import die, killed
+from child_processes import die, killed
 
 from deleatur.errors import DataError
 from deleatur.storage.cache import RowCache, chunked

@@ -15,7 +15,7 @@ import finished
 import psutil
 import pytest
 import yaml
-from killed import stage_processes
+from child_processes import stage_processes
 
 from deleatur.errors import DataError, ErasureRefused, Interrupted, ModelError, ServiceError, SettingsError
 from deleatur.storage import dvc, dvc_remote, git, processes

@@ -92,10 +92,10 @@ def test_stable_diffusion_has_the_published_sizes() -> None:
 
 
 def test_images_are_sampled_in_full_batches(model: Model) -> None:
-    import counting
+    import network_calls
 
     guide, c = CFG(), encode.encode_text(model, ["a cat"] * 5)
-    with counting.rows() as counts:
+    with network_calls.rows() as counts:
         sample(model, c, range(5), guide=guide, conditions=guide.conditions(model, []), steps=3, batch=4)
     workload = sampling_workload(5, 3, 2, 4)
     assert (counts["forward"], counts["max_forward_batch"]) == (workload.forward, workload.max_forward_batch)

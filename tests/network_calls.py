@@ -1,9 +1,7 @@
-"""Counts network calls with PyTorch hooks; kills processes for the tests of checkpoints."""
+"""Counts network calls with PyTorch hooks."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,19 +50,3 @@ def rows() -> Iterator[Counter[str]]:
         yield counts
     finally:
         handle.remove()
-
-
-def killed(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> bool:
-    """Runs `work` in a child process, after `when`, which arranges its death. Returns whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            before()
-            function()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Stages as processes that tests can kill. A fork server has imported their dependencies, so that they start fast."""
+"""Stages and functions as processes that tests can kill. A fork server has imported their dependencies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
@@ -97,3 +97,19 @@ def stage_processes(name: str, parent: int) -> Iterator[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
             if process.cmdline()[-2:] == ["stage", name]:
                 yield process
+
+
+def killed(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> bool:
+    """Runs a function in a child process, after `before`, which arranges its death. Returns whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            before()
+            function()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
