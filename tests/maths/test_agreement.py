@@ -86,6 +86,25 @@ def test_one_coin_recovers_each_raters_accuracy() -> None:
     assert ((fit.truth > 0.5) == truth).mean() > 0.93
 
 
+def test_one_coin_is_a_fixed_point_of_both_steps_of_em() -> None:
+    """Bayes' rule and the prior of four correct answers of five, written out vote by vote."""
+    questions, raters, votes, _ = crowd([0.9, 0.6, 0.8], n=6)
+    fit = agreement.one_coin(questions, raters, votes)
+    for j, p in enumerate(fit.accuracy):
+        agree = [
+            mu if vote else 1 - mu
+            for mu, vote in zip(fit.truth[questions[raters == j]], votes[raters == j], strict=True)
+        ]
+        assert p == pytest.approx((sum(agree) + 4) / (len(agree) + 5), abs=1e-6)
+    for i, mu in enumerate(fit.truth):
+        pi = (fit.truth.sum() + 1) / (len(fit.truth) + 2)
+        yes, no = pi, 1 - pi
+        for j, vote in zip(raters[questions == i], votes[questions == i], strict=True):
+            p = fit.accuracy[j]
+            yes, no = (yes * p, no * (1 - p)) if vote else (yes * (1 - p), no * p)
+        assert mu == pytest.approx(yes / (yes + no), abs=1e-5)
+
+
 def test_few_votes_leave_a_new_rater_near_the_prior() -> None:
     fit = agreement.one_coin(np.array([0]), np.array([0]), np.array([1.0]))
     assert 0.7 < fit.accuracy[0] < 0.9

@@ -87,6 +87,16 @@ def test_rank_is_at_most_the_number_of_erased_states() -> None:
     assert torch.allclose(left @ right, t, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_rank_does_not_depend_on_the_scale(scale: float) -> None:
+    """What counts as zero is relative to the largest singular value: here 1, 0.1 and, far below it, 1e-8."""
+    u, v = (torch.linalg.qr(states(D, seed))[0][:, :3] for seed in (1, 2))
+    t = scale * (u * torch.tensor([1.0, 0.1, 1e-8], dtype=torch.float64)) @ v.T
+    left, right = closed_form.low_rank_factors(t)
+    assert left.shape == (D, 2)
+    assert torch.allclose(left @ right / scale, t / scale, rtol=0, atol=1e-7)
+
+
 def test_targets_equal_to_the_states_give_a_zero_edit() -> None:
     c = states(4, 1)
     t = closed_form.edit_matrix(c, c, states(5, 3), **WEIGHTS)

@@ -1,0 +1,56 @@
+"""The optimizer of the fine-tuning erasers: AdamW, written out, on weights in fp32 whatever the network's precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from deleatur.diffusion import encode
+from deleatur.diffusion.model import Model
+from deleatur.erasers.sdd import SDD
+from deleatur.records.model import Delta
+from deleatur.training.loop import ErasureContext, TrainingProgress
+from deleatur.training.parameters import select
+
+
+def train(model: Model, on_step: Any = lambda progress: None, **config: Any) -> Delta:
+    config = {"sampler_steps": 4, "batch_size": 2, "min_relative_change": 0.0, **config}
+    concept = encode.concept_from_words(model, "weapon", ["gun"])
+    return SDD(order="single", training=config).erase(model, [concept], ErasureContext(1, on_step=on_step))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("beta1", "weight_decay"), [(0.9, 0.3), (0.0, 0.0)])
+def test_every_step_is_adamws_with_the_configured_hyperparameters(
+    model: Model, beta1: float, weight_decay: float
+) -> None:
+    """Loshchilov & Hutter 2019, algorithm 2, in float64, from the gradient of each step."""
+    steps: list[dict[str, tuple[Tensor, Tensor]]] = []
+
+    def on_step(p: TrainingProgress) -> None:
+        assert p.state
+        weights = p.state.student.items()
+        steps.append({n: (w.detach().double(), w.grad.double().clone()) for n, w in weights if w.grad is not None})
+
+    lr, beta2 = 1e-2, 0.999
+    train(model, on_step, iterations=4, lr=lr, adam_beta1=beta1, weight_decay=weight_decay)
+    for name, base in select(model.unet, "xattn").items():
+        theta, m, v = base.double(), torch.zeros(()), torch.zeros(())
+        for i, step in enumerate(steps, 1):
+            weights, g = step[name]
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g.square()
+            update = (m / (1 - beta1**i)) / ((v / (1 - beta2**i)).sqrt() + 1e-8)
+            theta = theta * (1 - lr * weight_decay) - lr * update
+            assert torch.allclose(weights, theta, rtol=0, atol=2e-6), (name, i)
+
+
+def test_updates_below_the_networks_precision_are_not_lost() -> None:
+    """Adam's first step moves a weight by the learning rate: 1e-5, where bfloat16 resolves 5e-4 of a weight of 0.1."""
+    for ema_decay, moved in ((0.0, 1e-5), (0.5, 0.5e-5)):
+        delta = train(tiny.model(dtype=torch.bfloat16), iterations=1, lr=1e-5, weight_decay=0.0, ema_decay=ema_decay)
+        largest = max(float(d.abs().max()) for d in delta.tensors.values())
+        assert largest == pytest.approx(moved, rel=0.02)
