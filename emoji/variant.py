@@ -29,9 +29,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "text": {"minutes": 6},
     "clip": {"minutes": 6},
     "classify": {"judge": {"fold": "a", "minutes": 8}, "rater": {"fold": "b", "minutes": 5}},
-    "unet": {"samples": 240_000, "processes": 1},
+    "unet": {"samples": 130_000, "processes": 1},
 }
-"""Less than the built-in model's: the decoder is not trained further, and the UNet sees two thirds of the samples."""
+"""Less than the built-in model's: the decoder is not trained further, and the UNet sees a third of the samples."""
 
 Script = tuple[str, ...]
 """A script of this folder with its arguments."""
@@ -115,7 +115,7 @@ def main() -> None:
     folders = {"EMOJI_PARAMS": str(path), "EMOJI_WORK": str(work), "EMOJI_MODELS": str(out / "models")}
     env = os.environ | folders | {"OMP_NUM_THREADS": "1"}
     for sequences in PHASES:
-        if sequences == PHASES[0] and (work / "pictures.csv").is_file():
+        if sequences == PHASES[0] and (work / "images.csv").is_file():
             continue
         run_phase(
             [[script for script in sequence if not is_done(script, work, samples)] for sequence in sequences], env, out

@@ -82,9 +82,13 @@ def validation_probe(
     def evaluate(weights: Weights) -> Evaluation:
         shown = [shows_concept(sample_images(states, "concept", weights)) for shows_concept, states in concept_states]
         images = sample_images(preserved_states, "kept", weights)
-        similarity = cosine_similarity(clip.embed_images(images), text_features).mean()
-        concept_rate = torch.cat(shown).float().mean()
-        return Evaluation(float(concept_rate), float(similarity), float(np.mean([contrast(image) for image in images])))
+        similarity = cosine_similarity(clip.embed_images(images), text_features)
+        return Evaluation(
+            concept=float(torch.cat(shown).float().mean()),
+            preserved=float(similarity.mean()),
+            contrast=float(np.mean([contrast(image) for image in images])),
+            preserved_by_prompt=similarity.tolist(),
+        )
 
     return probe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,10 +83,19 @@ def _kept_for_inspection(settings: Settings, model: Model, eraser: Eraser, refus
         # A score of a run that went wrong may be NaN, which JSON does not have: as text.
         files.write_json(folder / "record.json", json.loads(json.dumps(record), parse_constant=str))
     return ErasureRefused(
-        f"{refused}\nEvaluated on {len(preserved)} preserved prompts: {', '.join(preserved)}\n"
+        f"{refused}\nEvaluated on {len(preserved)} preserved prompts{_drops(preserved, refused.record)}\n"
         f"Evaluations, curve and weights are kept in {settings.paths.checkpoints / 'refused'}",
         hint=refused.hint,
     )
+
+
+def _drops(preserved: Sequence[str], record: Mapping[str, Any]) -> str:
+    """The preserved prompts with their scores of the base model and of the last evaluation, largest drop first."""
+    before, after = (record["evaluations"][i]["preserved_by_prompt"] for i in (0, -1))
+    if not len(before) == len(after) == len(preserved):
+        return f": {', '.join(preserved)}"
+    rows = sorted(zip(preserved, before, after, strict=True), key=lambda row: row[2] - row[1])
+    return ", largest drop first: " + ", ".join(f"{prompt} {a:.2f} → {b:.2f}" for prompt, a, b in rows)
 
 
 NOTED_LOSS, MAX_LOSS = 0.05, 0.5

@@ -72,8 +72,9 @@ class TrainingConfig(BaseModel):
     target_rate: float = Field(0.0, ge=0, le=1)
     """Stop once the share of evaluation images that show the concept is at or below this."""
     max_preserved_drop: float = Field(1.0, ge=0)
-    """Stop, and return to the best earlier evaluation, once preserved prompts score worse than the base model by this
-    share. The best evaluation is the one with the fewest images of the concept."""
+    """Stop, and return to the best earlier evaluation, once preserved prompts certainly score worse than the base model
+    by this share: the lower 95 % bound of the paired drop over the prompts counts, for noise is no reason to stop.
+    The best evaluation is the one with the fewest images of the concept."""
     min_relative_change: float = Field(1e-5, ge=0)
     """A run whose relative change of the trained weights is smaller is refused: it did nothing."""
     max_relative_change: float = Field(2.0, gt=0)
