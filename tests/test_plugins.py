@@ -167,7 +167,7 @@ def test_a_project_erases_with_the_example_plugin_and_a_new_version_makes_the_re
 
     for site, with_dvc in ((installed(one), False), (installed(two, "1.1"), True)):
         with monkeypatch.context() as patch:
-            patch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT / 'src'}")
+            patch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT / 'src'}", prepend=os.pathsep)
             patch.syspath_prepend(site)
             assert "deleatur-shave" in run(root, "check", command=["-m", "deleatur"])
             assert "erase" in dvc.status(root)

@@ -1,0 +1,145 @@
+"""The warm server: imports what commands of deleatur and DVC import from other packages; runs each command in a fork.
+
+Imports take several CPU seconds per process, and the tests start hundreds of processes. The fork imports the package
+itself, from where the command would. Usage: python server.py SOCKET
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from typing import Any, NoReturn
+
+DEPENDENCIES = (
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.schedulers.scheduling_ddim",
+    "dvc.cli",
+    "dvc.commands.checkout",
+    "dvc.commands.repro",
+    "dvc.repo",
+    "dvc.repo.reproduce",
+    "dvc.stage.cache",
+    "mlflow",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "pandas",
+    "pyarrow.parquet",
+    "rich.progress",
+    "safetensors.torch",
+    "scipy.stats",
+    "torch",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.processing_clip",
+    "typer",
+)
+
+
+def serve(address: str) -> None:
+    for name in DEPENDENCIES:
+        importlib.import_module(name)
+    assert "deleatur" not in sys.modules, "the fork imports it, from the sources of its project"
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are reaped by the kernel
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                if os.fork() == 0:
+                    listener.close()
+                    supervise(connection)
+
+
+def supervise(connection: socket.socket) -> NoReturn:
+    """Runs one command in a fork, passes signals on to it, and reports how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    header, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    size, request = int.from_bytes(header, "big"), b""
+    while len(request) < size:
+        request += connection.recv(size - len(request))
+    if (pid := os.fork()) == 0:
+        connection.close()
+        run(streams=streams, **json.loads(request))
+    for stream in streams:
+        os.close(stream)
+    end = os.pidfd_open(pid)
+    selector = selectors.DefaultSelector()
+    selector.register(connection, selectors.EVENT_READ)
+    selector.register(end, selectors.EVENT_READ)
+    while not any(key.fd == end for key, _ in selector.select()):
+        if not (numbers := connection.recv(16)):  # the process that stands for the command was killed
+            selector.unregister(connection)
+        for number in numbers or [signal.SIGKILL]:
+            os.kill(pid, number)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with suppress(OSError):
+        connection.sendall(status.to_bytes(8, "big", signed=True))
+    os._exit(0)
+
+
+def run(command: list[str], cwd: str, env: dict[str, str], streams: list[int]) -> NoReturn:
+    """Becomes the command: its directory, environment, streams and sys.path."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for target, stream in enumerate(streams):
+        os.dup2(stream, target)
+        os.close(stream)
+    is_live = bool(env.get("PYTHONUNBUFFERED")) or os.isatty(1)
+    sys.stdout = os.fdopen(1, "w", 1 if is_live else -1, encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    is_module = command[0] == "-m"
+    first = cwd if is_module else os.path.dirname(command[0])
+    sys.path[:0] = [first, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.argv = command[1:] if is_module else command
+    status = 0
+    try:
+        if is_module:
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        status = exit_status(end.code)
+    except KeyboardInterrupt:
+        finish()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finish()
+    os._exit(status)
+
+
+def exit_status(code: Any) -> int:
+    if code is None or isinstance(code, int):
+        return (code or 0) & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def finish() -> None:
+    """What the interpreter does at its end."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+
+
+if __name__ == "__main__":
+    sys.path = sys.path[1:]  # this folder, with its sitecustomize
+    serve(sys.argv[1])
