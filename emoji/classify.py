@@ -97,14 +97,14 @@ def garbage_images(x: torch.Tensor, net: AutoencoderKL, rng: torch.Generator, si
         z = net.encode(random_affine(chosen, rng, size, (0.5, 1.0), 0.2) * 2 - 1).latent_dist.mode()
         coarse = torch.randn(n, z.shape[1], 3, 3, generator=rng) * z.std()
         smooth = interpolate(coarse, size=z.shape[-1], mode="bicubic")
-        drown = torch.rand(n, 1, 1, 1, generator=rng) * 0.5 + 0.7
+        noise_level = torch.rand(n, 1, 1, 1, generator=rng) * 0.5 + 0.7
         static = torch.randn(z.shape, generator=rng) * z.std()
         half = torch.arange(n).view(n, 1, 1, 1) % 2 == 0
-        noisy = (1 - drown).clamp(min=0) * z + drown * torch.where(half, smooth, static)
+        noisy = (1 - noise_level).clamp(min=0) * z + noise_level * torch.where(half, smooth, static)
         decoded = torch.cat([net.decode(part).sample for part in noisy.split(200)]).clamp(-1, 1) / 2 + 0.5
-    blot = interpolate(torch.rand(n, 1, 4, 4, generator=rng), size=size, mode="bicubic").sub(0.55).mul(4).clamp(0, 1)
+    mask = interpolate(torch.rand(n, 1, 4, 4, generator=rng), size=size, mode="bicubic").sub(0.55).mul(4).clamp(0, 1)
     colour = torch.rand(n, 3, 1, 1, generator=rng)
-    blobs = 1 - blot * torch.rand(n, 1, 1, 1, generator=rng) * (1 - colour)
+    blobs = 1 - mask * torch.rand(n, 1, 1, 1, generator=rng) * (1 - colour)
     paper = (1 - 0.1 * torch.rand(n, 3, 1, 1, generator=rng)).expand_as(blobs)
     kind = torch.rand(n, 1, 1, 1, generator=rng)
     return (torch.where(kind < 0.6, decoded, torch.where(kind < 0.9, blobs, paper)) * 255).round().byte()
@@ -132,11 +132,11 @@ class TrainingImages:
     def __init__(self, kind: str, net: AutoencoderKL, rng: torch.Generator) -> None:
         x, rows = load_images()
         self.size, self.rng, fold = params("data")["size"], rng, params("classify")[kind]["fold"]
-        mine = [i for i, r in enumerate(rows) if r["fold"] == fold]
+        fold_rows = [i for i, r in enumerate(rows) if r["fold"] == fold]
         names = {n: k for k, n in enumerate(labels(kind))}
         num_objects = {n: k for k, n in enumerate(sorted({r["label"] for r in rows}))}
-        self.x = x[mine]
-        facts = [rows[i] for i in mine]
+        self.x = x[fold_rows]
+        facts = [rows[i] for i in fold_rows]
         self.labels = torch.tensor([names[r["style"] if kind == "style" else r["concept"] or "other"] for r in facts])
         self.objects = torch.tensor([num_objects[r["label"]] for r in facts])
         self.things = len(num_objects)
@@ -152,24 +152,26 @@ class TrainingImages:
             else torch.where(ours, even / even[ours].sum() * CONCEPT_SHARE, OTHER_SHARE / (~ours).sum())
         )
 
-    def sample_batch(self, batch: int, turn: float, colours: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def sample_batch(
+        self, batch: int, rotation: float, colours: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images in [-1, 1], their classes, and their object among all objects (-100: none)."""
         n, rng = batch // 10, self.rng
         chosen = torch.multinomial(self.weights, batch - n, replacement=True, generator=rng)
-        plain, again = chosen.chunk(2)
-        version = torch.randint(len(self.rebuilt), again.shape, generator=rng)
+        plain, reconstructed_rows = chosen.chunk(2)
+        version = torch.randint(len(self.rebuilt), reconstructed_rows.shape, generator=rng)
         junk = torch.randint(len(self.garbage), (n,), generator=rng)
-        small = torch.cat([self.rebuilt[version, again], self.garbage[junk]])
+        small = torch.cat([self.rebuilt[version, reconstructed_rows], self.garbage[junk]])
         y = torch.cat(
             [
-                random_affine(self.x[plain].float() / 255, rng, self.size, (0.72, 1.05), 0.12, turn),
-                random_affine(small.float() / 255, rng, self.size, (0.85, 1.08), 0.1, turn),
+                random_affine(self.x[plain].float() / 255, rng, self.size, (0.72, 1.05), 0.12, rotation),
+                random_affine(small.float() / 255, rng, self.size, (0.85, 1.08), 0.1, rotation),
             ]
         )
         y = torch.where(torch.rand(batch, 1, 1, 1, generator=rng) < 0.5, y, y.flip(3))
         label = torch.cat([self.labels[chosen], torch.full((n,), self.nothing)])
-        thing = torch.cat([self.objects[chosen], torch.full((n,), -100)])
-        return augment(y, rng, colours) * 2 - 1, label, thing
+        object_label = torch.cat([self.objects[chosen], torch.full((n,), -100)])
+        return augment(y, rng, colours) * 2 - 1, label, object_label
 
 
 def validate(model: ResNetForImageClassification, kind: str) -> str:
@@ -191,8 +193,8 @@ def balance_other(model: ResNetForImageClassification, kind: str) -> None:
     Without this, drawings of an unseen icon set are classified as "other" whenever confidence is low.
     """
     if kind != "style":
-        ahead = math.log(OTHER_SHARE / (CONCEPT_SHARE / len(concepts())))
-        model.classifier[-1].bias.data[labels(kind).index("other")] -= ahead
+        log_prior = math.log(OTHER_SHARE / (CONCEPT_SHARE / len(concepts())))
+        model.classifier[-1].bias.data[labels(kind).index("other")] -= log_prior
 
 
 def main(kind: str) -> None:
@@ -202,29 +204,29 @@ def main(kind: str) -> None:
     table = TrainingImages(kind, autoencoder(), rng)
     torch.manual_seed(seed(f"{kind}/init") % 2**31)
     model = build_classifier(kind).train()
-    aside = torch.nn.Linear(
+    auxiliary = torch.nn.Linear(
         model.config.hidden_sizes[-1], table.things
     )  # an auxiliary loss over all objects improves the features
-    both = [*model.parameters(), *aside.parameters()]
+    both = [*model.parameters(), *auxiliary.parameters()]
     optimiser = torch.optim.AdamW(both, lr=p["lr"], weight_decay=0.05)
     path, done, step = WORK / f"{kind}.pt", 0.0, 0
     if state := load_checkpoint(path, p[kind]):
         model.load_state_dict(state["model"])
-        aside.load_state_dict(state["aside"])
+        auxiliary.load_state_dict(state["auxiliary"])
         optimiser.load_state_dict(state["optimiser"])
         done, step = state["minutes"], state["step"]
         rng.manual_seed(seed(kind) + step)
     print(f"{kind}: {sum(w.numel() for w in model.parameters()):,} parameters, {len(table.x)} images", flush=True)
-    turn, colours = (0.1, 0.2) if kind == "style" else (0.3, 0.7)
+    rotation, colours = (0.1, 0.2) if kind == "style" else (0.3, 0.7)
     for part in training_progress(p[kind]["minutes"], done):
         for group in optimiser.param_groups:
             group["lr"] = p["lr"] * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * part))
-        y, label, thing = table.sample_batch(p["batch"], turn, colours)
+        y, label, object_label = table.sample_batch(p["batch"], rotation, colours)
         with torch.autocast("cpu", torch.bfloat16):
             seen = model.resnet(upscale(y)).pooler_output
             loss = cross_entropy(model.classifier(seen).float(), label, label_smoothing=0.05)
             if kind != "style":
-                loss = loss + 0.5 * cross_entropy(aside(seen.flatten(1)).float(), thing)
+                loss = loss + 0.5 * cross_entropy(auxiliary(seen.flatten(1)).float(), object_label)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both, 1.0)
@@ -234,7 +236,7 @@ def main(kind: str) -> None:
             model.eval()
             print(f"{part:4.0%} step {step} loss {loss.item():.3f} right {validate(model, kind)}", flush=True)
             model.train()
-            state = {"model": model.state_dict(), "aside": aside.state_dict(), "optimiser": optimiser.state_dict()}
+            state = {"model": model.state_dict(), "auxiliary": auxiliary.state_dict(), "optimiser": optimiser.state_dict()}
             save(path, **state, minutes=part * p[kind]["minutes"], step=step, settings=p[kind], finished=False)
     balance_other(model.eval(), kind)
     print(f"{kind}: right {validate(model, kind)}, chance {1 / len(labels(kind)):.3f}")

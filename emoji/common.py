@@ -75,7 +75,7 @@ def concepts() -> list[Concept]:
                 r["role"],
                 r["neighbour_of"],
                 tuple(r["synonyms"].split("; ")),
-                tuple(r["pictures"].split()),
+                tuple(r["drawings"].split()),
             )
             for r in csv.DictReader(f)
         ]
@@ -83,18 +83,18 @@ def concepts() -> list[Concept]:
 
 def load_images() -> tuple[torch.Tensor, list[dict[str, str]]]:
     """All images as uint8 (n, 3, render, render) on white, and a row of metadata for each."""
-    with (WORK / "pictures.csv").open() as f:
-        return torch.from_numpy(np.load(WORK / "pictures.npy")), list(csv.DictReader(f))
+    with (WORK / "images.csv").open() as f:
+        return torch.from_numpy(np.load(WORK / "images.npy")), list(csv.DictReader(f))
 
 
 def random_affine(
-    x: torch.Tensor, rng: torch.Generator, size: int, scale: tuple[float, float], shift: float, turn: float = 0.0
+    x: torch.Tensor, rng: torch.Generator, size: int, scale: tuple[float, float], shift: float, rotation: float = 0.0
 ) -> torch.Tensor:
     """Images in [0, 1] randomly shifted, scaled and rotated (radians), on white, at `size` px."""
     n = len(x)
     u = torch.rand(4, n, generator=rng) * 2 - 1
     s = 1 / (scale[0] + (scale[1] - scale[0]) * (u[0] + 1) / 2)
-    a = turn * u[1]
+    a = rotation * u[1]
     rows = [s * a.cos(), -s * a.sin(), shift * u[2], s * a.sin(), s * a.cos(), shift * u[3]]
     theta = torch.stack(rows, 1).view(n, 2, 3)
     fine = torch.nn.functional.affine_grid(theta, [n, 3, 2 * size, 2 * size], align_corners=False)

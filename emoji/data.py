@@ -1,6 +1,6 @@
 """Download the icon sets, rasterize them, and split them into two folds.
 
-Writes `work/pictures.npy` (n, 3, render, render; uint8, on white) and `work/pictures.csv` (one row per image). The
+Writes `work/images.npy` (n, 3, render, render; uint8, on white) and `work/images.csv` (one row per image). The
 designs of an emoji alternate between fold a and b, in the order of a hash, so that each concept has both. Two packages
 with the same design (fluent flat and shaded) count as one.
 """
@@ -127,8 +127,8 @@ def main() -> None:
             for package, image in designs[design]:
                 images.append(image)
                 rows.append(emoji | {"package": package, "style": STYLE_BY_PACKAGE[package], "fold": fold})
-    np.save(WORK / "pictures.npy", np.stack(images))
-    with (WORK / "pictures.csv").open("w", newline="") as f:
+    np.save(WORK / "images.npy", np.stack(images))
+    with (WORK / "images.csv").open("w", newline="") as f:
         writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -73,11 +73,11 @@ def rate_with_interval(hits: Sequence[bool]) -> dict[str, float]:
 
 def rates_of_generated(pipe: StableDiffusionPipeline) -> dict[str, dict[str, float]]:
     """Rates over "a <name>", "a <name> in ink style" and the category words."""
-    table, many = concepts(), params("measure")["seeds"]
+    table, num_seeds = concepts(), params("measure")["seeds"]
     of = {c.name: c for c in table}
     family = {n: c.family for n, c in of.items()}
     # Families and neighbours have few concepts, so they get more seeds.
-    plain = [c for c in table for _ in range(many * (3 if c.role in ("target", "neighbour") else 1))]
+    plain = [c for c in table for _ in range(num_seeds * (3 if c.role in ("target", "neighbour") else 1))]
     inked = [c for c in table if c.name != "gun"]
     words = [f for f in FAMILIES for _ in range(40)]
     prompts = [with_article(c.name) for c in plain] + [f"{with_article(c.name)} in ink style" for c in inked] + words
@@ -86,22 +86,22 @@ def rates_of_generated(pipe: StableDiffusionPipeline) -> dict[str, dict[str, flo
     out: dict[str, dict[str, float]] = {}
     for kind in ("judge", "rater"):
         predicted = classify_images(kind, x)
-        sure = list(zip(plain, predicted, strict=False))
+        pairs = list(zip(plain, predicted, strict=False))
         for f in FAMILIES:
-            out[f"{kind}: {f} family"] = rate_with_interval([family.get(s) == f for c, s in sure if c.family == f])
-            out[f"{kind}: {f} exact name"] = rate_with_interval([s == c.name for c, s in sure if c.family == f])
+            out[f"{kind}: {f} family"] = rate_with_interval([family.get(s) == f for c, s in pairs if c.family == f])
+            out[f"{kind}: {f} exact name"] = rate_with_interval([s == c.name for c, s in pairs if c.family == f])
             out[f'{kind}: word "{f}" draws the family'] = rate_with_interval(
                 [family.get(s) == f for w, s in zip(words, predicted[b:], strict=True) if w == f]
             )
             out[f"{kind}: {f} seen in other prompts"] = rate_with_interval(
-                [family.get(s) == f for c, s in sure if c.family != f]
+                [family.get(s) == f for c, s in pairs if c.family != f]
             )
             out[f"{kind}: neighbours of {f}, exact name"] = rate_with_interval(
-                [s == c.name for c, s in sure if c.neighbour_of == f]
+                [s == c.name for c, s in pairs if c.neighbour_of == f]
             )
         for role in ("keep", "unseen"):
-            out[f"{kind}: {role}, exact name"] = rate_with_interval([s == c.name for c, s in sure if c.role == role])
-        out[f"{kind}: garbage in plain prompts"] = rate_with_interval([s == "garbage" for _, s in sure])
+            out[f"{kind}: {role}, exact name"] = rate_with_interval([s == c.name for c, s in pairs if c.role == role])
+        out[f"{kind}: garbage in plain prompts"] = rate_with_interval([s == "garbage" for _, s in pairs])
         out[f"{kind}: ink prompts, exact name"] = rate_with_interval(
             [s == c.name for c, s in zip(inked, predicted[a:b], strict=True)]
         )
@@ -121,7 +121,7 @@ def clip_accuracy(x: torch.Tensor, facts: list[dict[str, str]]) -> dict[str, dic
         ).input_ids
         best = model(input_ids=ids, pixel_values=x * 2 - 1).logits_per_image.argmax(1).tolist()
     return {
-        "clip: names unseen real pictures": rate_with_interval(
+        "clip: names unseen real images": rate_with_interval(
             [names[i] == r["concept"] for i, r in zip(best, facts, strict=True)]
         )
     }
@@ -140,7 +140,7 @@ def rates_of_real(pipe: StableDiffusionPipeline) -> tuple[dict[str, dict[str, fl
             out |= clip_accuracy(small, facts)
             continue
         key = "style" if kind == "style" else "concept"
-        out[f"{kind}: names unseen real pictures"] = rate_with_interval(
+        out[f"{kind}: names unseen real images"] = rate_with_interval(
             [s == r[key] for s, r in zip(classify_images(kind, small), facts, strict=True)]
         )
     fixed = {

@@ -89,9 +89,9 @@ def main() -> None:
             continue
         replace_folder(name, write)
         print(f"{name}: {sum(f.stat().st_size for f in (MODELS / name).rglob('*') if f.is_file()):,} bytes")
-    made = {str(f.relative_to(MODELS)): f for f in sorted(MODELS.rglob("*")) if f.is_file()}
-    print(f"together: {sum(f.stat().st_size for f in made.values()):,} bytes")
-    digests = {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in made.items()}
+    packed = {str(f.relative_to(MODELS)): f for f in sorted(MODELS.rglob("*")) if f.is_file()}
+    print(f"together: {sum(f.stat().st_size for f in packed.values()):,} bytes")
+    digests = {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in packed.items()}
     (WORK / "packed.json").write_text(json.dumps(digests, indent=2) + "\n")
 
 

@@ -30,11 +30,11 @@ def main() -> None:
     grid(sample_images(pipe, prompts, range(len(prompts))), 36).save(EMOJI / "sheet.png")
     x, rows = load_images()
     size, net = params("data")["size"], load_trained(polished=True)
-    some = [i for i, r in enumerate(rows) if r["concept"]][::11]
-    y = interpolate(x[some].float() / 255, size=size, mode="area")
+    selected = [i for i, r in enumerate(rows) if r["concept"]][::11]
+    y = interpolate(x[selected].float() / 255, size=size, mode="area")
     with torch.no_grad():
-        back = net.decode(net.encode(y * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-    grid(torch.stack([y, back], 1).flatten(0, 1), 20).save(EMOJI / "rebuilt.png")
+        reconstruction = net.decode(net.encode(y * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+    grid(torch.stack([y, reconstruction], 1).flatten(0, 1), 20).save(EMOJI / "rebuilt.png")
 
 
 if __name__ == "__main__":

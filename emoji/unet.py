@@ -75,7 +75,7 @@ def encode_latents() -> None:
             net.encode(random_affine(x[i].float() / 255, rng, p["size"], (0.84, 1.0), 0.05) * 2 - 1).latent_dist.mode()
             for i in ours.split(200)
         ]
-    save(WORK / "latents.pt", z=torch.cat(parts) * net.config.scaling_factor, picture=ours)
+    save(WORK / "latents.pt", z=torch.cat(parts) * net.config.scaling_factor, image=ours)
 
 
 def sampling_weights(rows: list[dict[str, str]]) -> torch.Tensor:
@@ -130,7 +130,7 @@ def train_process(rank: int, unet: UNet2DConditionModel, average: dict[str, torc
     latents = load(WORK / "latents.pt")
     rng = torch.Generator().manual_seed(seed(f"unet/{rank}") + int(seen))
     speak = CaptionEncoder(rows, Random(seed(f"unet/captions/{rank}") + int(seen)))
-    weight = sampling_weights(rows)[latents["picture"]]
+    weight = sampling_weights(rows)[latents["image"]]
     signal = scheduler().alphas_cumprod
     snr = signal / (1 - signal)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=p["lr"], weight_decay=1e-3)
@@ -150,7 +150,7 @@ def train_process(rank: int, unet: UNet2DConditionModel, average: dict[str, torc
         noise = torch.randn(z.shape, generator=rng)
         a = signal[t].view(-1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            guess = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, speak(latents["picture"][chosen].tolist())).sample
+            guess = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, speak(latents["image"][chosen].tolist())).sample
         error = ((guess.float() - noise) ** 2).mean((1, 2, 3))
         loss = (error * (p["snr_cap"] / snr[t]).clamp(max=1)).mean()
         optimiser.zero_grad()

@@ -58,8 +58,8 @@ def load_trained(polished: bool = False) -> AutoencoderKL:
 
 def sample_batch(x: torch.Tensor, ours: torch.Tensor, size: int, batch: int, rng: torch.Generator) -> torch.Tensor:
     rest = torch.randint(len(x), (batch - batch // 2,), generator=rng)
-    mine = ours[torch.randint(len(ours), (batch // 2,), generator=rng)]
-    return random_affine(x[torch.cat([mine, rest])].float() / 255, rng, size, (0.8, 1.0), 0.08) * 2 - 1
+    concept_rows = ours[torch.randint(len(ours), (batch // 2,), generator=rng)]
+    return random_affine(x[torch.cat([concept_rows, rest])].float() / 255, rng, size, (0.8, 1.0), 0.08) * 2 - 1
 
 
 def psnr(vae: AutoencoderKL, x: torch.Tensor, size: int) -> float:

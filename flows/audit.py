@@ -24,7 +24,7 @@ from deleatur.registry.mlflow_registry import CHAMPION
 from deleatur.stages import STAGES
 from deleatur.storage import dvc, dvc_remote, git, json_records
 
-COMPARED_DIGESTS = ("feedback", "tokens", "delta", "pictures", "report", "policy", "evidence")
+COMPARED_DIGESTS = ("feedback", "tokens", "delta", "images", "report", "policy", "evidence")
 NO_RUN_CACHE = ("--no-run-cache",)
 """Options of `dvc repro`: cached outputs of earlier runs would prove nothing."""
 
@@ -124,7 +124,7 @@ def digests(root: Path) -> dict[str, str]:
     report = json_records.read(root / paths.report / "report.json", Report)
     verdict = json_records.read(root / paths.verdict / "verdict.json", Verdict)
     by_name = asdict(report.provenance) | {
-        "pictures": report.provenance.images,
+        "images": report.provenance.images,
         "report": json_records.digest(report),
         "policy": verdict.policy,
         "evidence": json_records.digest(verdict),

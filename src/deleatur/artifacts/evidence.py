@@ -63,7 +63,7 @@ def _lineage(report: Report, verdict: Verdict, answers: pd.DataFrame, lock: str)
         "base": source.base,
         "pipeline": source.pipeline,
         "delta": source.delta,
-        "pictures": source.images,
+        "images": source.images,
         "feedback": source.feedback,
         "feedback_until": max(map(datetime.fromisoformat, answers["created_at"])).isoformat() if len(answers) else "",
         "tokens": source.tokens,
