@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import finished
 import pytest
 
 from deleatur.config.settings import Settings
@@ -56,9 +57,27 @@ def test_markers_in_a_valid_file_are_text(tmp_path: Path) -> None:
 
 def test_a_syntax_error_is_named_with_its_line(project: Path) -> None:
     (project / "dvc.lock").write_text("schema: '2.0'\nstages: [\n")
-    with pytest.raises(DataError, match=r"dvc\.lock is not YAML in UTF-8: (.|\n)*line 3") as caught:
+    with pytest.raises(DataError, match=r"dvc\.lock is not YAML: (.|\n)*line 3") as caught:
         dvc_remote.file_at_last_run("evaluate", Path("out/feedback"), "summary.json", Path())
     assert "correct dvc.lock" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("lock", "message"),
+    [(CONFLICT, "line 2: .* merge conflict"), ("stages: [", "is not YAML"), ("null", "expected stages, found none")],
+)
+def test_a_registered_lock_that_is_damaged_is_named(lock: str, message: str, tmp_path: Path) -> None:
+    finished.git(tmp_path, "init", "--quiet")
+    finished.dvc(tmp_path, "init", "--quiet")
+    with pytest.raises(DataError, match=f"dvc.lock of a registered version.* {message}") as caught:
+        dvc_remote.collect_garbage(tmp_path, [lock], dry_run=True, remote=False)
+    assert caught.value.hint == "deleatur verify VERSION"
+
+
+@pytest.mark.parametrize("content", ["", "null\n", "[]\n"])
+def test_a_lock_without_stages_is_one_of_a_new_project(content: str, project: Path) -> None:
+    (project / "dvc.lock").write_text(content)
+    assert dvc_remote.file_at_last_run("evaluate", Path("out/feedback"), "summary.json", Path()) is None
 
 
 def test_the_hint_for_a_lock_is_what_git_does(tmp_path: Path) -> None:

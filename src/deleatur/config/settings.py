@@ -36,7 +36,7 @@ from deleatur.config.sections import (
 )
 from deleatur.errors import SettingsError
 from deleatur.storage.files import literal_path
-from deleatur.storage.yaml_files import read_yaml
+from deleatur.storage.yaml_files import mapping, read_yaml
 
 NON_RESULT_SECTIONS = frozenset({"compare", "canary", "emergency", "feedback", "workers"})
 """Sections that no result of the chain depends on."""
@@ -154,13 +154,6 @@ def _demand_apart(name: str, folder: Path, others: Mapping[str, Path], below: Co
     for other, path in others.items():
         if is_inside(path, folder) or (path not in below and is_inside(folder, path)):
             raise ValueError(f"{name} is {folder}, and {other} is {path}: keep them apart")
-
-
-def mapping(value: Any, *keys: str) -> Mapping[str, Any]:
-    """What is below these keys of unvalidated values; empty where it is no mapping."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value if isinstance(value, Mapping) else {}
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
-import yaml
 from packaging.requirements import Requirement
 
 from deleatur.config.settings import Settings
@@ -29,6 +28,7 @@ from deleatur.registry.history import history
 from deleatur.registry.mlflow_registry import CHAMPION, LAST_KNOWN_GOOD
 from deleatur.registry.verify import signing_keys, verify
 from deleatur.storage import dvc_remote
+from deleatur.storage.yaml_files import read_yaml
 
 Status = Literal["ok", "warn", "fail"]
 AUTOMATION_PREFIX = "deleatur: "
@@ -103,6 +103,8 @@ def _run_check(topic: str, check: Callable[[], Iterator[Diagnosis]]) -> Iterator
             yield Diagnosis(topic, line.status, line.message, line.next_command)
     except DeleaturError as e:
         yield Diagnosis(topic, "fail", str(e), e.hint)
+    except OSError as e:
+        yield Diagnosis(topic, "fail", redact(str(e)), f"ls -ld {e.filename or '.'}")
 
 
 def _versions() -> Iterator[Diagnosis]:
@@ -229,7 +231,8 @@ def _deployments() -> list[dict[str, Any]]:
     path = Path("prefect.yaml")
     if not path.is_file():
         return []
-    return list(yaml.safe_load(path.read_text("utf-8")).get("deployments") or [])
+    deployments = read_yaml(path).get("deployments") or []
+    return list(deployments)
 
 
 def _aliases(settings: Settings) -> Iterator[Diagnosis]:

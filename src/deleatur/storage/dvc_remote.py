@@ -15,7 +15,7 @@ import yaml
 from deleatur.errors import DataError, ServiceError, SettingsError
 from deleatur.storage.dvc import CODE_STAGE, dvc_command
 from deleatur.storage.processes import last_line, run_captured
-from deleatur.storage.yaml_files import read_yaml
+from deleatur.storage.yaml_files import mapping, parse_yaml, read_yaml
 
 
 def push(root: Path, *stages: str) -> None:
@@ -58,9 +58,14 @@ def _create_lock_project(folder: Path, lock: str, root: Path) -> None:
             shutil.copyfile(root / ".dvc" / config, folder / ".dvc" / config)
     _run_dvc("config", folder, "--local", "core.no_scm", "true")
     _run_dvc("config", folder, "--local", "cache.dir", run_captured(dvc_command("cache", "dir"), root).stdout.strip())
-    stages = yaml.safe_load(lock)["stages"]
+    where = "dvc.lock of a registered version"
+    stages = mapping(parse_yaml(lock, where, hint="deleatur verify VERSION"), "stages")
+    if not stages:
+        raise DataError(f"{where}: expected stages, found none", hint="deleatur verify VERSION")
     outs = {
-        n: {"cmd": s["cmd"], "outs": [out["path"] for out in s["outs"]]} for n, s in stages.items() if n != CODE_STAGE
+        n: {"cmd": s["cmd"], "outs": [out["path"] for out in s.get("outs", [])]}
+        for n, s in stages.items()
+        if n != CODE_STAGE
     }
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": outs}), "utf-8")
     (folder / "dvc.lock").write_text(lock, "utf-8")
@@ -69,7 +74,7 @@ def _create_lock_project(folder: Path, lock: str, root: Path) -> None:
 def file_at_last_run(stage: str, folder: Path, file: str, root: Path) -> bytes | None:
     """A file of a dependency folder as it was when the stage last ran; None when it is not in DVC's cache."""
     lock = root / "dvc.lock"
-    stages = read_yaml(lock)["stages"] if lock.is_file() else {}
+    stages = mapping(read_yaml(lock), "stages") if lock.is_file() else {}
     digests = {dep["path"]: dep["md5"] for dep in stages.get(stage, {}).get("deps", [])}
     cache = Path(run_captured(dvc_command("cache", "dir"), root).stdout.strip()) / "files" / "md5"
     try:

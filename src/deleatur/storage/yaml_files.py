@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,34 @@ CONFLICT_MARKER = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
 
 def read_yaml(path: Path, error: type[DeleaturError] = DataError, again: str = "the same command again") -> Any:
     """The content of a YAML file. Raises `error` naming file and line, with `again` as the last step of the hint."""
-    text = ""
     try:
         text = path.read_text("utf-8")
+    except (OSError, ValueError) as e:
+        raise error(f"{path} is not YAML in UTF-8: {e}", hint=f"correct {path}, then: {again}") from e
+    return parse_yaml(
+        text, str(path), error, f"correct {path}, then: {again}", f"{_resolve_command(path)}, then: {again}"
+    )
+
+
+def parse_yaml(
+    text: str, where: str, error: type[DeleaturError] = DataError, hint: str = "", conflict_hint: str = ""
+) -> Any:
+    """The content of a YAML text. Raises `error` naming `where` and the line."""
+    try:
         return yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as e:  # ValueError: not UTF-8, or a date that does not exist
+    except (ValueError, yaml.YAMLError) as e:  # ValueError: a date that does not exist
         if marker := CONFLICT_MARKER.search(text):
             line = text.count("\n", 0, marker.start()) + 1
-            message = f"{path}, line {line}: expected YAML, got an unresolved merge conflict of git ({marker[1]})"
-            raise error(message, hint=f"{_resolve_command(path)}, then: {again}") from e
-        raise error(f"{path} is not YAML in UTF-8: {e}", hint=f"correct {path}, then: {again}") from e
+            message = f"{where}, line {line}: expected YAML, got an unresolved merge conflict of git ({marker[1]})"
+            raise error(message, hint=conflict_hint or hint) from e
+        raise error(f"{where} is not YAML: {e}", hint=hint) from e
+
+
+def mapping(value: Any, *keys: str) -> Mapping[str, Any]:
+    """What is below these keys of unvalidated values; empty where it is no mapping."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
 
 
 def _resolve_command(path: Path) -> str:
