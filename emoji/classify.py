@@ -236,7 +236,11 @@ def main(kind: str) -> None:
             model.eval()
             print(f"{part:4.0%} step {step} loss {loss.item():.3f} right {validate(model, kind)}", flush=True)
             model.train()
-            state = {"model": model.state_dict(), "auxiliary": auxiliary.state_dict(), "optimiser": optimiser.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "auxiliary": auxiliary.state_dict(),
+                "optimiser": optimiser.state_dict(),
+            }
             save(path, **state, minutes=part * p[kind]["minutes"], step=step, settings=p[kind], finished=False)
     balance_other(model.eval(), kind)
     print(f"{kind}: right {validate(model, kind)}, chance {1 / len(labels(kind)):.3f}")
