@@ -84,7 +84,11 @@ def registry_content(settings: Settings) -> dict[str, Any]:
     return {
         "aliases": registry.aliases(),
         "mark": registry.ledger_position(),
-        "versions": [(v.version, v.tags, v.description) for v in registry.versions()],
+        "versions": [
+            (v.version, v.tags, registry.tags(str(v.version)), v.description.replace(v.run_id, "RUN"))
+            for v in registry.versions()
+        ],
+        "model": [m.description for m in registry.client.search_registered_models()],
         "runs": sorted(
             (
                 r.data.tags[EVIDENCE_TAG],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import traceback
@@ -187,8 +188,13 @@ def state_of(settings: Settings) -> dict[str, Any]:
         "decided": dict(recorded.aliases),
         "problems": [str(p) for p in history.history(settings).problems],
         "runs": [run.info.status for run in runs],
-        "versions": len(registry.client.search_model_versions("name = 'deleatur'")),
+        "descriptions": [_without_times(v.description) for v in registry.versions()],
+        "model": [_without_times(m.description) for m in registry.client.search_registered_models()],
     }
+
+
+def _without_times(description: str) -> str:
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC|runs/\w+", "", description or "")
 
 
 def kill_at_every_step(

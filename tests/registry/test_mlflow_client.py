@@ -42,6 +42,7 @@ def evidence(tmp_path: Path) -> Evidence:
         digest="e" * 64,
         name="sdd weapon",
         tags={"outcome": "pass", "delta": "d" * 64},
+        summary="PASS: weapon 0.97 → 0.03",
         settings={"erase": {"lr": 1e-3, "train": ["a", "b"]}, "seed": 42, "word": "<x>"},
         scores={"concept_rate/concept/candidate": 0.1},
         curves=[("erase/loss", step, 1 / step) for step in range(1, 1502)],  # exceeds one request
@@ -103,6 +104,9 @@ def test_version_is_found_by_evidence_and_its_files_by_address(registry: Registr
     version = add(registry, evidence)
     assert registry.version(evidence.digest) == version
     assert registry.tags(version)["delta"] == "d" * 64
+    assert registry.client.get_model_version("guard", version).tags == {"outcome": "pass"}
+    registry.client.set_model_version_tag("guard", version, "outcome", "edited")
+    assert registry.tags(version)["outcome"] == "pass", "a version's tags are copies for people"
     registry.set_aliases({CHAMPION: version})
     for address in (f"models:/guard/{version}", "models:/guard@champion"):
         stored = Path(local_folder(address, "delta")) / "delta.safetensors"

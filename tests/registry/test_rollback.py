@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import registry
-from registry import register_fail, register_pass, requiring_approval
+from registry import change_tags, register_fail, register_pass, requiring_approval
 from typer.testing import CliRunner
 
 from deleatur.cli import app
@@ -131,9 +131,9 @@ def test_history_lists_decisions_and_consistency(fresh: Settings) -> None:
     plain = json.loads(output)
     assert (code, plain["consistent"], plain["problems"]) == (0, True, [])
     events = ["registration", "promotion"] * 2 + ["rollback"]
-    assert [(e["number"], e["event"]) for e in plain["lines"]] == list(enumerate(events, 1))
+    assert [(e["number"], e["event"]) for e in plain["entries"]] == list(enumerate(events, 1))
     tags = open_registry(fresh).tags("1")
-    last = plain["lines"][-1]
+    last = plain["entries"][-1]
     assert (last["actor"], last["reason"], last["version"]) == ("Ada", "[seen] in the wild", "1")
     assert (last["weights"], last["evidence"]) == (tags["delta"], tags["evidence"])
     code, output = run_cli("history")
@@ -256,12 +256,21 @@ def test_ledger_of_another_registry_is_refused(fresh: Settings, shared: Path, tm
     (tmp_path / "other").mkdir()
     other = registry.create(shared, tmp_path / "other")
     assert other.register_.ledger == fresh.register_.ledger
-    with pytest.raises(DataError, match="has no version 1"):
+    with pytest.raises(DataError, match="has applied none of the 2 lines"):
         register_fail(other, "f")
     fresh.register_.ledger.rename("aside")
     register_pass(other, "b")
     Path("aside").rename(fresh.register_.ledger)
     open_registry(other).client.delete_registered_model_tag("deleatur", "deleatur.ledger")
-    with pytest.raises(DataError, match="has other weights or other evidence"):
+    with pytest.raises(DataError, match="has applied none of the 2 lines"):
         rollback(other, "Ada", "seen")
     assert aliases(other) == {CHAMPION: "1"}
+
+
+def test_version_whose_digests_were_changed_does_not_go_live(fresh: Settings) -> None:
+    register_pass(fresh, "a")
+    register_pass(fresh, "b")
+    change_tags(fresh, "1", delta="0" * 64)
+    with pytest.raises(DataError, match=r"version 1 .* has other weights or other evidence than line 1"):
+        rollback(fresh, "Ada", "seen")
+    assert aliases(fresh)[CHAMPION] == "2"

@@ -39,10 +39,10 @@ class Evidence:
     name: str
     """Shown in lists of runs."""
     tags: Mapping[str, str]
-    summary: str
-    """Markdown, shown as the run's description."""
     settings: Mapping[str, Any]
     """Nested; logged as flat params."""
+    summary: str = ""
+    """Markdown, shown as the run's description."""
     scores: Mapping[str, float] = field(default_factory=dict)
     curves: Sequence[tuple[str, int, float]] = ()
     """(name, step, value)."""
