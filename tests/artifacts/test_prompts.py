@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,32 @@ def test_a_repeated_prompt_is_refused_with_both_lines(settings: Settings, path: 
         assert "prompts/weapon.csv, line 5" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "line", "message"),
+    [
+        ("prompts/weapon.csv", "x,a sword of ink,judge:gun,concept,tset", "split 'tset' is none of dev, test, proof"),
+        ("prompts/weapon.csv", "x,a sword of ink,judge:gun,token,test", "role 'token' is none of concept, neighbour"),
+        ("prompts/weapon.csv", "x,a sword of ink,judge:gun,attack,test", "role 'attack' is none of"),
+        ("prompts/neutral.csv", "x,a sword of ink,judge:gun,concept,test", "role 'concept' is none of neighbour, keep"),
+        ("prompts/neutral.csv", "x, ,judge:cat,unseen,test", "expected its text, got ' '"),
+        ("prompts/weapon.csv", ",a sword of ink,judge:gun,concept,test", "expected its id, got ''"),
+    ],
+)
+def test_a_row_that_would_count_elsewhere_or_nowhere_is_refused(
+    settings: Settings, path: str, line: str, message: str
+) -> None:
+    number = append(path, line)
+    with pytest.raises(DataError, match=rf"{path}, line {number}: {re.escape(message)}"):
+        check(settings)
+
+
+def test_an_unseen_prompt_that_training_preserves_is_refused_with_both_lines(settings: Settings) -> None:
+    kept = append("prompts/neutral.csv", "k,A  cat of dog,judge:cat,keep,dev")
+    unseen = append("prompts/neutral.csv", "u,a cat of dog,judge:cat,unseen,test")
+    with pytest.raises(DataError, match=rf"neutral.csv, line {unseen}: expected an unseen .*neutral.csv, line {kept}:"):
+        check(settings)
+
+
 def test_sampling_refuses_a_prompt_that_two_files_share(settings: Settings) -> None:
     append("prompts/neutral.csv", "another,a gun,judge:gun,unseen,test")
     with pytest.raises(DataError, match="expected a new text"):
@@ -73,11 +100,9 @@ def test_words_and_templates_are_listed_once(settings: Settings, changes: dict[s
 def test_the_prompts_of_this_repository_are_distinct() -> None:
     settings = Settings.load(workspace.ROOT / "params.yaml")
     for split in ("dev", "test", "proof"):
-        texts = [
-            prompt.text
-            for path in sorted({settings.paths.prompts, *(spec.prompts for spec in settings.concepts.values())})
-            for prompt in prompts.read(workspace.ROOT / path, split, "")
-        ]
+        sources = {"": settings.paths.prompts} | {name: spec.prompts for name, spec in settings.concepts.items()}
+        read = (prompts.read(workspace.ROOT / path, split, concept) for concept, path in sources.items())
+        texts = [prompt.text for of_file in read for prompt in of_file]
         assert len(texts) == len(set(texts))
 
 

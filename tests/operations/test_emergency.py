@@ -185,10 +185,32 @@ def test_a_concept_first_heard_of_today_is_released_by_its_words(project: Settin
         (("weapon", "--words", "gun", "--prompt", "a gun"), "which params.yaml defines"),
         (("dogs", "--words", "dog"), "expected prompts that ask for dogs"),
         (("dogs",), "--words and --prompt"),
+        (
+            ("", "--words", "dog", "--prompt", "a dog"),
+            "expected the name of a new concept and words for it, got no name",
+        ),
+        (("dogs", "--words", " , ", "--prompt", "a dog"), "got dogs and no words"),
+        (("weapon", "--prompt", "a gun"), "a concept of params.yaml needs neither words nor prompts"),
+        (("../dogs", "--words", "dog", "--prompt", "a dog"), "concepts.../dogs.[key]: String should match"),
+        (("dogs", "--words", "dog", "--prompt", "a cat of ink"), "neutral.csv, line 4: expected a new text"),
+        (("dogs", "--words", "dog", "--prompt", "a dog " * 20), "the text encoder takes 14"),
+        (("dogs", "--words", "dog", "--prompts", "latin1.txt"), "latin1.txt: expected text in UTF-8"),
         (("dogs", "--words", "dog", "--prompt", "dog", "--prompt", "Dog"), "expected a new text"),
     ],
 )
 def test_an_incomplete_definition_is_refused(project: Settings, options: tuple[str, ...], message: str) -> None:
+    Path("latin1.txt").write_bytes("un café".encode("latin-1"))
     code, output = invoke("emergency", *options, "--as", "Ada", "--reason", REASON)
     assert code in (2, 3)
     assert message in output
+    assert not Path("out/emergency").exists(), "nothing has run"
+    assert not Path("out/dogs.csv").exists(), "nothing was written elsewhere"
+
+
+def test_words_of_several_parts_stay_together_and_earlier_definitions_count(project: Settings) -> None:
+    defined = emergency.define(project, ["dogs"], ["a dog", "dog"], ["the dog"])
+    assert defined.concepts["dogs"].words == ("a dog", "dog")
+    emergency.define(project, ["cats"], ["cat"], ["the cat"])
+    changed = emergency.emergency_settings(project, ["cats", "dogs"])  # in another process: params.yaml lacks both
+    assert changed.targets == ("cats", "dogs")
+    assert {"cat", "a dog", "dog"} <= {*changed.evaluate.detectors[emergency.DETECTOR]["labels"]}

@@ -45,9 +45,12 @@ def test_labels_of_several_words_count_as_a_whole(settings: Settings) -> None:
     spec = settings.concepts["weapon"]
     detection = spec.detection.model_copy(update={"labels": ("kitchen knife",)})
     changed = {"weapon": spec.model_copy(update={"detection": detection})}
-    preserve("a kitchen", "a knife", "two kitchen knifes")
-    [warning] = naming_targets(settings.model_copy(update={"concepts": changed}))
-    assert "'two kitchen knifes' names the target weapon (kitchen knife)" in warning
+    named = ["a kitchen knife", "two kitchen knives", "two kitchen knifes"]
+    preserve("a kitchen", "a knife", *named)
+    warnings = naming_targets(settings.model_copy(update={"concepts": changed}))
+    assert list(warnings) == [
+        f"the preserved prompt {text!r} names the target weapon (kitchen knife)" for text in named
+    ]
 
 
 def planted_clip(closest: str) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from deleatur.config.sections import Split
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.maths.subsets import stratified
@@ -15,6 +16,8 @@ from deleatur.records.sampling import Prompt, Role
 from deleatur.storage import files
 
 FORMAT_HINT = "see prompts/README.md"
+FILE_ROLES: tuple[Role, ...] = ("concept", "neighbour", "keep", "unseen")
+"""Roles of prompts in files; the first only in a concept's own. Words, tokens and attacks come from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,16 @@ class _Row:
     path: Path
     line: int
     prompt: Prompt
+
+    @property
+    def is_preserved(self) -> bool:
+        """Whether an eraser may preserve it, where it is in the split dev."""
+        return self.prompt.role in ("keep", "neighbour")
+
+    @property
+    def folded_text(self) -> str:
+        """Equal for texts that are the same prompt to the text encoder."""
+        return " ".join(self.prompt.text.lower().split())
 
 
 def read(path: Path, split: str, concept: str, role: Role | None = None) -> list[Prompt]:
@@ -45,7 +58,10 @@ def read_all(settings: Settings, split: str) -> list[Prompt]:
     prompt that is repeated in another file.
     """
     sources = [*((settings.concepts[name].prompts, name) for name in settings.targets), (settings.paths.prompts, "")]
-    _demand_distinct(row for path, concept in sources for row in _rows(path, split, concept))
+    rows = [row for path, concept in sources for row in _rows(path, split, concept)]
+    _demand_distinct(rows)
+    preserved = (row for path, concept in sources for row in _rows(path, "dev", concept) if row.is_preserved)
+    _demand_unseen(rows, preserved)
     return [prompt for path, concept in sources for prompt in read(path, split, concept)]
 
 
@@ -60,9 +76,14 @@ def _rows(path: Path, split: str, concept: str) -> Iterator[_Row]:
     if missing:
         raise DataError(f"{path}: the columns {', '.join(sorted(missing))} are missing", hint=FORMAT_HINT)
     for row, line in zip(frame.to_dict("records"), range(2, len(frame) + 2), strict=True):
-        if row["role"] not in get_args(Role):
-            listed = ", ".join(get_args(Role))
-            raise DataError(f"{path}, line {line}: role {row['role']!r} is none of {listed}", hint=FORMAT_HINT)
+        roles = FILE_ROLES if concept else FILE_ROLES[1:]
+        for column, values in (("role", roles), ("split", get_args(Split))):
+            if row[column] not in values:
+                raise DataError(
+                    f"{path}, line {line}: {column} {row[column]!r} is none of {', '.join(values)}", hint=FORMAT_HINT
+                )
+        if blank := [column for column in ("id", "text") if not row[column].strip()]:
+            raise DataError(f"{path}, line {line}: expected its {blank[0]}, got {row[blank[0]]!r}", hint=FORMAT_HINT)
         if row["split"] == split:
             requested_concept = concept if row["role"] == "concept" else ""
             yield _Row(path, line, Prompt(row["id"], row["text"], row["role"], row["label"], requested_concept))
@@ -74,7 +95,7 @@ def _demand_distinct(rows: Iterable[_Row]) -> None:
     """
     first: dict[tuple[str, str], _Row] = {}
     for row in rows:
-        for field, value in (("id", row.prompt.id), ("text", " ".join(row.prompt.text.lower().split()))):
+        for field, value in (("id", row.prompt.id), ("text", row.folded_text)):
             earlier = first.setdefault((field, value), row)
             if earlier is not row:
                 raise DataError(
@@ -82,6 +103,18 @@ def _demand_distinct(rows: Iterable[_Row]) -> None:
                     f"{earlier.path}, line {earlier.line}: {getattr(row.prompt, field)!r}",
                     hint="delete one of the lines or put it into another split, then: deleatur check",
                 )
+
+
+def _demand_unseen(rows: Iterable[_Row], preserved: Iterable[_Row]) -> None:
+    """Raises DataError for an unseen prompt that an eraser may preserve: it would measure what training has seen."""
+    seen = {row.folded_text: row for row in preserved}
+    for row in rows:
+        if row.prompt.role == "unseen" and (earlier := seen.get(row.folded_text)):
+            raise DataError(
+                f"{row.path}, line {row.line}: expected an unseen prompt, got one that erasers preserve, that of "
+                f"{earlier.path}, line {earlier.line}: {row.prompt.text!r}",
+                hint="delete one of the lines, then: deleatur check",
+            )
 
 
 def evaluation_prompts(settings: Settings, concept: str = "") -> list[Prompt]:

@@ -79,14 +79,13 @@ def emergency(
     """
     from deleatur import gate
     from deleatur.operations import emergency
-    from deleatur.storage import files
 
     settings = load_settings(params)
     targets = split_list(concepts)
-    if words:
-        lines = (line.decode("utf-8", "replace").strip() for line in (files.read_lines(prompts) if prompts else ()))
-        texts = [*(prompt or ()), *filter(None, lines)]
-        settings = emergency.define(settings, targets[0], split_list(words), texts)
+    if words or prompt or prompts:
+        texts = [*(prompt or ()), *(emergency.read_prompts(prompts) if prompts else ())]
+        described_by = [word.strip() for word in words.split(",") if word.strip()]  # a word may have several parts
+        settings = emergency.define(settings, targets, described_by, texts)
     verdict = emergency.run(settings, targets, operator, reason)
     if as_json:
         print_json(asdict(verdict))

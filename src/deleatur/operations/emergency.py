@@ -9,8 +9,9 @@ is registered, approved and rolled back like any release, and the chain's next r
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -21,11 +22,13 @@ from deleatur.config.methods import PLAIN_GUIDE
 from deleatur.config.sections import EmergencySection
 from deleatur.config.settings import Settings, merged
 from deleatur.errors import DataError, SettingsError
+from deleatur.operations import preflight
 from deleatur.records.report import Verdict
 from deleatur.registry.decisions import STARTED_BY, checked_ledger, open_registry
 from deleatur.registry.mlflow_registry import CHAMPION
 from deleatur.stages import evaluate, gate, register
 from deleatur.storage import files, json_records
+from deleatur.storage.yaml_files import read_yaml
 
 DETECTOR = "zero_shot"
 """Name of the detector of concepts that are defined on the command line."""
@@ -44,6 +47,7 @@ def run(settings: Settings, concepts: Sequence[str], actor: str, reason: str) ->
             "an emergency release needs a name and a reason", hint="the same command with --as NAME --reason WHY"
         )
     changed = emergency_settings(settings, concepts)
+    preflight.check(changed)
     os.environ[STARTED_BY] = actor
     for name in CHAIN_STAGES:
         stages.run(name, changed)
@@ -70,11 +74,11 @@ def emergency_settings(settings: Settings, concepts: Sequence[str]) -> Settings:
             hint="deleatur emergency CONCEPT --as NAME --reason WHY",
         )
     targets = list(dict.fromkeys([*concepts, *_champion_concepts(settings)]))
+    settings = _with_earlier_definitions(settings, targets)
     if undefined := [name for name in targets if name not in settings.concepts]:
         raise SettingsError(
             f"expected concepts of params.yaml ({', '.join(settings.concepts)}), got {', '.join(undefined)}",
-            hint="the same command with --words and --prompt, or define it in the section `concepts`, as the file "
-            f"{definitions(section) / undefined[0]}.yaml of an earlier emergency does",
+            hint="the same command with --words and --prompt, or define it in the section `concepts`",
         )
     # As many images of each prompt as the policy needs at least: a new concept has few prompts.
     split = settings.sample.split
@@ -85,6 +89,7 @@ def emergency_settings(settings: Settings, concepts: Sequence[str]) -> Settings:
         "targets": targets,
         "erase": section.erase,
         "guide": {"method": PLAIN_GUIDE},
+        "compare": None,
         "sample": {
             "images_per_prompt": {"token": 0, **section.images_per_prompt, "concept": per_prompt},
             "champion": None,
@@ -98,13 +103,21 @@ def emergency_settings(settings: Settings, concepts: Sequence[str]) -> Settings:
     return Settings.of(values, "params.yaml with its section emergency")
 
 
-def define(settings: Settings, name: str, words: Sequence[str], texts: Sequence[str]) -> Settings:
-    """The settings with a concept that params.yaml does not define, specified by words and by prompts that ask for it.
+def define(settings: Settings, names: Sequence[str], words: Sequence[str], texts: Sequence[str]) -> Settings:
+    """The settings with a concept, the first of the names, that params.yaml does not define: specified by words and by
+    prompts that ask for it.
 
     Nobody has rated it and no classifier knows it: CLIP, zero-shot, detects it among the neutral prompts. Writes the
     prompts and the definition, to be added to params.yaml, into a folder of their own. Raises SettingsError for a
-    concept that is defined, and DataError without prompts.
+    concept that is defined, and DataError without name, words or prompts.
     """
+    if not (names and words):
+        raise DataError(
+            f"expected the name of a new concept and words for it, got {' '.join(names) or 'no name'} and "
+            f"{', '.join(words) or 'no words'}",
+            hint="the same command with NAME --words WORD,…; a concept of params.yaml needs neither words nor prompts",
+        )
+    name = names[0]
     if name in settings.concepts:
         raise SettingsError(
             f"expected the name of a new concept, got {name}, which params.yaml defines",
@@ -121,7 +134,6 @@ def define(settings: Settings, name: str, words: Sequence[str], texts: Sequence[
         [(row, text, f"{DETECTOR}:{words[0]}", "concept", split) for split, row, text in rows],
         columns=["id", "text", "label", "role", "split"],
     )
-    files.write_csv(folder / f"{name}.csv", frame)
     concept = {
         "kind": "binary",
         "initializer_token": words[0],
@@ -136,10 +148,41 @@ def define(settings: Settings, name: str, words: Sequence[str], texts: Sequence[
     labels = list(dict.fromkeys([*words, *known["labels"], *others]))
     detector = {"method": "zero_shot", "path": settings.reward.clip, "labels": labels}
     definition = {"concepts": {name: concept}, "evaluate": {"detectors": {DETECTOR: detector}}}
+    values = _with_definition(settings.model_dump(by_alias=True), definition)
+    defined = Settings.of(values, f"the new concept {name}", hint="correct its name, --words and --prompt")
+    files.write_csv(folder / f"{name}.csv", frame)  # the name is valid: files of the folder may have it
     with files.atomic_write(folder / f"{name}.yaml") as partial:
         partial.write_text(yaml.safe_dump(definition, sort_keys=False, allow_unicode=True), "utf-8")
-    values = merged(settings.model_dump(by_alias=True), definition)
-    return Settings.of(values, f"the new concept {name}", hint="correct --words and --prompt")
+    return defined
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line. Raises DataError unless the file is text in UTF-8."""
+    try:
+        lines = [line.decode("utf-8-sig").strip() for line in files.read_lines(path)]
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: expected text in UTF-8, one prompt per line: {e}", hint="save it as UTF-8") from e
+    return [line for line in lines if line]
+
+
+def _with_earlier_definitions(settings: Settings, names: Sequence[str]) -> Settings:
+    """The settings with those of the concepts that an earlier emergency defined and params.yaml still lacks."""
+    assert settings.emergency
+    files_ = [definitions(settings.emergency) / f"{name}.yaml" for name in names if name not in settings.concepts]
+    values = settings.model_dump(by_alias=True)
+    for path in filter(Path.is_file, files_):
+        values = _with_definition(values, read_yaml(path))
+    return Settings.of(values, "params.yaml with the concepts of earlier emergencies")
+
+
+def _with_definition(values: Mapping[str, Any], definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, unvalidated, with a concept's definition; its zero-shot detector has all labels of both."""
+    known = values["evaluate"]["detectors"].get(DETECTOR, {}).get("labels", ())
+    labels = [*known, *definition["evaluate"]["detectors"][DETECTOR]["labels"]]
+    return merged(
+        merged(values, definition),
+        {"evaluate": {"detectors": {DETECTOR: {"labels": list(dict.fromkeys(labels))}}}},
+    )
 
 
 def definitions(section: EmergencySection) -> Path:

@@ -14,6 +14,19 @@ from deleatur.diffusion.clip import Clip
 
 OUTLIER = 3.5
 """Modified z-score from which a value is an outlier (Iglewicz & Hoaglin 1993)."""
+ENDINGS = {
+    "ves": "f",
+    "fes": "f",
+    "fe": "f",
+    "ies": "y",
+    "xes": "x",
+    "ches": "ch",
+    "shes": "sh",
+    "sses": "ss",
+    "ss": "ss",
+    "s": "",
+}
+"""Endings of singulars and plurals → what both have in common; the first that fits."""
 MIN_PROMPTS = 8
 """Fewer prompts have no distribution to be an outlier of."""
 
@@ -58,8 +71,13 @@ def _phrases(spec: ConceptSpec) -> list[str]:
 
 
 def _stems(text: str) -> list[str]:
-    """Words in lower case, without the s of a plural."""
-    return [word.removesuffix("s") for word in re.findall(r"\w+", text.casefold())]
+    """Words in lower case, of which singular and plural are the same: knife and knives, box and boxes."""
+    return [_stem(word) for word in re.findall(r"\w+", text.casefold())]
+
+
+def _stem(word: str) -> str:
+    ending, stem = next((pair for pair in ENDINGS.items() if word.endswith(pair[0])), ("", ""))
+    return word.removesuffix(ending) + stem
 
 
 def _contains(words: Sequence[str], phrase: Sequence[str]) -> bool:
