@@ -43,7 +43,9 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     except (TypeError, ValueError, RuntimeError, IndexError) as e:
         raise unsupported("valid betas", str(e).splitlines()[0]) from e
     if not valid:
-        raise unsupported(f"{options.num_train_timesteps} betas between 0 and 1", f"{len(alphas)}, or others")
+        low, high = float(ddim.betas.min()), float(ddim.betas.max())
+        got = f"{len(alphas)} from {low:.3g} to {high:.3g}"
+        raise unsupported(f"{options.num_train_timesteps} betas between 0 and 1", got)
     if not alphas.all() and options.prediction_type == "epsilon":
         raise unsupported("v_prediction where the last ᾱ is 0 (rescale_betas_zero_snr)", options.prediction_type)
     final_alpha = float(ddim.final_alpha_cumprod)

@@ -13,6 +13,7 @@ from deleatur.config.settings import Settings
 from deleatur.evaluation import cache
 from deleatur.evaluation.cache import METRIC_VALUES, EvaluationCache
 from deleatur.maths import intervals
+from deleatur.maths.finite import require_finite
 from deleatur.maths.intervals import Interval
 from deleatur.maths.seeds import derive
 from deleatur.metrics import Array, EvaluationSet, Metric, SetMetric
@@ -45,6 +46,7 @@ def metric_values(
         advance(len(keys[variant]) - len(missing_rows))
         for rows in chunked(missing_rows, cache.SHARD_SIZE):
             values = metric.values(each.select(rows), base.select(rows))
+            require_finite(values[~np.isnan(values)], f"values of {type(metric).__name__}")  # NaN: it has none
             store.add(pd.DataFrame({"key": [keys[variant][row] for row in rows], "value": values}))
             advance(len(rows))
     store.compact(*keys.values(), size=cache.SHARD_SIZE)

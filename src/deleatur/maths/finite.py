@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deleatur.errors import ModelError
 
-Values = TypeVar("Values", Tensor, NDArray[np.float32])
+Values = TypeVar("Values", Tensor, NDArray[np.float32], NDArray[np.float64])
 
 
 def require_finite(values: Values, subject: str) -> Values:
