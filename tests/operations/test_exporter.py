@@ -108,7 +108,7 @@ def test_report_and_verdict_are_exported_as_in_their_files(released: Path) -> No
         for s in report.scores
         if (s.metric, s.slice, s.variant, s.versus) == ("clip_score", "unseen", "candidate", "base")
     ]
-    labels = ("weapon", "clip", "clip_score", "candidate", "unseen", "base")
+    labels = ("weapon", "clip", "clip_score", "unseen", "candidate", "base")
     for name, value in (("score", score.value), ("score_low", score.low), ("score_high", score.high)):
         assert metrics[name][labels] == value
     assert metrics["score_images"][labels] == score.n
