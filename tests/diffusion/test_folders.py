@@ -251,6 +251,31 @@ def test_pickled_weights_are_named(pipeline: Path) -> None:
     assert "variant" not in error.hint
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("pytorch_model.bin", "safety_checker: expected weights as safetensors, found pytorch_model.bin alone"),
+        ("", "none"),
+    ],
+)
+def test_a_safety_checker_that_could_not_be_exported_is_named(pipeline: Path, weights: str, message: str) -> None:
+    edit(pipeline / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    (pipeline / "safety_checker").mkdir()
+    config = {"architectures": ["StableDiffusionSafetyChecker"]}
+    (pipeline / "safety_checker" / "config.json").write_text(json.dumps(config))
+    if weights:
+        (pipeline / "safety_checker" / weights).write_bytes(b"a pickle")
+    error = refusal(pipeline)
+    assert message in str(error)
+    if weights:
+        assert "from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusion" in error.hint
+
+
+def test_a_missing_feature_extractor_is_named(pipeline: Path) -> None:
+    edit(pipeline / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    assert "feature_extractor: expected preprocessor_config.json" in str(refusal(pipeline))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
 def test_a_checkpoint_in_one_file_is_named_with_a_command_that_converts_it(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,3 +202,18 @@ def test_server_that_answers_html_is_reported(monkeypatch: pytest.MonkeyPatch) -
     with html_server() as uri, pytest.raises(ServiceError, match="HTML page, not as MLflow") as error:
         Registry(uri, "erasing", "guard").aliases()
     assert error.value.hint == f"curl {uri}/version"
+
+
+@pytest.mark.parametrize("command", [("history",), ("backup", "copy"), ("verify", "1")])
+def test_missing_database_driver_is_named(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    params = (registry.ROOT / "params.yaml").read_text("utf-8")
+    Path("params.yaml").write_text(params.replace("sqlite:///mlflow.db", "postgresql://me:PW@127.0.0.1:9/db"), "utf-8")
+    result = CliRunner().invoke(app, list(command))
+    assert result.exit_code == 2, result.exception
+    assert "postgresql://***@127.0.0.1:9/db needs the package psycopg2" in result.output
+    assert "Next: pip install psycopg2-binary" in result.output
+    assert not Path("copy").exists()

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from deleatur.config.settings import Settings
+from deleatur.diffusion import folders
 from deleatur.diffusion.model import digest_tensors, load, load_errors
 from deleatur.diffusion.overlay import applied
 from deleatur.errors import SettingsError
@@ -28,8 +29,8 @@ def export(settings: Settings, folder: Path) -> None:
             "sampling of diffusers would give other images",
             hint="another erase.method, then: deleatur demo",
         )
-    path = models.local_path(settings, settings.base.model)
-    model = load(path, device="cpu")
+    path = folders.download(models.local_path(settings, settings.base.model), "model_index.json")
+    model = load(str(path), device="cpu")
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
 
@@ -37,7 +38,7 @@ def export(settings: Settings, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with applied(model, delta):
-        with load_errors(path, "a Stable Diffusion pipeline"):
+        with load_errors(str(path), "a Stable Diffusion pipeline"):
             # All other components are the base model's, its safety checker among them.
             pipeline = StableDiffusionPipeline.from_pretrained(path, unet=model.unet, use_safetensors=True)
         if not isinstance(pipeline.scheduler, DDIMScheduler):

@@ -19,7 +19,7 @@ HUB_TIMEOUT = 10.0
 """Seconds until the Hub counts as unreachable."""
 HUB_FILES = {
     "allow_patterns": ["*.json", "*.txt", "model*.safetensors", "*/model*.safetensors", "*/diffusion*.safetensors"],
-    "ignore_patterns": ["*.fp16*", "*.non_ema*", "safety_checker/*"],
+    "ignore_patterns": ["*.fp16*", "*.non_ema*"],
 }
 """Files of a Hub repository that the libraries load."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
@@ -142,6 +142,8 @@ def _no_weights(folder: Path, config: Mapping[str, Any]) -> ModelError:
         return ModelError(f"{message}none", hint=folder_hint(folder))
     library = "diffusers" if "_class_name" in config else "transformers"
     name = config.get("_class_name") or (config.get("architectures") or ["AutoModel"])[0]
+    if name == "StableDiffusionSafetyChecker":
+        library = "diffusers.pipelines.stable_diffusion.safety_checker"
     variant = others[0].split(".")[1]
     options = f", variant='{variant}'" if others[0].count(".") == 2 else ""
     code = f"from {library} import {name} as M; M.from_pretrained('{folder}'{options}).save_pretrained('{folder}')"

@@ -9,7 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from deleatur.diffusion.architecture import latent_shape
-from deleatur.diffusion.folders import TOKENIZER_FILES, check_network, read_json, require_file, unsupported
+from deleatur.diffusion.folders import (
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    check_network,
+    read_json,
+    require_file,
+    unsupported,
+)
 from deleatur.diffusion.scheduler import noise_schedule
 from deleatur.errors import error_context
 from deleatur.maths.noise import NoiseSchedule
@@ -21,7 +28,8 @@ COMPONENTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 """Part of a Stable Diffusion pipeline → its class."""
-OPTIONAL = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")
+OPTIONAL_NETWORKS = {"safety_checker", "image_encoder"}
+OPTIONAL = ("scheduler", "feature_extractor", *OPTIONAL_NETWORKS)
 EXTRA_INPUTS = (
     "addition_embed_type",
     "class_embed_type",
@@ -34,9 +42,13 @@ EXTRA_INPUTS = (
 
 def check_pipeline(folder: Path) -> None:
     """Raises ModelError unless the folder is a complete Stable Diffusion 1.x or 2.x pipeline."""
-    _check_components(folder)
+    classes = _check_components(folder)
     unet, vae, text = (check_network(folder / name) for name in ("unet", "vae", "text_encoder"))
     require_file(folder / "tokenizer", *TOKENIZER_FILES)
+    for name in OPTIONAL_NETWORKS & classes.keys():  # the exported pipeline has them too
+        check_network(folder / name)
+    if "feature_extractor" in classes:
+        require_file(folder / "feature_extractor", *PROCESSOR_FILES)
     with error_context(str(folder)):
         _check_shapes(unet, vae, text)
     read_schedule(folder)
@@ -49,8 +61,8 @@ def read_schedule(folder: Path) -> NoiseSchedule:
         return noise_schedule(config)
 
 
-def _check_components(folder: Path) -> None:
-    """The classes that model_index.json names are those of Stable Diffusion."""
+def _check_components(folder: Path) -> Mapping[str, str]:
+    """Part → class, as model_index.json names them. Raises ModelError unless they are those of Stable Diffusion."""
     index = read_json(folder / "model_index.json")
     classes = {
         name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]
@@ -64,6 +76,7 @@ def _check_components(folder: Path) -> None:
             "a Stable Diffusion 1.x or 2.x pipeline, with UNet2DConditionModel, AutoencoderKL and one CLIPTextModel",
             f"{index.get('_class_name')} in {folder}, with {', '.join(parts)}",
         )
+    return classes
 
 
 def _check_shapes(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any]) -> None:

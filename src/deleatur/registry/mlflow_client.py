@@ -43,6 +43,10 @@ PAGE_SIZE = 100
 """Runs or versions per search request."""
 
 
+DRIVER_PACKAGES = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""Module of a database driver → the package that installs it, where their names differ."""
+
+
 def use_tracking_uri(uri: str) -> None:
     """Points MLflow's own loaders at our store, and leaves the environment of child processes as it was."""
     mlflow.set_tracking_uri(tracking_uri(uri))
@@ -87,6 +91,11 @@ def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterato
     try:
         with disk_errors(sqlite_file(uri) or Path(redact(tracking_uri(uri)))):
             yield
+    except ModuleNotFoundError as e:  # SQLAlchemy imports the driver of the database
+        raise SettingsError(
+            f"MLflow at {redact(tracking_uri(uri))} needs the package {e.name}, which is not installed",
+            hint=f"pip install {DRIVER_PACKAGES.get(str(e.name), e.name)}",
+        ) from e
     except (SQLAlchemyError, CommandError, RequestException) as e:
         raise _store_error(uri, str(getattr(e, "orig", None) or e)) from None
     except MlflowException as e:
