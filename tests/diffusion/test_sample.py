@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model, digest_module
@@ -40,14 +41,15 @@ def random_delta(model: Model, size: float = 0.1) -> Delta:
     )
 
 
-def test_sampling_equals_diffusers_from_the_same_noise(model: Model) -> None:
+def test_sampling_equals_diffusers_with_the_same_seed(model: Model) -> None:
+    """Up to the rounding of single pixels; truncation would differ in half of them."""
     pipe = StableDiffusionPipeline(
         **tiny.parts(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    z = initial_noise(model, [7])
-    theirs = pipe("a cat", num_inference_steps=4, guidance_scale=7.5, latents=z, output_type="pil").images[0]
-    assert np.abs(np.asarray(theirs, int) - generate(model, [7], batch=1)[0]).max() <= 1
+    g = torch.Generator().manual_seed(7)
+    theirs = pipe("a cat", num_inference_steps=4, guidance_scale=7.5, generator=g, output_type="pil").images[0]
+    assert np.abs(np.asarray(theirs, int) - generate(model, [7], batch=1)[0]).mean() < 0.01
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.5])
@@ -143,6 +145,8 @@ def test_deltas_are_added_by_tensor(model: Model) -> None:
     name = next(iter(both.tensors))
     assert torch.equal(both.tensors[name], 2 * random_delta(model).tensors[name])
     assert both.concepts == ("x", "x")
+    with pytest.raises(ModelError, match="different bases cannot be added"):
+        add_deltas(random_delta(model), random_delta(tiny.model(seed=1)))
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -165,6 +169,21 @@ def test_selection_rules_select_the_named_parameters(model: Model, rule: str) ->
             select(torch.nn.ModuleDict({"time_embedding": torch.nn.Linear(1, 1)}), rule)  # type: ignore[arg-type]
 
 
-def test_encoded_images_have_the_shape_of_latents(model: Model) -> None:
-    z = initial_noise(model, [1, 2])
-    assert encode_images(model, decode_latents(model, z)).shape == z.shape
+def test_images_are_encoded_as_by_diffusers(model: Model) -> None:
+    images = decode_latents(model, initial_noise(model, [1, 2]))
+    pixels = VaeImageProcessor().preprocess(images)
+    with torch.no_grad():
+        expected = model.vae.config.scaling_factor * model.vae.encode(pixels).latent_dist.mean
+    assert torch.allclose(encode_images(model, images), expected, atol=1e-6)
+
+
+def test_a_delta_on_a_bfloat16_network_is_added_in_fp32_and_rounded_once() -> None:
+    network = tiny.model(dtype=torch.bfloat16)
+    delta = random_delta(network)
+    weights, base = edited_weights(network, delta), dict(network.unet.named_parameters())
+    for name, weight in weights.items():
+        assert torch.equal(weight, (base[name].float() + delta.tensors[name]).bfloat16())
+        assert weight.dtype == torch.bfloat16
+    for name, difference in weight_difference(network, weights).items():
+        assert torch.equal(difference, weights[name].float() - base[name].float())
+        assert difference.dtype == torch.float32

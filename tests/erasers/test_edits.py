@@ -233,6 +233,17 @@ def test_each_epoch_leaves_less_to_regenerate(model: Model) -> None:
     assert (stopped.record["stop"], stopped.record["steps"]) == ("target", 3)
 
 
+def test_lam_r_keeps_the_regenerated_states_short(model: Model) -> None:
+    """As a ridge does: the longer they are, the less of the concept remains unexplained."""
+    edit = {"preserve": 0.01, "columns": "concept"}
+    regenerating = [RECE(epochs=1, lam_r=lam_r, edit=edit) for lam_r in (1e-4, 1e-2, 1e-1)]  # type: ignore[arg-type]
+    rows = [erase(model, rece, words(model, "gun")).record["curve"][1] for rece in regenerating]
+    for column in ("length", "back"):
+        column_values = [row[column] for row in rows]
+        assert sorted(set(column_values), reverse=True) == column_values
+    assert rows[0]["length"] > 1.1 * rows[-1]["length"]
+
+
 def test_an_epoch_releases_earlier_states_unless_hold_is_set(model: Model) -> None:
     gun = words(model, "gun")
     empty = encode.encode_text(model, [""])[0]

@@ -92,18 +92,22 @@ def test_parity_is_the_published_method_and_refuses_deviations() -> None:
             TrajectoryTrainingConfig(preset="parity", **change)
 
 
-@pytest.mark.parametrize(("source", "distribution"), [("words", "uniform"), ("token", "beta33")])
+@pytest.mark.parametrize(
+    ("sources", "distribution"), [("words", "uniform"), ("token", "beta33"), ("words and token", "uniform")]
+)
 def test_the_default_timestep_distribution_is_that_of_the_concepts_paper(
-    model: Model, source: str, distribution: str
+    model: Model, sources: str, distribution: str
 ) -> None:
-    vectors = encode.word_embedding(model, "gun")[None, None]
-    concept = words(model, "gun") if source == "words" else encode.concept_from_token(model, SoftToken("gun", vectors))
-    default, explicit = (
-        erase(model, concept, iterations=4, **config) for config in ({}, {"timestep_distribution": distribution})
-    )
+    token = encode.concept_from_token(model, SoftToken("gun", encode.word_embedding(model, "gun")[None, None]))
+    concepts = [words(model, "gun")] * ("words" in sources) + [token] * ("token" in sources)
+
+    def erased(**config: Any) -> Delta:
+        sdd = SDD(order="single", training={**QUICK, "iterations": 4, **config})  # type: ignore[arg-type]
+        return sdd.erase(model, concepts, ErasureContext(1))
+
     opposite = "beta33" if distribution == "uniform" else "uniform"
-    other = erase(model, concept, iterations=4, timestep_distribution=opposite)
-    assert [same(default, d) for d in (explicit, other)] == [True, False]
+    explicit, other = (erased(timestep_distribution=d) for d in (distribution, opposite))
+    assert [same(erased(), d) for d in (explicit, other)] == [True, False]
 
 
 def test_preservation_holds_other_prompts(model: Model) -> None:

@@ -234,6 +234,13 @@ def test_the_delta_has_its_timestep_and_adds_to_no_other(model: Model) -> None:
         add_deltas(delta, delta)
 
 
+def test_the_fake_score_has_its_own_rate_the_generators_beta_and_no_weight_decay(model: Model) -> None:
+    sfd = SFD(fake_lr=2e-4, training={"adam_beta1": 0.5, "weight_decay": 0.1})  # type: ignore[arg-type]
+    c = encode.encode_text(model, ["gun"])
+    [group] = sfd.loss_terms(model, c, c, c, seed=1)["erase"].fake.optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.5, 0.999), 0.0)
+
+
 def test_prompts_to_preserve_are_required(model: Model) -> None:
     with pytest.raises(SettingsError, match="prompts to preserve"):
         SFD().erase(model, [words(model, "gun")], ErasureContext(0))
