@@ -15,9 +15,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterEndTime, 
 from tasks import PROJECT, RETRY_OPTIONS, error_with_next_command
 
 from deleatur.config.settings import Settings
+from deleatur.markdown import escape_markdown
 from deleatur.registry.decisions import open_registry
 from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION, LAST_KNOWN_GOOD
-from deleatur.report.markdown import escape_markdown
 from deleatur.storage import dvc_remote, remote
 
 DAY_SECONDS = 24 * 3600.0
