@@ -116,6 +116,14 @@ def test_rollback_does_not_bypass_approval(fresh: Settings) -> None:
 
 
 @pytest.mark.slow
+def test_name_and_reason_in_another_encoding_are_recorded(fresh: Settings) -> None:
+    register_pass(fresh, "a")
+    result = CliRunner().invoke(app, ["quarantine", "1", "--as", "Ren\udce9", "--reason", "caf\udce9"])
+    assert result.exit_code == 0, result.exception
+    last = ledger.read(fresh.register_.ledger).entries[-1]
+    assert (last.actor, last.reason) == ("Ren?", "caf?")
+
+
 def test_rollback_loads_no_network(fresh: Settings) -> None:
     register_pass(fresh, "a")
     register_pass(fresh, "b")

@@ -34,8 +34,20 @@ PARAMS = Path("params.yaml")
 
 ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The settings file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Operator = Annotated[str, typer.Option("--as", metavar="NAME", help="Who makes this decision; recorded in the ledger.")]
-Reason = Annotated[str, typer.Option("--reason", metavar="WHY", help="Why; recorded in the ledger.")]
+
+
+def _as_unicode(text: str) -> str:
+    """Bytes of the command line that are no UTF-8 become question marks: the ledger is JSON."""
+    return text.encode("utf-8", "replace").decode()
+
+
+Operator = Annotated[
+    str,
+    typer.Option("--as", metavar="NAME", help="Who makes this decision; recorded in the ledger.", callback=_as_unicode),
+]
+Reason = Annotated[
+    str, typer.Option("--reason", metavar="WHY", help="Why; recorded in the ledger.", callback=_as_unicode)
+]
 CommaSeparated = Annotated[str, typer.Option(metavar="A,B,…", help="A subset of those in params.yaml. Default: all.")]
 
 
