@@ -128,8 +128,12 @@ def test_too_few_images_of_the_reference_are_no_evidence() -> None:
 def test_different_detectors_are_never_compared() -> None:
     rule = CEILING.model_copy(update={"max": 0.5, "relative": "base"})
     one, two = (DetectorInfo(name, "w", ("x",), 0.5) for name in "ab")
-    scores = rated(0, 100, detector=one), rated(90, 100, variant="base", detector=two)
-    assert apply_rule("r", rule, report(*scores)).outcome == "not enough evidence"
+    of_one, of_two = rated(0, 100, detector=one), rated(90, 100, variant="base", detector=two)
+    assert apply_rule("r", rule, report(of_one, of_two)).outcome == "not enough evidence"
+    # Nor does a detector whose reference exists speak for one whose reference is missing.
+    both = of_two, replace(of_one, detector=two), rated(99, 100, detector=one)
+    assert apply_rule("r", rule, report(*both[:2])).outcome == "pass"
+    assert apply_rule("r", rule, report(*both)).outcome == "not enough evidence"
 
 
 def test_a_first_release_passes_rules_that_name_the_champion() -> None:

@@ -93,6 +93,15 @@ def test_a_prompt_that_is_too_long_is_an_error_with_both_lengths(model: Model) -
         encode.encode_text(model, [" ".join(["cat"] * 40)])
 
 
+def test_the_longest_prompt_fills_the_text_encoder_exactly(model: Model) -> None:
+    """L = 16 with start and end token: 14 words fit, in one prompt of a concept list too, and 15 do not."""
+    longest = encode.concept_from_words(model, "w", [" ".join(["cat"] * 14)])
+    assert longest.end_positions == (15,)
+    assert torch.equal(encode.encode_concept_list(model, [longest]), longest.states)
+    with pytest.raises(DataError, match=r"15 tokens.* takes 14"):
+        encode.encode_text(model, [" ".join(["cat"] * 15)])
+
+
 def test_the_nearest_word_of_a_words_embedding_is_the_word(model: Model) -> None:
     assert encode.nearest_words(model, encode.word_embedding(model, "sword"), 1) == ["sword"]
 

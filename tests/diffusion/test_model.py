@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from deleatur.detectors.classifier import Classifier
 from deleatur.diffusion.clip import load_clip
-from deleatur.diffusion.model import digest_module, digest_parts, load
+from deleatur.diffusion.model import assemble, digest_module, digest_parts, digest_tensors, load
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,43 @@ def test_the_digest_of_clip_does_not_change_by_use(tmp_path: Path) -> None:
     clip = load_clip(str(tiny.save_clip(tmp_path / "clip")))
     clip.embed_texts(["a cat"])
     assert digest_parts(clip.model, clip.processor.tokenizer, clip.processor.image_processor) == clip.digest
+
+
+def test_a_digest_covers_names_types_and_shapes_and_not_the_order() -> None:
+    """All of these have the same 16 bytes."""
+    zeros = torch.zeros(2, 2)
+    different = [
+        {"a": zeros},
+        {"b": zeros},
+        {"a": zeros.reshape(4)},
+        {"a": zeros.int()},
+        {"a": zeros[0], "b": zeros[1]},
+    ]
+    assert len({digest_tensors(tensors) for tensors in different}) == len(different)
+    one, two = torch.ones(1), torch.ones(2)
+    assert digest_tensors({"a": one, "b": two}) == digest_tensors({"b": two, "a": one})
+
+
+def test_assembled_networks_are_frozen_and_in_evaluation_mode() -> None:
+    parts: dict[str, Any] = tiny.parts()
+    networks = [parts[name].train() for name in ("unet", "vae", "text_encoder")]
+    assemble(**parts)
+    for network in networks:
+        assert not any(module.training for module in network.modules())
+        assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_clip_embeddings_are_those_of_transformers(tmp_path: Path) -> None:
+    from PIL import Image
+
+    clip = load_clip(str(tiny.save_clip(tmp_path / "clip")))
+    images, texts = [Image.new("RGB", (16, 16), (90 * i, 200, 9)) for i in range(2)], ["a cat", "ink"]
+    inputs = clip.processor(text=texts, images=images, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        expected = clip.model(**inputs)
+    assert torch.allclose(clip.embed_images(images), expected.image_embeds, atol=1e-6)
+    assert torch.allclose(clip.embed_texts(texts), expected.text_embeds, atol=1e-6)
+    assert expected.text_embeds.norm(dim=-1) == pytest.approx([1.0, 1.0], abs=1e-6)
 
 
 def test_clip_embeddings_do_not_depend_on_the_batch(tmp_path: Path) -> None:

@@ -93,6 +93,19 @@ def test_parity_is_the_published_method_and_refuses_deviations() -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "words_of_notes"),
+    [
+        ({}, []),
+        ({"order": "single"}, ["erased by itself"]),
+        ({"training": {"preservation_weight": 0.5}}, ["weight 0.5", "base model's unconditional"]),
+    ],
+)
+def test_notes_name_every_deviation(config: dict[str, Any], words_of_notes: list[str]) -> None:
+    for note, part in zip(SDD(**config).notes(), words_of_notes, strict=True):
+        assert part in note
+
+
+@pytest.mark.parametrize(
     ("sources", "distribution"), [("words", "uniform"), ("token", "beta33"), ("words and token", "uniform")]
 )
 def test_the_default_timestep_distribution_is_that_of_the_concepts_paper(

@@ -18,7 +18,7 @@ from deleatur.diffusion.model import Model, load
 from deleatur.diffusion.overlay import add_deltas, edited_weights
 from deleatur.diffusion.predict import Weights
 from deleatur.diffusion.sample import denoise_one_step, sample
-from deleatur.erasers.sfd import SFD, DistillationTerm, score_identity
+from deleatur.erasers.sfd import SFD, DistillationTerm, FakeScore, score_identity
 from deleatur.errors import ModelError, SettingsError
 from deleatur.guides.cfg import CFG
 from deleatur.records.model import Concept
@@ -232,6 +232,49 @@ def test_the_delta_has_its_timestep_and_adds_to_no_other(model: Model) -> None:
     assert delta.one_step == 625
     with pytest.raises(ModelError, match="one-step"):
         add_deltas(delta, delta)
+
+
+def test_the_loss_of_a_batch_written_out(model: Model) -> None:
+    """With the same random numbers in the same order; ψ is still the base model."""
+    sfd = SFD(start=625, kappa=4.5, alpha=1.2, training={"batch_size": 2})  # type: ignore[arg-type]
+    c, c_alt = encode.encode_text(model, ["gun", "sword"]), encode.encode_text(model, ["cat", "dog"])
+    base, a = Denoiser(model, {}), model.schedule.alphas_cumprod
+    c_0, g = encode.encode_text(model, [""]), torch.Generator().manual_seed(3)
+    term = DistillationTerm(FakeScore(model, sfd, c_0, (c, c)), c, c_alt, 1.0, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        batch = term.batch(Denoisers(base, base, base), 0)
+        output = base(batch.z, batch.t, batch.c)
+        loss = term.error(output, batch.target)
+        index = torch.randint(2, (2,), generator=g)
+        n, eps = torch.randn(2, 2, 4, 4, 4, generator=g)
+        t = torch.randint(20, 980, (2,), generator=g)
+        z, a_t = (1 - a[625]).sqrt() * n, a[t].reshape(-1, 1, 1, 1)
+        x = (z - (1 - a[625]).sqrt() * base(z, torch.tensor([625, 625]), c[index])) / a[625].sqrt()
+        x_t = a_t.sqrt() * x + (1 - a_t).sqrt() * eps
+
+        def clean(states: Tensor) -> Tensor:
+            eps_0, eps_c = base(x_t, t, c_0), base(x_t, t, states)
+            return (x_t - (1 - a_t).sqrt() * (eps_0 + 4.5 * (eps_c - eps_0))) / a_t.sqrt()
+
+        real, fake = clean(c_alt[index]), clean(c[index])
+        w = (x - real).abs().mean((1, 2, 3))
+        expected = ((real - fake) * (real - x - 1.2 * (real - fake))).mean((1, 2, 3)) / w
+    assert torch.equal(batch.c, c[index])
+    assert torch.allclose(loss, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_of_the_fake_score_depends_on_its_saved_state_alone(model: Model) -> None:
+    """A gradient left from the step before would be added to the next one."""
+    c, student = encode.encode_text(model, ["gun"]), Denoiser(model, {})
+    sfd = SFD(fake_lr=1e-3, training={"batch_size": 2})  # type: ignore[arg-type]
+    one, other = (FakeScore(model, sfd, encode.encode_text(model, [""]), (c, c)) for _ in range(2))
+    with torch.no_grad():
+        one.train_step(student, torch.Generator().manual_seed(0))
+        other.restore({n: t.clone() for n, t in one.tensors().items()})
+        for fake in (one, other):
+            fake.train_step(student, torch.Generator().manual_seed(1), step=1)
+    first, second = one.tensors(), other.tensors()
+    assert all(torch.equal(first[n], second[n]) for n in first)
 
 
 def test_the_fake_score_has_its_own_rate_the_generators_beta_and_no_weight_decay(model: Model) -> None:

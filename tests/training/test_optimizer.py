@@ -48,6 +48,14 @@ def test_every_step_is_adamws_with_the_configured_hyperparameters(
             assert torch.allclose(weights, theta, rtol=0, atol=2e-6), (name, i)
 
 
+def test_the_drift_is_the_students(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With m = 1 the teacher stays the base model, and the student drifts all the same."""
+    monkeypatch.setattr("deleatur.training.loop.DRIFT_INTERVAL", 2)
+    rows = train(model, iterations=4, lr=1e-2, ema_decay=1.0).record["curve"]
+    assert [row.get("drift", -1) > 0 for row in rows] == [False, False, True, False]
+    assert rows[0]["drift"] == 0
+
+
 def test_updates_below_the_networks_precision_are_not_lost() -> None:
     """Adam's first step moves a weight by the learning rate: 1e-5, where bfloat16 resolves 5e-4 of a weight of 0.1."""
     for ema_decay, moved in ((0.0, 1e-5), (0.5, 0.5e-5)):
