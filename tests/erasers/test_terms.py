@@ -21,8 +21,9 @@ from deleatur.erasers.sdd import SDD, unconditional_target
 from deleatur.erasers.sfd import SFD
 from deleatur.records.model import RatedImages
 from deleatur.training.loop import ErasureContext
-from deleatur.training.losses import Denoiser, Denoisers, TargetFunction
+from deleatur.training.losses import Denoiser, Denoisers, TargetFunction, TrajectoryTerm, mean_squared_error
 from deleatur.training.parameters import select
+from deleatur.training.trajectories import TrajectoryStates
 
 NAMES = ("gun", "sword", "cat")
 POOL: dict[str, Any] = {"trajectories": "pool", "pool_size": 8, "batch_size": 3, "sampler_steps": 4}
@@ -135,3 +136,50 @@ def test_preserved_prompts_are_sampled_with_the_same_guidance_and_their_own_cond
     assert (erased.s_g, preserved.s_g) == (5.0, 5.0)
     assert torch.equal(preserved.conditions, encode.encode_text(model, ["a dog", "ink"]))
     assert torch.equal(terms["keep"].c, preserved.conditions)
+    base = denoisers(model)
+    with torch.no_grad():
+        batch = terms["keep"].batch(base, 0)
+        assert torch.allclose(batch.target, base.base(batch.z, batch.t, batch.c), atol=1e-5)
+
+
+@pytest.mark.parametrize("trajectory_model", ["teacher", "base"])
+@pytest.mark.parametrize("eraser", [SDD, ESD])
+def test_the_configured_network_makes_the_trajectories(
+    model: Model, eraser: type[Eraser], trajectory_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {**POOL, "trajectory_model": trajectory_model}
+    term = loss_terms(model, eraser(training=training), monkeypatch)["erase"]  # type: ignore[call-arg]
+    used: list[object] = []
+    next_batch = term.trajectories.next_batch
+    monkeypatch.setattr(term.trajectories, "next_batch", lambda weights: used.append(weights) or next_batch(weights))
+    networks = denoisers(model, "student", "teacher")
+    networks = replace(networks, student=replace(networks.student, weights=dict(networks.student.weights)))
+    with torch.no_grad():
+        term.batch(networks, 0)
+    assert used[0] is getattr(networks, trajectory_model).weights
+
+
+def test_conditions_to_erase_are_cycled_by_full_batches(model: Model) -> None:
+    """A thinned pool returns one state of three: rows 0, 3 mod 2 = 1, 6 mod 2 = 0 of two conditions train."""
+
+    class Thinned:
+        def next_batch(self, weights: object) -> TrajectoryStates:
+            return TrajectoryStates(torch.zeros(1, 4, 4, 4), torch.tensor([1]), torch.tensor([0]))
+
+    c, c_0 = encode.encode_text(model, ["gun", "sword"]), encode.encode_text(model, [""])
+    term = TrajectoryTerm(
+        Thinned(),  # type: ignore[arg-type]
+        3,
+        torch.Generator(),
+        torch.tensor(model.schedule.timesteps(4)),
+        False,
+        c,
+        False,
+        c_0[:0],
+        unconditional_target(c_0, frozen=True),
+        mean_squared_error,
+    )
+    with torch.no_grad():
+        batches = [term.batch(denoisers(model), step) for step in range(3)]
+    assert [torch.equal(batch.c, c[[i]]) for batch, i in zip(batches, (0, 1, 0), strict=True)] == [True] * 3
+    assert [batch.t.tolist() for batch in batches] == [[501]] * 3

@@ -51,6 +51,15 @@ def test_latest_answer_of_a_rater_counts(event: EventFactory) -> None:
     assert in_effect(first, again, event("e3", rater="r2")) == ["e1", "e3"]
 
 
+def test_the_order_of_a_screens_images_does_not_matter(event: EventFactory) -> None:
+    shuffled = tuple(digest(f"p{i}") for i in (3, 1, 0, 4, 2))
+    first, again = event("e1", kind="rank"), event("e2", kind="rank", items=shuffled)
+    assert in_effect(first, again) == ["e2"], "the same question, answered again"
+    correction = resolved(first, event("c1", kind="rank", items=shuffled, replaces="e1"))
+    assert [row.event.event_id for row in correction.answers] == ["c1"]
+    assert correction.rejected == []
+
+
 INVALID = {
     "unknown event": {"replaces": "e0"},
     "itself": {"replaces": "c1"},
@@ -145,7 +154,9 @@ def test_withdrawal_restores_no_superseded_answer(event: EventFactory) -> None:
 def test_rater_can_answer_again_after_a_withdrawal(event: EventFactory) -> None:
     withdrawn = event("e1"), event("w", answer="withdrawn", replaces="e1")
     assert in_effect(*withdrawn, event("e2", created_at="2024-05-02T00:00:00Z")) == ["e2"]
-    assert in_effect(*withdrawn, event("e2", replaces="w")) == ["e2"]
+    for changes in WITHDRAWALS.values():
+        withdrawal = event("w", **{**changes, "answer": "withdrawn", "replaces": "e1"})
+        assert in_effect(event("e1"), withdrawal, event("e2", replaces="w")) == ["e2"]
 
 
 @pytest.mark.parametrize("rater", ["r2", "Jane Doe", ""])
@@ -160,6 +171,8 @@ def test_answers_of_other_raters_cannot_be_withdrawn(event: EventFactory, rater:
     result = resolve(parsed.rows, (), {r.event_id for r in parsed.rejected if r.event_id})
     assert [row.event.event_id for row in result.answers] == ["e1"]
     assert "w" in {r.event_id for r in parsed.rejected + result.rejected}
+    invalid = resolve(parsed.rows, parsed.rows[:1], {r.event_id for r in parsed.rejected if r.event_id})
+    assert "w" in {r.event_id for r in parsed.rejected + invalid.rejected}, "nor invalid ones"
 
 
 def test_withdrawal_of_an_unknown_event_is_quarantined(event: EventFactory) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
 from deleatur.erasers.sdd import SDD
+from deleatur.errors import ErasureRefused
 from deleatur.records.model import Delta
-from deleatur.training.loop import ErasureContext, TrainingProgress
+from deleatur.training.config import TrajectoryTrainingConfig
+from deleatur.training.loop import ErasureContext, TrainingProgress, _check_relative_change
 from deleatur.training.parameters import select
 
 
@@ -46,6 +48,16 @@ def test_every_step_is_adamws_with_the_configured_hyperparameters(
             update = (m / (1 - beta1**i)) / ((v / (1 - beta2**i)).sqrt() + 1e-8)
             theta = theta * (1 - lr * weight_decay) - lr * update
             assert torch.allclose(weights, theta, rtol=0, atol=2e-6), (name, i)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"), [(1e-6, "by 1.0e-06 of their norm"), (3.0, "by 3.0 times"), (float("nan"), "by nan times")]
+)
+def test_the_relative_change_is_that_of_the_norms(model: Model, factor: float, message: str) -> None:
+    """Weights that became `1 + factor` times as large."""
+    parameters = select(model.unet, "xattn").items()
+    with pytest.raises(ErasureRefused, match=message):
+        _check_relative_change(model, TrajectoryTrainingConfig(), {n: factor * p.detach() for n, p in parameters})
 
 
 def test_the_drift_is_the_students(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
