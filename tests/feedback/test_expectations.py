@@ -63,6 +63,34 @@ def test_each_violation_is_reported_by_its_rule(
     assert (tmp_path / "docs" / "index.html").is_file()
 
 
+P0, P1, P2 = (digest(f"p{i}") for i in range(3))
+ITEMS = {
+    "a question about one": (True, "binary", (P0,)),
+    "about none": (False, "binary", ()),
+    "about two": (False, "binary", (P0, P1)),
+    "a ranking of two": (True, "rank", (P0, P1)),
+    "of one": (False, "rank", (P0,)),
+    "of one twice": (False, "rank", (P0, P1, P0)),
+}
+
+
+@pytest.mark.parametrize(("fits", "kind", "items"), ITEMS.values(), ids=ITEMS.keys())
+def test_questions_are_about_one_image_and_rankings_about_two_or_more(
+    event: EventFactory, table: Table, fits: bool, kind: str, items: tuple[str, ...]
+) -> None:
+    columns = expectations.derive_columns(table(event(kind=kind, items=items)), {}, AVAILABLE, NOW)
+    assert columns["items_fit"].tolist() == [fits]
+
+
+@pytest.mark.parametrize(
+    ("item", "fits"), [("0" * 64, True), ("0" * 63, False), ("0" * 65, False), ("A" * 64, False), ("g" * 64, False)]
+)
+def test_a_digest_has_exactly_64_lower_case_digits(event: EventFactory, table: Table, item: str, fits: bool) -> None:
+    columns = expectations.derive_columns(table(event(items=(P0, item))), {}, AVAILABLE, NOW)
+    assert columns["digests_fit"].tolist() == [fits]
+    assert columns["missing"].tolist() == [1], "P0 is in the archive"
+
+
 RANKS = {
     "five": (True, (5, 4, 3, 2, 1)),
     "some X": (True, (1, None, 2, None, None)),
