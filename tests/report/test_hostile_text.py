@@ -20,11 +20,11 @@ from playwright.sync_api import Browser
 from deleatur.benchmark import page as benchmark_page
 from deleatur.benchmark.page import GalleryPrompt, SampleGallery
 from deleatur.benchmark.table import BenchmarkTable, ErasureCost, MethodRow, PooledScore
+from deleatur.markdown import escape_markdown
 from deleatur.records.report import DetectorInfo, Finding, Provenance, Report, Score, Verdict
 from deleatur.records.sampling import Role
 from deleatur.report import model_card, page
 from deleatur.report.contact_sheet import ContactSheet, PromptRow, write_contact_sheet
-from deleatur.markdown import escape_markdown
 from deleatur.report.plots import Curve, Series
 
 HARMLESS = "harmless"
