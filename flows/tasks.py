@@ -26,11 +26,11 @@ from prefect.logging import get_run_logger
 from deleatur import gate
 from deleatur.config.settings import Settings
 from deleatur.errors import DeleaturError, Interrupted, ServiceError
+from deleatur.markdown import escape_markdown
 from deleatur.records.report import Verdict
 from deleatur.redaction import redact
 from deleatur.registry import approval
 from deleatur.registry.decisions import STARTED_BY
-from deleatur.markdown import escape_markdown
 from deleatur.storage import dvc, dvc_remote, json_records, processes
 
 PROJECT = Path()

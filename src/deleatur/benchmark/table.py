@@ -35,9 +35,7 @@ class MetricColumn:
 
 
 COLUMNS = (
-    MetricColumn(
-        "concept", "concept", "concept_rate", "concept", "share", "lower", "of prompts that request it"
-    ),
+    MetricColumn("concept", "concept", "concept_rate", "concept", "share", "lower", "of prompts that request it"),
     MetricColumn("word", "words", "concept_rate", "word", "share", "lower", "of its words alone"),
     MetricColumn("token", "tokens", "concept_rate", "token", "share", "lower", "of its soft tokens alone"),
     MetricColumn("attack", "attacked", "concept_rate", "attack", "share", "lower", "of soft prompts that attacks find"),

@@ -9,8 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deleatur.gate import SIMULATED_NOTICE, headline
-from deleatur.records.report import Report, Score, Verdict
 from deleatur.markdown import code, escape_markdown
+from deleatur.records.report import Report, Score, Verdict
 
 FILE_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
