@@ -275,6 +275,7 @@ def test_a_pass_has_no_deciding_rule() -> None:
         {"max": math.nan},
         {"min_n": 0},
         {"variant": "base", "versus": "base"},
+        {"variant": "base", "versus": "champion"},
         {"variant": "champion", "relative": "champion"},
         {"maximum": 1},
     ],

@@ -188,6 +188,9 @@ def test_a_pipeline_of_another_family_is_named(pipeline: Path, name: str, parts:
     [
         ("unet", {"sample_size": [4, 8]}, r"square sample_size of the UNet, got \[4, 8\]"),
         ("unet", {"sample_size": None}, "square sample_size of the UNet, got None"),
+        ("unet", {"sample_size": [4]}, r"square sample_size of the UNet, got \[4\]"),
+        ("unet", {"sample_size": [[4], [4]]}, r"square sample_size of the UNet, got \[\[4\], \[4\]\]"),
+        ("unet", {"sample_size": 0}, "square sample_size of the UNet, got 0"),
         ("unet", {"in_channels": 9}, "out_channels to be 9"),
         ("unet", {"out_channels": 8}, "out_channels to be 4, the UNet's in_channels, got 8"),
         ("vae", {"latent_channels": 16}, "latent_channels to be 4"),
@@ -210,6 +213,7 @@ def test_a_square_list_is_a_sample_size(pipeline: Path) -> None:
     pipelines.check_pipeline(pipeline)
     assert load(str(pipeline), device="cpu").latent_shape == expected == (4, 4, 4)
     assert architecture.from_folder(pipeline).latent_shape == expected
+    assert architecture.latent_shape({"sample_size": 64}) == (4, 64, 64), "4 channels are the default of diffusers"
 
 
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "model_index.json"])

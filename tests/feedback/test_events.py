@@ -72,12 +72,18 @@ def test_bad_row_is_quarantined_and_others_are_kept(
     assert len(quarantined.row) <= events.MAX_ROW_CHARS
 
 
-@pytest.mark.parametrize("rater", ["Jane Doe", "jane@example.org"])
+@pytest.mark.parametrize("rater", ["Jane Doe", "jane@example.org", ""])
 def test_a_withdrawal_under_a_name_is_quarantined_too(event: EventFactory, rater: str) -> None:
     parsed = parse(line(event("w"), rater=rater, answer="withdrawn", replaces="e1"))
     assert parsed.rows == []
     assert [row.rule for row in parsed.rejected] == ["rater"]
-    assert rater not in parsed.rejected[0].row
+    assert not rater or rater not in parsed.rejected[0].row
+
+
+def test_the_canonical_line_is_compact_sorted_and_unescaped(event: EventFactory) -> None:
+    text = events.to_json(event("e1", prompt="ein Käfer"))
+    assert '"prompt":"ein Käfer"' in text
+    assert text == json.dumps(dict(sorted(json.loads(text).items())), ensure_ascii=False, separators=(",", ":"))
 
 
 def test_duplicate_field_is_quarantined(event: EventFactory) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from deleatur.feedback.reward import PairTargets, RewardHead, RewardHyperparameters, VoteTargets, fit, quality
 from deleatur.feedback.reward import _loss as loss
+from deleatur.feedback.reward import _train as train_network
 
 HYPERPARAMETERS = RewardHyperparameters(hidden=16, epochs=150, lr=1e-2, folds=4)
 
@@ -88,6 +89,28 @@ def test_training_equals_that_of_torch_layers() -> None:
             optimizer.step()
         with torch.no_grad():
             assert torch.allclose(result.head(x), net.eval()(x).squeeze(-1), atol=1e-5)
+
+
+def test_a_validated_training_is_the_same_training() -> None:
+    """Scoring in evaluation mode after every step does not switch dropout off for the next one."""
+    x, y = features(30), torch.rand(30, generator=torch.Generator().manual_seed(2))
+    arguments = x, VoteTargets(y, torch.ones(30)), RewardHyperparameters(hidden=8, dropout=0.5), 7, 5
+    plain, validated = train_network(*arguments), train_network(*arguments, lambda scores: None)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), validated.parameters(), strict=True))
+
+
+def test_losses_are_weighted_means_by_hand() -> None:
+    """Votes: (3 (0.5 − 1)² + 1 (2 − 0)²) / 4. Pairs: −(3 log σ(1.5) + 1 log σ(−1.5)) / 4."""
+    r, weight = torch.tensor([0.5, 2.0]), torch.tensor([3.0, 1.0])
+    assert float(loss(r, VoteTargets(torch.tensor([1.0, 0.0]), weight))) == pytest.approx(4.75 / 4)
+    pairs = PairTargets(torch.tensor([1, 0]), torch.tensor([0, 1]), weight)
+    expected = (3 * np.log1p(np.exp(-1.5)) + np.log1p(np.exp(1.5))) / 4
+    assert float(loss(r, pairs)) == pytest.approx(expected)
+
+
+def test_a_tie_of_the_votes_counts_as_yes() -> None:
+    scores = torch.tensor([0.1, 0.8])
+    assert quality(scores, VoteTargets(torch.tensor([0.4, 0.5]), torch.ones(2))) == 1.0
 
 
 def test_quality_is_auc_or_pair_accuracy() -> None:

@@ -32,6 +32,17 @@ def test_the_same_seed_gives_the_same_events(kind: FeedbackKind) -> None:
     assert [row.event for row in parsed.rows] == first
 
 
+@pytest.mark.parametrize("kind", ["binary", "rank"])
+def test_an_answer_does_not_shift_the_random_numbers_of_the_next(kind: FeedbackKind) -> None:
+    """With and without skips, the same raters see the same images at the same times."""
+    some, none = (answers(kind, Panel(skip=skip, unsure=0.0)) for skip in (0.5, 0.0))
+    assert any(e.answer == "skip" for e in some)
+    for skipped, answered in zip(some, none, strict=True):
+        result = {"answer": answered.answer, "ranks": answered.ranks}
+        assert replace(skipped, **result) == answered
+        assert skipped.answer in ("skip", answered.answer)
+
+
 def test_each_image_is_rated_by_per_question_raters() -> None:
     feedback = answers("binary", Panel(raters=7, per_question=4))
     assert set(Counter(e.items for e in feedback).values()) == {4}

@@ -27,6 +27,24 @@ def test_votes_count_yes_and_no(event: EventFactory, table: Table) -> None:
     assert row["mean"] == pytest.approx(2 / 3)
 
 
+def test_without_any_weight_the_vote_is_the_share(event: EventFactory, table: Table) -> None:
+    answers = table(*(event(f"e{i}", rater=f"r{i}", answer=a) for i, a in enumerate(["yes", "yes", "no"])))
+    [row] = votes.vote_table(answers, votes.rater_table(answers).assign(weight=0.0)).to_dict("records")
+    assert (row["weight"], row["vote"]) == (0, pytest.approx(2 / 3))
+
+
+def test_only_yes_and_no_are_judgements_and_one_simulated_answer_marks_a_rater(
+    event: EventFactory, table: Table
+) -> None:
+    labels = {"yes": "app", "no": "simulated:x", "unsure": "app", "skip": "app"}
+    questions = enumerate(labels.items())
+    answers = table(*(event(f"e{i}", items=(digest(f"p{i}"),), answer=a, source=s) for i, (a, s) in questions))
+    [row] = votes.rater_table(answers).to_dict("records")
+    assert (row["answers"], row["judgements"], row["unsure"], row["skip"]) == (4, 2, 1, 1)
+    assert row["simulated"]
+    assert votes.rater_agreement(answers, "weapon")["value"] is None, "no question has two judgements"
+
+
 def test_image_without_yes_or_no_has_no_vote(event: EventFactory, table: Table) -> None:
     answers = table(event(answer="unsure"))
     [row] = votes.vote_table(answers, votes.rater_table(answers)).to_dict("records")

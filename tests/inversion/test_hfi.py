@@ -26,6 +26,7 @@ from deleatur.training.textual_inversion import (
     LearnedToken,
     TextualInversionConfig,
     TokenTarget,
+    _sample_batch,
     learn_tokens,
     prompt_templates,
 )
@@ -132,8 +133,11 @@ def test_tokens_below_the_threshold_are_dropped_except_the_best(
     assert [t.vectors.tolist() for t in learned] == [seen[i].tolist() for i in remaining]
 
 
-def test_vectors_of_the_best_evaluation_are_returned(model: Model) -> None:
-    scores = iter([0.2, 0.9, 0.1])
+@pytest.mark.parametrize(("of_evaluations", "best"), [((0.2, 0.9, 0.1), 1), ((0.9, 0.9, 0.9), 0)])
+def test_vectors_of_the_first_best_evaluation_are_returned(
+    model: Model, of_evaluations: tuple[float, ...], best: int
+) -> None:
+    scores = iter(of_evaluations)
     seen: list[Tensor] = []
 
     def evaluate(v: Tensor) -> list[float]:
@@ -145,8 +149,8 @@ def test_vectors_of_the_best_evaluation_are_returned(model: Model) -> None:
         encode.word_embedding(model, "object")[None, None],
     )
     [learned] = learn_tokens(model, config, [token_target(2)], start, evaluate=evaluate, eval_every=2)
-    assert torch.equal(learned.vectors, seen[1])
-    assert [row["score"] for row in learned.evaluations] == [0.2, 0.9, 0.1]
+    assert torch.equal(learned.vectors, seen[best])
+    assert [row["score"] for row in learned.evaluations] == [*of_evaluations]
     assert learned.effective_images == pytest.approx(2), "two images of equal weight"
 
 
@@ -166,6 +170,20 @@ def test_training_prompts_are_disjoint_from_the_reported_prompts(name: str) -> N
             learned = prompt_templates(kind, [f"{article} {subject}"])[0]
             prompts = {t.replace("{}", word or subject) for t in learned if t != "{}"}
             assert not prompts & {r["text"] for r in rows}
+
+
+def test_a_third_of_the_prompts_is_the_token_alone(model: Model) -> None:
+    config, vectors = TextualInversionConfig(batch_size=3000), torch.zeros(1, 16)
+    batch = _sample_batch(model, config, token_target(2), vectors)
+    assert sum(len(prompt) == 1 for prompt in batch.prompts) / 3000 == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_the_first_step_is_adams_without_weight_decay(model: Model) -> None:
+    """No element moves further than the learning rate, most of them as far; decay would move large ones further."""
+    start = torch.linspace(-9, 9, 16)[None, None]
+    [learned] = learn_tokens(model, TextualInversionConfig(iterations=1, lr=1e-2), [token_target(2)], start)
+    moved = (learned.vectors - start[0]).abs()
+    assert [float(moved.max()), float(moved.median())] == pytest.approx([1e-2, 1e-2], rel=1e-3)
 
 
 @pytest.mark.parametrize("norm", [None, 0.5, 1.0])

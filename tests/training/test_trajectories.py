@@ -55,11 +55,14 @@ def test_k_steps_cost_exactly_k_guided_calls(model: Model, monkeypatch: pytest.M
         assert calls == [2] * int(states.k)
 
 
-def test_a_fresh_state_is_the_end_of_its_own_trajectory(model: Model) -> None:
-    s = sampler(model, 5)
+@pytest.mark.parametrize("trained", [None, 3])
+def test_a_fresh_state_is_the_end_of_its_own_trajectory(model: Model, trained: int | None) -> None:
+    """Of the 5-step sampler, also where only its first steps are trained on."""
+    s = replace(sampler(model, 5), train_timesteps=trained)
     states = FreshTrajectories(s, batch_size=4, distribution="uniform").next_batch({})
+    assert states.k.max() > 0
     again = sampler(model, 5)
-    sample_steps("uniform", 5, (4,), again.generator)
+    sample_steps("uniform", trained or 5, (4,), again.generator)
     z = again.noise(4)
     for i, k in enumerate(states.k.tolist()):
         assert torch.allclose(
@@ -184,6 +187,21 @@ def test_replayed_states_are_those_of_trajectories_each_used_once(model: Model) 
             assert (states == first[step, slot]).flatten(1).all(1).sum() == 1
     fresh, _ = replay.next_batch()
     assert not any((states == z).all() for z in fresh.z)
+
+
+def test_replayed_conditions_are_cycled_in_a_shuffled_order_and_states_are_shuffled(model: Model) -> None:
+    """Rounds of 2 trajectories over 3 conditions: 3 rounds start 2 of each."""
+    s = sampler(model, 2, conditions=3)
+    replay = TrajectoryReplay(s, {}, batch_size=4, pool_size=2)
+    rounds = [states for states, _ in next_batches(replay, 3)]
+    started = [
+        c for states in rounds for c, k in zip(states.condition.tolist(), states.k.tolist(), strict=True) if k == 0
+    ]
+    assert Counter(started) == {0: 2, 1: 2, 2: 2}
+    orders = [TrajectoryReplay(sampler(model, 2, seed, 3), {}, batch_size=4, pool_size=2) for seed in range(6)]
+    assert len({tuple(o.condition_order.tolist()) for o in orders}) > 1
+    ks = [tuple(o.next_batch()[0].k.tolist()) for o in orders]
+    assert len(set(ks)) > 1
 
 
 def test_replayed_predictions_are_the_networks(model: Model) -> None:

@@ -51,10 +51,10 @@ class Architecture:
 def latent_shape(unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
     """(C, H, W) of a latent. Raises ModelError unless images are square."""
     size = unet_config.get("sample_size")
-    sizes = set(size) if isinstance(size, list | tuple) and len(size) == 2 else {size}
-    if len(sizes) > 1 or not isinstance(side := sizes.pop(), int) or side < 1:
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    if not isinstance(height, int) or height < 1 or height != width:
         raise unsupported("a square sample_size of the UNet", size)
-    return int(unet_config.get("in_channels", 4)), side, side
+    return int(unet_config.get("in_channels", 4)), height, height
 
 
 STABLE_DIFFUSION: dict[str, dict[str, Any]] = {
