@@ -11,18 +11,20 @@ from torch import Tensor
 
 from deleatur.diffusion import encode
 from deleatur.diffusion.model import Model
+from deleatur.diffusion.predict import Weights
 from deleatur.erasers.sdd import SDD
 from deleatur.errors import ErasureRefused
 from deleatur.records.model import Delta
 from deleatur.training.config import TrajectoryTrainingConfig
+from deleatur.training.early_stopping import Evaluation, Probe
 from deleatur.training.loop import ErasureContext, TrainingProgress, _check_relative_change
 from deleatur.training.parameters import select
 
 
-def train(model: Model, on_step: Any = lambda progress: None, **config: Any) -> Delta:
+def train(model: Model, on_step: Any = lambda progress: None, probe: Probe | None = None, **config: Any) -> Delta:
     config = {"sampler_steps": 4, "batch_size": 2, "min_relative_change": 0.0, **config}
     concept = encode.concept_from_words(model, "weapon", ["gun"])
-    return SDD(order="single", training=config).erase(model, [concept], ErasureContext(1, on_step=on_step))  # type: ignore[arg-type]
+    return SDD(order="single", training=config).erase(model, [concept], ErasureContext(1, on_step=on_step, probe=probe))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("beta1", "weight_decay"), [(0.9, 0.3), (0.0, 0.0)])
@@ -74,3 +76,25 @@ def test_updates_below_the_networks_precision_are_not_lost() -> None:
         delta = train(tiny.model(dtype=torch.bfloat16), iterations=1, lr=1e-5, weight_decay=0.0, ema_decay=ema_decay)
         largest = max(float(d.abs().max()) for d in delta.tensors.values())
         assert largest == pytest.approx(moved, rel=0.02)
+
+
+def test_evaluations_are_of_the_teacher_in_the_networks_precision() -> None:
+    """What is returned, as it will be sampled; and what an evaluation samples leaves the caller's generator alone."""
+    evaluated: list[dict[str, Tensor]] = []
+    teachers: list[dict[str, Tensor]] = []
+
+    def probe(weights: Weights) -> Evaluation:
+        torch.rand(3)
+        evaluated.append(dict(weights))
+        return Evaluation(1.0, 1.0)
+
+    def on_step(p: TrainingProgress) -> None:
+        assert p.state
+        teachers.append({n: w.bfloat16() for n, w in p.state.teacher.items()})
+
+    before = torch.get_rng_state()
+    train(tiny.model(dtype=torch.bfloat16), on_step, probe, iterations=2, lr=1e-1, ema_decay=0.5, eval_every=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert evaluated[0] == {}
+    for weights, teacher in zip(evaluated[1:], teachers, strict=True):
+        assert all(torch.equal(weights[n], teacher[n]) and weights[n].dtype == teacher[n].dtype for n in teacher)
