@@ -103,6 +103,7 @@ def test_a_rule_about_a_role_is_one_about_each_concept_of_it(in_project: Path) -
         "targets": ["weapon", "other"],
         "concepts__other": weapon | {"prompts": str(other)},
         "sample__images_per_prompt__word": 1,
+        "erase__source": "words",
     }
     result = run(app, ["check", "--params", write(in_project / "two.yaml", **both, gate__rules={"gone": rule})])
     assert f"min_n of at most {len(weapon['words'])}, " in result.output
@@ -426,7 +427,7 @@ def test_a_full_disk_is_a_message() -> None:
         command = [sys.executable, "-m", "deleatur", "methods", "guides"]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == DataError.exit_code
-    assert result.stderr == "DataError: No space left on device\n"
+    assert result.stderr == "DataError: No space left on device\nNext: df -h .\n"
 
 
 @pytest.mark.parametrize(

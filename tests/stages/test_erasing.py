@@ -79,7 +79,7 @@ def test_a_refusal_reports_evaluations_and_prompts_and_keeps_the_weights(
     message = str(raised.value)
     assert "step 0: concept 0.970, preserved 0.500" in message
     assert "step 3: concept 0.125, preserved 0.440" in message
-    assert "2 preserved prompts: " in message
+    assert "2 preserved prompts, largest drop first: " in message
     assert "a cat" in message
     assert "0.60 → 0.54" in message.partition("largest drop first: ")[2]
     refused_folder = settings.paths.checkpoints / "refused"

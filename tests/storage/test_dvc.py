@@ -79,7 +79,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / f"{name}.py").write_text(code)
     (root / "given").write_text("1")
     stages = {name: {"cmd": f"{sys.executable} {name}.py"} for name in scripts}
-    stages["work"] |= {"deps": ["given"], "outs": [{"made": {"persist": True}}]}
+    stages["work"] |= {"deps": ["given"], "outs": ["made"]}
     stages["ingest"] = {"cmd": "true", "deps": ["feedback"]}
     stages["lost"] = {"cmd": "true", "deps": ["nowhere"]}
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
@@ -220,9 +220,6 @@ def test_a_failed_stage_leaves_the_outputs_of_its_last_success(root: Path) -> No
     (root / "given").mkdir()  # which the script cannot read
     with pytest.raises(ServiceError, match="exit code 1"):
         dvc.reproduce("work", root)
-    assert (root / "made").read_text() == "1"
-    with pytest.raises(subprocess.CalledProcessError):
-        finished.dvc(root, "repro", "work")
     assert (root / "made").read_text() == "1"
     assert "work" in dvc.status(root), "it is still out of date"
 

@@ -57,7 +57,8 @@ def reproduce(
     the stage, which saves its state; the interruption itself then propagates, because a scheduler would retry after an
     error of this package.
 
-    A failed stage leaves the outputs of its last success: they persist in dvc.yaml, and stages replace them in the end.
+    A failed stage leaves the outputs of its last success, which DVC removes before the run. (`persist` in dvc.yaml would
+    keep them too, but DVC's run cache does not take outputs that persist.)
     """
     ran = False
 
@@ -74,8 +75,17 @@ def reproduce(
         dvc_command("repro", "--single-item", *options, stage), root, record_line, on_progress
     )
     if exit_code:
+        _restore_outputs(stage, root)
         raise _repro_error(stage, root, tail)
     return ran
+
+
+def _restore_outputs(stage: str, root: Path) -> None:
+    """Outputs of the last success, which DVC deleted before the run that has failed."""
+    lock = root / "dvc.lock"
+    entry = read_yaml(lock)["stages"].get(stage, {}) if lock.is_file() else {}
+    if missing := [out["path"] for out in entry.get("outs", []) if not (root / out["path"]).exists()]:
+        run_captured(dvc_command("checkout", "--quiet", *missing), root)
 
 
 def reproduce_all(
