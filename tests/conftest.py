@@ -60,6 +60,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the warm server: signals reach the processes that they reach for users."""
+    monkeypatch.delenv("WARM_SOCKET", raising=False)
+
+
 @pytest.fixture(scope="session")
 def model() -> Model:
     """The tiny pipeline; frozen, so that all tests may share it."""

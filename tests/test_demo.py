@@ -66,6 +66,7 @@ def test_demo_ends_with_the_error_of_the_failed_stage(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("cold")
 def test_ctrl_c_interrupts_the_stage_and_prints_how_to_resume(project: Path) -> None:
     path = project / "params.yaml"
     path.write_text(path.read_text("utf-8").replace("source: token", "source: words"), "utf-8")

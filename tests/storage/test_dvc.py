@@ -141,6 +141,7 @@ def test_the_exit_code_of_a_stage_becomes_its_error(
         assert raised.value.hint == "deleatur check"  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("cold")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_parent_ends_the_stage_after_it_has_saved(root: Path, signum: signal.Signals) -> None:
     code = (
@@ -156,6 +157,7 @@ def test_a_signal_to_the_parent_ends_the_stage_after_it_has_saved(root: Path, si
         os.kill(stage, 0)
 
 
+@pytest.mark.usefixtures("cold")
 def test_a_stage_whose_parent_is_killed_saves_and_ends(root: Path) -> None:
     """An orphaned stage would occupy the GPU that its successor is started on."""
     code = "from pathlib import Path; from deleatur.storage import dvc; dvc.reproduce('watched', Path())"
@@ -172,6 +174,7 @@ def test_a_stage_whose_parent_is_killed_saves_and_ends(root: Path) -> None:
     raise AssertionError("still running")
 
 
+@pytest.mark.usefixtures("cold")
 @pytest.mark.slow
 def test_a_stage_interrupted_under_dvc_resumes(shared: Path, tmp_path: Path) -> None:
     """First the parent gets the signal and passes it on; then the stage alone; then it runs to its end."""

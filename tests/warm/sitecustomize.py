@@ -50,5 +50,5 @@ def run_warm(command: list[str], address: str) -> None:
     os._exit(status)
 
 
-if SOCKET_ENV in os.environ and (command := warm_command()):
+if SOCKET_ENV in os.environ and "PYTHONIOENCODING" not in os.environ and (command := warm_command()):
     run_warm(command, os.environ[SOCKET_ENV])

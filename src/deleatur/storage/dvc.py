@@ -57,8 +57,8 @@ def reproduce(
     the stage, which saves its state; the interruption itself then propagates, because a scheduler would retry after an
     error of this package.
 
-    A failed stage leaves the outputs of its last success, which DVC removes before the run. (`persist` in dvc.yaml would
-    keep them too, but DVC's run cache does not take outputs that persist.)
+    A failed stage leaves the outputs of its last success, which DVC removes before the run. (`persist` in dvc.yaml
+    would keep them too, but DVC's run cache does not take outputs that persist.)
     """
     ran = False
 
