@@ -2,9 +2,9 @@
 
     python emoji/variant.py --seed 7 --width 48 OUT
 
-writes OUT/models (pipeline, clip, judge, rater, style) as the built-in model's, in about 30 minutes on two idle cores:
-6 for autoencoder and text encoder, one on each core, then 24 for the UNet on one core while CLIP and the classifiers
-train on the other. `--quick 0.1` takes a tenth of all budgets, to try it out. Run again, it resumes. Results are for
+writes OUT/models (pipeline, clip, judge, rater, style) as the built-in model's, on two cores: autoencoder and
+text encoder, one on each, then the UNet on one while CLIP and the classifiers train on the other, which takes 23 CPU
+minutes. `--quick 0.1` takes a tenth of all budgets, to try it out. Run again, it resumes. Results are for
 comparisons of methods across models; they are not shipped.
 """
 
