@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -124,13 +125,14 @@ class _Module:
     name: str
     path: Path
     tree: ast.Module
+    """Without docstrings."""
 
     @cached_property
     def definitions(self) -> dict[str, list[ast.stmt]]:
         """Name → statements that define it; "" → the other statements, which run at import."""
         definitions: dict[str, list[ast.stmt]] = {"": []}
         for statement in self.tree.body:
-            if isinstance(statement, ast.Import | ast.ImportFrom) or _is_docstring(statement):
+            if isinstance(statement, ast.Import | ast.ImportFrom):
                 continue
             for name in _defined_names(statement) or [""]:
                 definitions.setdefault(name, []).append(statement)
@@ -140,7 +142,7 @@ class _Module:
     def imports(self) -> dict[str, Definition]:
         """Local name → the definition or module of this package that an import anywhere in the file binds it to."""
         imports: dict[str, Definition] = {}
-        for node in ast.walk(self.tree):
+        for node in (statement for _, _, block in _blocks(self.tree) for statement in block):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deleatur" and not node.level:
                 for alias in node.names:
                     imports[alias.asname or alias.name] = (node.module or "", alias.name)
@@ -157,6 +159,7 @@ class _Sources:
     _modules: dict[str, _Module | None] = field(default_factory=dict)
     _texts: dict[Definition, str] = field(default_factory=dict)
     _edges: dict[Definition, frozenset[Definition]] = field(default_factory=dict)
+    _named: dict[Definition, set[Path]] = field(default_factory=dict)
 
     def module(self, name: str) -> _Module | None:
         if name not in self._modules:
@@ -164,7 +167,7 @@ class _Sources:
             path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
             exists = path.is_file() and (name == "deleatur" or name.startswith("deleatur."))
             text = self._loaded.get(path) or (path.read_text("utf-8") if exists else "")
-            self._modules[name] = _Module(name, path, ast.parse(text)) if exists else None
+            self._modules[name] = _Module(name, path, _without_docstrings(ast.parse(text))) if exists else None
         return self._modules[name]
 
     def reach(self, entries: list[Definition]) -> set[Definition]:
@@ -231,39 +234,49 @@ class _Sources:
     def _text(self, definition: Definition) -> str:
         if definition not in self._texts:
             statements = self._of(definition).definitions[definition[1]]
-            stripped = (_StripDocstrings().visit(ast.parse(ast.unparse(s))) for s in statements)
-            self._texts[definition] = "\n".join(filter(None, map(ast.unparse, stripped)))
+            self._texts[definition] = "\n".join(map(ast.unparse, statements))
         return self._texts[definition]
 
     @cached_property
-    def files(self) -> list[Path]:
-        """Files that code may refer to by name: templates, styles, modules that MLflow loads by path."""
-        return [p for p in sorted(self.root.rglob("*.*")) if p.is_file() and p.suffix not in (".pyc", ".typed")]
+    def files(self) -> dict[str, list[Path]]:
+        """Name → files that code may refer to by it: templates, styles, modules that MLflow loads by path."""
+        files: dict[str, list[Path]] = {}
+        for path in sorted(self.root.rglob("*.*")):
+            if path.is_file() and path.suffix not in (".pyc", ".typed"):
+                files.setdefault(path.name, []).append(path)
+        return files
 
     def _data_files(self, definition: Definition) -> set[Path]:
         """Files that a definition names, and those that these files name in turn."""
-        pending = [self._text(definition)]
-        named: set[Path] = set()
-        while pending:
-            text = pending.pop()
-            for path in self.files:
-                if path not in named and f'"{path.name}"' in text.replace("'", '"'):
-                    named.add(path)
-                    pending.append(path.read_text("utf-8", errors="replace"))
-        return named
+        if definition not in self._named:
+            pending, named = [self._text(definition)], self._named.setdefault(definition, set())
+            while pending:
+                quoted = _QUOTED.findall(pending.pop())
+                new = {path for name in quoted for path in self.files.get(name, ())} - named
+                named |= new
+                pending += [path.read_text("utf-8", errors="replace") for path in new]
+        return self._named[definition]
 
 
-class _StripDocstrings(ast.NodeTransformer):
-    """Removes docstrings, including those of attributes."""
+_QUOTED = re.compile(r"""(?<=["'])[\w.-]+(?=["'])""")
+"""What may be a file's name in a text."""
 
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if _is_docstring(node) else node
 
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        super().generic_visit(node)
-        if getattr(node, "body", None) == [] and not isinstance(node, ast.Module):
-            node.body = [ast.Pass()]  # type: ignore[attr-defined]
-        return node
+def _blocks(node: ast.AST) -> Iterator[tuple[ast.AST, str, list[ast.stmt]]]:
+    """All blocks of statements in a node, as (owner, field, statements), outer ones first. Expressions have none."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        if isinstance(getattr(node, name, None), list):
+            yield node, name, getattr(node, name)
+            for statement in getattr(node, name):
+                yield from _blocks(statement)
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    """The same tree, without docstrings, including those of attributes."""
+    for owner, name, statements in _blocks(tree):
+        code = [statement for statement in statements if not _is_docstring(statement)]
+        setattr(owner, name, code or ([ast.Pass()] if name == "body" and owner is not tree else []))
+    return tree
 
 
 def _is_docstring(statement: ast.stmt) -> bool:

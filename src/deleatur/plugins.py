@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, invalidate_caches
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -75,12 +75,20 @@ class Plugin:
 
 
 @cache
+def _entry_points() -> EntryPoints:
+    """Of all installed packages, whose metadata takes longest to read."""
+    return entry_points()
+
+
+@cache
 def _plugins(kind: str, source: Path = PACKAGE) -> dict[str, list[Plugin]]:
     """Name → plug-ins; more than one where packages conflict."""
     plugins: dict[str, list[Plugin]] = {}
     for module in pkgutil.iter_modules([str(source / kind)]):
         plugins[module.name] = [Plugin(kind, module.name, f"deleatur.{kind}.{module.name}", source=source)]
-    for point in sorted(entry_points(group=f"deleatur.{kind}"), key=lambda p: (p.name, p.dist and p.dist.name)):
+    for point in sorted(
+        _entry_points().select(group=f"deleatur.{kind}"), key=lambda p: (p.name, p.dist and p.dist.name)
+    ):
         if point.dist:
             plugin = Plugin(kind, point.name, point.module, point.dist.name, point.dist.version)
             plugins.setdefault(point.name, []).append(plugin)
@@ -148,4 +156,5 @@ def external() -> list[Plugin]:
 def refresh() -> None:
     """Clears the caches, so that a long-running process sees newly installed packages."""
     invalidate_caches()
+    _entry_points.cache_clear()
     _plugins.cache_clear()

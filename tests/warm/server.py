@@ -1,4 +1,4 @@
-"""The warm server: imports what commands of deleatur and DVC import from other packages; runs each command in a fork.
+"""The warm server: imports what commands and flows import from other packages; runs each command in a fork.
 
 Imports take several CPU seconds per process, and the tests start hundreds of processes. The fork imports the package
 itself, from where the command would. Usage: python server.py SOCKET
@@ -6,7 +6,9 @@ itself, from where the command would. Usage: python server.py SOCKET
 
 from __future__ import annotations
 
+import ast
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -18,37 +20,47 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
-DEPENDENCIES = (
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.unets.unet_2d_condition",
-    "diffusers.schedulers.scheduling_ddim",
-    "dvc.cli",
-    "dvc.commands.checkout",
-    "dvc.commands.repro",
-    "dvc.repo",
-    "dvc.repo.reproduce",
-    "dvc.stage.cache",
-    "mlflow",
-    "mlflow.store.model_registry.sqlalchemy_store",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "pandas",
-    "pyarrow.parquet",
-    "rich.progress",
-    "safetensors.torch",
-    "scipy.stats",
-    "torch",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.clip.processing_clip",
-    "typer",
+ROOT = Path(__file__).parents[2]
+OWN = {"deleatur", "prefect", *(path.stem for path in (ROOT / "flows").glob("*.py"))}
+"""Each command imports these itself: the package, which tests change; Prefect, which reads its settings then; flows."""
+OTHERS = (
+    *("dvc.cli", "dvc.commands.checkout", "dvc.commands.repro", "dvc.repo.reproduce", "dvc.stage.cache", "pyparsing"),
+    *("mlflow.store.model_registry.sqlalchemy_store", "mlflow.store.tracking.sqlalchemy_store"),
+    *("fastapi", "aiosqlite", "asyncpg", "coolname", "griffe", "websockets"),
 )
+"""Imported by DVC, MLflow and Prefect when they are used."""
+
+
+def import_dependencies() -> None:
+    """Whatever the package and the flows import from other packages, at the top of a file or in a function."""
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "flows").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.Import(names=names):
+                    for name in names:
+                        import_module(name.name)
+                case ast.ImportFrom(module=str(module), level=0, names=names):
+                    for name in names:
+                        import_module(module, name.name)
+    for module in OTHERS:
+        import_module(module)
+
+
+def import_module(module: str, name: str = "") -> None:
+    if module.partition(".")[0] not in OWN:
+        with suppress(ImportError):
+            # Some packages import what a name stands for when it is first used.
+            getattr(importlib.import_module(module), name or "__name__", None)
 
 
 def serve(address: str) -> None:
-    for name in DEPENDENCIES:
-        importlib.import_module(name)
-    assert "deleatur" not in sys.modules, "the fork imports it, from the sources of its project"
+    import_dependencies()
+    assert not {"deleatur", "prefect"} & sys.modules.keys(), "each command imports them itself"
+    assert threading.active_count() == 1, "a fork has one thread"
+    gc.freeze()  # forks neither look through what is imported here nor copy its pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are reaped by the kernel
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

@@ -9,7 +9,7 @@ import os
 import sys
 
 SOCKET_ENV = "WARM_SOCKET"
-MODULES = ("deleatur", "dvc")
+MODULES = ("deleatur", "dvc", "prefect")
 
 
 def warm_command() -> list[str] | None:
@@ -17,7 +17,9 @@ def warm_command() -> list[str] | None:
     command = sys.orig_argv[1:]
     if command[:1] == ["-m"] and command[1:2] and command[1] in MODULES:
         return command
-    if command and os.path.basename(command[0]) == "deleatur":
+    if command and (
+        os.path.basename(command[0]) == "deleatur" or os.path.basename(os.path.dirname(command[0])) == "flows"
+    ):
         return command
     return None
 

@@ -55,7 +55,7 @@ class AttackContext:
 
 
 class Attack(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     access: ClassVar[Access]
 
     @abstractmethod

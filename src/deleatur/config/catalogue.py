@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from deleatur import plugins
+from deleatur.config.descriptions import description
 from deleatur.errors import SettingsError
 
 
@@ -40,7 +41,7 @@ def hyperparameters(model: type[BaseModel], prefix: str = "") -> dict[str, dict[
             fields[prefix + name] = {
                 "default": "required" if field.is_required() else field.get_default(call_default_factory=True),
                 "choices": _choices(field.annotation) or None,
-                "meaning": _meaning(model, name),
+                "meaning": description(model, name),
             }
     return fields
 
@@ -48,9 +49,3 @@ def hyperparameters(model: type[BaseModel], prefix: str = "") -> dict[str, dict[
 def _choices(annotation: Any) -> list[str]:
     """Of a Literal, optional or not."""
     return [c for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal for c in get_args(a)]
-
-
-def _meaning(model: type[BaseModel], name: str) -> str:
-    """A subclass that changes a default inherits the description."""
-    fields = (c.model_fields[name] for c in model.__mro__ if issubclass(c, BaseModel) and name in c.model_fields)
-    return next((f.description for f in fields if f.description), "")

@@ -22,6 +22,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
 from deleatur import plugins
+from deleatur.config.descriptions import DescribedJsonSchema
 from deleatur.errors import SettingsError
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ UNKNOWN_KEY: Literal["unknown_key"] = "unknown_key"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Errors:
@@ -178,7 +179,7 @@ def schema_of(kind: str, name: str) -> JsonSchemaValue:
         plugin = plugins.load(kind, name, plugins.base(kind))
     except SettingsError:
         return {"type": "object"}
-    schema = plugin.model_json_schema()
+    schema = plugin.model_json_schema(schema_generator=DescribedJsonSchema)
     return dict(inlined(schema, schema.get("$defs", {})))
 
 

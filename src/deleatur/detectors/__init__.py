@@ -38,7 +38,7 @@ class Detector(BaseModel):
     scores: paths, batch size and device are excluded.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @abstractmethod
     def read_labels(self) -> tuple[str, ...] | None:

@@ -18,7 +18,7 @@ from deleatur.training.loop import ErasureContext
 class Eraser(BaseModel):
     """An erasure method; its fields are its hyperparameters."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     learns_from_images: ClassVar[bool] = False
     """Whether concepts need their rated images."""

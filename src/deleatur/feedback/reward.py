@@ -28,7 +28,7 @@ COLLECT_MORE = "collect more answers, append them to a source (docs/feedback.md)
 
 
 class RewardHyperparameters(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     hidden: int = Field(256, gt=0)
     """Width of the hidden layer."""

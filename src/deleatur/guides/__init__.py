@@ -16,7 +16,7 @@ from deleatur.records.model import Concept
 class Guide(BaseModel):
     """A guidance rule with named hyperparameters. It is stateless: state is an argument and a return value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     scale: float = 7.5
     """s_g of classifier-free guidance, 1 … 20; 7.5 is Stable Diffusion's default."""

@@ -30,7 +30,7 @@ from deleatur.records.model import Concept
 class ConceptEdit(BaseModel):
     """How the sampler steers away from one concept. Defaults are those of the released pipeline, for 50 steps."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     edit_guidance_scale: float = 5.0
     """s_e, how much of the concept's direction is subtracted; 0 is none, negative values add it."""

@@ -48,7 +48,7 @@ class InversionContext:
 
 
 class Inverter(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def notes(self) -> list[str]:
         """Deviations from the paper, for the report."""

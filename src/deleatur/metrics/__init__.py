@@ -88,7 +88,7 @@ class EvaluationSet:
 class Metric(BaseModel):
     """A value per image, nan where the metric does not apply."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     higher_is_better: ClassVar[bool]
     is_rate: ClassVar[bool] = False
     """Whether values are 0 or 1, so that their mean is a rate."""

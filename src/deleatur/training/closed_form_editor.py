@@ -30,7 +30,7 @@ Columns = Literal["concept", "to_end", "all"]
 class ClosedFormConfig(BaseModel):
     """Hyperparameters of a closed-form edit. Defaults are those of UCE's first release, which RECE builds on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     columns: Literal["concept", "to_end"] = "to_end"
     """Which states of a prompt are erased: concept, those of the concept (of words the last token, as in UCE's current

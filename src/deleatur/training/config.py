@@ -44,7 +44,7 @@ DISTRIBUTION_NOTES: dict[TimestepDistribution, str] = {
 class TrainingConfig(BaseModel):
     """Hyperparameters of every fine-tuning, whatever its training states. Defaults are those of SDD's release."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     also_published: ClassVar[tuple[Selector, ...]] = ()
     """Values of `trainable` that are published too, beside the default."""

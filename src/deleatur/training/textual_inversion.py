@@ -51,7 +51,7 @@ def prompt_templates(learnable_property: str, prompts: Sequence[str]) -> list[Pr
 class TextualInversionConfig(BaseModel):
     """Hyperparameters of the optimization of one token."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_vectors: int = Field(1, gt=0)
     """v, vectors of one token: consecutive rows of the prompt."""
