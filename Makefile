@@ -28,12 +28,11 @@ check: setup
 
 quick: setup
 	@# No server, browser or finished chain: a minute or two.
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not large and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not large and not gpu" $(ARGS)
 
 test: setup
-	@# Five, also on two cores: many tests wait for a server most of their time. Files as they are: what a file has made
-	@# serves all its tests, and the files that wait come early.
-	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@# Four, also on two cores: some tests wait for a server. Groups: what a file has made serves all its tests.
+	$(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 demo: setup
 	$(BIN)/deleatur demo

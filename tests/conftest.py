@@ -32,6 +32,9 @@ SLOW_FIXTURES = frozenset({"shared", "done", "browser", "server", "servers", "st
 """Fixtures that run the complete chain, a server or a browser: what uses them, however indirectly, is slow."""
 
 
+LONGEST = {"test_decisions", "test_stores", "test_trials"}
+"""Files that start first, after those of the flows, so that none is left over when the others are done."""
+
 WARM = Path(__file__).parent / "warm"
 
 
@@ -56,10 +59,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(stop)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
+        item.add_marker(pytest.mark.xdist_group(group(item.path)))
+    items.sort(key=lambda item: not item.path.match("flows/test_*.py") and item.path.stem not in LONGEST)
+
+
+def group(path: Path) -> str:
+    """Tests of a group run in one process: those of a file, or of the files that share a server."""
+    if not path.match("flows/test_*.py"):
+        return path.stem
+    return (
+        "prefect-1"
+        if path.stem in ("test_erase", "test_workers", "test_deployments", "test_in_process")
+        else "prefect-2"
+    )
 
 
 def pytest_collection_finish() -> None:

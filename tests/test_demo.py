@@ -11,6 +11,7 @@ from pathlib import Path
 
 import finished
 import pytest
+import yaml
 from child_processes import stage_processes
 
 from deleatur.errors import Interrupted
@@ -69,7 +70,9 @@ def test_demo_ends_with_the_error_of_the_failed_stage(
 @pytest.mark.usefixtures("cold")
 def test_ctrl_c_interrupts_the_stage_and_prints_how_to_resume(project: Path) -> None:
     path = project / "params.yaml"
-    path.write_text(path.read_text("utf-8").replace("source: token", "source: words"), "utf-8")
+    params = yaml.safe_load(path.read_text("utf-8"))
+    params["erase"]["sdd"]["training"]["lr"] *= 2
+    path.write_text(yaml.safe_dump(params, sort_keys=False), "utf-8")
     process = subprocess.Popen(
         [sys.executable, "-m", "deleatur", "demo"],
         cwd=project,

@@ -132,7 +132,9 @@ def as_built_in(into: Path) -> Path:
 
 
 def run(root: Path, *arguments: str, command: list[str], path: Path | None = None) -> str:
-    env = processes.environment() | ({"PYTHONPATH": f"{path}{os.pathsep}{ROOT / 'src'}"} if path else {})
+    env = processes.environment()
+    if path:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), str(ROOT / "src"), env.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *command, *arguments], cwd=root, env=env, check=False, capture_output=True, text=True
     )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import finished
@@ -17,6 +18,8 @@ import pytest
 import yaml
 from child_processes import stage_processes
 
+from deleatur import stages
+from deleatur.config.settings import Settings
 from deleatur.errors import DataError, ErasureRefused, Interrupted, ModelError, ServiceError, SettingsError
 from deleatur.storage import dvc, dvc_remote, git, processes
 from deleatur.storage.processes import StageProgress
@@ -184,7 +187,8 @@ def test_a_stage_interrupted_under_dvc_resumes(shared: Path, tmp_path: Path) -> 
         params = yaml.safe_load((project / "params.yaml").read_text())
         params["erase"]["sdd"]["training"] |= {"iterations": 60, "eval_every": 0}
         (project / "params.yaml").write_text(yaml.safe_dump(params))
-    assert dvc.reproduce("erase", uninterrupted)
+    with chdir(uninterrupted):
+        stages.run("erase", Settings.load())
 
     code = (
         "from pathlib import Path; from deleatur.storage import dvc;"

@@ -9,7 +9,7 @@ import os
 import sys
 
 SOCKET_ENV = "WARM_SOCKET"
-MODULES = ("deleatur", "dvc", "prefect")
+MODULES = ("deleatur", "dvc", "prefect", "pytest")
 
 
 def warm_command() -> list[str] | None:

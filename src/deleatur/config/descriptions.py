@@ -17,12 +17,10 @@ from pydantic_core import core_schema
 
 
 def description(model: type[BaseModel], name: str) -> str:
-    """Of a field: Field(description=...), or the docstring beneath it; a subclass that changes a default inherits it."""
+    """Field(description=...), or the docstring beneath the field; a subclass that changes a default inherits it."""
     fields = (c.model_fields.get(name) for c in model.__mro__ if issubclass(c, BaseModel))
     given = next((field.description for field in fields if field and field.description), None)
-    docstrings = (
-        _attribute_docstrings(c).get(name) for c in model.__mro__ if name in c.__dict__.get("__annotations__", ())
-    )
+    docstrings = (_attribute_docstrings(c).get(name) for c in model.__mro__ if name in inspect.get_annotations(c))
     return given or next(filter(None, docstrings), "")
 
 
