@@ -28,11 +28,11 @@ check: setup
 
 quick: setup
 	@# No server, browser or finished chain: a minute or two.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not large and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not large and not gpu" $(ARGS)
 
 test: setup
-	@# Four, also on two cores: some tests wait for a server. Groups: what a file has made serves all its tests.
-	$(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@# Four, also on two cores: some tests wait for a server. In the order of the files, of which the longest come first.
+	$(BIN)/python -m pytest -n 4 --no-loadscope-reorder $(ARGS)
 
 demo: setup
 	$(BIN)/deleatur demo

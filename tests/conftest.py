@@ -11,10 +11,11 @@ os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 import gc
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
@@ -32,6 +33,8 @@ SLOW_FIXTURES = frozenset({"shared", "done", "browser", "server", "servers", "st
 """Fixtures that run the complete chain, a server or a browser: what uses them, however indirectly, is slow."""
 
 
+FIRST_SERVER = {"test_erase", "test_workers", "test_deployments", "test_in_process"}
+"""About half of the tests of the flows; the others use a second server."""
 LONGEST = {"test_decisions", "test_stores", "test_trials"}
 """Files that start first, after those of the flows, so that none is left over when the others are done."""
 
@@ -39,9 +42,8 @@ WARM = Path(__file__).parent / "warm"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests in several processes start hundreds of commands of deleatur and DVC: the warm server spares their imports.
-
-    Commands that are started before it is ready, or with PYTHONPATH overridden, run as everywhere else.
+    """Tests in several processes start hundreds of commands: the warm server spares them, and these processes, the
+    imports of other packages. Commands that are started with PYTHONPATH overridden run as everywhere else.
     """
     if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
         return
@@ -57,26 +59,30 @@ def pytest_configure(config: pytest.Config) -> None:
         folder.cleanup()
 
     config.add_cleanup(stop)
+    while server.poll() is None and not os.path.exists(address):
+        time.sleep(0.05)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
-        item.add_marker(pytest.mark.xdist_group(group(item.path)))
-    items.sort(key=lambda item: not item.path.match("flows/test_*.py") and item.path.stem not in LONGEST)
+    items.sort(key=lambda item: item.path.parent.name != "flows" and item.path.stem not in LONGEST)
 
 
-def group(path: Path) -> str:
-    """Tests of a group run in one process: those of a file, or of the files that share a server."""
-    if not path.match("flows/test_*.py"):
-        return path.stem
-    return (
-        "prefect-1"
-        if path.stem in ("test_erase", "test_workers", "test_deployments", "test_in_process")
-        else "prefect-2"
-    )
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        """Tests of a group run in one process: those of a file, or of the files that share a Prefect server."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if "/flows/" not in file:
+                return file
+            return "prefect 1" if Path(file).stem in FIRST_SERVER else "prefect 2"
+
+    return Groups(config, log)
 
 
 def pytest_collection_finish() -> None:

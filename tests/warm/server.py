@@ -1,4 +1,4 @@
-"""The warm server: imports what commands and flows import from other packages; runs each command in a fork.
+"""The warm server: imports what commands and flows import from other packages; runs each in a fork.
 
 Imports take several CPU seconds per process, and the tests start hundreds of processes. The fork imports the package
 itself, from where the command would. Usage: python server.py SOCKET
@@ -21,6 +21,7 @@ import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
@@ -113,14 +114,17 @@ def run(command: list[str], cwd: str, env: dict[str, str], streams: list[int]) -
     is_live = bool(env.get("PYTHONUNBUFFERED")) or os.isatty(1)
     sys.stdout = os.fdopen(1, "w", 1 if is_live else -1, encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
-    is_module = command[0] == "-m"
-    first = cwd if is_module else os.path.dirname(command[0])
+    kind = command[0] if command[0] in ("-m", "-c") else ""
+    first = {"-m": cwd, "-c": ""}.get(kind, os.path.dirname(command[0]))
     sys.path[:0] = [first, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
-    sys.argv = command[1:] if is_module else command
+    sys.argv = {"-m": command[1:], "-c": ["-c"]}.get(kind, command)
     status = 0
     try:
-        if is_module:
+        if kind == "-m":
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            sys.modules["__main__"] = ModuleType("__main__")
+            exec(command[1], vars(sys.modules["__main__"]))
         else:
             runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:

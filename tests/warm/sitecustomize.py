@@ -1,5 +1,5 @@
-"""Python runs this when it starts with this folder on PYTHONPATH: commands of deleatur and DVC then run in a fork of
-the warm server, which has imported their dependencies (see server.py), instead of importing them for seconds.
+"""Python runs this when it starts with this folder on PYTHONPATH: commands and test processes then run in a fork of the
+warm server, which has imported their dependencies (see server.py), instead of importing them for seconds.
 
 To its parent, this process is the command: same arguments, directory, environment, streams and exit status; signals are
 passed on, and the command dies with it.
@@ -9,12 +9,16 @@ import os
 import sys
 
 SOCKET_ENV = "WARM_SOCKET"
+TEST_PROCESS = ["-u", "-c", "import sys;exec(eval(sys.stdin.readline()))"]
+"""Arguments of a process of pytest-xdist."""
 MODULES = ("deleatur", "dvc", "prefect", "pytest")
 
 
 def warm_command() -> list[str] | None:
-    """["-m", module, …] or [script, …], where the warm server can run it."""
+    """["-m", module, …], ["-c", code] or [script, …], where the warm server can run it."""
     command = sys.orig_argv[1:]
+    if command == TEST_PROCESS:
+        return command[1:]
     if command[:1] == ["-m"] and command[1:2] and command[1] in MODULES:
         return command
     if command and (
