@@ -86,8 +86,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Keep garbage collection, in this process and in its many forks, away from what is imported for good."""
+    """Garbage is collected rarely, in this process and in its many forks, and not in what is imported for good."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

@@ -177,7 +177,12 @@ def test_scheduler_on_postgresql_keeps_schedules_after_a_kill(
     servers.start("prefect")
     for name in ("flows", "prefect.yaml", "infra"):
         Path(name).symlink_to(ROOT / name)
-    ours = {**os.environ, **servers.client_environment, "DO_NOT_TRACK": "true", "PYTHONPATH": "src"}
+    ours = {
+        **os.environ,
+        **servers.client_environment,
+        "DO_NOT_TRACK": "true",
+        "PYTHONPATH": f"src:{os.environ.get('PYTHONPATH', '')}",
+    }
     for command in (["flows/setup.py"], ["-m", "prefect", "--no-prompt", "deploy", "--all"]):
         subprocess.run([sys.executable, *command], env=ours, check=True, capture_output=True)
     for name in ("prefect", "postgres"):

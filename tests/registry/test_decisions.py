@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import registry
@@ -40,9 +40,17 @@ class Killer:
     def __init__(self, at: int = 0) -> None:
         self.at, self.steps, self._writes = at, 0, False
         self._put = ledger._write_all
+
+    def __enter__(self) -> Self:
         event.listen(Engine, "before_cursor_execute", self._executing)
         event.listen(Engine, "commit", self._committing)
         ledger._write_all = self._writing
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        event.remove(Engine, "before_cursor_execute", self._executing)
+        event.remove(Engine, "commit", self._committing)
+        ledger._write_all = self._put
 
     def _step(self) -> bool:
         self.steps += 1
@@ -64,7 +72,7 @@ class Killer:
 
 
 def in_child_process(work: Callable[[], object]) -> Any:
-    """The result of `work` in a forked process, so that this one never opens the registry; None if it was killed."""
+    """The result of `work` in a forked process; None if it was killed."""
     answer = Path("answer.json")
     answer.unlink(missing_ok=True)
     if (child := os.fork()) == 0:
@@ -203,8 +211,8 @@ def kill_at_every_step(
     """Returns the number of steps. check_champion: raises where the champion is not complete."""
 
     def killed(step: int) -> int:
-        killer = Killer(step)
-        decision.command(settings)
+        with Killer(step) as killer:
+            decision.command(settings)
         return killer.steps
 
     def again() -> tuple[Any, Any]:
@@ -214,11 +222,9 @@ def kill_at_every_step(
         return left, state_of(settings)
 
     for step in decision.before:
-        in_child_process(lambda step=step: step(settings) and None)
+        step(settings)
     with snapshot(Path.cwd()) as restore:
-        old = in_child_process(lambda: state_of(settings))
-        steps = int(in_child_process(lambda: killed(0)))
-        new = in_child_process(lambda: state_of(settings))
+        old, steps, new = state_of(settings), killed(0), state_of(settings)
         assert (new["aliases"], new["events"], new["problems"]) == (decision.after, decision.events, [])
         for step in range(1, steps + 1):
             restore()
@@ -234,18 +240,16 @@ def kill_at_every_step(
     return steps
 
 
-@pytest.fixture
-def warm_mlflow(shared: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes MLflow import its lazy modules here, so that forked processes need not."""
-    elsewhere = tmp_path_factory.mktemp("warm")
-    monkeypatch.chdir(elsewhere)
-    register_pass(registry.create(shared, elsewhere), "a")
+@pytest.fixture(autouse=True)
+def no_open_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked processes may then use the registry that this one has used, with all its compiled statements."""
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECISIONS)
 def test_kill_at_any_step_of_a_decision_leaves_no_half_and_rerun_finishes(
-    warm_mlflow: None, name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     monkeypatch.chdir(tmp_path)
     steps = kill_at_every_step(registry.create(shared, tmp_path), DECISIONS[name])
@@ -255,7 +259,7 @@ def test_kill_at_any_step_of_a_decision_leaves_no_half_and_rerun_finishes(
 
 @pytest.mark.slow
 def test_kill_at_any_step_of_registering_leaves_no_half_release(
-    warm_mlflow: None, done: Settings, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    done: Settings, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     """From the first run in an empty store to the champion."""
     monkeypatch.setattr(dvc, "status", lambda root: {})  # takes seconds

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import finished
 import pytest
+from child_processes import CONTEXT
 
 from deleatur import stages
 from deleatur.config.sections import WorkersSection
@@ -38,11 +39,17 @@ def files() -> dict[str, bytes]:
 
 
 def test_two_processes_give_the_files_of_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dask.config
+
     before = files()
     for folder in FOLDERS:
         shutil.rmtree(folder)
     monkeypatch.setattr(sample, "_sample_shard", None)  # not in this process; workers import their own
     monkeypatch.setattr(cache, "SHARD_SIZE", 16)
+    # Workers are forks of a process that has imported torch. By default each imports it itself.
+    monkeypatch.setitem(
+        dask.config.config["distributed"]["worker"], "multiprocessing-method", CONTEXT.get_start_method()
+    )
     settings = Settings.load().model_copy(update={"workers": WorkersSection(dask=2)})
     stages.run("sample", settings)
     stages.run("evaluate", settings)

@@ -11,7 +11,7 @@ import sys
 SOCKET_ENV = "WARM_SOCKET"
 TEST_PROCESS = ["-u", "-c", "import sys;exec(eval(sys.stdin.readline()))"]
 """Arguments of a process of pytest-xdist."""
-MODULES = ("deleatur", "dvc", "prefect", "pytest")
+MODULES = ("deleatur", "dvc", "prefect", "prefect.engine", "pytest")
 
 
 def warm_command() -> list[str] | None:
