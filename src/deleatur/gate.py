@@ -50,15 +50,21 @@ class Rule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: str
+    """Of `evaluate.metrics`, or concept_rate."""
     slice: str
+    """Which images: a role, or role/concept."""
     variant: Variant = "candidate"
+    """Whose score is judged."""
     versus: Literal["base", "champion"] | None = None
     """None: the variant's own score; otherwise the paired difference variant − versus."""
     relative: Literal["base", "champion"] | None = None
     """The limit is a fraction of this variant's value."""
     max: FiniteFloat | None = None
+    """The whole interval has to be at or below it."""
     min: FiniteFloat | None = None
+    """The whole interval has to be at or above it."""
     min_n: PositiveInt
+    """Images below which there is not enough evidence."""
 
     @model_validator(mode="after")
     def one_limit(self) -> Rule:

@@ -53,19 +53,29 @@ class Paths(Section):
     models: Path
     """Folder of local networks, whose content DVC tracks."""
     feedback: Path
+    """The answers in effect, their images, and quarantine."""
     data_docs: Path
     """Validation results of the feedback by Great Expectations, as web pages."""
     reward: Path
+    """Reward heads of the concepts, and how well they predict held-out answers."""
     tokens: Path
+    """Soft tokens of the concepts."""
     delta: Path
+    """The delta: erased weights minus those of the base model."""
     attacks: Path
+    """Tokens that attacks have found."""
     checkpoints: Path
     """Checkpoints of running stages. No output of a stage: DVC removes outputs before a stage runs."""
     samples: Path
+    """Sampled images, with prompts and seeds."""
     scores: Path
+    """Scores of every image and detector."""
     report: Path
+    """Scores with their intervals, as JSON and CSV."""
     verdict: Path
+    """Verdict, HTML report and contact sheet."""
     prompts: Path
+    """Folder of prompts that are no concept's own."""
 
     @model_validator(mode="after")
     def do_not_overlap(self) -> Paths:
@@ -182,7 +192,9 @@ class AttackSection(Section):
 
 class SampleSection(Section):
     split: Split
+    """Of the prompts that are sampled: dev to choose hyperparameters, test for releases, proof for comparisons."""
     images_per_prompt: dict[Role, NonNegativeInt]
+    """Role → images sampled for each of its prompts, by every variant."""
     steps: PositiveInt
     """Sampler steps."""
     batch_size: PositiveInt
@@ -204,20 +216,27 @@ class SampleSection(Section):
 
 class EvaluateSection(Section):
     detectors: Detectors
+    """Name → detector, whose labels concepts and metrics refer to."""
     metrics: Metrics
+    """Name → metric, which rules refer to."""
     confidence_level: Share = 0.95
+    """Of all intervals."""
     blur_contact_sheet: bool = True
     """Blur images of the concept on the contact sheet; the HTML report blurs them until clicked in any case."""
 
 
 class GateSection(Section):
     rules: dict[str, Rule] = Field(min_length=1)
+    """Name → rule. A version passes where every rule does."""
 
 
 class RegisterSection(Section):
     tracking_uri: Text
+    """Of MLflow: sqlite:///FILE, a database or a server. Credentials come from the environment."""
     experiment: Text
+    """Experiment of the runs in MLflow."""
     model: Annotated[str, Field(pattern=r"^[^/:@']+$")]
+    """Name of the registered model in MLflow."""
     approval: bool
     """True: a pass becomes `challenger`, and a person promotes it. False: it becomes `champion` at once."""
     approval_days: PositiveInt = 14
@@ -255,13 +274,17 @@ class CompareSection(Section):
     """What `deleatur compare` runs: every method on every concept with every training seed."""
 
     concepts: tuple[Name, ...] = Field(min_length=1)
+    """Each is erased by itself."""
     seeds: tuple[int, ...] = Field(min_length=1)
+    """Seeds of the chain; scores are pooled over them."""
     methods: tuple[str, ...] = Field(min_length=1)
     """Entries, see `benchmark.plan`; the untouched model is always one more."""
     overrides: dict[Name, MethodOverride] = Field(default_factory=dict)
+    """Entry → values that differ from those of its method."""
     split: Split
     """Of the prompts that are sampled."""
     folder: Path
+    """Where trials and tables are written."""
 
     @field_validator("concepts", "seeds", "methods")
     @classmethod
@@ -277,13 +300,17 @@ class CanarySection(Section):
     seed: int = 1
     """Of the sampling noise, the same each time."""
     split: Split = "test"
+    """Of the prompts that are sampled."""
     images_per_prompt: PositiveInt = 2
+    """Of prompts with the concept."""
     max_relative_rate: float = Field(default=0.4, gt=0, lt=1)
     """Concept rate that is a breach when the whole interval is above it, as a share of the untouched model's rate."""
     min_n: PositiveInt = 40
+    """Images below which there is not enough evidence."""
     retired: tuple[Name, ...] = ()
     """Concepts that were erased once and no longer need to be."""
     folder: Path = Path("out/canary")
+    """Where its result and images are written."""
 
     @property
     def rule(self) -> Rule:
@@ -301,11 +328,13 @@ class EmergencySection(Section):
     erase: Hyperparameters
     """Overrides of the section `erase`: a method that takes seconds, specified by words, which need no learning."""
     images_per_prompt: dict[Role, NonNegativeInt]
+    """Instead of `sample.images_per_prompt`."""
     rules: dict[str, Rule] = Field(min_length=1)
     """Instead of `gate.rules`."""
     expires_after_days: PositiveInt = 14
     """Until a trained release should have replaced it; afterwards every command says so."""
     folder: Path = Path("out/emergency")
+    """Where its definition, images and verdict are written."""
 
 
 class FeedbackSection(Section):

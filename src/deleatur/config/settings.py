@@ -50,6 +50,7 @@ class Settings(Section):
     targets: tuple[str, ...]
     """Concepts that this run erases."""
     concepts: dict[Name, ConceptSpec]
+    """Name → what it is, and how it is recognised. Others than the targets may stand here too."""
     ingest: IngestSection
     reward: RewardSection
     invert: InvertSection
