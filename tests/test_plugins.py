@@ -39,10 +39,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         (info / "entry_points.txt").write_text(f"[deleatur.erasers]\n{method} = {module}\n")
         (tmp_path / f"{module}.py").write_text(text, "utf-8")
-        plugins._plugins.cache_clear()
+        plugins.refresh()
 
     yield install_package
-    plugins._plugins.cache_clear()
+    plugins.refresh()
 
 
 def test_a_packages_plugin_is_listed_with_its_origin(install: Install, model: Model) -> None:
