@@ -2,7 +2,7 @@
 
     python emoji/variant.py --seed 7 --width 48 OUT
 
-writes the pipeline OUT/models/pipeline, in about 40 minutes of one core; the judge, the rater and the CLIP model stay
+writes the pipeline OUT/models/pipeline, in about an hour of one core; the judge, the rater and the CLIP model stay
 those of ../models/, so that results compare. `--quick 0.1` takes a tenth of all budgets, to try it out. Run again, it
 resumes. Results show how defaults do on models that they were not chosen on; they are not shipped.
 """

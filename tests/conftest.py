@@ -36,7 +36,7 @@ SLOW_FIXTURES = frozenset({"shared", "done", "browser", "server", "servers", "st
 FIRST_SERVER = {"test_erase", "test_workers", "test_deployments", "test_in_process"}
 """About half of the tests of the flows; the others use a second server."""
 LONGEST = {"test_decisions", "test_stores", "test_trials"}
-"""Files that start first, after those of the flows, so that none is left over when the others are done."""
+"""Files that start first, as those of the flows do, so that none is left over when the others are done."""
 
 WARM = Path(__file__).parent / "warm"
 

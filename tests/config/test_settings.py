@@ -11,11 +11,12 @@ import pytest
 import workspace
 import yaml
 from jsonschema import Draft202012Validator
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 
 from deleatur import plugins
 from deleatur.config import methods
 from deleatur.config.catalogue import hyperparameters
+from deleatur.config.descriptions import DescribedJsonSchema, description
 from deleatur.config.schema import json_schema
 from deleatur.config.sections import RewardSection
 from deleatur.config.settings import Settings
@@ -168,6 +169,12 @@ def unexplained(schema: Any, place: str = "") -> Iterator[str]:
     for value in nested:
         if isinstance(value, dict):
             yield from unexplained(value, f"{place}*.")
+
+
+def test_a_class_without_source_has_no_descriptions() -> None:
+    model = create_model("Made", strength=(float, 1.0))
+    assert description(model, "strength") == ""
+    assert "description" not in model.model_json_schema(schema_generator=DescribedJsonSchema)["properties"]["strength"]
 
 
 def load(kind: str, name: str) -> type[BaseModel]:

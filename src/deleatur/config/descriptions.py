@@ -26,8 +26,11 @@ def description(model: type[BaseModel], name: str) -> str:
 
 @cache
 def _attribute_docstrings(cls: type) -> dict[str, str]:
-    """Name → docstring beneath it, for the annotations in a class's own body."""
-    (definition,) = ast.parse(dedent(inspect.getsource(cls))).body
+    """Name → docstring beneath it, for the annotations in a class's own body; none where its source is not at hand."""
+    try:
+        (definition,) = ast.parse(dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError, SyntaxError):  # a plug-in may make its class with a function, or without a file
+        return {}
     assert isinstance(definition, ast.ClassDef)
     docstrings = {}
     for statement, following in zip(definition.body, definition.body[1:], strict=False):
