@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from prefect.states import Cancelled
 from tasks import PROJECT, RETRY_OPTIONS, error_with_next_command, reproduce
 
 from deleatur.config.settings import Settings
+from deleatur.records.feedback import FeedbackSummary
 from deleatur.registry.decisions import open_registry
 from deleatur.registry.mlflow_registry import CHALLENGER
 from deleatur.storage import dvc_remote, files, remote
@@ -64,21 +64,20 @@ def fetch(settings: Settings) -> None:
 
 def event_counts(settings: Settings) -> dict[str, int]:
     """Number of events about each target."""
-    return _target_counts(files.read_object(settings.paths.feedback / "summary.json", "concepts"), settings)
+    return _target_counts(_summary(settings), settings)
 
 
 def counts_at_last_report(settings: Settings) -> dict[str, int]:
     """Number of events about each target at the last report. Events are only ever added."""
     text = dvc_remote.file_at_last_run("evaluate", settings.paths.feedback, "summary.json", PROJECT)
-    return _target_counts(json.loads(text), settings) if text else {}
+    return _target_counts(files.parse_json(text, FeedbackSummary, "the summary"), settings) if text else {}
 
 
 @task(cache_policy=NO_CACHE)
 def start_chain(settings: Settings) -> None:
     """Start one run per state of the feedback: the same answers do not start a failed run again."""
-    digest = files.read_object(settings.paths.feedback / "summary.json", "feedback")["feedback"]
     try:
-        run_deployment(CHAIN, timeout=0, as_subflow=False, idempotency_key=f"feedback-{digest}")
+        run_deployment(CHAIN, timeout=0, as_subflow=False, idempotency_key=f"feedback-{_summary(settings).feedback}")
     except ObjectNotFound:  # the server has no such deployment
         erase()
 
@@ -108,8 +107,12 @@ def _chain_runs(*states: StateType) -> list[FlowRun]:
         return client.read_flow_runs(flow_filter=chain, flow_run_filter=in_state)
 
 
-def _target_counts(summary: dict[str, dict[str, dict[str, int]]], settings: Settings) -> dict[str, int]:
-    return {name: summary["concepts"].get(name, {}).get("events", 0) for name in settings.targets}
+def _summary(settings: Settings) -> FeedbackSummary:
+    return files.read_json_as(settings.paths.feedback / "summary.json", FeedbackSummary)
+
+
+def _target_counts(summary: FeedbackSummary, settings: Settings) -> dict[str, int]:
+    return {name: counts.events if (counts := summary.concepts.get(name)) else 0 for name in settings.targets}
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_a_trial_without_a_token_is_refused_with_the_reason_of_the_reward_model(
     assert not digests.refusal(trial)
     files.write_json(paths.reward / "metrics.json", {"weapon": "skipped: answers of one rater"})
     run_trial(settings, digests, trial)
-    assert read_summary(settings, trial) == {"refused": "no token was learned: skipped: answers of one rater"}
+    assert read_summary(settings, trial).refused == "no token was learned: skipped: answers of one rater"
     assert is_done(settings, digests, trial)
 
 

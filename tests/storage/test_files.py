@@ -108,8 +108,8 @@ def test_a_table_of_another_version_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "expected a JSON object, got list"),
-        ("null", "expected a JSON object, got NoneType"),
+        ("[]", "should be an object, got list"),
+        ("null", "should be an object, got NoneType"),
         ('{"other": 1}', "lacks feedback"),
         ("{", "is not JSON"),
     ],

@@ -9,6 +9,7 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.feedback import votes
 from deleatur.feedback.events import EVENT_SCHEMA
+from deleatur.records.feedback import FeedbackSummary
 from deleatur.records.model import RatedImages
 from deleatur.storage import files, images
 
@@ -16,10 +17,10 @@ from deleatur.storage import files, images
 def is_rated(settings: Settings, concept: str) -> bool:
     """Whether `ingest` found usable answers about the concept."""
     path = settings.paths.feedback / "summary.json"
-    counts = files.read_object(path, "concepts")["concepts"].get(concept)
+    counts = files.read_json_as(path, FeedbackSummary).concepts.get(concept)
     if counts is None:
         raise DataError(f"{path} lacks the concept {concept}: params.yaml has changed since", hint="dvc repro")
-    return bool(counts["voted_images"] + counts["pairs"])
+    return bool(counts.voted_images + counts.pairs)
 
 
 class RatedPool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +12,12 @@ from deleatur.feedback.reward import RewardHead
 from deleatur.storage import tensors
 
 
+@dataclass(frozen=True)
+class HeadMetadata:
+    rank: bool
+    """Whether it was trained on rankings."""
+
+
 def is_trained(settings: Settings, concept: str) -> bool:
     """Whether there is a reward head of the concept: `reward` skips concepts that nobody rated."""
     return _path(settings, concept).is_file()
@@ -18,8 +25,8 @@ def is_trained(settings: Settings, concept: str) -> bool:
 
 def load_head(settings: Settings, concept: str, split: str) -> RewardHead:
     """r_ψ of one half of the raters: "train" guides inversion and erasure, "held_out" is for evaluation only."""
-    loaded, metadata = tensors.load(_path(settings, concept))
-    return RewardHead({n.split("/", 1)[1]: t for n, t in loaded.items() if n.startswith(f"{split}/")}, metadata["rank"])
+    loaded, metadata = tensors.load(_path(settings, concept), HeadMetadata)
+    return RewardHead({n.split("/", 1)[1]: t for n, t in loaded.items() if n.startswith(f"{split}/")}, metadata.rank)
 
 
 def shows_concept(head: RewardHead, features: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from deleatur.benchmark.table import COLUMNS, BenchmarkTable, ErasureCost, Metho
 from deleatur.config.settings import Settings
 from deleatur.maths import intervals
 from deleatur.maths.intervals import Interval
+from deleatur.records.feedback import FeedbackSummary
 from deleatur.records.report import Report, Score
 from deleatur.records.sampling import Variant
 from deleatur.storage import files, json_records
@@ -38,7 +39,7 @@ def aggregate_trials(
         concept,
         settings.evaluate.confidence_level,
         plan.section(settings).split,
-        bool(files.read_json(feedback)["simulated"]) if feedback.is_file() else False,
+        files.read_json_as(feedback, FeedbackSummary).simulated if feedback.is_file() else False,
         tuple(seeds),
         first.scores("base") if first else {},
         tuple(row.table_row() for row in results),
@@ -67,7 +68,7 @@ class MethodResults:
     ) -> None:
         self._settings, self._name = settings, name
         self._refusals = {seed: digests.refusal(Trial(concept, name, seed)) for seed in seeds}
-        self._summaries: dict[int, dict[str, Any]] = {}
+        self._summaries: dict[int, trial.TrialSummary] = {}
         self._usage: list[ResourceUsage] = []
         self.reports: dict[int, Report] = {}
         values = []
@@ -75,8 +76,8 @@ class MethodResults:
             if not trial.is_done(settings, digests, one):
                 continue
             summary = trial.read_summary(settings, one)
-            self._refusals[one.seed] = summary["refused"]
-            if summary["refused"]:
+            self._refusals[one.seed] = summary.refused
+            if summary.refused:
                 continue
             paths = plan.trial_settings(settings, one).paths
             self._summaries[one.seed] = summary
@@ -90,7 +91,7 @@ class MethodResults:
         reasons = {seed: reason for seed, reason in self._refusals.items() if reason}
         if not self._summaries:
             return MethodRow(self._name, next(iter(reasons.values()), ""))
-        notes = dict.fromkeys(note for summary in self._summaries.values() for note in summary["notes"])
+        notes = dict.fromkeys(note for summary in self._summaries.values() for note in summary.notes)
         notes |= dict.fromkeys(f"With seed {seed} it was refused: {reason}" for seed, reason in reasons.items())
         scores = self.scores("candidate")
         if self._name == NONE:  # the base model's change against itself is 0 by construction
@@ -105,9 +106,9 @@ class MethodResults:
             float(np.median([u.seconds for u in usage])) if usage else None,
             all(u.complete for u in usage),
             max(memory, default=None),
-            summary["trained"],
-            summary["bytes"],
-            summary["predictions"],
+            summary.trained,
+            summary.bytes,
+            summary.predictions,
             tuple(dict.fromkeys(u.device for u in usage)),
         )
 

@@ -34,8 +34,10 @@ class ResourceUsage:
 
 def read(path: Path, subject: str) -> ResourceUsage | None:
     """The recorded usage; None where there is none for this subject."""
-    usage = files.read_json(path) if path.is_file() else {}
-    return ResourceUsage(**usage) if usage.get("subject") == subject else None
+    if not path.is_file():
+        return None
+    usage = files.read_json_as(path, ResourceUsage, hint=f"rm {path}, then: deleatur compare")
+    return usage if usage.subject == subject else None
 
 
 @contextmanager

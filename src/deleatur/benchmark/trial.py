@@ -12,7 +12,8 @@ training nor sampling.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,28 @@ from deleatur.benchmark.resources import ResourceUsage
 from deleatur.config import methods
 from deleatur.config.settings import Settings
 from deleatur.errors import ErasureRefused
+from deleatur.records.model import ErasureRecord
 from deleatur.runtime import models
 from deleatur.storage import files, tensors
 
 DIGESTS_FILE, SUMMARY_FILE = "digests.json", "summary.json"
 RUNNING = "running"
 """Key in digests.json of the digest of the stage that is running, or was interrupted."""
+
+
+@dataclass(frozen=True)
+class TrialSummary:
+    """What the table shows beside the scores."""
+
+    refused: str
+    """Why there are none; empty: there are."""
+    trained: int = 0
+    """Number of values that differ from the base model."""
+    bytes: int = 0
+    """Size of the file of these differences."""
+    predictions: int = 0
+    """Network evaluations at each sampler step."""
+    notes: Sequence[str] = ()
 
 
 def is_done(settings: Settings, digests: TrialDigests, trial: Trial) -> bool:
@@ -46,9 +63,9 @@ def resource_usage(settings: Settings, digests: TrialDigests, trial: Trial) -> R
     return resources.read(_usage_file(settings, trial), digest) if trial.row != NONE else None
 
 
-def read_summary(settings: Settings, trial: Trial) -> dict[str, Any]:
-    """What the table shows beside the scores; `refused`: why there are none."""
-    return dict(files.read_json(plan.trial_folder(settings, trial) / SUMMARY_FILE))
+def read_summary(settings: Settings, trial: Trial) -> TrialSummary:
+    path = plan.trial_folder(settings, trial) / SUMMARY_FILE
+    return files.read_json_as(path, TrialSummary, _recompute(path.parent))
 
 
 def run_trial(settings: Settings, digests: TrialDigests, trial: Trial) -> None:
@@ -64,7 +81,7 @@ def run_trial(settings: Settings, digests: TrialDigests, trial: Trial) -> None:
         return
     recorded, wanted = _recorded_digests(folder), digests.of_trial(trial)
     # Counted before anything is measured: it loads libraries, whose memory is not the method's.
-    predictions = None if trial.row in SHARED else _predictions_per_step(trial_settings)
+    predictions = 0 if trial.row in SHARED else _predictions_per_step(trial_settings)
     for stage, digest in wanted.items():
         if recorded.get(stage) == digest:
             continue
@@ -90,12 +107,18 @@ def _missing_token(trial_settings: Settings, trial: Trial) -> str:
     needs_token = trial.row not in SHARED and methods.requires_ratings(trial_settings)
     if not needs_token or tokens.is_learned(trial_settings, trial.concept):
         return ""
-    reasons = files.read_json(trial_settings.paths.reward / "metrics.json")
+    folder = trial_settings.paths.reward
+    reasons = files.read_object(folder / "metrics.json", trial.concept, hint=_recompute(folder))
     return f"no token was learned: {reasons[trial.concept]}"
 
 
 def _recorded_digests(folder: Path) -> dict[str, str]:
-    return dict(files.read_json(folder / DIGESTS_FILE)) if (folder / DIGESTS_FILE).is_file() else {}
+    path = folder / DIGESTS_FILE
+    return files.read_json_as(path, dict[str, str], _recompute(folder)) if path.is_file() else {}
+
+
+def _recompute(folder: Path) -> str:
+    return f"rm -r {folder}, then: deleatur compare"
 
 
 def _usage_file(settings: Settings, trial: Trial) -> Path:
@@ -137,7 +160,8 @@ def _summary(trial_settings: Settings, trial: Trial) -> dict[str, Any]:
     if trial.row in SHARED:
         return {}
     folder, method = trial_settings.paths.delta, trial_settings.erase.method
-    delta, record = tensors.load_delta(folder / tensors.DELTA_FILE), files.read_json(folder / "record.json")
+    delta = tensors.load_delta(folder / tensors.DELTA_FILE)
+    record = files.read_json_as(folder / "record.json", ErasureRecord)
     is_erased = method != KEEP
     return {
         "method": method,
@@ -145,6 +169,6 @@ def _summary(trial_settings: Settings, trial: Trial) -> dict[str, Any]:
         "guide": trial_settings.guide.method,
         "trained": sum(prod(t.shape) for t in delta.tensors.values()),
         "bytes": (folder / tensors.DELTA_FILE).stat().st_size if is_erased else 0,
-        "steps": record.get("selected"),
-        "notes": record["notes"] if is_erased else [],
+        "steps": record.selected,
+        "notes": list(record.notes) if is_erased else [],
     }

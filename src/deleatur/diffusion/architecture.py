@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from deleatur.diffusion.folders import unsupported
+from deleatur.diffusion.folders import read_json, unsupported
 
 
 @dataclass(frozen=True)
@@ -100,4 +99,4 @@ def stable_diffusion() -> Architecture:
 def from_folder(folder: Path) -> Architecture:
     """Builds the networks of a pipeline folder without reading its weights."""
     names = ("unet", "vae", "text_encoder")
-    return from_configs({name: json.loads((folder / name / "config.json").read_text("utf-8")) for name in names})
+    return from_configs({name: read_json(folder / name / "config.json") for name in names})

@@ -9,6 +9,8 @@ from deleatur.artifacts.rated_images import is_rated
 from deleatur.config import methods
 from deleatur.config.settings import Settings
 from deleatur.diffusion.encode import BARE_TEMPLATE
+from deleatur.records.feedback import FeedbackSummary
+from deleatur.records.model import ErasureRecord
 from deleatur.storage import files
 
 
@@ -17,7 +19,7 @@ def report_notes(settings: Settings) -> list[str]:
         f"Intervals ({settings.evaluate.confidence_level:.0%}): Wilson for rates, Bonett–Price for paired yes/no "
         "differences, t for means; images of one prompt count as one cluster, and few prompts widen every interval.",
         f"Tokens are {'the learned soft tokens' if settings.erase.source == 'token' else 'the given words'}.",
-        *files.read_object(settings.paths.delta / "record.json", "notes")["notes"],
+        *files.read_json_as(settings.paths.delta / "record.json", ErasureRecord).notes,
         *_template_notes(settings),
         *_feedback_notes(settings),
         *_sampling_notes(settings),
@@ -45,8 +47,8 @@ def _feedback_notes(settings: Settings) -> Iterator[str]:
                 f"{unrated}: it was erased by its words alone, the detector {spec.detection.detector} took the place "
                 "of raters, no token was learned, and attacks that start from rated images were skipped."
             )
-    summary = files.read_object(settings.paths.feedback / "summary.json", "quarantined")
-    if quarantined := summary["quarantined"]["rows"]:
+    summary = files.read_json_as(settings.paths.feedback / "summary.json", FeedbackSummary)
+    if quarantined := summary.quarantined.rows:
         yield f"{quarantined} rows of feedback could not be used; quarantine.csv beside it lists the reasons."
 
 

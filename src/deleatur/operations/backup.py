@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError
@@ -44,6 +43,12 @@ class BackupInfo:
     decisions: int
 
 
+@dataclass(frozen=True)
+class BackupManifest(BackupInfo):
+    digests: Mapping[str, str]
+    """File → SHA-256."""
+
+
 def backup(settings: Settings, folder: Path) -> BackupInfo:
     """Write a backup into a new folder.
 
@@ -71,13 +76,13 @@ def backup(settings: Settings, folder: Path) -> BackupInfo:
             "versions": len(copy.version_records),
             "decisions": current.head.number,
             "ledger": str(current.head),
-            "files": dict(_digests(partial)),
+            "digests": dict(_digests(partial)),
         }
         files.write_json(partial / MANIFEST, manifest)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _info(manifest)
+    return _info(_manifest(folder))
 
 
 def restore(settings: Settings, folder: Path) -> BackupInfo:
@@ -107,18 +112,17 @@ def restore(settings: Settings, folder: Path) -> BackupInfo:
     return _info(manifest)
 
 
-def _verified_manifest(folder: Path) -> dict[str, Any]:
+def _verified_manifest(folder: Path) -> BackupManifest:
     if not (folder / MANIFEST).is_file():
         raise DataError(
             f"expected a folder that `deleatur backup` has written, and there is no {folder / MANIFEST}",
             hint="deleatur restore FOLDER",
         )
-    manifest = files.read_object(folder / MANIFEST, "files", hint="restore an older backup")
-    digests = dict(_digests(folder))
-    for name in sorted(manifest["files"].keys() | digests.keys()):
-        if manifest["files"].get(name) != digests.get(name):
+    manifest, digests = _manifest(folder), dict(_digests(folder))
+    for name in sorted(manifest.digests.keys() | digests.keys()):
+        if manifest.digests.get(name) != digests.get(name):
             change = (
-                "is missing" if name not in digests else "was added" if name not in manifest["files"] else "was changed"
+                "is missing" if name not in digests else "was added" if name not in manifest.digests else "was changed"
             )
             raise DataError(f"{folder / name} {change}: the backup is damaged", hint="restore an older backup")
     return manifest
@@ -161,5 +165,9 @@ def _digests(folder: Path) -> Iterator[tuple[str, str]]:
                 yield path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _info(manifest: dict[str, Any]) -> BackupInfo:
-    return BackupInfo(manifest["created_at"], manifest["commit"], manifest["versions"], manifest["decisions"])
+def _manifest(folder: Path) -> BackupManifest:
+    return files.read_json_as(folder / MANIFEST, BackupManifest, hint="restore an older backup")
+
+
+def _info(manifest: BackupManifest) -> BackupInfo:
+    return BackupInfo(manifest.created_at, manifest.commit, manifest.versions, manifest.decisions)

@@ -1,7 +1,8 @@
-"""Rating events."""
+"""Rating events, and the summary of those that were ingested."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,3 +40,36 @@ class FeedbackEvent:
     unblurred: bool | None = None
     replaces: str | None = None
     """Id of the event that this one corrects or withdraws."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    value: float | None
+    """None: undefined, such as with one rater."""
+
+
+@dataclass(frozen=True)
+class ConceptCounts:
+    """What was ingested about one concept."""
+
+    events: int
+    voted_images: int
+    pairs: int
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class QuarantineCounts:
+    rows: int
+
+
+@dataclass(frozen=True)
+class FeedbackSummary:
+    """What later stages read of the summary that `ingest` writes, which has more, for people."""
+
+    feedback: str
+    """Digest of the events."""
+    simulated: bool
+    events: int
+    quarantined: QuarantineCounts
+    concepts: Mapping[str, ConceptCounts]

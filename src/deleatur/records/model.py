@@ -98,3 +98,12 @@ class Delta:
     """Training log: steps, stop reason, curves. Not part of the delta's identity."""
     one_step: int | None = None
     """Timestep from which the weights generate an image in one unguided call; None: they need the full sampler."""
+
+
+@dataclass(frozen=True)
+class ErasureRecord:
+    """What others read of the record that `erase` writes beside the delta, which has more, for people."""
+
+    notes: Sequence[str]
+    selected: int | None = None
+    """Step of the evaluation whose weights are returned; None: no step was taken."""

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Protocol
@@ -46,6 +47,13 @@ class Checkpointable(Protocol):
 
     def tensors(self) -> dict[str, Tensor]: ...
     def metadata(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    identity: dict[str, dict[str, Any]]
+    progress: str
+    """JSON of the loop's own metadata."""
 
 
 class Checkpoint:
@@ -132,11 +140,11 @@ class Checkpoint:
         if not self.path.is_file():
             return None
         try:
-            saved, metadata = tensors.load(self.path)
+            saved, metadata = tensors.load(self.path, _Metadata)
         except DataError as e:
             raise DataError(f"{self.path} cannot be read as a checkpoint", hint=f"rm {self.path}") from e
-        progress = json.loads(metadata["progress"])
-        if changes := list(_changes(metadata["identity"], self._identity)):
+        progress = json.loads(metadata.progress)
+        if changes := list(_changes(metadata.identity, self._identity)):
             lines = "".join(f"\n  {change}" for change in changes)
             raise SettingsError(
                 f"{self._stage} was interrupted after step {progress['step']}, and has changed since:{lines}\n"
@@ -182,13 +190,13 @@ def _at(value: Any, dotted: str) -> Any:
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """One line for each thing that differs."""
-    before, after = (dict(_flat("", identity["settings"])) for identity in (saved, now))
+    before, after = (dict(_flat("", identity.get("settings", {}))) for identity in (saved, now))
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             yield f"{name}: it was {json.dumps(before.get(name))}, now it is {json.dumps(after.get(name))}"
     for kind, what in (("content", "its content"), ("code", "its code"), ("versions", "its version")):
-        for name in sorted(saved[kind].keys() | now[kind].keys()):
-            if saved[kind].get(name) != now[kind].get(name):
+        for name in sorted(saved.get(kind, {}).keys() | now[kind].keys()):
+            if saved.get(kind, {}).get(name) != now[kind].get(name):
                 yield f"{name}: {what}"
 
 

@@ -16,6 +16,7 @@ from deleatur.config import methods
 from deleatur.config.settings import Settings
 from deleatur.diffusion.model import digest_tensors
 from deleatur.maths import seeds
+from deleatur.records.feedback import FeedbackSummary
 from deleatur.records.report import Provenance
 from deleatur.storage import files, samples, tensors
 
@@ -40,7 +41,7 @@ def collect(settings: Settings) -> Provenance:
     """Of the report that this workspace holds."""
     delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
     listing = samples.read_listing(settings.paths.samples)
-    summary = files.read_object(settings.paths.feedback / "summary.json", "feedback")
+    summary = files.read_json_as(settings.paths.feedback / "summary.json", FeedbackSummary)
     training = delta.settings.get("training", {})
     prompts = [settings.paths.prompts, *(settings.concepts[n].prompts for n in settings.targets)]
     return Provenance(
@@ -48,7 +49,7 @@ def collect(settings: Settings) -> Provenance:
         pipeline="+".join(listing["pipeline"].unique()),  # one: a listing is of one model
         delta=digest_tensors(dict(delta.tensors)),
         images=sha256([listing["variant"].tolist(), listing["key"].tolist()]),
-        feedback=summary["feedback"],
+        feedback=summary.feedback,
         tokens=digest_files(sorted(settings.paths.tokens.rglob("*.safetensors"))),
         prompts=digest_files(prompts),
         settings=settings.digest,
@@ -60,7 +61,7 @@ def collect(settings: Settings) -> Provenance:
         concept_source=settings.erase.source,
         method=delta.method,
         preserve=float(training.get("preservation_weight", 0)) > 0,
-        simulated=bool(summary["simulated"]),
+        simulated=summary.simulated,
         champion=settings.sample.champion,
         versions=VERSIONS | {m.package: m.version for m in methods.in_use(settings) if m.package},
     )

@@ -16,6 +16,7 @@ from deleatur.diffusion.clip import Clip
 from deleatur.diffusion.model import Model
 from deleatur.diffusion.overlay import edited_weights
 from deleatur.diffusion.sample import encode_images
+from deleatur.records.feedback import FeedbackSummary
 from deleatur.runtime import models, provenance
 from deleatur.runtime.checkpoint import Checkpoint, run_identity
 from deleatur.runtime.progress import Bar, bar
@@ -66,7 +67,7 @@ def run(settings: Settings) -> None:
 def _run_identity(settings: Settings, model: Model, clip: Clip, name: str, kind: str) -> dict[str, Any]:
     """Everything that can change the result of one attack on one concept; other attacks and concepts cannot."""
     content = {
-        "feedback": files.read_object(settings.paths.feedback / "summary.json", "feedback")["feedback"],
+        "feedback": files.read_json_as(settings.paths.feedback / "summary.json", FeedbackSummary).feedback,
         "reward": provenance.digest_files([settings.paths.reward / f"{name}.safetensors"]),
         "delta": provenance.digest_files([settings.paths.delta / tensors.DELTA_FILE]),
     }

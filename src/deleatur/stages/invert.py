@@ -19,7 +19,7 @@ from deleatur.diffusion.sample import encode_images
 from deleatur.evaluation.probe import token_evaluator
 from deleatur.feedback import votes
 from deleatur.inversion import InversionContext, InversionData
-from deleatur.records.feedback import FeedbackKind
+from deleatur.records.feedback import FeedbackKind, FeedbackSummary
 from deleatur.records.model import SoftToken
 from deleatur.runtime import models, provenance
 from deleatur.runtime.checkpoint import Checkpoint, run_identity
@@ -81,7 +81,7 @@ def run(settings: Settings) -> None:
 def _run_identity(settings: Settings, model: Model, clip: Clip, name: str) -> dict[str, Any]:
     """Everything that can change the tokens of one concept; other concepts cannot."""
     content = {
-        "feedback": files.read_object(settings.paths.feedback / "summary.json", "feedback")["feedback"],
+        "feedback": files.read_json_as(settings.paths.feedback / "summary.json", FeedbackSummary).feedback,
         "reward": provenance.digest_files([settings.paths.reward / f"{name}.safetensors"]),
     }
     selected = {"invert": {"method": settings.invert.method}, "guide": {"method": settings.guide.method}}

@@ -55,6 +55,14 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class _AttackMetadata:
+    """What is read of the metadata of a soft prompt."""
+
+    concept: str
+    attack: str
+
+
+@dataclass(frozen=True)
 class SampleRequest:
     """One sample to generate, with its prompt's text-encoder states (L, d)."""
 
@@ -139,10 +147,10 @@ def _prompts(settings: Settings, model: Model) -> Iterator[tuple[Prompt, encode.
             for i, (text, parts) in enumerate(zip(concept.prompts, concept.prompt_parts, strict=True)):
                 yield Prompt(f"{name}-{role}-{i}", text, role, "", name), parts
     for path in sorted(settings.paths.attacks.glob("*.safetensors")):
-        loaded, metadata = tensors.load(path)
+        loaded, metadata = tensors.load(path, _AttackMetadata)
         for i, rows in enumerate(loaded["vectors"]):
             name = f"{path.stem}-{i}"
-            yield Prompt(name, f"<{name}>", "attack", "", metadata["concept"]), (rows,)
+            yield Prompt(name, f"<{name}>", "attack", "", metadata.concept), (rows,)
 
 
 def _requests(

@@ -12,15 +12,18 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape, glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from deleatur.errors import DataError, SettingsError
 from deleatur.storage.git import first_tracked_file
+
+T = TypeVar("T")
 
 UNREADABLE_PARQUET = (pa.ArrowException, OSError, KeyError)
 """What pyarrow raises for files that are no Parquet, are damaged (OSError), or lack a column (KeyError)."""
@@ -195,21 +198,41 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, hint: str = RECOMPUTE_HINT) -> Any:
+    """Reads JSON of any type: use `read_json_as` where the type matters."""
     demand_file(path, hint)
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as e:
-        raise DataError(f"{path} is not JSON in UTF-8: {e}", hint=hint) from e
+    return parse_json(path.read_bytes(), Any, str(path), hint)
+
+
+def read_json_as(path: Path, expected: type[T], hint: str = RECOMPUTE_HINT) -> T:
+    """Reads JSON of a type: a dataclass, or a container of some. Raises DataError, see `parse_json`."""
+    demand_file(path, hint)
+    value: T = parse_json(path.read_bytes(), expected, str(path), hint)
+    return value
 
 
 def read_object(path: Path, *keys: str, hint: str = RECOMPUTE_HINT) -> dict[str, Any]:
     """Reads a JSON object. Raises DataError for anything else, or where a key is missing."""
-    value = read_json(path, hint)
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}", hint=hint)
+    value = read_json_as(path, dict[str, Any], hint)
     if missing := [key for key in keys if key not in value]:
         raise DataError(f"{path} lacks {', '.join(missing)}: another version or setting wrote it", hint=hint)
     return value
+
+
+def parse_json(data: bytes | str, expected: Any, where: str, hint: str = RECOMPUTE_HINT) -> Any:
+    """The value of a JSON text. Keys beyond the fields of a dataclass are left out.
+
+    Raises DataError naming `where` and what is missing or of another type; nothing is converted.
+    """
+    try:
+        return TypeAdapter(expected).validate_json(data, strict=True)
+    except ValidationError as e:
+        first, *others = e.errors(include_url=False)
+        if first["type"] == "json_invalid":
+            raise DataError(f"{where} is not JSON in UTF-8: {first['msg']}", hint=hint) from None
+        got = "" if first["type"] == "missing" else f", got {type(first['input']).__name__}"
+        place = "".join(f" {name}:" for name in [".".join(map(str, first["loc"]))] if name)
+        more = f" ({len(others)} more)" if others else ""
+        raise DataError(f"{where}:{place} {first['msg']}{got}{more}: another version wrote it", hint=hint) from None
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

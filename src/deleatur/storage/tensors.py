@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from deleatur.errors import DataError
 from deleatur.maths.finite import require_finite
 from deleatur.records.model import Delta, LowRank, SoftToken
-from deleatur.storage.files import atomic_write, empty_folder
+from deleatur.storage.files import atomic_write, empty_folder, parse_json
 
 DELTA_FILE = "delta.safetensors"
 """File name of an eraser's result."""
@@ -34,17 +35,27 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
         save_file(contiguous, partial, metadata={"deleatur": json.dumps(metadata, sort_keys=True)})
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata. Raises DataError when the file is missing or was not written by `save`, ModelError
-    when a value is not finite.
+@dataclass(frozen=True)
+class DeltaMetadata:
+    base: str
+    method: str
+    settings: Mapping[str, Any]
+    concepts: tuple[str, ...]
+    one_step: int | None = None
+
+
+def load(path: Path, expected: Any = dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and metadata, of the type `expected`, see `parse_json`.
+
+    Raises DataError when the file is missing or was not written by `save`, ModelError when a value is not finite.
     """
     if not path.is_file():
         raise DataError(f"no {path}", hint="dvc repro")
     try:
         with safe_open(path, framework="pt") as f:
-            metadata = json.loads((f.metadata() or {})["deleatur"])
+            metadata = parse_json((f.metadata() or {})["deleatur"], expected, str(path))
             return {n: _finite(path, n, f.get_tensor(n)) for n in f.keys()}, metadata  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as e:
+    except (SafetensorError, KeyError) as e:
         raise DataError(f"{path} was not written by deleatur: {e!r}", hint="dvc repro") from e
 
 
@@ -66,9 +77,9 @@ def load_token(folder: Path) -> SoftToken:
     if not loaded:
         raise DataError(f"no token in {folder}", hint="dvc repro invert")
     metadata = loaded[0][1]
-    return SoftToken(
-        metadata["concept"], torch.stack([rows for tensors, _ in loaded for rows in tensors.values()]), metadata
-    )
+    if not isinstance(concept := metadata.get("concept"), str):
+        raise DataError(f"{folder} has no token of deleatur: its metadata name no concept", hint="dvc repro invert")
+    return SoftToken(concept, torch.stack([rows for tensors, _ in loaded for rows in tensors.values()]), metadata)
 
 
 def save_delta(path: Path, delta: Delta) -> None:
@@ -88,15 +99,8 @@ def save_delta(path: Path, delta: Delta) -> None:
 
 
 def load_delta(path: Path) -> Delta:
-    tensors, metadata = load(path)
+    tensors, metadata = load(path, DeltaMetadata)
     differences: Mapping[str, Tensor] = tensors
     if DOWN in tensors:
         differences = LowRank({n.removeprefix(UP): t for n, t in tensors.items() if n != DOWN}, tensors[DOWN])
-    return Delta(
-        differences,
-        metadata["base"],
-        metadata["method"],
-        metadata["settings"],
-        tuple(metadata["concepts"]),
-        one_step=metadata.get("one_step"),
-    )
+    return Delta(differences, **vars(metadata))

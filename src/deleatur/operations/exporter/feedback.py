@@ -22,7 +22,7 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.feedback.events import event_time
 from deleatur.operations.exporter.series import gauge, unix_time
-from deleatur.records.feedback import FeedbackEvent
+from deleatur.records.feedback import FeedbackEvent, FeedbackSummary
 from deleatur.registry import ledger
 from deleatur.registry.decisions import open_registry
 from deleatur.registry.mlflow_registry import CHAMPION, Registry
@@ -71,10 +71,10 @@ def ingest_metrics(settings: Settings) -> Iterator[Metric]:
     path = settings.paths.feedback / "summary.json"
     if not path.is_file():
         return
-    summary = files.read_json(path)
-    rows = {("used",): summary["events"], ("quarantined",): summary["quarantined"]["rows"]}
+    summary = files.read_json_as(path, FeedbackSummary)
+    rows = {("used",): summary.events, ("quarantined",): summary.quarantined.rows}
     yield gauge("feedback_rows", "Rows that the last ingest used, and that it quarantined.", rows, "status")
-    agreement = {(name,): c["agreement"]["value"] for name, c in summary["concepts"].items()}
+    agreement = {(name,): c.agreement.value for name, c in summary.concepts.items()}
     defined = {name: value for name, value in agreement.items() if value is not None}
     yield gauge("feedback_agreement", "Agreement of raters; 1: always.", defined, "concept")
 
