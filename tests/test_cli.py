@@ -457,6 +457,7 @@ def test_a_wrong_argument_is_a_message(in_project: Path, code: int, arguments: l
     result = run(app, arguments, env={"COLUMNS": "300"})
     assert (result.exit_code, type(result.exception)) == (code, SystemExit), result.output
     assert message in result.output
+    assert ("Next: " in result.output) == (message != "--port"), "Typer refuses a port out of range"
 
 
 def test_text_is_printed_as_it_is(tmp_path: Path) -> None:
@@ -464,3 +465,35 @@ def test_text_is_printed_as_it_is(tmp_path: Path) -> None:
     path.parent.mkdir()
     result = run(app, ["schema", str(path)], env={"COLUMNS": "40"})
     assert (result.exit_code, result.output) == (0, f"Written: {path}\n"), "no markup, no emoji, not wrapped"
+
+
+@pytest.mark.parametrize(
+    ("code", "command", "place"),
+    [
+        (2, ["check"], "params.yaml"),
+        (3, ["check"], "prompts/neutral.csv"),
+        (3, ["check"], "prompts/weapon.csv"),
+        (4, ["check"], "models/pipeline/model_index.json"),
+        (4, ["check"], "models/judge/config.json"),
+        (3, ["history"], "ledger.jsonl"),
+        (3, ["rollback", "--as", "A", "--reason", "B"], "ledger.jsonl"),
+        (3, ["backup", "backup"], "ledger.jsonl"),
+        (1, ["doctor"], "ledger.jsonl"),
+        (3, ["stage", "gate"], "out/report/report.json"),
+        (3, ["restore", "saved"], "saved/manifest.json"),
+        (3, ["export", "exported"], "out/delta/delta.safetensors"),
+        (3, ["schema", "schema.json"], "schema.json"),
+        (3, ["history"], "mlflow.db"),
+    ],
+)
+def test_a_folder_in_place_of_a_file_is_a_message_with_the_next_command(
+    tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch, code: int, command: list[str], place: str
+) -> None:
+    monkeypatch.chdir(shutil.copytree(project, tmp_path / "project"))
+    Path(place).unlink(missing_ok=True)
+    Path(place).mkdir(parents=True)
+    result = run(app, command, env={"COLUMNS": "300"})
+    print(result.output)
+    assert (result.exit_code, type(result.exception)) == (code, SystemExit), result.output
+    assert Path(place).name in result.output
+    assert "Next: " in result.output

@@ -76,14 +76,18 @@ class Commands(TyperGroup):
 
 
 def _from_os_error(error: OSError) -> DeleaturError:
-    """A full disk or a folder without write permission; or a host that does not answer, which is worth a retry."""
+    """A full disk, a folder without write permission or in place of a file; or a host that does not answer, which is
+    worth a retry.
+    """
     kind = ServiceError if isinstance(error, ConnectionError | TimeoutError) else DataError
     path = error.filename2 or error.filename  # the second one is the target of a copy
-    hint = ""
+    hint = "the same command, to try again" if kind is ServiceError else f"ls -ld {path or '.'}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         hint = f"df -h {path or '.'}"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         hint = f"ls -ld {path or '.'} (this account has to be able to write there)"
+    elif error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        hint = f"ls -ld {path or '.'} (a folder is in the place of a file, or a file in that of a folder: move it away)"
     return kind(f"{error.strerror or error}{f': {path}' if path else ''}", hint=hint)
 
 

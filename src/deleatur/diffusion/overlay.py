@@ -27,7 +27,9 @@ def edited_weights(model: Model, delta: Delta) -> dict[str, Tensor]:
         )
     base = dict(model.unet.named_parameters())
     if missing := set(delta.tensors) - set(base):
-        raise ModelError(f"the delta names tensors that this UNet lacks: {', '.join(sorted(missing)[:3])}")
+        raise ModelError(
+            f"the delta names tensors that this UNet lacks: {', '.join(sorted(missing)[:3])}", hint="dvc repro erase"
+        )
     differences = {n: require_finite(d, f"the delta of {delta.method}, {n}") for n, d in delta.tensors.items()}
     return {n: (base[n].float() + d.to(model.device)).to(base[n].dtype) for n, d in differences.items()}
 

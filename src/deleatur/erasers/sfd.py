@@ -143,7 +143,10 @@ class SFD(Eraser):
 
     def erase(self, model: Model, concepts: Sequence[Concept], context: ErasureContext) -> Delta:
         if (c_keep := context.preserve) is None:
-            raise SettingsError("sfd learns to generate prompts to preserve, and there are none")
+            raise SettingsError(
+                "sfd learns to generate prompts to preserve, and there are none",
+                hint="add prompts of the role keep to paths.prompts, then: deleatur check",
+            )
         self.check_schedule(model.schedule)
         c = torch.cat([c.states for c in concepts])
         c_alt = torch.cat([encode_replacement(model, c, self.alternatives.get(c.name, "")) for c in concepts])

@@ -164,7 +164,10 @@ def predict_on_worker(common: tuple[Settings, str, str], encoded: Iterable[bytes
     settings, name, expected_weights = common
     network, weights = worker_cache("network", name + expected_weights, lambda: _load_network(settings, name))
     if weights != expected_weights:
-        raise ModelError(f"{name or 'reward.clip'} is another network on {socket.gethostname()} than here")
+        raise ModelError(
+            f"{name or 'reward.clip'} is another network on {socket.gethostname()} than here",
+            hint="bring that worker's checkout and models to the state of this one, then: the same command",
+        )
     return np.asarray(network([images.decode(data) for data in encoded]))
 
 

@@ -214,6 +214,7 @@ class LedgerWriter:
 def locked(path: Path) -> Iterator[LedgerWriter]:
     """Locks the ledger for writing, once no other process does; changes nothing by itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _demand_no_folder(path)
     new = not path.exists()
     with path.open("ab+", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends, however it ends
@@ -226,9 +227,17 @@ def read(path: Path) -> Ledger:
     """The ledger as it is on disk; a missing file is an empty ledger."""
     if not path.exists():
         return Ledger(path, GENESIS, (), ())
+    _demand_no_folder(path)
     with path.open("rb", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         return _read(path, file)
+
+
+def _demand_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise DataError(
+            f"expected the ledger's file, and {path} is a folder", hint=f"move it away; then {RECOVERY_HINT}"
+        )
 
 
 def now() -> datetime:

@@ -57,7 +57,13 @@ def use_tracking_uri(uri: str) -> None:
 def connect(uri: str) -> mlflow.MlflowClient:
     """A client of our store, whose artifacts are read and written where the project is now."""
     use_tracking_uri(uri)
-    if (path := sqlite_file(uri)) and path.is_file():
+    path = sqlite_file(uri)
+    if path and path.is_dir():
+        raise DataError(
+            f"expected MLflow's database, and {path} is a folder",
+            hint="move it away, or correct register.tracking_uri in params.yaml; then: deleatur doctor",
+        )
+    if path and path.is_file():
         try:
             relocate(path)
         except sqlite3.Error as e:
@@ -73,7 +79,7 @@ def tracking_uri(uri: str) -> str:
 def store_exists(uri: str) -> bool:
     """Whether a store exists already; False for a SQLite file that MLflow would create. Servers are not queried."""
     path = sqlite_file(uri)
-    return path is None or (path.is_file() and path.stat().st_size > 0)
+    return path is None or path.is_dir() or (path.is_file() and path.stat().st_size > 0)
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -103,7 +109,10 @@ def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterato
             raise missing from e
         shown_uri, message = redact(tracking_uri(uri)), redact(str(e).strip().splitlines()[0])
         if e.error_code == "INVALID_PARAMETER_VALUE":
-            raise SettingsError(f"MLflow at {shown_uri} does not accept the `register` section: {message}") from e
+            raise SettingsError(
+                f"MLflow at {shown_uri} does not accept the `register` section: {message}",
+                hint="correct the section register in params.yaml, then: deleatur check",
+            ) from e
         if e.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             raise SettingsError(
                 f"MLflow at {shown_uri} refuses the credentials: {message}",

@@ -248,6 +248,8 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def demand_file(path: Path, hint: str = RECOMPUTE_HINT) -> None:
-    """Raises DataError where there is no such file."""
+    """Raises DataError where there is no such file, or a folder in its place."""
+    if path.is_dir():
+        raise DataError(f"expected a file, and {path} is a folder", hint=f"mv {path} {path}.folder, then: {hint}")
     if not path.is_file():
         raise DataError(f"no file {path}", hint=hint)

@@ -41,7 +41,10 @@ def first_tracked_file(folder: Path) -> str | None:
         return None
     listed = run_captured(["git", "ls-files", "--", "."], folder)
     if listed.returncode and "not a git repository" not in listed.stderr:
-        raise DataError(f"git cannot list the files it tracks in {folder}: {last_line(listed.stderr.splitlines())}")
+        raise DataError(
+            f"git cannot list the files it tracks in {folder}: {last_line(listed.stderr.splitlines())}",
+            hint=f"git -C {folder} status",
+        )
     return next(iter(listed.stdout.splitlines()), None)
 
 

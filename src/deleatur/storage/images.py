@@ -130,15 +130,16 @@ def write_archive(path: Path, images: Iterable[EncodedImage]) -> None:
 
 def read_archive(path: Path) -> Iterator[EncodedImage]:
     """Yields the images of an archive in order, a batch in memory at a time. Raises DataError for any other file."""
-    if not path.is_file():
-        raise DataError(f"no image archive {path}")
+    files.demand_file(path)
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=64, columns=SCHEMA.names):
                 for row in pa.Table.from_batches([batch]).select(SCHEMA.names).cast(SCHEMA).to_pylist():
                     yield EncodedImage(row["sha256"] or "", row["image"] or b"", row["width"] or 0, row["height"] or 0)
     except files.UNREADABLE_PARQUET as e:
-        raise DataError(f"{path} is not an intact image archive ({', '.join(SCHEMA.names)}): {e}") from e
+        raise DataError(
+            f"{path} is not an intact image archive ({', '.join(SCHEMA.names)}): {e}", hint=files.RECOMPUTE_HINT
+        ) from e
 
 
 def write_shards(folder: Path, images: Iterable[EncodedImage]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from deleatur.errors import DataError
 from deleatur.maths.finite import require_finite
 from deleatur.records.model import Delta, LowRank, SoftToken
-from deleatur.storage.files import atomic_write, empty_folder, parse_json
+from deleatur.storage.files import atomic_write, demand_file, empty_folder, parse_json
 
 DELTA_FILE = "delta.safetensors"
 """File name of an eraser's result."""
@@ -49,8 +49,7 @@ def load(path: Path, expected: Any = dict[str, Any]) -> tuple[dict[str, Tensor],
 
     Raises DataError when the file is missing or was not written by `save`, ModelError when a value is not finite.
     """
-    if not path.is_file():
-        raise DataError(f"no {path}", hint="dvc repro")
+    demand_file(path)
     try:
         with safe_open(path, framework="pt") as f:
             metadata = parse_json((f.metadata() or {})["deleatur"], expected, str(path))

@@ -35,5 +35,8 @@ def select(unet: nn.Module, selector: Selector) -> dict[str, Tensor]:
     """The selected parameters by name, not copied. Raises SettingsError when the selector matches none."""
     selected: dict[str, Tensor] = {n: p for n, p in unet.named_parameters() if RULES[selector](n)}
     if not selected:
-        raise SettingsError(f"the selector {selector!r} matches no tensor of this UNet", hint="choose another erase.….training.trainable, then: deleatur check")
+        raise SettingsError(
+            f"the selector {selector!r} matches no tensor of this UNet",
+            hint="choose another erase.….training.trainable, then: deleatur check",
+        )
     return selected
