@@ -22,6 +22,7 @@ from deleatur.config.sections import RewardSection
 from deleatur.config.settings import Settings
 from deleatur.errors import SettingsError
 from deleatur.feedback.reward import RewardHyperparameters
+from deleatur.training.config import PRESETS, TrajectoryTrainingConfig
 
 PARAMS: dict[str, Any] = yaml.safe_load((workspace.ROOT / "params.yaml").read_text("utf-8"))
 
@@ -97,10 +98,25 @@ WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
 }
 
 
+CONTRADICTIONS: dict[str, tuple[tuple[str, ...], Any, str]] = {
+    "more trained steps than the sampler has": (
+        ("erase", "esd", "training", "train_timesteps"),
+        9,
+        "erase.esd.training: expected train_timesteps, the number of trained steps, up to sampler_steps (8)",
+    ),
+    "a batch that the pool cannot fill": (
+        ("erase", "abo", "training"),
+        {"trajectories": "pool", "batch_size": 9, "pool_size": 8},
+        "erase.abo.training: expected batch_size up to pool_size (8)",
+    ),
+}
+"""Of two values, which no JSON Schema names."""
+
+
 def wrong(*names: str) -> dict[str, Any]:
     params = copy.deepcopy(PARAMS)
     for name in names:
-        (*parents, key), value, _ = WRONG[name]
+        (*parents, key), value, _ = (WRONG | CONTRADICTIONS)[name]
         place = params
         for parent in parents:
             place = place.setdefault(parent, {})
@@ -108,11 +124,18 @@ def wrong(*names: str) -> dict[str, Any]:
     return params
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", [*WRONG, *CONTRADICTIONS])
 def test_each_wrong_value_is_named_with_its_path(name: str) -> None:
     with pytest.raises(SettingsError, match=r"params.yaml has 1 problem\(s\)") as error:
         Settings.of(wrong(name), "params.yaml")
-    assert WRONG[name][2] in str(error.value)
+    assert (WRONG | CONTRADICTIONS)[name][2] in str(error.value)
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, None])
+def test_presets_fit_their_own_limits(preset: str | None) -> None:
+    config = TrajectoryTrainingConfig(preset=preset)  # type: ignore[arg-type]
+    most = config.model_dump(exclude={"preset"}) | {"train_timesteps": config.sampler_steps}
+    assert TrajectoryTrainingConfig(**most).trained_steps == config.trained_steps == config.sampler_steps
 
 
 def test_one_message_has_all_errors() -> None:

@@ -157,10 +157,24 @@ class TrajectoryTrainingConfig(TrainingConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def check_sizes(self) -> Self:
+        if self.trained_steps > self.sampler_steps:
+            raise ValueError(
+                f"expected train_timesteps, the number of trained steps, up to sampler_steps "
+                f"({self.sampler_steps}), got {self.train_timesteps}; null trains on all"
+            )
+        if self.trajectories == "pool" and self.batch_size > self.pool_size:
+            raise ValueError(
+                f"expected batch_size up to pool_size ({self.pool_size}), since a batch has each trajectory once at "
+                f"most, got {self.batch_size}"
+            )
+        return self
+
     @property
     def trained_steps(self) -> int:
         """S."""
-        return min(self.train_timesteps or self.sampler_steps, self.sampler_steps)
+        return self.train_timesteps or self.sampler_steps
 
     def notes(self) -> list[str]:
         notes = super().notes()

@@ -79,7 +79,7 @@ class TrajectorySampler:
 
     @property
     def trained_steps(self) -> int:
-        return min(self.train_timesteps or self.sampler_steps, self.sampler_steps)
+        return self.train_timesteps or self.sampler_steps
 
     def noise(self, n: int) -> Tensor:
         # Drawn on the CPU: the same noise on every device.
