@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import child_processes
 import finished
 import pytest
 import yaml
@@ -204,13 +205,43 @@ def test_an_incomplete_definition_is_refused(project: Settings, options: tuple[s
     assert code in (2, 3)
     assert message in output
     assert not Path("out/emergency").exists(), "nothing has run"
-    assert not Path("out/dogs.csv").exists(), "nothing was written elsewhere"
+    assert not Path("out/emergency_concepts").exists(), "nothing is defined"
+    assert not list(Path("out").glob("dogs*")), "nothing was written elsewhere"
+
+
+@pytest.mark.parametrize("ends", ["refused", "killed"])
+def test_a_refused_or_killed_emergency_leaves_the_earlier_definition(
+    project: Settings, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = emergency.define(project, ["dogs"], ["dog"], ["the dog"])
+    with first.pending():
+        first.save()
+    before = {path: path.read_bytes() for path in first.path.parent.iterdir()}
+    again = emergency.define(project, ["dogs"], ["dog"], ["two of the dogs"])
+
+    def refuse(changed: Settings) -> None:
+        assert changed.concepts["dogs"].prompts.read_text("utf-8").count("two of the dogs") == 2
+        raise DataError("refused")
+
+    monkeypatch.setattr(emergency.preflight, "check", refuse)
+    if ends == "killed":
+        monkeypatch.setattr(emergency.preflight, "check", lambda changed: child_processes.die())
+        assert child_processes.killed(lambda: emergency.run(again.settings, ["dogs"], "Ada", REASON, again))
+    else:
+        with pytest.raises(DataError, match="refused"):
+            emergency.run(again.settings, ["dogs"], "Ada", REASON, again)
+        assert {path: path.read_bytes() for path in first.path.parent.iterdir()} == before
+    assert {path: path.read_bytes() for path in before} == before
+    changed = emergency.emergency_settings(project, ["dogs"])
+    assert changed.concepts["dogs"].prompts == first.prompts
 
 
 def test_words_of_several_parts_stay_together_and_earlier_definitions_count(project: Settings) -> None:
-    defined = emergency.define(project, ["dogs"], ["a dog", "dog"], ["the dog"])
-    assert defined.concepts["dogs"].words == ("a dog", "dog")
-    emergency.define(project, ["cats"], ["cat"], ["the cat"])
+    for names, words, texts in ((["dogs"], ["a dog", "dog"], ["the dog"]), (["cats"], ["cat"], ["the cat"])):
+        definition = emergency.define(project, names, words, texts)
+        assert definition.settings.concepts[names[0]].words == tuple(words)
+        with definition.pending():
+            definition.save()
     changed = emergency.emergency_settings(project, ["cats", "dogs"])  # in another process: params.yaml lacks both
     assert changed.targets == ("cats", "dogs")
     assert {"cat", "a dog", "dog"} <= {*changed.evaluate.detectors[emergency.DETECTOR]["labels"]}

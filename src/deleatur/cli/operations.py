@@ -21,7 +21,7 @@ from deleatur.cli.common import (
     print_text,
     split_list,
 )
-from deleatur.cli.registry import print_taken_back
+from deleatur.cli.registry import print_rollback
 
 if TYPE_CHECKING:
     from deleatur.operations.doctor import Diagnosis
@@ -35,7 +35,7 @@ def canary(
     params: ParamsFile = PARAMS,
     as_json: AsJson = False,
 ) -> None:
-    """Check that the live version still has every concept erased: sample it again from the same noise as last time.
+    """Check that every concept is still erased in the live version: sample it again from the same noise as last time.
 
     A version in which a concept is back is quarantined, and the one before it is live again. The section `canary` of
     params.yaml defines the thresholds. Exit code: 0 all concepts are gone, or nothing is live; 10 one is back; 11 not
@@ -55,7 +55,7 @@ def canary(
             style = {"pass": "green", "fail": "red"}.get(concept.outcome, "yellow")
             print_text((f"{concept.outcome.upper():<20} ", style), f"{concept.concept}: {concept.reason}")
         if taken_back:
-            print_taken_back(taken_back)
+            print_rollback(taken_back)
         print_text(f"Images: {settings.canary.folder}/")
     raise typer.Exit(VERDICT_EXIT_CODES[result.outcome] if result else 0)
 
@@ -73,7 +73,7 @@ def emergency(
 ) -> None:
     """Release within minutes, outside the chain: a closed-form edit instead of training, fewer images, its own policy.
 
-    A concept first heard of today needs no params.yaml: its name, --words and --prompt or --prompts are enough.
+    A new concept need not be in params.yaml: its name, --words and --prompt or --prompts are enough.
     Everything erased in the live version stays erased. The section `emergency` of params.yaml configures it; see
     docs/release.md. The next release of the chain replaces it. Exit code: 0 pass, 10 fail, 11 not enough evidence.
     """
@@ -81,12 +81,13 @@ def emergency(
     from deleatur.operations import emergency
 
     settings = load_settings(params)
-    targets = split_list(concepts)
+    targets, definition = split_list(concepts), None
     if words or prompt or prompts:
         texts = [*(prompt or ()), *(emergency.read_prompts(prompts) if prompts else ())]
         described_by = [word.strip() for word in words.split(",") if word.strip()]  # a word may have several parts
-        settings = emergency.define(settings, targets, described_by, texts)
-    verdict = emergency.run(settings, targets, operator, reason)
+        definition = emergency.define(settings, targets, described_by, texts)
+        settings = definition.settings
+    verdict = emergency.run(settings, targets, operator, reason, definition)
     if as_json:
         print_json(asdict(verdict))
     else:
@@ -99,7 +100,7 @@ def emergency(
 def doctor(params: ParamsFile = PARAMS, as_json: AsJson = False) -> None:
     """Check a deployment: versions, stores, pools, schedules, aliases, signatures, disk, clock, credentials.
 
-    Each line is ok, warn or fail, with the next command. Exit code: 1 where one fails.
+    Each line is ok, warn or fail, with the next command. Exit code: 1 if one fails.
     """
     from deleatur.operations.doctor import diagnose
 

@@ -34,8 +34,8 @@ def approve(
 ) -> None:
     """Release a version that passed the gate and awaits approval. The ledger records who approved it, and why.
 
-    Versions await approval where `register.approval` is true in params.yaml, for `register.approval_days`. The person
-    who started the run cannot approve its result.
+    With `register.approval: true` in params.yaml, versions await approval, for `register.approval_days`. The person who
+    started the run cannot approve its result.
     """
     from deleatur.registry.approval import promote
 
@@ -67,13 +67,13 @@ def rollback(
     ] = None,
     params: ParamsFile = PARAMS,
 ) -> None:
-    """Take the last release back: make the version before it live again, and quarantine the one that was live.
+    """Roll back the last release: make the version before it live again, and quarantine the one that was live.
 
-    Takes seconds and no GPU. Idempotent: repeating it changes nothing. To go further back, name a version.
+    Takes seconds and needs no GPU. Idempotent: repeating it changes nothing. To go further back, use --to.
     """
     from deleatur.registry import rollback as registry
 
-    print_taken_back(registry.rollback(load_settings(params), operator, reason, to))
+    print_rollback(registry.rollback(load_settings(params), operator, reason, to))
 
 
 @commands.command()
@@ -86,10 +86,10 @@ def quarantine(
     """Bar a version from ever going live. If it is live, the last good version replaces it, or none."""
     from deleatur.registry import rollback as registry
 
-    print_taken_back(registry.quarantine(load_settings(params), version, operator, reason))
+    print_rollback(registry.quarantine(load_settings(params), version, operator, reason))
 
 
-def print_taken_back(result: RollbackResult) -> None:
+def print_rollback(result: RollbackResult) -> None:
     was = "was already" if result.already else "is"
     live = f"version {result.champion} is" if result.champion else "none is"
     print_text(f"Version {result.quarantined} {was} quarantined; {live} champion")
@@ -103,7 +103,7 @@ def verify(
 ) -> None:
     """Compare every file of a version with what was evaluated and signed, before another program loads it.
 
-    Exit code: 4 where a file was changed, added or removed, could run code when loaded, or no trusted key signed it.
+    Exit code: 4 if a file was changed, added or removed, could run code when loaded, or no trusted key signed it.
     """
     from deleatur.registry import verify
     from deleatur.registry.decisions import checked_ledger
@@ -120,9 +120,9 @@ def verify(
 
 @commands.command()
 def history(params: ParamsFile = PARAMS, as_json: AsJson = False) -> None:
-    """Print who released which version, why, and who took it back; check that ledger and registry agree.
+    """Print who released or rolled back which version, and why; check that ledger and registry agree.
 
-    Exit code: 3 where the ledger was tampered with, or an alias was moved by hand.
+    Exit code: 3 if the ledger was tampered with, or an alias was moved by hand.
     """
     from deleatur.registry import history
 

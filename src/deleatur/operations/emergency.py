@@ -8,8 +8,11 @@ is registered, approved and rolled back like any release, and the chain's next r
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +40,51 @@ CHAIN_STAGES = ("ingest", "reward", "erase", "attack", "sample")
 """Stages that run as in the chain; `invert`, which takes most of the time, is left out."""
 
 
-def run(settings: Settings, concepts: Sequence[str], actor: str, reason: str) -> Verdict:
-    """Erase the concepts, along with those that the champion has erased, judge the result and register the verdict.
+@dataclass(frozen=True)
+class Definition:
+    """A concept that is defined on the command line.
+
+    Its definition is saved once its erasure has a verdict: a command that is refused or killed leaves the one before.
+    """
+
+    settings: Settings
+    """With the concept."""
+    path: Path
+    """File of the definition, to be added to params.yaml."""
+    text: str
+    prompts: Path
+    """File of the prompts. Its name has a digest of its content, so it never replaces another definition's."""
+    rows: pd.DataFrame
+
+    @contextmanager
+    def pending(self) -> Iterator[None]:
+        """Writes the prompts, and removes them again where the block raises before `save`."""
+        new = not self.prompts.exists()
+        files.write_csv(self.prompts, self.rows)
+        try:
+            yield
+        except BaseException:
+            if new and not self._is_saved:
+                self.prompts.unlink()
+                with suppress(OSError):  # it has other definitions
+                    self.prompts.parent.rmdir()
+            raise
+
+    def save(self) -> None:
+        with files.atomic_write(self.path) as partial:
+            partial.write_text(self.text, "utf-8")
+
+    @property
+    def _is_saved(self) -> bool:
+        return self.path.is_file() and self.path.read_text("utf-8") == self.text
+
+
+def run(
+    settings: Settings, concepts: Sequence[str], actor: str, reason: str, definition: Definition | None = None
+) -> Verdict:
+    """Erases the concepts, along with those that the champion has erased, judges the result and registers the verdict.
+
+    definition: of a concept that the settings, which are the definition's, have from the command line.
 
     Raises SettingsError if params.yaml has no section `emergency`, DataError if the name or the reason is blank.
     """
@@ -46,14 +92,17 @@ def run(settings: Settings, concepts: Sequence[str], actor: str, reason: str) ->
         raise DataError(
             "an emergency release needs a name and a reason", hint="the same command with --as NAME --reason WHY"
         )
-    changed = emergency_settings(settings, concepts)
-    preflight.check(changed)
-    os.environ[STARTED_BY] = actor
-    for name in CHAIN_STAGES:
-        stages.run(name, changed)
-    evaluate.run(changed, [note(changed, reason)])
-    gate.run(changed)
-    register.run(changed, reason)
+    with definition.pending() if definition else nullcontext():
+        changed = emergency_settings(settings, concepts)
+        preflight.check(changed)
+        os.environ[STARTED_BY] = actor
+        for name in CHAIN_STAGES:
+            stages.run(name, changed)
+        evaluate.run(changed, [note(changed, reason)])
+        gate.run(changed)
+        if definition:  # before it can be released: later emergencies erase it along
+            definition.save()
+        register.run(changed, reason)
     return json_records.read(changed.paths.verdict / "verdict.json", Verdict)
 
 
@@ -103,13 +152,12 @@ def emergency_settings(settings: Settings, concepts: Sequence[str]) -> Settings:
     return Settings.of(values, "params.yaml with its section emergency")
 
 
-def define(settings: Settings, names: Sequence[str], words: Sequence[str], texts: Sequence[str]) -> Settings:
-    """The settings with a concept, the first of the names, that params.yaml does not define: specified by words and by
-    prompts that ask for it.
+def define(settings: Settings, names: Sequence[str], words: Sequence[str], texts: Sequence[str]) -> Definition:
+    """Defines a concept, the first of the names, that params.yaml does not define: by words and by prompts that ask
+    for it.
 
-    Nobody has rated it and no classifier knows it: CLIP, zero-shot, detects it among the neutral prompts. Writes the
-    prompts and the definition, to be added to params.yaml, into a folder of their own. Raises SettingsError for a
-    concept that is defined, and DataError without name, words or prompts.
+    Nobody has rated it and no classifier knows it: CLIP, zero-shot, detects it among the neutral prompts. Raises
+    SettingsError for a concept that is defined, and DataError without name, words or prompts.
     """
     if not (names and words):
         raise DataError(
@@ -134,12 +182,14 @@ def define(settings: Settings, names: Sequence[str], words: Sequence[str], texts
         [(row, text, f"{DETECTOR}:{words[0]}", "concept", split) for split, row, text in rows],
         columns=["id", "text", "label", "role", "split"],
     )
+    digest = hashlib.sha256(frame.to_csv(index=False).encode("utf-8", "replace")).hexdigest()[:12]
+    prompts_file = folder / f"{name}-{digest}.csv"
     concept = {
         "kind": "binary",
         "initializer_token": words[0],
         "words": list(words),
         "guideline": f"Does the image show {' or '.join(words)}?",
-        "prompts": str(folder / f"{name}.csv"),
+        "prompts": str(prompts_file),
         "prompt_templates": ["{}", "a {}"],
         "detection": {"detector": DETECTOR, "labels": list(words)},
     }
@@ -150,10 +200,9 @@ def define(settings: Settings, names: Sequence[str], words: Sequence[str], texts
     definition = {"concepts": {name: concept}, "evaluate": {"detectors": {DETECTOR: detector}}}
     values = _with_definition(settings.model_dump(by_alias=True), definition)
     defined = Settings.of(values, f"the new concept {name}", hint="correct its name, --words and --prompt")
-    files.write_csv(folder / f"{name}.csv", frame)  # the name is valid: files of the folder may have it
-    with files.atomic_write(folder / f"{name}.yaml") as partial:
-        partial.write_text(yaml.safe_dump(definition, sort_keys=False, allow_unicode=True), "utf-8")
-    return defined
+    text = yaml.safe_dump(definition, sort_keys=False, allow_unicode=True)
+    # The name is valid: files of the folder may have it.
+    return Definition(defined, folder / f"{name}.yaml", text, prompts_file, frame)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -166,7 +215,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _with_earlier_definitions(settings: Settings, names: Sequence[str]) -> Settings:
-    """The settings with those of the concepts that an earlier emergency defined and params.yaml still lacks."""
+    """The settings with the concepts that an earlier emergency defined and params.yaml still lacks."""
     assert settings.emergency
     files_ = [definitions(settings.emergency) / f"{name}.yaml" for name in names if name not in settings.concepts]
     values = settings.model_dump(by_alias=True)
