@@ -43,7 +43,7 @@ from deleatur.storage.cache import RowCache, chunked
 PROMPT_COLUMNS = ["id", "text", "role", "label", "concept"]  # in the order of the fields of Prompt
 
 CLIP = ""
-"""Stands for CLIP where detectors go by their name."""
+"""The name of CLIP among networks, which are otherwise detectors; no detector has an empty name."""
 
 Network = Callable[[Sequence[Image.Image]], Any]
 """n images → (n, d) array or tensor."""
@@ -130,37 +130,41 @@ class _Predictor:
         if required:
             row_of = {key: row for row, key in enumerate(keys)}
             rows = [row_of[key] for key in required]
-            scores[rows] = self._rows(name, network.detect, network.weights, identity, required)
+            scores[rows] = self._rows(name, network.detect, network.weights, identity, required, [type(detector)])
         return Detections(network.labels, scores, network.weights, identity)
 
     def embed(self, clip: Clip, keys: Sequence[str]) -> Tensor:
         """CLIP embeddings, (n, d)."""
         code = provenance.digest_code(Clip, libraries=provenance.EVALUATION_LIBRARIES)
-        return torch.from_numpy(self._rows(CLIP, clip.embed_images, clip.digest, sha256([code, clip.digest]), keys))
+        return torch.from_numpy(
+            self._rows(CLIP, clip.embed_images, clip.digest, sha256([code, clip.digest]), keys, [Clip])
+        )
 
-    def _rows(self, name: str, network: Network, weights: str, identity: str, keys: Sequence[str]) -> Any:
-        """(n, d) predictions of one network, from the cache or computed."""
+    def _rows(
+        self, name: str, network: Network, weights: str, identity: str, keys: Sequence[str], plugins: Sequence[type]
+    ) -> Any:
+        """(n, d) predictions of one network, from the cache or computed. plugins: the classes that compute them."""
         store = self.cache.open(identity, PREDICTIONS)
         missing = store.missing(keys)
         self.advance.reused(len(keys) - len(missing))
-        for batch, predictions in self._compute(name, network, weights, chunked(missing, cache.SHARD_SIZE)):
+        for batch, predictions in self._compute(name, network, weights, chunked(missing, cache.SHARD_SIZE), plugins):
             store.add(pd.DataFrame({"key": batch, "numbers": list(predictions)}))
             self.advance(len(batch))
         store.compact(keys, size=cache.SHARD_SIZE)
         return require_finite(np.stack(list(store.read(keys)["numbers"])), f"predictions of {name or 'CLIP'}")
 
     def _compute(
-        self, name: str, network: Network, weights: str, batches: Sequence[Sequence[str]]
+        self, name: str, network: Network, weights: str, batches: Sequence[Sequence[str]], plugins: Sequence[type]
     ) -> Iterable[tuple[Sequence[str], Array]]:
         if self.client:
             # Workers are sent the encoded images: they need not share a disk with this process.
             common, read_encoded = (self.settings, name, weights), lambda keys: self.images.read(keys)["image"]
-            return map_batches(self.client, predict_on_worker, common, batches, read_encoded)
+            return map_batches(self.client, predict_on_worker, common, batches, read_encoded, plugins)
         return ((keys, np.asarray(network(samples.load_images(self.images, keys)))) for keys in batches)
 
 
 def predict_on_worker(common: tuple[Settings, str, str], encoded: Iterable[bytes]) -> Array:
-    """Runs in a worker process, which loads the network itself. Raises ModelError when its weights differ."""
+    """Runs in a worker process, which loads the network itself. Raises ModelError if its weights differ."""
     settings, name, expected_weights = common
     network, weights = worker_cache("network", name + expected_weights, lambda: _load_network(settings, name))
     if weights != expected_weights:

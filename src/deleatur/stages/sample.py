@@ -86,7 +86,8 @@ def run(settings: Settings) -> None:
             advance.reused(len(keys[variant]) - len(missing))
             shards = chunked([request_of[key] for key in missing], size)
             if client:
-                for shard, rows in map_batches(client, sample_on_worker, (settings, config), shards, list):
+                plugins = [type(config.guide)]
+                for shard, rows in map_batches(client, sample_on_worker, (settings, config), shards, list, plugins):
                     cache.add(rows)
                     advance(len(shard))
             else:
@@ -181,7 +182,7 @@ def _sample_shard(
         steps=settings.sample.steps,
         weights=config.weights,
         one_step=config.one_step,
-        batch=settings.sample.batch_size,
+        batch_size=settings.sample.batch_size,
         on_batch=advance,
     )
     return pd.DataFrame({"key": [r.key for r in requests], "image": [images.encode(image) for image in sampled]})
