@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import tiny
 import workspace
 
 from deleatur.config.settings import Settings, merged
+from deleatur.diffusion.clip import load_clip
 from deleatur.diffusion.pipelines import TextLimits
 from deleatur.errors import DataError
 from deleatur.operations.preflight import check
@@ -117,3 +121,53 @@ def test_a_check_imports_no_library_that_only_stages_need() -> None:
     loaded = set(done.stdout.split())
     slow = {"sklearn", "scipy.stats", "mlflow", "great_expectations", "transformers.models", "diffusers.models.unets"}
     assert loaded & slow == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({}, ""),
+        (
+            {"zero_shot": {"labels": ["gun", LONG]}},
+            r"^evaluate\.detectors\.zero_shot\.labels: .* has 90 tokens; .* takes 6$",
+        ),
+        (
+            {"clip_score": {"prefix": "a picture of a thing of "}},
+            r"^evaluate\.metrics\.clip_score, .*, prompt w-dev-0: ",
+        ),
+        ({"words": ["gun", "a gun of a thing of ink"]}, r"^reward\.clip, concepts\.weapon\.words: "),
+    ],
+)
+def test_a_text_that_clip_would_truncate_is_refused(project: Settings, changes: dict[str, Any], place: str) -> None:
+    values = project.model_dump(by_alias=True, exclude_unset=True)
+    detector = {"method": "zero_shot", "path": "models/clip", "labels": ["gun", "cat"]} | changes.get("zero_shot", {})
+    values["evaluate"]["detectors"]["zero_shot"] = detector
+    values["evaluate"]["metrics"]["clip_score"] |= changes.get("clip_score", {})
+    values["concepts"]["weapon"] |= {"words": changes.get("words", ["gun"])}
+    settings = Settings.of(values, "test")
+    if not place:
+        check(settings)
+        return
+    with pytest.raises(DataError, match=place):
+        check(settings)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """With a CLIP whose text encoder takes 6 tokens, where the pipeline's takes 14; as the current directory."""
+    root = tmp_path_factory.mktemp("short")
+    with chdir(root):
+        settings = workspace.create(root)
+        config = Path("models/clip/config.json")
+        values = json.loads(config.read_text("utf-8"))
+        values["text_config"]["max_position_embeddings"] = 8
+        config.write_text(json.dumps(values), "utf-8")
+        yield settings
+
+
+def test_clip_truncates_no_text(tmp_path: Path) -> None:
+    clip = load_clip(str(tiny.save_clip(tmp_path)), "cpu")
+    fits = " ".join(["gun"] * (tiny.LENGTH - 2))
+    assert clip.embed_texts([fits]).shape == (1, 8)
+    with pytest.raises(DataError, match=f"has {tiny.LENGTH - 1} tokens; the text encoder takes {tiny.LENGTH - 2}"):
+        clip.embed_texts(["gun", f"{fits} gun"])

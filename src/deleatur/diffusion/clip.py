@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deleatur.diffusion.batches import padded_batches
+from deleatur.diffusion.encode import check_lengths
 from deleatur.diffusion.folders import check_clip, download
 from deleatur.diffusion.model import digest_parts, from_pretrained, load_errors, resolve_device, silence_libraries
 from deleatur.diffusion.rgb import to_rgb
@@ -31,6 +32,15 @@ class Clip:
     """SHA-256 over weights, configuration, tokenizer and image processor."""
     device: torch.device
 
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def max_tokens(self) -> int:
+        """L of the text encoder."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """L2-normalised projected image embeddings (n, d)."""
@@ -42,12 +52,12 @@ class Clip:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """L2-normalised projected text embeddings (n, d)."""
+        """L2-normalised projected text embeddings (n, d). Raises DataError for a text that would be truncated."""
+        check_lengths(self, [(text,) for text in texts])
         parts = [torch.zeros(0, self.model.config.projection_dim)]
-        length = self.model.config.text_config.max_position_embeddings
-        shape = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        shape = {"padding": "max_length", "max_length": self.max_tokens, "return_tensors": "pt"}
         for batch, n in padded_batches(texts, BATCH_SIZE):
-            tokens = self.processor.tokenizer(batch, **shape).to(self.device)
+            tokens = self.tokenizer(batch, **shape).to(self.device)
             pooled = self.model.text_model(**tokens).pooler_output
             parts.append(F.normalize(self.model.text_projection(pooled).float(), dim=-1)[:n].cpu())
         return require_finite(torch.cat(parts), "CLIP's text embeddings")
@@ -69,7 +79,7 @@ class Clip:
 
 
 def load_clip(path: str, device: str = "auto") -> Clip:
-    """Loads a CLIP model from a folder or hub id, in fp32. Raises ModelError when it does not load."""
+    """Loads a CLIP model from a folder or hub id, in fp32. Raises ModelError if it does not load."""
     silence_libraries()
     from transformers import CLIPModel, CLIPProcessor
 

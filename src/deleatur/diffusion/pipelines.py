@@ -14,7 +14,7 @@ from deleatur.diffusion.folders import (
     TOKENIZER_FILES,
     check_network,
     read_json,
-    require_file,
+    require_any_file,
     unsupported,
 )
 from deleatur.diffusion.scheduler import noise_schedule
@@ -44,18 +44,18 @@ def check_pipeline(folder: Path) -> None:
     """Raises ModelError unless the folder is a complete Stable Diffusion 1.x or 2.x pipeline."""
     classes = _check_components(folder)
     unet, vae, text = (check_network(folder / name) for name in ("unet", "vae", "text_encoder"))
-    require_file(folder / "tokenizer", *TOKENIZER_FILES)
+    require_any_file(folder / "tokenizer", *TOKENIZER_FILES)
     for name in OPTIONAL_NETWORKS & classes.keys():  # the exported pipeline has them too
         check_network(folder / name)
     if "feature_extractor" in classes:
-        require_file(folder / "feature_extractor", *PROCESSOR_FILES)
+        require_any_file(folder / "feature_extractor", *PROCESSOR_FILES)
     with error_context(str(folder)):
         _check_shapes(unet, vae, text)
     read_schedule(folder)
 
 
 def read_schedule(folder: Path) -> NoiseSchedule:
-    """The noise schedule of a pipeline's folder. Raises ModelError when it is not supported."""
+    """The noise schedule of a pipeline's folder. Raises ModelError if it is not supported."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     with error_context(f"{folder}/scheduler"):
         return noise_schedule(config)
@@ -80,7 +80,7 @@ def _check_components(folder: Path) -> Mapping[str, str]:
 
 
 def _check_shapes(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    """The parts fit together, and the UNet needs no other inputs."""
+    """Raises ModelError unless the parts fit together, and the UNet needs no other inputs."""
     channels = latent_shape(unet)[0]
     if extra := [key for key in EXTRA_INPUTS if unet.get(key) is not None]:
         raise unsupported("a UNet that is conditioned on timestep and text alone", f"{extra[0]} {unet[extra[0]]}")
@@ -98,27 +98,34 @@ def _check_shapes(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping
 
 @dataclass(frozen=True)
 class TextLimits:
-    """A pipeline's tokenizer and the tokens that its text encoder takes, without any weights."""
+    """The tokenizer of a pipeline or a CLIP model, and the tokens that its text encoder takes, without any weights."""
 
     tokenizer: Any
     max_tokens: int
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextLimits:
-        config = read_json(folder / "text_encoder" / "config.json")
+        return cls._read(read_json(folder / "text_encoder" / "config.json"), folder / "tokenizer")
+
+    @classmethod
+    def from_clip(cls, folder: Path) -> TextLimits:
+        return cls._read(read_json(folder / "config.json").get("text_config") or {}, folder)
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any], tokenizer: Path) -> TextLimits:
         # 77 is the default of CLIPTextConfig, which configs may leave out.
         max_tokens = int(config.get("max_position_embeddings", 77))
-        if (fast := folder / "tokenizer" / "tokenizer.json").is_file():
+        if (fast := tokenizer / "tokenizer.json").is_file():
             return cls(_FastTokenizer(fast), max_tokens)
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-        return cls(CLIPTokenizer.from_pretrained(str(folder / "tokenizer")), max_tokens)
+        return cls(CLIPTokenizer.from_pretrained(str(tokenizer)), max_tokens)
 
 
 class _FastTokenizer:
-    """The ids that CLIPTokenizer gives for a text, without a second for importing transformers."""
+    """The token ids of CLIPTokenizer, without importing transformers, which takes a second."""
 
-    bos_token_id = eos_token_id = unk_token_id = pad_token_id = 0  # only their number matters for a length
+    bos_token_id = eos_token_id = unk_token_id = pad_token_id = 0  # a length counts them, whatever their ids
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from deleatur import metrics
 from deleatur.artifacts import prompts
-from deleatur.artifacts.labels import demand_labels
+from deleatur.artifacts.labels import require_labels
 from deleatur.benchmark import plan
 from deleatur.config import methods
 from deleatur.config.plugin_config import PluginSection
@@ -24,7 +24,7 @@ from deleatur.gate import CONCEPT_ROLES, LEARNED_ROLES
 from deleatur.guides import Guide
 from deleatur.inversion import Inverter
 from deleatur.maths.noise import NoiseSchedule
-from deleatur.operations.prompt_lengths import check_eraser_prompts, check_prompt_lengths
+from deleatur.operations.prompt_lengths import check_clip_texts, check_eraser_prompts, check_prompt_lengths
 from deleatur.records.sampling import Role
 from deleatur.registry.signing import Keys
 from deleatur.stages import ingest
@@ -32,13 +32,13 @@ from deleatur.storage import files
 
 
 def check(settings: Settings) -> list[str]:
-    """Check everything that can be checked without loading a network; one line per item.
+    """Checks everything that can be checked without loading a network, and returns one line per item.
 
     Reads only the configs of networks and the headers of their weight files. Raises SettingsError, DataError or
     ModelError for the first item that is missing or invalid.
     """
     for folder in settings.paths.outputs.values():
-        files.demand_untracked(folder)
+        files.require_untracked(folder)
     _check_names(settings)
     lines = [*_methods(settings), *_networks(settings)]
     lines += [f"{m.kind}: {m.name} is a plug-in of {m.origin}" for m in methods.in_use(settings) if m.package]
@@ -58,14 +58,15 @@ def check(settings: Settings) -> list[str]:
         lines.append(f"sample.steps: DDIM, {schedule.timestep_spacing}, timesteps {timesteps[0]} to {timesteps[-1]}")
         check_prompt_lengths(settings, pipelines.TextLimits.from_folder(pipeline))
         lines.append("base.model: every word, template and prompt fits its text encoder")
-    demand_labels(settings)
+    check_clip_texts(settings, lambda address: local_folder(address, "config.json"))
+    require_labels(settings)
     sources = ingest.find_sources(settings, required=methods.requires_ratings(settings))
     lines.append(f"ingest.sources: {len(sources)} file(s)")
     for name in settings.targets:
         if methods.requires_ratings(settings):
-            ingest.demand_answered(settings, name)
+            ingest.require_answered(settings, name)
         if methods.eraser(settings).learns_from_images:
-            ingest.demand_rated(settings, name)
+            ingest.require_rated(settings, name)
     _check_rules(settings)
     lines.append(f"gate: {len(settings.gate.rules)} rules")
     num_keys = len(Keys.load(settings.register_.trusted_keys).trusted)
@@ -76,7 +77,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def _check_timesteps(settings: Settings, schedule: NoiseSchedule) -> None:
-    """The model's noise schedule has the timesteps that sampling and every configured eraser need."""
+    """Raises SettingsError unless the schedule has the timesteps that sampling and every configured eraser need."""
     with error_context("sample.steps"):
         schedule.timesteps(settings.sample.steps)
     for name in settings.erase.configured:
@@ -102,13 +103,13 @@ def _check_names(settings: Settings) -> None:
 
 
 def _benchmark(settings: Settings) -> Iterator[str]:
-    """Every concept has prompts and detector labels; every method entry runs, or is refused with a reason."""
+    """Checks that every concept has prompts and detector labels; a line each, with the methods refused for it."""
     if settings.compare is None:
         return
     section, rows = settings.compare, plan.row_names(settings)
     for concept in section.concepts:
         prompts.read(settings.concepts[concept].prompts, "dev", concept, "concept")
-        demand_labels(plan.trial_settings(settings, plan.Trial(concept, plan.NONE, settings.seed)))
+        require_labels(plan.trial_settings(settings, plan.Trial(concept, plan.NONE, settings.seed)))
         refused = [row for row in rows if plan.refusal(settings, concept, row)]
         if pipeline := local_folder(settings.base.model, "model_index.json"):
             schedule, limits = pipelines.read_schedule(pipeline), pipelines.TextLimits.from_folder(pipeline)
@@ -122,17 +123,17 @@ def _benchmark(settings: Settings) -> Iterator[str]:
 
 
 def _methods(settings: Settings) -> Iterator[str]:
-    """Every configured method, in use or not, has valid hyperparameters."""
+    """Checks the hyperparameters of every configured method, in use or not."""
     sections: tuple[tuple[str, PluginSection, type[BaseModel]], ...] = (
         ("invert", settings.invert, Inverter),
         ("erase", settings.erase, Eraser),
         ("guide", settings.guide, Guide),
     )
-    for where, section, base in sections:
+    for key, section, base in sections:
         for name in section.configured:
-            methods.configured(section, base, where, name)
+            methods.configured(section, base, key, name)
         used, *others = section.configured
-        yield f"{where}: {used}" + (f" (also configured: {', '.join(others)})" if others else "")
+        yield f"{key}: {used}" + (f" (also configured: {', '.join(others)})" if others else "")
     methods.guide(settings)  # checks also that it acts before the sampler's last step
     eraser = methods.eraser(settings)
     for concept in settings.targets:
@@ -143,7 +144,7 @@ def _methods(settings: Settings) -> Iterator[str]:
 
 
 def _networks(settings: Settings) -> Iterator[str]:
-    """Every network that is on this disk has all its files, with matching shapes."""
+    """Checks that every network on this disk has all its files, with matching shapes."""
     resolve_device(settings.base.device)
     yield from _network("base.model", settings.base.model, pipelines.check_pipeline, "model_index.json")
     yield from _network("reward.clip", settings.reward.clip, folders.check_clip)
@@ -156,23 +157,23 @@ def _networks(settings: Settings) -> Iterator[str]:
 NOT_LOCAL = "not on this disk, downloaded at first use"
 
 
-def _network(where: str, address: str, check: Callable[[Path], None], file: str = "config.json") -> Iterator[str]:
-    with error_context(where):
+def _network(setting: str, address: str, check: Callable[[Path], None], file: str = "config.json") -> Iterator[str]:
+    with error_context(setting):
         if folder := local_folder(address, file):
             check(folder)
-    yield f"{where}: {address}" + ("" if folder else f", {NOT_LOCAL}")
+    yield f"{setting}: {address}" + ("" if folder else f", {NOT_LOCAL}")
 
 
 def local_folder(address: str, file: str) -> Path | None:
-    """The folder of a model that is on this disk."""
+    """The folder of a model; None if it is not on this disk. `file`: a file that the folder has to contain."""
     return None if "://" in address or address.startswith("models:/") else folders.locate(address, file)
 
 
 def rules_without_evidence(settings: Settings) -> Iterator[str]:
-    """A warning for each rule about tokens or attacks, and each target that nobody rated: it will have neither."""
+    """A warning for each rule about tokens or attacks and each target without ratings, which will have neither."""
     for concept in settings.targets:
         try:
-            ingest.demand_answered(settings, concept)
+            ingest.require_answered(settings, concept)
         except DataError:
             for name, rule in settings.gate.rules.items():
                 role, _, of_concept = rule.slice.partition("/")
@@ -186,7 +187,7 @@ def rules_without_evidence(settings: Settings) -> Iterator[str]:
 
 
 def _check_rules(settings: Settings) -> None:
-    """Every rule names a metric and a slice that are measured, together, on enough images for its `min_n`."""
+    """Checks that every rule names a metric and a slice that are measured together, on enough images for `min_n`."""
     images_per_prompt, metrics_by_name = settings.sample.images_per_prompt, methods.metrics(settings)
     image_counts = Counter[str]()
     for (role, concept), n in prompts.image_counts(settings).items():

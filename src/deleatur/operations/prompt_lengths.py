@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
+from pathlib import Path
 
 import torch
 
 from deleatur.artifacts import prompts
 from deleatur.config import methods
 from deleatur.config.settings import Settings, merged
+from deleatur.detectors.zero_shot import ZeroShot
 from deleatur.diffusion.encode import (
     PromptParts,
     check_lengths,
@@ -20,15 +22,16 @@ from deleatur.diffusion.encode import (
 from deleatur.diffusion.pipelines import TextLimits
 from deleatur.erasers.sdd import SDD
 from deleatur.errors import error_context
+from deleatur.metrics.clip_score import ClipScore
 from deleatur.stages import ingest
 from deleatur.training.textual_inversion import prompt_templates
 
-Located = tuple[str, PromptParts]
-"""Where a prompt is defined, and its parts."""
+LocatedPrompt = tuple[str, PromptParts]
+"""Location of a prompt (setting, or file and id), for messages, and the prompt's parts."""
 
 
 def check_prompt_lengths(settings: Settings, limits: TextLimits) -> None:
-    """Tokenize what the run encodes: words, tokens, replacements and prompts, in all their templates.
+    """Tokenizes what the run encodes: words, tokens, replacements and prompts, in all their templates.
 
     Raises DataError with the place of a prompt that is longer than the text encoder takes, SettingsError for an
     initializer token that its vocabulary lacks.
@@ -46,28 +49,48 @@ def check_prompt_lengths(settings: Settings, limits: TextLimits) -> None:
             check_eraser_prompts(Settings.of(merged(settings.model_dump(by_alias=True), erase), "emergency"), limits)
 
 
+def check_clip_texts(settings: Settings, folder_of: Callable[[str], Path | None]) -> None:
+    """As `check_prompt_lengths`, for the texts that CLIP models compare images with; they may take fewer tokens.
+
+    folder_of: the folder of a CLIP model, by its address; None if it is not on this disk.
+    """
+    concepts = dict.fromkeys([*settings.targets, *(settings.compare.concepts if settings.compare else ())])
+    if folder := folder_of(settings.reward.clip):
+        limits, scores = TextLimits.from_clip(folder), methods.metrics(settings).items()
+        _check(
+            limits, ((f"reward.clip, concepts.{n}.words", (w,)) for n in concepts for w in settings.concepts[n].words)
+        )
+        prefixes = {f"evaluate.metrics.{name}": m.prefix for name, m in scores if isinstance(m, ClipScore)}
+        for (place, prefix), (location, prompt) in product(prefixes.items(), _prompt_files(settings, list(concepts))):
+            _check(limits, [(f"{place}, {location}", (prefix, *prompt))])
+    for name, detector in methods.detectors(settings).items():
+        if isinstance(detector, ZeroShot) and (folder := folder_of(detector.path)):
+            place = f"evaluate.detectors.{name}.labels"
+            _check(TextLimits.from_clip(folder), ((place, (label,)) for label in detector.labels))
+
+
 def check_eraser_prompts(settings: Settings, limits: TextLimits) -> None:
     """As `check_prompt_lengths`, for the prompts that only the selected eraser forms."""
     _check(limits, _joined(settings))
     _check(limits, _replacements(settings))
 
 
-def _check(limits: TextLimits, located: Iterable[Located]) -> None:
-    for where, prompt in located:
-        with error_context(where):
+def _check(limits: TextLimits, located: Iterable[LocatedPrompt]) -> None:
+    for location, prompt in located:
+        with error_context(location):
             check_lengths(limits, [prompt])
 
 
-def _descriptions(settings: Settings, concept: str) -> Iterator[Located]:
+def _descriptions(settings: Settings, concept: str) -> Iterator[LocatedPrompt]:
     """Words and soft tokens of a concept in its templates; soft tokens, and soft prompts of attacks, in those of the
     inversion, which for a style contain the prompts of the rated images.
     """
-    spec, where = settings.concepts[concept], f"concepts.{concept}"
+    spec, setting = settings.concepts[concept], f"concepts.{concept}"
     for word, template in product(spec.words, spec.prompt_templates):
-        yield f"{where}.words, prompt_templates", fill_templates([(word, word)], [template])[1][0]
+        yield f"{setting}.words, prompt_templates", fill_templates([(word, word)], [template])[1][0]
     token = _soft_token(settings, concept)
     for template in spec.prompt_templates:
-        yield f"{where}.prompt_templates with a token", fill_templates([("<token>", token)], [template])[1][0]
+        yield f"{setting}.prompt_templates with a token", fill_templates([("<token>", token)], [template])[1][0]
     is_style = spec.learnable_property == "style"
     rated = sorted(set(ingest.current_answers(settings, concept)["prompt"])) if is_style else [""]
     attacks = methods.attacks(settings, None)
@@ -76,12 +99,12 @@ def _descriptions(settings: Settings, concept: str) -> Iterator[Located]:
         for template in prompt_templates(spec.learnable_property, [prompt])[0]:
             of_image = f", for an image rated with the prompt {prompt!r}" if prompt else ""
             yield (
-                f"{what} with {where}.learnable_property{of_image}",
+                f"{what} with {setting}.learnable_property{of_image}",
                 fill_templates([("<token>", rows)], [template])[1][0],
             )
 
 
-def _joined(settings: Settings) -> Iterator[Located]:
+def _joined(settings: Settings) -> Iterator[LocatedPrompt]:
     """The prompt that lists all words or tokens of all targets, if the eraser uses one."""
     eraser = methods.eraser(settings)
     if not isinstance(eraser, SDD) or eraser.order == "single":
@@ -99,7 +122,7 @@ def _joined(settings: Settings) -> Iterator[Located]:
     yield f"erase.{settings.erase.method}.order {eraser.order}, all words or tokens in one prompt", join_prompts(parts)
 
 
-def _replacements(settings: Settings) -> Iterator[Located]:
+def _replacements(settings: Settings) -> Iterator[LocatedPrompt]:
     """The alternatives that an eraser replaces words or tokens with."""
     alternatives: dict[str, str] = getattr(methods.eraser(settings), "alternatives", {})
     for name in settings.targets:
@@ -108,7 +131,7 @@ def _replacements(settings: Settings) -> Iterator[Located]:
                 yield f"erase.{settings.erase.method}.alternatives.{name}", prompt
 
 
-def _prompt_files(settings: Settings, concepts: list[str]) -> Iterator[Located]:
+def _prompt_files(settings: Settings, concepts: list[str]) -> Iterator[LocatedPrompt]:
     """Every prompt of the splits that stages, benchmark and canary sample from."""
     splits = {"dev", settings.sample.split, settings.canary.split}
     splits |= {settings.compare.split} if settings.compare else set()
@@ -118,7 +141,7 @@ def _prompt_files(settings: Settings, concepts: list[str]) -> Iterator[Located]:
 
 
 def _soft_token(settings: Settings, concept: str) -> torch.Tensor:
-    """As many rows as one soft token of the concept has; their width plays no part."""
+    """A placeholder (v, 1) for a soft token of the concept: only its number of rows v counts for a length."""
     return _zeros(methods.inverter(settings, concept))
 
 

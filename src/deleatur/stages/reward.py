@@ -76,13 +76,13 @@ def _train(settings: Settings, clip: Clip, name: str, advance: Bar) -> _Trained:
         }
         advance(note=f"{name} {split}: {_metric_name(spec.kind)} {fit.held_out_quality:.3f}")
     held_out_target = _target(pool, pool.answers[held_out], spec.kind)
-    text = clip.embed_texts([" ".join(spec.words)])
+    words = clip.embed_texts(spec.words)
     metrics = {
         "metric": _metric_name(spec.kind),
         "images": len(pool.images),
         "new_prompts": by_split,
         "new_raters": _none_if_nan(reward.quality(fits["train"].head(features), held_out_target)),
-        "zero_shot": _none_if_nan(reward.quality((features @ text.T).squeeze(1), held_out_target)),
+        "zero_shot": _none_if_nan(reward.quality((features @ words.T).mean(1), held_out_target)),
     }
     titles = {"train": "training raters", "held_out": "held-out raters"}
     curves = {titles[split]: fit.validation_losses for split, fit in fits.items()}
