@@ -145,7 +145,7 @@ def measure(concept: str, weights: Weights) -> dict[str, Any]:
         guide=guide,
         conditions=guide.conditions(model, []),
         steps=settings.sample.steps,
-        batch=settings.sample.batch_size,
+        batch_size=settings.sample.batch_size,
         weights=weights,
     )
     labels = [p.label.partition(":") for p in sampled]  # "detector:label"

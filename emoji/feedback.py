@@ -50,7 +50,7 @@ def sample_images(model: Model, concept: str) -> tuple[list[Image.Image], list[s
     c = encode.encode_text(model, [r[0] for r in rows])
     seeds = [r[2] for r in rows]
     guide = CFG(scale=4.0)
-    images = sample(model, c, seeds, guide=guide, conditions=guide.conditions(model, []), steps=8, batch=32)
+    images = sample(model, c, seeds, guide=guide, conditions=guide.conditions(model, []), steps=8, batch_size=32)
     return images, [r[1] for r in rows], seeds
 
 

@@ -105,5 +105,5 @@ def test_an_exported_pipeline_samples_as_judged_whatever_the_base_models_schedul
     z, guide = initial_noise(model, [7]), CFG()
     expected = pipeline("a cat", num_inference_steps=5, latents=z, output_type="pil").images[0]
     c, conditions = encode.encode_text(model, ["a cat"]), guide.conditions(model, [])
-    [image] = sample(model, c, [7], guide=guide, conditions=conditions, steps=5, batch=1)
+    [image] = sample(model, c, [7], guide=guide, conditions=conditions, steps=5, batch_size=1)
     assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1

@@ -65,7 +65,7 @@ def test_a_guides_predictions_do_not_depend_on_the_number_of_words(model: Model,
     concepts = [encode.concept_from_words(model, f"c{i}", ["gun", "sword", "cat"]) for i in range(k)]
     c, conditions = encode.encode_text(model, ["a dog"]), guide.conditions(model, concepts)
     with network_calls.rows() as rows, network_calls.calls() as calls:
-        sample(model, c, [1], guide=guide, conditions=conditions, steps=3, batch=1)
+        sample(model, c, [1], guide=guide, conditions=conditions, steps=3, batch_size=1)
     assert (calls[network_calls.UNET], rows["forward"]) == (3, 3 * guide.predictions_per_step(k)), "one call per step"
 
 

@@ -92,7 +92,9 @@ def test_latents_that_overflow_are_refused_before_they_become_black_images(model
     weights = {n: p * 1e30 for n, p in model.unet.named_parameters()}
     guide, c = CFG(), encode.encode_text(model, ["a cat"])
     with pytest.raises(ModelError, match=f"latents that the UNet sampled: {BROKEN}"):
-        sample(model, c, [1], guide=guide, conditions=guide.conditions(model, []), steps=2, weights=weights, batch=1)
+        sample(
+            model, c, [1], guide=guide, conditions=guide.conditions(model, []), steps=2, weights=weights, batch_size=1
+        )
 
 
 def test_pixels_and_latents_of_a_broken_vae_are_refused(model: Model) -> None:

@@ -25,7 +25,7 @@ def generate(
 ) -> list[np.ndarray]:
     c, guide = encode.encode_text(model, ["a cat"] * len(seeds)), CFG()
     conditions = guide.conditions(model, [])
-    images = sample(model, c, seeds, guide=guide, conditions=conditions, steps=4, weights=weights, batch=batch)
+    images = sample(model, c, seeds, guide=guide, conditions=conditions, steps=4, weights=weights, batch_size=batch)
     return [np.asarray(p) for p in images]
 
 
@@ -94,7 +94,7 @@ def test_each_step_is_one_network_call_and_a_condition_is_the_mean_over_its_prom
 
     hook = model.unet.register_forward_hook(lambda unet, args, out: rows.append(len(args[0])))
     try:
-        sample(model, c, [5], guide=RecordingGuide(), conditions=conditions, steps=3, batch=2)
+        sample(model, c, [5], guide=RecordingGuide(), conditions=conditions, steps=3, batch_size=2)
     finally:
         hook.remove()
     assert rows == [2 * 5] * 3

@@ -63,7 +63,7 @@ def test_images_equal_those_of_a_pipeline_with_the_same_scheduler_config(
     expected = theirs("a cat", num_inference_steps=6, latents=initial_noise(model, [7]), output_type="pil").images[0]
     guide = CFG()
     c, conditions = encode.encode_text(model, ["a cat"]), guide.conditions(model, [])
-    [image] = sample(model, c, [7], guide=guide, conditions=conditions, steps=6, batch=1)
+    [image] = sample(model, c, [7], guide=guide, conditions=conditions, steps=6, batch_size=1)
     assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
 
 

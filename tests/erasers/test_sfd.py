@@ -185,9 +185,9 @@ def test_an_image_is_one_network_call_without_guide(model: Model) -> None:
     c, guide = encode.encode_text(model, ["a cat", "a dog"]), CFG()
     conditions = guide.conditions(model, [])
     with network_calls.calls() as calls, network_calls.rows() as rows:
-        once = sample(model, c, [1, 2], guide=guide, conditions=conditions, steps=8, one_step=625, batch=2)
+        once = sample(model, c, [1, 2], guide=guide, conditions=conditions, steps=8, one_step=625, batch_size=2)
     assert (calls[network_calls.UNET], rows["forward"]) == (1, 2)
-    other = sample(model, c, [1, 2], guide=CFG(scale=1.0), conditions={}, steps=3, one_step=625, batch=2)
+    other = sample(model, c, [1, 2], guide=CFG(scale=1.0), conditions={}, steps=3, one_step=625, batch_size=2)
     assert [p.tobytes() for p in once] == [p.tobytes() for p in other]
 
 

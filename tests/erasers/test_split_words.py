@@ -216,7 +216,7 @@ def test_guides_steer_away_from_all_tokens(model: Model, guide: Guide) -> None:
 
     def pixels(concept: Concept) -> bytes:
         conditions = guide.conditions(model, [concept])
-        [image] = sample(model, c, [1], guide=guide, conditions=conditions, steps=3, batch=1)
+        [image] = sample(model, c, [1], guide=guide, conditions=conditions, steps=3, batch_size=1)
         return image.tobytes()
 
     complete = guide.conditions(model, [words(model, "cat dog")])

@@ -112,7 +112,7 @@ def test_ingest_is_deterministic_and_summarises_its_sources(root: Path) -> None:
     assert result["expectations"]["success"]
     ingested = list(images.read_shards(root / "out" / "feedback"))
     assert len(ingested) == 40
-    assert not any(map(images.problem, ingested))
+    assert not any(map(images.find_mismatch, ingested))
 
 
 def test_events_are_kept_and_withdrawn_answers_are_removed_from_the_votes(root: Path) -> None:

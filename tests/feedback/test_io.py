@@ -80,18 +80,18 @@ def test_images_round_trip_and_problems_are_reported() -> None:
     image = Image.new("RGB", (6, 4), (1, 2, 3))
     valid = images.encode_image(image)
     assert images.decode(valid.image).tobytes() == image.tobytes()
-    assert images.problem(valid) is None
+    assert images.find_mismatch(valid) is None
     invalid = {
         "SHA-256": replace(valid, sha256="0" * 64),
         "1 bytes": replace(valid, image=b"x", sha256=hashlib.sha256(b"x").hexdigest()),
         "6×4": replace(valid, width=5),
     }
     for message, bad in invalid.items():
-        problem = images.problem(bad)
+        problem = images.find_mismatch(bad)
         assert problem
         assert message in problem[1]
     truncated = valid.image[:45]
-    assert images.problem(replace(valid, image=truncated, sha256=hashlib.sha256(truncated).hexdigest()))
+    assert images.find_mismatch(replace(valid, image=truncated, sha256=hashlib.sha256(truncated).hexdigest()))
 
 
 def test_shards_are_ordered_and_earlier_ones_do_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_damaged_archive_raises_no_other_error(tmp_path: Path) -> None:
             damaged[position] = rng.integers(256)
         path.write_bytes(damaged[: rng.integers(len(intact) // 2, 2 * len(intact))])
         try:
-            [images.problem(image) for image in images.read_archive(path)]
+            [images.find_mismatch(image) for image in images.read_archive(path)]
         except DataError:
             refused += 1
     assert refused > 100

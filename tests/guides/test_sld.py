@@ -116,7 +116,8 @@ def test_batched_sampling_equals_sampling_alone(model: Model) -> None:
     def sample_rows(rows: slice) -> list[np.ndarray]:
         seeds = [1, 2, 3][rows]
         return [
-            np.asarray(p) for p in sample(model, c[rows], seeds, guide=guide, conditions=conditions, steps=4, batch=1)
+            np.asarray(p)
+            for p in sample(model, c[rows], seeds, guide=guide, conditions=conditions, steps=4, batch_size=1)
         ]
 
     together = sample_rows(slice(None))

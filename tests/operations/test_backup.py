@@ -175,7 +175,7 @@ def test_a_version_that_the_backup_lacks_is_not_overwritten(backed_up: Path, clo
     registry = open_registry(clone)
     registry.client.create_registered_model(registry.model)
     registry.client.create_model_version(registry.model, str(tmp_path), tags={EVIDENCE_TAG: "another"})
-    with pytest.raises(DataError, match="has a version 1 here that is not the dump's"):
+    with pytest.raises(DataError, match="has a version 1 that is not the one in the dump"):
         restore(clone, backed_up.parent / "backup")
     assert not clone.register_.ledger.exists()
 

@@ -13,7 +13,9 @@ from deleatur.registry.ledger import Entry, Ledger, LedgerPosition
 RUN = "#/experiments/1/runs/abc"
 
 
-def entry(event: ledger.Event, number: int = 7, version: str | None = "2", reason: str = "", **aliases: str) -> Entry:
+def entry(
+    event: ledger.DecisionKind, number: int = 7, version: str | None = "2", reason: str = "", **aliases: str
+) -> Entry:
     time = "2026-11-30T20:01:29+00:00"
     return Entry(number, time, event, version, "Ada", "ada@host", reason, "w", "e", "f", aliases, "0" * 64)
 

@@ -70,10 +70,10 @@ def test_report_shows_every_metric_and_paths_that_exist(done: Settings) -> None:
     report = json_records.read(done.paths.report / "report.json", Report)
     for metric in {score.metric for score in report.scores}:
         assert metric in result.output
-    paths = dict(re.findall(r"^(Page|Sheet): +(\S+)$", result.output, re.MULTILINE))
-    assert set(paths) == {"Page", "Sheet"}
-    assert "<h1>Pass</h1>" in Path(paths["Page"]).read_text("utf-8")
-    assert Path(paths["Sheet"]).read_bytes().startswith(b"\x89PNG")
+    paths = dict(re.findall(r"^(HTML report|Contact sheet): +(\S+)$", result.output, re.MULTILINE))
+    assert set(paths) == {"HTML report", "Contact sheet"}
+    assert "<h1>Pass</h1>" in Path(paths["HTML report"]).read_text("utf-8")
+    assert Path(paths["Contact sheet"]).read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_as_json_has_verdict_and_report(done: Settings) -> None:
@@ -98,7 +98,7 @@ def test_report_succeeds_on_a_failing_verdict(done: Settings) -> None:
     ("changes", "reason"),
     [
         ({}, ""),
-        ({"gate": finished.passing_policy(-6.0)}, "by other rules than params.yaml has now"),
+        ({"gate": finished.passing_policy(-6.0)}, "the rules in params.yaml have changed since this verdict"),
         ({"seed": 43}, "with other settings than params.yaml has now"),
     ],
 )

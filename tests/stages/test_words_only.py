@@ -54,7 +54,7 @@ def test_the_pipeline_runs_without_any_feedback(settings: Settings) -> None:
     assert not {"token", "attack"} & roles
     report_ = report(settings)
     assert any("No person rated images of weapon" in note for note in report_.notes)
-    assert not any("What raters of weapon were asked" in note for note in report_.notes)
+    assert not any("Question to the raters of weapon" in note for note in report_.notes)
     assert not report_.provenance.simulated
     metrics = {score.metric for score in report_.scores}
     assert "concept_rate" in metrics

@@ -64,7 +64,7 @@ def test_a_syntax_error_is_named_with_its_line(project: Path) -> None:
 
 @pytest.mark.parametrize(
     ("lock", "message"),
-    [(CONFLICT, "line 2: .* merge conflict"), ("stages: [", "is not YAML"), ("null", "expected stages, found none")],
+    [(CONFLICT, "line 2: .* merge conflict"), ("stages: [", "is not YAML"), ("null", "expected stages, got none")],
 )
 def test_a_registered_lock_that_is_damaged_is_named(lock: str, message: str, tmp_path: Path) -> None:
     finished.git(tmp_path, "init", "--quiet")

@@ -96,7 +96,7 @@ def test_images_are_sampled_in_full_batches(model: Model) -> None:
 
     guide, c = CFG(), encode.encode_text(model, ["a cat"] * 5)
     with network_calls.rows() as counts:
-        sample(model, c, range(5), guide=guide, conditions=guide.conditions(model, []), steps=3, batch=4)
+        sample(model, c, range(5), guide=guide, conditions=guide.conditions(model, []), steps=3, batch_size=4)
     workload = sampling_workload(5, 3, 2, 4)
     assert (counts["forward"], counts["max_forward_batch"]) == (workload.forward, workload.max_forward_batch)
 
@@ -157,7 +157,7 @@ concept, guide = encode.concept_from_words(model, "weapon", ["gun"]), CFG()
 def run(what, rows):
     if what == "sample":
         c = encode.encode_text(model, ["a gun"] * rows)
-        sample(model, c, range(rows), guide=guide, conditions=guide.conditions(model, []), steps=1, batch=rows)
+        sample(model, c, range(rows), guide=guide, conditions=guide.conditions(model, []), steps=1, batch_size=rows)
         return sampling_workload(rows, 1, 2, rows)
     training = {"iterations": 2, "sampler_steps": 2, "batch_size": rows, "lr": 1e-4}
     training |= {"trainable": "full", "min_relative_change": 0}

@@ -19,7 +19,10 @@ from deleatur.storage import dvc, files, git, json_records
 
 
 def collect_evidence(settings: Settings, report: Report, verdict: Verdict, emergency: str) -> Evidence:
-    """emergency: the reason for a release outside the pipeline, of which dvc.lock then knows nothing."""
+    """Everything that MLflow records about a verdict.
+
+    emergency: the reason for a release outside the pipeline, which dvc.lock does not cover; empty for all others.
+    """
     paths, digest = settings.paths, json_records.digest(verdict)
     answers = files.read_table(paths.feedback / "answers.parquet", EVENT_SCHEMA)
     tags = _lineage(report, verdict, answers, lock="" if emergency else dvc.lock_digest(Path()) or "")

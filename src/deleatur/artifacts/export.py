@@ -18,9 +18,10 @@ from deleatur.storage import files, json_records, tensors
 
 
 def export(settings: Settings, folder: Path) -> None:
-    """Writes the erased model in fp32, atomically. Tokenizer and text encoder are the base model's: the soft token,
-    which could be used to probe for the concept, is never included. Where a verdict about these weights exists, a model
-    card and a bill of materials are added.
+    """Writes the erased model in fp32, atomically, with model card and bill of materials if these weights were judged.
+
+    Tokenizer and text encoder are the base model's: the soft token, which could be used to probe for the concept, is
+    never included. Raises SettingsError for the delta of a one-step sampler.
     """
     delta = tensors.load_delta(settings.paths.delta / tensors.DELTA_FILE)
     if delta.one_step is not None:
@@ -52,7 +53,7 @@ def export(settings: Settings, folder: Path) -> None:
 
 
 def _write_model_card(settings: Settings, folder: Path) -> None:
-    """Writes model card and bill of materials, where a verdict about these weights exists."""
+    """Writes model card and bill of materials if there is a verdict about these weights."""
     if judged := current_verdict(settings):
         report, verdict = judged
         name, base = settings.register_.model, settings.base.model
@@ -82,7 +83,7 @@ def current_verdict(settings: Settings) -> tuple[Report, Verdict] | None:
 
 
 def verdict_status(settings: Settings) -> str:
-    """One line: the gate's outcome for the current delta, and why it is out of date where it is."""
+    """One line: the gate's outcome for the current delta and, if it is out of date, why."""
     if (judged := current_verdict(settings)) is None:
         return "none: these weights were not judged"
     report, verdict = judged

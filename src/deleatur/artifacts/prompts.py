@@ -30,7 +30,7 @@ class _Row:
 
     @property
     def is_preserved(self) -> bool:
-        """Whether an eraser may preserve it, where it is in the split dev."""
+        """Whether its role is preserved: erasers train on prompts of such roles in the dev split."""
         return self.prompt.role in ("keep", "neighbour")
 
     @property
@@ -45,11 +45,11 @@ def read(path: Path, split: str, concept: str, role: Role | None = None) -> list
     Raises DataError naming file and line of an invalid or repeated row, or when no prompt is left.
     """
     rows = list(_rows(path, split, concept))
-    _demand_distinct(rows)
+    _require_distinct(rows)
     prompts = [row.prompt for row in rows if role in (None, row.prompt.role)]
     if not prompts:
         wanted = f"prompts of the split {split!r}" + (f" and the role {role!r}" if role else "")
-        raise DataError(f"{path}: expected {wanted}, found none", hint=FORMAT_HINT)
+        raise DataError(f"{path}: expected {wanted}, got none", hint=FORMAT_HINT)
     return prompts
 
 
@@ -59,9 +59,9 @@ def read_all(settings: Settings, split: str) -> list[Prompt]:
     """
     sources = [*((settings.concepts[name].prompts, name) for name in settings.targets), (settings.paths.prompts, "")]
     rows = [row for path, concept in sources for row in _rows(path, split, concept)]
-    _demand_distinct(rows)
+    _require_distinct(rows)
     preserved = (row for path, concept in sources for row in _rows(path, "dev", concept) if row.is_preserved)
-    _demand_unseen(rows, preserved)
+    _require_unseen(rows, preserved)
     return [prompt for path, concept in sources for prompt in read(path, split, concept)]
 
 
@@ -89,7 +89,7 @@ def _rows(path: Path, split: str, concept: str) -> Iterator[_Row]:
             yield _Row(path, line, Prompt(row["id"], row["text"], row["role"], row["label"], requested_concept))
 
 
-def _demand_distinct(rows: Iterable[_Row]) -> None:
+def _require_distinct(rows: Iterable[_Row]) -> None:
     """Raises DataError for two rows with the same id or text: a prompt is one piece of evidence, however often it is
     listed, and its images would be the same samples again.
     """
@@ -105,7 +105,7 @@ def _demand_distinct(rows: Iterable[_Row]) -> None:
                 )
 
 
-def _demand_unseen(rows: Iterable[_Row], preserved: Iterable[_Row]) -> None:
+def _require_unseen(rows: Iterable[_Row], preserved: Iterable[_Row]) -> None:
     """Raises DataError for an unseen prompt that an eraser may preserve: it would measure what training has seen."""
     seen = {row.folded_text: row for row in preserved}
     for row in rows:
@@ -151,7 +151,7 @@ def preserved_prompts(settings: Settings) -> list[str]:
     keep, neighbours = ([p.text for p in dev_prompts if p.role == role] for role in ("keep", "neighbour"))
     if not keep + neighbours:
         raise DataError(
-            f"{settings.paths.prompts}: expected prompts of the split 'dev' and the role 'keep', found none",
+            f"{settings.paths.prompts}: expected prompts of the split 'dev' and the role 'keep', got none",
             hint=FORMAT_HINT,
         )
     return keep + neighbours * max(1, round(len(keep) / max(len(neighbours), 1)))

@@ -15,7 +15,7 @@ from deleatur.storage import files, images
 
 
 def is_rated(settings: Settings, concept: str) -> bool:
-    """Whether `ingest` found usable answers about the concept."""
+    """Whether the feedback has usable answers about the concept. Raises DataError if `ingest` did not know it."""
     path = settings.paths.feedback / "summary.json"
     counts = files.read_json_as(path, FeedbackSummary).concepts.get(concept)
     if counts is None:

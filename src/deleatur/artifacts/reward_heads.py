@@ -14,6 +14,8 @@ from deleatur.storage import tensors
 
 @dataclass(frozen=True)
 class HeadMetadata:
+    """Metadata in the file of a reward head."""
+
     rank: bool
     """Whether it was trained on rankings."""
 

@@ -15,6 +15,7 @@ def is_learned(settings: Settings, concept: str) -> bool:
 
 
 def load_token(settings: Settings, concept: str) -> SoftToken:
+    """The soft tokens of a concept. Raises DataError if there are none."""
     return tensors.load_token(settings.paths.tokens / concept)
 
 

@@ -155,9 +155,9 @@ def refusal(settings: Settings, concept: str, row: str) -> str:
     try:
         methods.guide(trial)
         if methods.eraser(trial).learns_from_images:
-            ingest.demand_rated(settings, concept)
+            ingest.require_rated(settings, concept)
         if methods.requires_ratings(trial):
-            ingest.demand_answered(settings, concept)
+            ingest.require_answered(settings, concept)
     except (SettingsError, DataError) as e:
         return str(e)
     return ""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from deleatur.config.settings import Settings
     from deleatur.operations.estimate import Estimate
 
-# Text is printed as it is: brackets and colons in paths, prompts and reasons are no markup and no emoji.
+# Text is printed as it is: brackets and colons in paths, prompts and reasons are neither markup nor emoji.
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -37,7 +37,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _as_unicode(text: str) -> str:
-    """Bytes of the command line that are no UTF-8 become question marks: the ledger is JSON."""
+    """Bytes of the command line that are not UTF-8 become question marks: the ledger is JSON."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -111,7 +111,7 @@ def print_next(command: str) -> None:
 
 
 def print_estimates(title: str, estimates: Sequence[Estimate], console: Console = out) -> None:
-    """A table of network calls, memory and time; nothing where there is no estimate."""
+    """Prints a table of network calls, memory and time, if there are estimates."""
     from rich.table import Table
 
     from deleatur.operations.estimate import CAPTIONS

@@ -76,7 +76,7 @@ def _next_commands(settings: Settings) -> Iterator[tuple[str, str]]:
     yield "deleatur report --open", "every metric and image in one HTML report"
     yield "deleatur explain", "which rule decided, and by what margin"
     if candidate := pending_approval(settings):
-        yield f"deleatur approve {candidate[0]} --as NAME", "release it; `decline` keeps it back"
+        yield f"deleatur approve {candidate[0]} --as NAME", "release it, or decline it with `deleatur decline`"
     yield "deleatur export erased", "the erased model as a folder that plain diffusers loads"
 
 
@@ -90,8 +90,8 @@ def check(
 ) -> None:
     """Validate params.yaml, every method's hyperparameters and every prompt, word and input file, in seconds.
 
-    Warns of preserved prompts that name a target, or are close to one for the local CLIP model, and of rules about
-    targets that nobody rated. Loads no other network, except with --cost.
+    Warns of preserved prompts that name a target, or are close to one by the local CLIP model, and of rules about
+    targets without ratings. Loads no other network, except with --cost.
     """
     from deleatur.operations import preflight, preserved_prompts
 
@@ -193,7 +193,7 @@ def schema(
 
 @commands.command(hidden=True)
 def digests() -> None:
-    """Write the digests by which DVC knows what code each stage depends on: the command of the DVC stage `code`."""
+    """Write the digests of the code that each stage depends on: the command of the DVC stage `code`."""
     from deleatur import dependencies
 
     dependencies.write_digests(Path())

@@ -42,7 +42,7 @@ def report(
         return
     out.print(latest.summary)
     _warn_if_stale(latest.stale, params)
-    print_text(f"Page:  {latest.html}\nSheet: {latest.contact_sheet}")
+    print_text(f"HTML report:   {latest.html}\nContact sheet: {latest.contact_sheet}")
     if browse:
         typer.launch(str(latest.html))
 

@@ -90,7 +90,7 @@ class Paths(Section):
         """Folders that stages write, and empty before."""
         return {name: path for name, path in self if name not in ("models", "prompts")}
 
-    def demand_apart_from(self, inputs: Mapping[str, Path]) -> None:
+    def require_apart_from(self, inputs: Mapping[str, Path]) -> None:
         """Raises ValueError where an output holds an input, or is outside the project."""
         for name, path in self.outputs.items():
             if not is_inside(path, Path()):

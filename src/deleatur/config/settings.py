@@ -36,7 +36,7 @@ from deleatur.config.sections import (
 )
 from deleatur.errors import SettingsError
 from deleatur.storage.files import literal_path
-from deleatur.storage.yaml_files import mapping, read_yaml
+from deleatur.storage.yaml_files import nested_mapping, read_yaml
 
 NON_RESULT_SECTIONS = frozenset({"compare", "canary", "emergency", "feedback", "workers"})
 """Sections that no result of the chain depends on."""
@@ -83,10 +83,10 @@ class Settings(Section):
         """With the concept's own hyperparameters over those of `invert`. Wraps validation: one message has all."""
         errors = Errors(cls)
         settings = errors.collect((), handler, values)
-        shared = mapping(values, "invert")
+        shared = nested_mapping(values, "invert")
         valid = {name for name in shared if Errors().collect((), validate, "inversion", name, shared[name])}
-        for name, spec in mapping(values, "concepts").items():
-            for method, config in mapping(spec, "invert").items():
+        for name, spec in nested_mapping(values, "concepts").items():
+            for method, config in nested_mapping(spec, "invert").items():
                 if method not in shared or method in valid:  # else its errors are reported once, in `invert`
                     both = merged(shared.get(method, {}), config) if isinstance(config, Mapping) else config
                     errors.collect(("concepts", name, "invert", method), validate, "inversion", method, both)
@@ -117,13 +117,13 @@ class Settings(Section):
         sources = {f"the source {s} of ingest": literal_path(s) for s in self.ingest.sources}
         prompts = {f"the prompt file of {name}": spec.prompts for name, spec in self.concepts.items()}
         inputs = PROJECT_FILES | sources | prompts
-        self.paths.demand_apart_from(inputs | {"the ledger (register.ledger)": self.register_.ledger})
+        self.paths.require_apart_from(inputs | {"the ledger (register.ledger)": self.register_.ledger})
         others = {f"paths.{n}": p for n, p in self.paths} | inputs
         folders = {"canary.folder": self.canary.folder}
         folders |= {"compare.folder": self.compare.folder} if self.compare else {}
         folders |= {"emergency.folder": self.emergency.folder} if self.emergency else {}
         for name, folder in folders.items():
-            _demand_apart(name, folder, others, below=tuple(sources.values()))
+            _require_apart(name, folder, others, below=tuple(sources.values()))
         return self
 
     @classmethod
@@ -148,7 +148,7 @@ class Settings(Section):
             raise SettingsError(describe_errors(e, where), hint=hint) from e
 
 
-def _demand_apart(name: str, folder: Path, others: Mapping[str, Path], below: Collection[Path]) -> None:
+def _require_apart(name: str, folder: Path, others: Mapping[str, Path], below: Collection[Path]) -> None:
     """A folder whose contents are deleted must neither hold anything else nor be in it, unless it is one of `below`."""
     if not is_inside(folder, Path()):
         raise ValueError(f"{name}: expected a folder of the project, got {folder}")

@@ -48,7 +48,7 @@ class Architecture:
 
 
 def latent_shape(unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of a latent. Raises ModelError unless images are square."""
+    """(C, H, W) of a latent. Raises ModelError unless its height and width are equal."""
     size = unet_config.get("sample_size")
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     if not isinstance(height, int) or height < 1 or height != width:
@@ -93,6 +93,7 @@ def from_configs(configs: Mapping[str, Mapping[str, Any]]) -> Architecture:
 
 @cache
 def stable_diffusion() -> Architecture:
+    """The networks of Stable Diffusion 1.4."""
     return from_configs(STABLE_DIFFUSION)
 
 

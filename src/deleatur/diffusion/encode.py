@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -24,11 +25,14 @@ BARE_TEMPLATE = ("{}",)
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """states (n, L, d); per prompt the positions of its soft vectors (or of all its tokens) and of its end token."""
+    """Text-encoder states of n prompts, and the positions of their tokens."""
 
     states: Tensor
+    """(n, L, d)."""
     content_positions: tuple[tuple[int, ...], ...]
+    """Per prompt: of its soft vectors or, without any, of all its tokens between start and end token."""
     end_positions: tuple[int, ...]
+    """Per prompt: of its end-of-text token."""
 
 
 @contextmanager
@@ -52,7 +56,7 @@ def replaced_embeddings(text_encoder: Any, mask: Tensor, rows: Tensor) -> Iterat
 def encode(model: Model, prompts: Sequence[PromptParts]) -> EncodedPrompts:
     """Last hidden states of the text encoder, each prompt padded to L.
 
-    Gradients flow to soft vectors that require them. Raises DataError when a prompt is longer than L.
+    Gradients flow to soft vectors that require them. Raises DataError if a prompt is longer than L.
     """
     ids = torch.full((len(prompts), model.max_tokens), model.tokenizer.pad_token_id)
     mask = torch.zeros(len(prompts), model.max_tokens, dtype=torch.bool)
@@ -74,8 +78,8 @@ def encode(model: Model, prompts: Sequence[PromptParts]) -> EncodedPrompts:
     return EncodedPrompts(states, tuple(content), tuple(end))
 
 
-class Tokenizing(Protocol):
-    """What prompt lengths depend on: a Model, or `pipelines.TextLimits` without any weights."""
+class HasTokenizer(Protocol):
+    """What the length of a prompt depends on: a `Model`, or `pipelines.TextLimits`, which needs no weights."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -84,13 +88,13 @@ class Tokenizing(Protocol):
     def max_tokens(self) -> int: ...
 
 
-def check_lengths(model: Tokenizing, prompts: Sequence[PromptParts]) -> None:
-    """Raises DataError when a prompt is longer than the text encoder's L, without encoding any."""
+def check_lengths(model: HasTokenizer, prompts: Sequence[PromptParts]) -> None:
+    """Raises DataError if a prompt is longer than the text encoder's L, without encoding any."""
     for prompt in prompts:
         _tokenize(model, prompt)
 
 
-def _tokenize(model: Tokenizing, prompt: PromptParts) -> tuple[list[int], list[int]]:
+def _tokenize(model: HasTokenizer, prompt: PromptParts) -> tuple[list[int], list[int]]:
     """Token ids with start and end token, and the positions of soft rows, which hold a placeholder id."""
     tokenizer = model.tokenizer
     placeholder = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else tokenizer.pad_token_id
@@ -106,7 +110,7 @@ def _tokenize(model: Tokenizing, prompt: PromptParts) -> tuple[list[int], list[i
         text = "".join(part if isinstance(part, str) else "<token>" for part in prompt)
         raise DataError(
             f"“{text[:60]}” has {len(ids) - 1} tokens; the text encoder takes {model.max_tokens - 2}",
-            hint="shorten it; where it lists a concept's words or tokens, an eraser with `order: single` takes "
+            hint="shorten it; if it lists a concept's words or tokens, an eraser with `order: single` takes "
             "them one at a time",
         )
     return [*ids, tokenizer.eos_token_id], soft
@@ -164,8 +168,8 @@ def _concept(
 
 def count_tokens(model: Model, *parts: str | Tensor) -> int:
     """Number of token positions that text and soft rows take, without start and end token."""
-    ids = model.tokenizer
-    return sum(len(p) if isinstance(p, Tensor) else len(ids(p, add_special_tokens=False).input_ids) for p in parts)
+    tokenize = partial(model.tokenizer, add_special_tokens=False)
+    return sum(len(part) if isinstance(part, Tensor) else len(tokenize(part).input_ids) for part in parts)
 
 
 @torch.no_grad()
@@ -178,7 +182,7 @@ def replace_description(model: Model, concept: Concept, text: str) -> Concept:
 @torch.no_grad()
 def encode_replacement(model: Model, concept: Concept, text: str) -> Tensor:
     """States (n, L, d) of the concept's prompts with `text` in place of the description; "" gives the empty prompt."""
-    if not count_tokens(model, text):  # blanks too
+    if not count_tokens(model, text):  # empty or white space
         return encode_text(model, [""]).expand(len(concept.states), -1, -1)
     return replace_description(model, concept, text).states
 
@@ -193,8 +197,8 @@ def encode_joint_prompt(model: Model, concepts: Sequence[Concept]) -> Tensor:
 def encode_concept_list(model: Model, concepts: Sequence[Concept]) -> Tensor:
     """(s, L, d): all descriptions of all concepts in as few prompts of similar length as L allows; usually s = 1.
 
-    For guides that steer away from concepts: one prompt, as published, or the mean over several where one is too long.
-    Without concepts: E("").
+    For guides that steer away from concepts: one prompt, as published, or several, whose predictions the sampler
+    averages, if one is too long. Without concepts: E("").
     """
     parts, limit = [p for c in concepts for p in c.prompt_parts], model.max_tokens - 2  # without start and end token
     for s in range(1, len(parts) + 1):
@@ -206,7 +210,7 @@ def encode_concept_list(model: Model, concepts: Sequence[Concept]) -> Tensor:
 
 
 def join_prompts(prompts: Sequence[PromptParts]) -> PromptParts:
-    """ "c₁, c₂, …" """
+    """Prompts as one, separated by commas: "c₁, c₂, …"."""
     joined: list[str | Tensor] = []
     for prompt in prompts:
         joined += [", ", *prompt] if joined else prompt
@@ -222,7 +226,7 @@ def word_embedding(model: Model, word: str) -> Tensor:
     return table[word_token_ids(model, word)].mean(0).detach().float()
 
 
-def word_token_ids(model: Tokenizing, word: str) -> list[int]:
+def word_token_ids(model: HasTokenizer, word: str) -> list[int]:
     """Token ids of a word. Raises SettingsError for a word without any token."""
     ids: list[int] = model.tokenizer(word, add_special_tokens=False).input_ids
     if not ids:

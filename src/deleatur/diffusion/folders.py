@@ -28,7 +28,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 def locate(address: str, file: str = "config.json") -> Path | None:
     """The folder of a model, given by its path or hub id; None for a hub id that is not in the local cache.
 
-    `file` is a file that the folder has to contain. Raises ModelError when there is no such folder.
+    `file` is a file that the folder has to contain. Raises ModelError if there is no such folder.
     """
     path = Path(address)
     if path.is_file():
@@ -37,7 +37,7 @@ def locate(address: str, file: str = "config.json") -> Path | None:
         weights = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
         if weights and not any((path / name).is_file() for name in (file, "config.json")):
             raise _no_folder(weights[0], file)
-        require_file(path, file)
+        require_any_file(path, file)
         return path
     if _is_hub_id(address):
         from huggingface_hub import constants, try_to_load_from_cache
@@ -50,7 +50,7 @@ def locate(address: str, file: str = "config.json") -> Path | None:
 
 
 def download(address: str, file: str = "config.json") -> Path:
-    """As `locate`, and downloads what is missing of a hub id. Raises ServiceError when the Hub does not answer."""
+    """As `locate`, and downloads what is missing of a hub id. Raises ServiceError if the Hub does not answer."""
     if (folder := locate(address, file)) and not _is_hub_id(address):
         return folder
     from huggingface_hub import HfApi, errors, snapshot_download
@@ -71,12 +71,12 @@ def download(address: str, file: str = "config.json") -> Path:
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
         raise ServiceError(
             f"{address} is not on this disk, and the Hub does not answer ({failure or e})",
-            hint=f"where there is a network: hf download {address} --local-dir FOLDER; then set it in params.yaml",
+            hint=f"on a machine with a network: hf download {address} --local-dir FOLDER; then set it in params.yaml",
         ) from e
 
 
 def _is_hub_id(address: str) -> bool:
-    # Where a folder of the owner's name exists, a path was meant.
+    # If there is a folder of the owner's name, a path was meant.
     return bool(HUB_ID.fullmatch(address)) and not Path(Path(address).parts[0]).is_dir()
 
 
@@ -92,7 +92,7 @@ def _no_folder(weights: Path, file: str) -> ModelError:
     )
 
 
-def require_file(folder: Path, *names: str) -> None:
+def require_any_file(folder: Path, *names: str) -> None:
     """Raises ModelError unless one of these files is in the folder, with content of its kind."""
     files = [folder / name for name in names if (folder / name).is_file()]
     if not files:
@@ -101,8 +101,8 @@ def require_file(folder: Path, *names: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ModelError unless the file is a JSON object."""
-    require_file(path.parent, path.name)
+    """The content of a JSON file. Raises ModelError unless it is an object."""
+    require_any_file(path.parent, path.name)
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as e:
@@ -115,7 +115,7 @@ def check_network(folder: Path) -> dict[str, Any]:
     if not (weights := list(_weight_files(folder))):
         raise _no_weights(folder, config)
     for path in weights:
-        require_file(path.parent, path.name)
+        require_any_file(path.parent, path.name)
         try:
             with safe_open(path, framework="pt"):  # reads the header and compares the file's size with it
                 pass
@@ -154,14 +154,14 @@ def check_clip(folder: Path) -> None:
     """Raises ModelError unless a CLIP model, its tokenizer and its image processor are complete."""
     if (kind := check_network(folder).get("model_type")) != "clip":
         raise ModelError(f"{folder}: expected a CLIP model, got model_type {kind}", hint=folder_hint(folder))
-    require_file(folder, *PROCESSOR_FILES)
-    require_file(folder, *TOKENIZER_FILES)
+    require_any_file(folder, *PROCESSOR_FILES)
+    require_any_file(folder, *TOKENIZER_FILES)
 
 
 def classifier_labels(folder: Path) -> tuple[str, ...]:
     """The labels of a classifier by class index. Raises ModelError unless the classifier is complete."""
     config = check_network(folder)
-    require_file(folder, *PROCESSOR_FILES)
+    require_any_file(folder, *PROCESSOR_FILES)
     labels = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}  # the default of transformers
     return tuple(labels[i] for i in sorted(labels, key=int))
 
@@ -173,6 +173,7 @@ def unsupported(expected: str, got: object) -> ModelError:
 
 
 def folder_hint(folder: Path | str) -> str:
+    """The next command for a model folder that is missing or incomplete."""
     return f"put a complete folder at {folder} or name another one in params.yaml, then: deleatur check"
 
 

@@ -113,7 +113,7 @@ def silence_libraries() -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device; "auto" is CUDA if available. Raises SettingsError when this machine has no such device."""
+    """The device; "auto" is CUDA if available. Raises SettingsError if this machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -140,7 +140,7 @@ def load_errors(path: str, what: str) -> Iterator[None]:
 
 
 def from_pretrained(cls: Any, path: str, **options: Any) -> Any:
-    """Loads a network. Raises ModelError when a weight is not finite, and ValueError when tensors are missing,
+    """Loads a network. Raises ModelError if a weight is not finite, and ValueError if tensors are missing,
     which the libraries would initialise at random.
     """
     net, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
@@ -154,7 +154,7 @@ def from_pretrained(cls: Any, path: str, **options: Any) -> Any:
 def load(path: str, *, dtype: str = "float32", device: str = "auto") -> Model:
     """Loads a folder or hub id in the layout of `StableDiffusionPipeline`.
 
-    Raises ModelError when a part is missing or is not of the Stable Diffusion 1.x/2.x family.
+    Raises ModelError if a part is missing or is not of the Stable Diffusion 1.x/2.x family.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -18,7 +18,7 @@ from deleatur.records.model import Delta
 def edited_weights(model: Model, delta: Delta) -> dict[str, Tensor]:
     """base + difference, in the model's precision, for `predict` and `sample`.
 
-    Raises ModelError when the delta has another base, names a tensor that the base lacks, or is not finite.
+    Raises ModelError if the delta has another base, names a tensor that the base lacks, or is not finite.
     """
     if delta.base != model.unet_digest:
         raise ModelError(
@@ -35,7 +35,7 @@ def edited_weights(model: Model, delta: Delta) -> dict[str, Tensor]:
 
 
 def rounding_loss(model: Model, delta: Delta) -> float:
-    """‖applied difference − difference‖ / ‖difference‖: what the model's precision does not show of a delta.
+    """‖applied difference − difference‖ / ‖difference‖: the share that rounding to the model's precision loses.
 
     A parameter in bfloat16 has eight significant bits: a difference below 1/512 of it rounds to nothing.
     """
@@ -73,7 +73,7 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
 
 
 def add_deltas(first: Delta, second: Delta) -> Delta:
-    """The sum of two deltas. Raises ModelError when their bases differ, or when one of them samples in one step."""
+    """The sum of two deltas. Raises ModelError if their bases differ, or when one of them samples in one step."""
     if (first.one_step, second.one_step) != (None, None):
         raise ModelError("a one-step sampler's delta cannot be added to another delta")
     if first.base != second.base:

@@ -1,7 +1,7 @@
 """Images as networks see them: 8-bit sRGB on white, the pixels that a browser shows to people.
 
-`Image.convert("RGB")` gives other ones: it clips 16-bit grey to white, drops transparency (which leaves whatever colour
-the invisible pixels have, usually black), and ignores orientation and colour profile.
+`Image.convert("RGB")` gives other pixels: it clips 16-bit grey to white, drops transparency (which leaves whatever
+colour the invisible pixels have, usually black), and ignores orientation and colour profile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms
 
 SRGB = ImageCms.createProfile("sRGB")
 COLOUR_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
-"""Mode → colour space of an ICC profile that fits it."""
+"""Mode of an image → colour space of the ICC profiles that apply to it."""
 
 
 TURNS = {
@@ -34,7 +34,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image in mode RGB, upright, in sRGB, transparency on white; of an animation, the first frame.
 
-    An image that is so already is returned as it is, and shares its pixels.
+    An image that meets all of this already is returned itself, not a copy.
     """
     profile = image.info.get("icc_profile")
     turn = _turn(image)

@@ -18,7 +18,13 @@ from deleatur.maths.finite import require_finite
 class SamplerGuide(Protocol):
     """Guidance as the sampler calls it, see `guides.Guide`."""
 
-    def combine(self, step: int, eps_p: Tensor, eps: Mapping[str, Tensor], state: object) -> tuple[Tensor, object]: ...
+    def combine(self, step: int, eps_p: Tensor, eps: Mapping[str, Tensor], state: object) -> tuple[Tensor, object]:
+        """The guided prediction (B, C, H, W), and the state for the next step.
+
+        step: counted from 0. eps_p (B, C, H, W): prediction for the prompts. eps: condition name → prediction of the
+        same shape. state: what the previous step returned; None at step 0.
+        """
+        ...
 
 
 Conditions = Mapping[str, Tensor]
@@ -39,7 +45,7 @@ def denoise(
     prompt of the guide's conditions.
     """
     b, sizes = len(z), [len(states) for states in conditions.values()]
-    m, state = sum(sizes), None
+    m, state = sum(sizes), None  # m: prompts of all conditions
     rows = torch.cat([c, torch.cat(list(conditions.values())).repeat_interleave(b, 0)])
     for step, tau in enumerate(model.schedule.timesteps(steps)):
         t = torch.full((b,), tau, device=z.device)
@@ -61,7 +67,7 @@ def denoise_one_step(model: Model, n: Tensor, c: Tensor, timestep: int, weights:
 
 @torch.no_grad()
 def decode_latents(model: Model, z: Tensor) -> list[Image.Image]:
-    """Latents (B, C, H, W) → images. Raises ModelError, since eight bits per channel would hide NaN."""
+    """Latents (B, C, H, W) → images. Raises ModelError for NaN and infinity, which 8-bit pixels would hide."""
     require_finite(z, "latents that the UNet sampled")
     pixels = model.vae.decode((z / model.vae.config.scaling_factor).to(model.dtype)).sample.float()
     require_finite(pixels, "pixels that the VAE decoded")
@@ -70,9 +76,9 @@ def decode_latents(model: Model, z: Tensor) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def encode_images(model: Model, images: Sequence[Image.Image], batch: int = 64) -> Tensor:
-    """Images → clean latents z₀ (n, C, H, W), the scaled mean of the VAE's posterior."""
-    return torch.cat([_encode(model, images[i : i + batch]) for i in range(0, len(images), batch)])
+def encode_images(model: Model, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+    """Images → clean latents z₀ (n, C, H, W), the scaled mean of the VAE's posterior; resized to the model's size."""
+    return torch.cat([_encode(model, images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
 
 
 def _encode(model: Model, images: Sequence[Image.Image]) -> Tensor:
@@ -94,18 +100,19 @@ def sample(
     steps: int,
     weights: Weights | None = None,
     one_step: int | None = None,
-    batch: int = 16,
+    batch_size: int = 16,
     on_batch: Callable[[int], None] = lambda n: None,
 ) -> list[Image.Image]:
     """One image for each row of c (n, L, d) and its seed.
 
     The last batch is padded: every network call has the same shape, so an image's bits do not depend on the number of
-    images nor on its position among them. `one_step`: see `Delta`; `guide` and `steps` then have no effect.
+    images nor on its position among them. `one_step`: see `Delta`; `guide` and `steps` then have no effect. `on_batch`
+    is called with the number of images of each batch. Raises ModelError if latents or pixels are not finite.
     """
     images: list[Image.Image] = []
-    for start in range(0, len(seeds), batch):
-        rows, batch_seeds = c[start : start + batch], list(seeds[start : start + batch])
-        padding = batch - len(batch_seeds)
+    for start in range(0, len(seeds), batch_size):
+        rows, batch_seeds = c[start : start + batch_size], list(seeds[start : start + batch_size])
+        padding = batch_size - len(batch_seeds)
         rows = torch.cat([rows, rows[-1:].expand(padding, -1, -1)])
         z = initial_noise(model, batch_seeds + batch_seeds[-1:] * padding)
         if one_step is None:

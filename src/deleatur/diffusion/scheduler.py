@@ -29,7 +29,7 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     from diffusers import DDIMScheduler
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    # Those that share DDIM's discrete betas; EDM's, in the same list, are continuous.
+    # All that share DDIM's discrete betas; those of EDM, which diffusers also lists, have continuous noise levels.
     interchangeable = [s.name for s in KarrasDiffusionSchedulers if not s.name.startswith("EDM")]
     if (name := config.get("_class_name", interchangeable[0])) not in interchangeable:
         raise unsupported(f"one of {', '.join(interchangeable)}", name)

@@ -33,14 +33,14 @@ class Eraser(BaseModel):
         return []
 
     def check_concepts(self, concepts: Sequence[str]) -> None:
-        """Raises SettingsError when the hyperparameters lack what the method needs for one of the concepts."""
+        """Raises SettingsError if the hyperparameters lack what the method needs for one of the concepts."""
 
     @abstractmethod
     def workload(self, source: ConceptSource) -> Workload:
         """Network calls of an erasure, evaluations excluded."""
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """Raises SettingsError where a hyperparameter does not fit the model's timesteps."""
+        """Raises SettingsError if a hyperparameter does not fit the model's timesteps."""
 
     @abstractmethod
     def touched_parameters(self, model: Model) -> set[str]:

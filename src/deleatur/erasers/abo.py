@@ -52,7 +52,7 @@ def guidance_error(anchor: float) -> ErrorFunction:
 
 
 class ABOTraining(TrajectoryTrainingConfig):
-    """Defaults of ours."""
+    """Our defaults: the paper's were not available."""
 
     iterations: int = Field(500, gt=0)
     weight_decay: float = Field(0.0, ge=0)

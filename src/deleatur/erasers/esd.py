@@ -2,9 +2,9 @@
 
 min_θ E ‖ ε_θ(z, t, c) − sg[ε_θ₀(z, t, c_from) − η (ε_θ₀(z, t, c) − ε_θ₀(z, t, c₀))] ‖²
 
-The student makes z with guidance, prompted with c; the target is the frozen base model's, with negative guidance.
+The student samples z with guidance, prompted with c; the target is the frozen base model's, with negative guidance.
 ESD-x is `training.trainable: xattn`, ESD-x-strict `xattn_kv`; ESD-u is `noxattn`: everything except cross-attention,
-the last convolution and the time embedding. Deviations: several descriptions are cycled through, not drawn at random;
+the last convolution and the time embedding. Deviations: several descriptions are cycled through, not sampled at random;
 t is the timestep of z itself, not one up to 20 above it; gradients are clipped, as for the tables of the SDD paper.
 """
 
@@ -49,7 +49,7 @@ class ESDTraining(TrajectoryTrainingConfig):
     weight_decay: float = Field(0.0, ge=0)
     """0 is plain Adam."""
     ema_decay: float = Field(0.0, ge=0, le=1)
-    """0: no teacher; the student makes its own trajectories and is returned."""
+    """0: no teacher; the student samples the trajectories and is returned."""
 
 
 class ESD(Eraser):

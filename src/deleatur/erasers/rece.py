@@ -36,8 +36,8 @@ class RECE(Eraser):
     target_rate: float = Field(0.0, ge=0, le=1)
     """Stop (ours) once c' regenerates at most this share of the difference between the concept and its alternative."""
     hold: bool = False
-    """Erase (ours), with c', all states that were erased before. A published epoch erases c' alone and so gives way at
-    the earlier ones: where preserved prompts weigh much, most of the concept returns."""
+    """Erase (ours), with c', all states that were erased before. A published epoch erases c' alone, which partly undoes
+    the earlier ones: if preserved prompts have much weight, most of the concept returns."""
     alternatives: dict[str, str] = Field(default_factory=dict)
     """What the model generates in a concept's place, {weapon: toy}; for concepts not listed, as without a prompt."""
     edit: ClosedFormConfig = Field(default_factory=ClosedFormConfig)

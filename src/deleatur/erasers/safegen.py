@@ -52,7 +52,7 @@ def exact_factor(schedule: NoiseSchedule, t: Tensor, limit: float) -> Tensor:
 
 @dataclass
 class DenoisingTerm:
-    """Noisy images under the empty prompt, and the noise that leads to other images from there."""
+    """Loss on noisy images under the empty prompt; the target is the noise that denoises them to other images."""
 
     schedule: NoiseSchedule
     z_0: Tensor
@@ -60,7 +60,7 @@ class DenoisingTerm:
     z_target: Tensor
     """(n, C, H, W) clean latents of the images to predict instead."""
     factor: Callable[[Tensor], Tensor]
-    """f_t (b,)."""
+    """t (b,) → f_t (b,)."""
     c_0: Tensor
     batch_size: int
     weight: float
@@ -152,7 +152,7 @@ class SafeGen(Eraser):
 
 
 def rated_images(concepts: Sequence[Concept]) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Positive and negative images of all concepts. Raises DataError where a concept lacks either."""
+    """Positive and negative images of all concepts. Raises DataError if a concept lacks either."""
     for c in concepts:
         if c.images is None or not c.images.positive or not c.images.negative:
             n, m = (len(c.images.positive), len(c.images.negative)) if c.images else (0, 0)

@@ -2,7 +2,7 @@
 
 min_θ E ‖ ε_θ(z⁽ᵏ⁾, τ_k, c_s) − sg[ε_θ(z⁽ᵏ⁾, τ_k, c₀)] ‖²
 
-The EMA teacher makes z⁽ᵏ⁾ with guidance, prompted with c_p; the target is the student's own unconditional prediction;
+The EMA teacher samples z⁽ᵏ⁾ with guidance, prompted with c_p; the target is the student's own unconditional prediction;
 the teacher is returned. Deviations from the released code: its errors are not repeated (a finished image trained on
 for k = 0, a timestep off by up to 18, roles swapped, gradients kept on frozen tensors).
 """
@@ -33,14 +33,14 @@ def unconditional_target(c_0: Tensor, *, frozen: bool) -> TargetFunction:
     """sg[ε(z, t, c₀)] of the student at the current step, or of the base model (`frozen`)."""
 
     def target(denoisers: Denoisers, z: Tensor, t: Tensor, index: Tensor) -> Tensor:
-        # A call of its own: in one call with ε_s, the backward pass would run over both.
+        # A separate call without gradient: in one call with ε_s, the backward pass would run over both.
         return (denoisers.base if frozen else denoisers.student)(z, t, c_0)
 
     return target
 
 
 DEFAULT_DISTRIBUTIONS: dict[ConceptSource, TimestepDistribution] = {"words": "uniform", "token": "beta33"}
-"""Timestep distribution where none is configured: of SDD for words, of HFI for tokens."""
+"""Timestep distribution if none is configured: SDD's for words, HFI's for tokens."""
 
 
 class SDD(Eraser):

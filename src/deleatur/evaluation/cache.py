@@ -10,7 +10,7 @@ from deleatur.storage import files
 from deleatur.storage.cache import RowCache
 
 SHARD_SIZE = 128
-"""Images per shard: what a killed run computes again at most."""
+"""Images per shard: the most that a killed run has to recompute."""
 
 VALUES_FILE = "values.parquet"
 """All metric values of the report, for other tools; not a part of the cache."""
@@ -20,13 +20,14 @@ METRIC_VALUES = pa.schema({"key": pa.string(), "value": pa.float64()})
 
 
 class EvaluationCache:
-    """The folder of the row caches. Each is named by the digest of everything that determines its rows."""
+    """A folder of row caches, each named by the digest of everything that determines its rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._in_use = {folder / VALUES_FILE}
 
     def open(self, digest: str, schema: pa.Schema) -> RowCache:
+        """The row cache of this digest, which `remove_unused` then keeps."""
         folder = self.folder / digest[:24]
         self._in_use.add(folder)
         return RowCache(folder, schema)

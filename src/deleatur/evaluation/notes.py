@@ -15,10 +15,11 @@ from deleatur.storage import files
 
 
 def report_notes(settings: Settings) -> list[str]:
+    """The notes of the report, from settings and the records of earlier stages."""
     return [
         f"Intervals ({settings.evaluate.confidence_level:.0%}): Wilson for rates, Bonett–Price for paired yes/no "
         "differences, t for means; images of one prompt count as one cluster, and few prompts widen every interval.",
-        f"Tokens are {'the learned soft tokens' if settings.erase.source == 'token' else 'the given words'}.",
+        f"Tokens are {'the learned soft tokens' if settings.erase.source == 'token' else 'the configured words'}.",
         *files.read_json_as(settings.paths.delta / "record.json", ErasureRecord).notes,
         *_template_notes(settings),
         *_feedback_notes(settings),
@@ -37,7 +38,7 @@ def _feedback_notes(settings: Settings) -> Iterator[str]:
     for name in settings.targets:
         spec = settings.concepts[name]
         if reward_heads.is_trained(settings, name):
-            yield f"What raters of {name} were asked: {spec.guideline}"
+            yield f"Question to the raters of {name}: {spec.guideline}"
         else:
             unrated = f"No person rated images of {name}"
             if is_rated(settings, name):

@@ -43,8 +43,8 @@ def validation_probe(
     one_step: int | None,
 ) -> Probe:
     """Samples concept prompts, the concept's own words or tokens, and preserved prompts, always from the same noise,
-    and scores them with r_ψ, or the concept's detector where nobody rated it, and with CLIP. Prompts are of the dev
-    split only: those of the report take no part.
+    and scores them with r_ψ (for a concept without ratings, with its detector) and with CLIP. Prompts are those of the
+    dev split only, never those of the report.
     """
     guide = methods.guide(settings)
     conditions = guide.conditions(model, concepts)
@@ -61,13 +61,14 @@ def validation_probe(
         return sample(
             model,
             states,
+            # These labels select the noise, so they keep their first names: "look" is an evaluation.
             [derive(settings.seed, "erase", "look", purpose, i) for i in range(len(states))],
             guide=guide,
             conditions=conditions,
             steps=settings.sample.steps,
             weights=weights,
             one_step=one_step if weights else None,
-            batch=settings.sample.batch_size,
+            batch_size=settings.sample.batch_size,
         )
 
     def probe(weights: Weights) -> Evaluation:
@@ -76,7 +77,8 @@ def validation_probe(
         except ModelError:  # NaN or infinity in latents or pixels
             if not weights:
                 raise
-            # Training destroyed the model: no contrast, as of blank images, so that early stopping goes back.
+            # Training destroyed the model. Zero contrast, as of blank images, makes early stopping return an earlier
+            # evaluation's weights.
             return Evaluation(concept=1.0, preserved=0.0, contrast=0.0)
 
     def evaluate(weights: Weights) -> Evaluation:
@@ -94,7 +96,7 @@ def validation_probe(
 
 
 def concept_classifier(settings: Settings, clip: Clip, name: str) -> ConceptClassifier:
-    """By the reward head, which knows what raters see; of a concept that nobody rated, by its detector."""
+    """The concept's reward head, fitted to its ratings; for a concept without ratings, its detector."""
     if reward_heads.is_trained(settings, name):
         head = reward_heads.load_head(settings, name, "train")
         return lambda images: reward_heads.shows_concept(head, clip.embed_images(images))
@@ -120,7 +122,7 @@ def token_evaluator(settings: Settings, model: Model, clip: Clip, head: RewardHe
             guide=guide,
             conditions=conditions,
             steps=settings.sample.steps,
-            batch=settings.sample.batch_size,
+            batch_size=settings.sample.batch_size,
         )
         rewards: list[float] = head(clip.embed_images(images)).reshape(-1, IMAGES_PER_TOKEN).mean(1).tolist()
         return rewards

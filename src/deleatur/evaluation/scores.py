@@ -113,8 +113,8 @@ def _intervals(
 
 
 def report_slices(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Slice name → boolean mask: one slice per role and, where several concepts are erased, per role and concept, since
-    one concept could fail unnoticed among many. "concept", "concept/weapon", "concept/vice", …
+    """Slice name → boolean mask (n,): one slice per role and, if several concepts are erased, one per role and concept,
+    since one concept could fail unnoticed among many: "concept", "concept/weapon", "concept/vice", …
     """
     roles, concepts = (np.array([getattr(p, field) for p in prompts]) for field in ("role", "concept"))
     slices = {role: roles == role for role in sorted(set(roles))}
@@ -133,9 +133,10 @@ def bootstrap_interval(
     rows: Any,
     role: str,
 ) -> Interval:
-    """Bootstrap over prompts, with the same resamples of both variants.
+    """Bootstrap interval over prompts, with the same resamples for both variants.
 
-    Basic form (2θ − θ*): such distances are biased upwards in resamples, and percentiles would exclude the value.
+    The basic interval, 2θ − quantiles of θ* (Davison & Hinkley 1997): such distances are biased upwards in resamples,
+    and the percentile interval would exclude the value.
     """
     x, y, prompt_of = samples.features[rows], base.features[rows], clusters[rows]
     value = metric.of_set(x, y)

@@ -16,6 +16,8 @@ from deleatur.records.feedback import FeedbackEvent
 
 @dataclass(frozen=True)
 class ResolvedEvents:
+    """Feedback events after corrections and withdrawals have been applied."""
+
     events: list[EventRow]
     """Valid events in their order, replaced answers and withdrawals included."""
     answers: list[EventRow]
@@ -32,6 +34,7 @@ def resolve(
     quarantined_ids: ids of rejected lines; an event that replaces one of them corrects it, so it is valid.
     """
     skipped = {(row.file, row.line) for row in invalid}
+    # A withdrawal may repeat the id of the answer that it withdraws: the id then names the answer.
     positions = {row.event.event_id: i for i, row in enumerate(rows) if row.is_withdrawal}
     positions |= {row.event.event_id: i for i, row in enumerate(rows) if not row.is_withdrawal}
     usable = {i for i, row in enumerate(rows) if (row.file, row.line) not in skipped}
@@ -110,7 +113,7 @@ def _in_effect(rows: Sequence[EventRow], parents: Mapping[str, str]) -> list[Eve
 
 
 def _chain_roots(parents: Mapping[str, str]) -> dict[str, str]:
-    """Event id → the first event of its chain of corrections. In a cycle, which only invalid events form, any of it."""
+    """Event id → the first event of its chain of corrections. Of a cycle, which only invalid events form, any event."""
     roots = dict[str, str]()
     for start in parents:
         path, node = dict[str, None](), start

@@ -119,7 +119,7 @@ class ParsedEvents:
 def parse(sources: Mapping[str, Iterable[bytes]]) -> ParsedEvents:
     """Parses every file; each non-blank line ends up in exactly one of the three lists, in order of appearance.
 
-    Of a file in UTF-16, which has no lines of bytes, there is one quarantine row.
+    A file in UTF-16, which cannot be split into lines as bytes, gives one quarantine row.
     """
     parsed, first_seen = ParsedEvents([], [], []), dict[object, FeedbackEvent]()
     for file, lines in sources.items():
@@ -151,7 +151,7 @@ def parse_line(file: str, number: int, line: bytes) -> EventRow | QuarantineRow:
 
     A withdrawal with invalid fields counts all the same, without these fields.
     """
-    line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors write one; joined files have it inside
+    line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors write one; concatenated files contain it mid-file
     row = _validate_line(file, number, line)
     if isinstance(row, QuarantineRow):
         withdrawal = _withdrawal(_json_object(line))
@@ -188,8 +188,8 @@ def _validate_line(file: str, number: int, line: bytes) -> EventRow | Quarantine
 
 
 def _withdrawal(values: Mapping[str, Any]) -> FeedbackEvent | None:
-    """The withdrawal in the fields of an invalid line, without its invalid fields; None where the line is none, or
-    names no event or no rater. Without `replaces`, its own event_id names the event.
+    """The withdrawal that an invalid line states, without its invalid fields; None if the line is not a withdrawal, or
+    names no event or no rater. Without `replaces`, it withdraws the event that has its event_id.
     """
     texts: dict[str, Any] = {name: value if isinstance(value := values.get(name), str) else "" for name in TEXT_FIELDS}
     texts = {name: text.encode("utf-8", "ignore").decode() for name, text in texts.items()}  # no lone surrogates
@@ -218,11 +218,18 @@ def reject(row: EventRow, rule: str, expected: str, got: str, remedy: str) -> Qu
     """The quarantine row of an event that was parsed but cannot be used."""
     event_id = row.event.event_id if _is_id(row.event.event_id) else None
     return QuarantineRow(
-        row.file, row.line, event_id, rule, expected, redact(got, MAX_GOT_CHARS), remedy, redact(to_json(row.event))
+        row.file,
+        row.line,
+        event_id,
+        rule,
+        expected,
+        redact_personal_data(got, MAX_GOT_CHARS),
+        remedy,
+        redact_personal_data(to_json(row.event)),
     )
 
 
-def redact(text: str, length: int = MAX_ROW_CHARS) -> str:
+def redact_personal_data(text: str, length: int = MAX_ROW_CHARS) -> str:
     """Text for display: e-mail addresses and raters that are not hashes replaced, control characters escaped, at most
     `length` characters. Only the start of a long text is searched, far enough that no address is cut.
     """
@@ -239,7 +246,7 @@ def _conflicting_repeat(row: EventRow, known: FeedbackEvent) -> QuarantineRow:
 
 
 def _invalid_line(file: str, number: int, line: bytes, error: ValidationError) -> QuarantineRow:
-    """pydantic's errors of one line as one quarantine row."""
+    """All errors that pydantic reports for one line, as one quarantine row."""
     errors = error.errors(include_url=False)
     not_json = errors[0]["type"] == "json_invalid"
     expected = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in errors)
@@ -249,15 +256,15 @@ def _invalid_line(file: str, number: int, line: bytes, error: ValidationError) -
         number,
         event_id if isinstance(event_id := _json_object(line).get("event_id"), str) and _is_id(event_id) else None,
         "json" if not_json else "fields",
-        "one JSON object in UTF-8" if not_json else redact(expected),
-        redact(expected if not_json else got, MAX_GOT_CHARS),
+        "one JSON object in UTF-8" if not_json else redact_personal_data(expected),
+        redact_personal_data(expected if not_json else got, MAX_GOT_CHARS),
         APPEND_CORRECTED,
-        redact(line.decode("utf-8", "backslashreplace").strip()),
+        redact_personal_data(line.decode("utf-8", "backslashreplace").strip()),
     )
 
 
 def _json_object(line: bytes) -> Mapping[str, Any]:
-    """The fields of a line that does not validate; empty where it is no JSON object."""
+    """The fields of a line that does not validate; empty if it is not a JSON object."""
     try:
         parsed: Any = json.loads(line)
     except (ValueError, RecursionError):
@@ -297,6 +304,6 @@ def parse_utc(created_at: str) -> datetime | None:
 
 
 def event_time(created_at: str, now: datetime) -> datetime | None:
-    """The time of an event; None where it is invalid, or in the future: it would be the latest answer for ever."""
+    """The time of an event; None if it is invalid, or in the future: it would remain the latest answer."""
     time = parse_utc(created_at)
     return time if time and time <= now + CLOCK_TOLERANCE else None

@@ -4,7 +4,7 @@ x: features (n, d)       y: share of raters who said yes (n,)       (x⁺, x⁻)
 binary:   L(ψ) = mean (r_ψ(x) − y)², the Brier score, whose minimiser is the vote share, so disagreement is preserved
 ranking:  L(ψ) = −Σ w log σ(r_ψ(x⁺) − r_ψ(x⁻)), Bradley–Terry: defined up to a constant, so scores are standardised
 
-Cross-validation chooses the epoch by the loss that training minimises, of the scores before they are standardised.
+Cross-validation selects the epoch with the lowest loss on held-out prompts, of the scores before standardisation.
 """
 
 from __future__ import annotations
@@ -83,12 +83,14 @@ class RewardHead:
 
 @dataclass(frozen=True)
 class RewardFit:
+    """A fitted reward head and its cross-validation."""
+
     head: RewardHead
     epochs: int
     held_out_quality: float
     """AUC of majority votes (binary) or pair accuracy (ranking) on held-out prompts, mean of the folds; nan where no
-    fold has answers of both classes. Each fold is scored at the epoch that the other folds choose, since the epoch
-    that suits its own prompts best would flatter it."""
+    fold has answers of both classes. Each fold is scored at the epoch that the other folds select: the epoch that is
+    best on its own prompts would be optimistic."""
     validation_losses: list[float]
     """Validation loss per epoch, mean of the folds."""
 
@@ -113,14 +115,14 @@ def fit(
 
     x: (n, d) features. groups: (n,) prompt index of each image; images of one prompt stay in one fold.
     The number of epochs is the one with the lowest mean validation loss.
-    Raises DataError when all answers are equal, or when they are about a single prompt.
+    Raises DataError if all answers are equal, or when they are about a single prompt.
     """
     _require_contrast(target)
     folds = _cross_validate(x, target, groups, hyperparameters, seed)
     losses = np.array([fold.losses for fold in folds])  # (folds, epochs)
     mean_losses = losses.mean(0)
     best = int(mean_losses.argmin())
-    others = losses.sum(0) - losses if len(folds) > 1 else losses
+    others = losses.sum(0) - losses if len(folds) > 1 else losses  # of all folds but this one, (folds, epochs)
     qualities = [quality(f.scores[epoch], f.validation) for f, epoch in zip(folds, others.argmin(1), strict=True)]
     defined = [q for q in qualities if not np.isnan(q)]
     network = _train(x, target, hyperparameters, seed, best + 1)
@@ -162,6 +164,7 @@ def _cross_validate(
 
 
 def _require_contrast(target: VoteTargets | PairTargets) -> None:
+    """Raises DataError if there are no targets, or all vote shares are equal."""
     if not _total_weight(target):
         raise DataError("expected yes/no answers or rankings, got only unsure and skip", hint=COLLECT_MORE)
     if isinstance(target, VoteTargets):
@@ -234,6 +237,7 @@ def _to_head(network: nn.Sequential, x: Tensor, rank: bool) -> RewardHead:
 
 
 def _loss(r: Tensor, target: VoteTargets | PairTargets) -> Tensor:
+    """Weighted mean loss L(ψ) of the scores r (n,)."""
     if isinstance(target, PairTargets):
         log_p = F.logsigmoid(r[target.better] - r[target.worse])
         return -(target.weight * log_p).sum() / target.weight.sum().clamp(min=1e-6)

@@ -44,6 +44,7 @@ class Panel:
     unsure: float = 0.1
     """Probability of "unsure" at an oracle of 0.5; it falls to 0 towards the sure ends, as 4·o·(1−o)."""
     skip: float = 0.02
+    """Probability of "skip"."""
     screen: int = 5
     """Images on a ranking screen (M)."""
     cut: float = 0.2

@@ -111,8 +111,8 @@ def rater_table(answers: pd.DataFrame) -> pd.DataFrame:
     """One row per concept and rater: number of answers, agreement with the other raters, and weight.
 
     A judgement is a yes or no about an image, or the order of two images of a screen.
-    agreement: share of the judgements, of those that others made too (`compared`), that match the others' majority;
-               missing without any
+    compared:  number of judgements that other raters made too
+    agreement: share of these that match the majority of the others; missing without any
     accuracy:  p_j of the one-coin model of Dawid and Skene, fitted per concept
     weight:    max(0, 2p_j − 1)
     """

@@ -19,7 +19,7 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.redaction import redacted_file
 from deleatur.registry import ledger
-from deleatur.registry.decisions import locked_for_decision, show_state, unchecked_registry
+from deleatur.registry.decisions import apply_state, locked_for_decision, unchecked_registry
 from deleatur.registry.history import history
 from deleatur.registry.ledger import Ledger
 from deleatur.registry.mlflow_registry import QUARANTINED
@@ -50,7 +50,7 @@ class BackupManifest(BackupInfo):
 
 
 def backup(settings: Settings, folder: Path) -> BackupInfo:
-    """Write a backup into a new folder.
+    """Writes a backup into a new folder.
 
     Raises DataError if the folder exists, the ledger was modified, or an alias was moved by hand: a backup whose parts
     contradict each other could not be restored.
@@ -86,7 +86,7 @@ def backup(settings: Settings, folder: Path) -> BackupInfo:
 
 
 def restore(settings: Settings, folder: Path) -> BackupInfo:
-    """Restore a backup into an empty registry. After an interruption, the same call resumes.
+    """Restores a backup into an empty registry. After an interruption, the same call resumes.
 
     Raises DataError, before anything is changed, if the backup is damaged or the workspace has decisions, versions or
     uncommitted changes that the backup lacks.
@@ -102,7 +102,7 @@ def restore(settings: Settings, folder: Path) -> BackupInfo:
         verify(settings, number, saved.entries)
     with files.atomic_write(target) as partial:
         shutil.copyfile(folder / "ledger.jsonl", partial)
-    show_state(registry, saved)
+    apply_state(registry, saved)
     for name in WORKSPACE_FILES:  # never a path that only the folder names
         if (path := folder / "workspace" / name).is_file() and not _is_same(Path(name), path):
             with files.atomic_write(Path(name)) as partial:

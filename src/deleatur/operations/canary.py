@@ -41,15 +41,18 @@ from deleatur.runtime.progress import Bar, bar
 from deleatur.storage import files, json_records
 
 ACTOR = "canary"
-"""Who decides, in the ledger's entries."""
+"""Name of the canary as the actor of the ledger's entries."""
 SHEET_ROWS = 8
-"""Most prompts on a contact sheet."""
+"""Maximum number of prompts on a contact sheet."""
 
 ImagesByVariant = Mapping[Variant, Sequence[Image.Image]]
 
 
 def run(settings: Settings, *, dry_run: bool = False) -> tuple[CanaryResult, RollbackResult | None] | None:
-    """Check the champion and quarantine it if a concept is back, unless `dry_run`. None: there is nothing to check."""
+    """Checks the champion, and quarantines it if a concept is back, unless `dry_run`. None: there is nothing to check.
+
+    Raises as `champion_and_concepts`, `check` and `quarantine` do.
+    """
     if (pending := pending_check(settings)) is None:
         return None
     result = check(settings, *pending)
@@ -87,7 +90,7 @@ def _erased_concepts(registry: Registry, version: str) -> list[str]:
 
 
 def check(settings: Settings, version: str, concepts: Sequence[str]) -> CanaryResult:
-    """Sample base model and version and detect the concepts; decides nothing, and needs no ledger.
+    """Samples base model and version and detects the concepts; decides nothing, and needs no ledger.
 
     Writes the result and one contact sheet per concept. Raises ModelError if the version's files are not the ones that
     were judged.
@@ -125,7 +128,7 @@ def check(settings: Settings, version: str, concepts: Sequence[str]) -> CanaryRe
 
 
 def decide(settings: Settings, result: CanaryResult) -> RollbackResult | None:
-    """Quarantine the checked version if a concept is back in it and it is still the champion; else None."""
+    """Quarantines the checked version if a concept is back in it and it is still the champion; else returns None."""
     if not result.breach or checked_ledger(settings).aliases.get(CHAMPION) != result.version:
         return None
     return quarantine(settings, result.version, ACTOR, result.breach)
@@ -145,7 +148,7 @@ def _sample(settings: Settings, model: Model, prompts: Sequence[Prompt], advance
         conditions=guide.conditions(model, []),
         steps=settings.sample.steps,
         weights={},
-        batch=settings.sample.batch_size,
+        batch_size=settings.sample.batch_size,
         on_batch=advance,
     )
 

@@ -1,4 +1,4 @@
-"""Bring the chain up to date: run every stage, through DVC, whose outputs are missing or out of date."""
+"""Brings the chain up to date: runs, through DVC, every stage whose outputs are missing or out of date."""
 
 from __future__ import annotations
 

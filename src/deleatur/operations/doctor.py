@@ -32,7 +32,7 @@ from deleatur.storage.yaml_files import read_yaml
 
 Status = Literal["ok", "warn", "fail"]
 AUTOMATION_PREFIX = "deleatur: "
-"""What the names of the automations of flows/setup.py begin with."""
+"""Prefix of the names of the automations that flows/setup.py creates."""
 CLOCK_WARN_SECONDS, CLOCK_FAIL_SECONDS = 5, 60
 """Clock skew that is a warning, and that is a failure. S3 refuses requests from 15 minutes on."""
 MIN_FREE_SHARE = 0.1
@@ -41,12 +41,14 @@ FREE_SPACE_COMMAND = "python flows/housekeeping.py"
 """Lists what can be deleted. Unlike a bare `dvc gc --workspace`, it keeps what registered versions need."""
 
 
-PROBE = b"deleatur doctor"
+TEST_CONTENT = b"deleatur doctor"
 """Content of the file that is written to the DVC remote."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
+    """The result of one check, and the command that helps if it is not ok."""
+
     topic: str
     status: Status
     message: str
@@ -66,7 +68,7 @@ def fail(message: str, next_command: str) -> Diagnosis:
 
 
 def diagnose(params: Path) -> Iterator[Diagnosis]:
-    """Run every check; a failing one does not keep the others from running."""
+    """Runs every check; a failing one does not keep the others from running."""
     yield from _run_check("versions", _versions)
     try:
         settings = Settings.load(params)
@@ -160,7 +162,7 @@ def _round_trip(address: str, name: str) -> Iterator[Diagnosis]:
     try:
         options = {} if "://" in address else {"auto_mkdir": True}
         files, path = fsspec.core.url_to_fs(f"{address.rstrip('/')}/doctor-{os.getpid()}", **options)
-        files.pipe_file(path, PROBE)
+        files.pipe_file(path, TEST_CONTENT)
         try:
             content = files.cat_file(path)
         finally:
@@ -168,7 +170,7 @@ def _round_trip(address: str, name: str) -> Iterator[Diagnosis]:
     except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as e:
         yield fail(f"{name}, {address}, is not usable: {e}", "check AWS_ENDPOINT_URL_S3, AWS_* and the bucket")
         return
-    if content == PROBE:
+    if content == TEST_CONTENT:
         yield ok(f"{name}, {address}: writes, reads and deletes work")
     else:
         yield fail(f"{name}, {address}, returns another content than was written", "check the store's log")

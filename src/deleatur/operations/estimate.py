@@ -43,7 +43,7 @@ CAPTIONS = {
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit of which there are at least two: 90 s, 25 min, 3 h."""
+    """Seconds as text, in the largest unit of which there are at least two: 90 s, 25 min, 3 h."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -108,7 +108,7 @@ def chain_estimates(settings: Settings) -> list[Estimate]:
 
 
 def benchmark_estimates(settings: Settings, trials: Iterable[plan.Trial]) -> list[Estimate]:
-    """Method entries of the benchmark, each with one seed; without the inversion, which entries share."""
+    """Method entries of the benchmark, each with one seed, without the inversion, which they share."""
     workloads = []
     for concept, row in dict.fromkeys((trial.concept, trial.row) for trial in trials):
         trial_settings = plan.trial_settings(settings, plan.Trial(concept, row, settings.seed))
@@ -209,7 +209,7 @@ def _stage_workloads(settings: Settings) -> Iterator[tuple[Label, Workload]]:
 def _evaluation_batches(settings: Settings, tokens: Mapping[str, int | None]) -> list[int]:
     """Images of each sampler call in one evaluation of `erase`: one call per concept, one for the preserved prompts.
 
-    tokens: number of soft tokens per concept, None where words specify it.
+    tokens: number of soft tokens per concept, None if words specify it.
     """
     batches = []
     for name, num_tokens in tokens.items():

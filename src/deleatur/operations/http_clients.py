@@ -19,6 +19,8 @@ TIMEOUT_SECONDS = 10.0
 
 
 class Bearer(httpx.Auth):
+    """Authentication by a bearer token."""
+
     def __init__(self, token: str) -> None:
         self._header = f"Bearer {token}"
 
@@ -30,7 +32,7 @@ class Bearer(httpx.Auth):
 @dataclass(frozen=True)
 class Response:
     body: Any
-    """Parsed JSON, or the text if it is no JSON."""
+    """Parsed JSON, or the text if it is not JSON."""
     clock: datetime | None
     """The server's time when it responded."""
 
@@ -38,7 +40,7 @@ class Response:
 def request(
     url: str, *, body: Mapping[str, Any] | None = None, auth: httpx.Auth | None = None, credentials: str = ""
 ) -> Response:
-    """GET or, with a body, POST it as JSON.
+    """Sends a GET request or, with a body, a POST request with it as JSON.
 
     Raises ServiceError if the server does not respond, SettingsError if it refuses the credentials; `credentials` are
     the environment variables to set then, for the hint.

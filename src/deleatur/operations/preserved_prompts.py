@@ -26,9 +26,9 @@ ENDINGS = {
     "ss": "ss",
     "s": "",
 }
-"""Endings of singulars and plurals → what both have in common; the first that fits."""
+"""Ending of a singular or plural → the ending that both are reduced to; the first match applies."""
 MIN_PROMPTS = 8
-"""Fewer prompts have no distribution to be an outlier of."""
+"""Minimum number of prompts: the median and MAD of fewer mean little."""
 
 
 def naming_targets(settings: Settings) -> Iterator[str]:

@@ -44,6 +44,8 @@ class FeedbackEvent:
 
 @dataclass(frozen=True)
 class Agreement:
+    """Agreement of a concept's raters, see `votes.rater_agreement`."""
+
     value: float | None
     """None: undefined, such as with one rater."""
 
@@ -60,12 +62,14 @@ class ConceptCounts:
 
 @dataclass(frozen=True)
 class QuarantineCounts:
+    """What was ingested and cannot be used."""
+
     rows: int
 
 
 @dataclass(frozen=True)
 class FeedbackSummary:
-    """What later stages read of the summary that `ingest` writes, which has more, for people."""
+    """The fields that later stages read of the summary that `ingest` writes; it has more, for people."""
 
     feedback: str
     """Digest of the events."""

@@ -102,7 +102,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class ErasureRecord:
-    """What others read of the record that `erase` writes beside the delta, which has more, for people."""
+    """The fields that other stages read of the record that `erase` writes beside the delta; it has more, for people."""
 
     notes: Sequence[str]
     selected: int | None = None

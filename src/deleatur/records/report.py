@@ -32,7 +32,7 @@ class Score:
 
     metric: str
     slice: str
-    """Which images: a role, or role/concept."""
+    """Which images it was measured on: a role, or role/concept."""
     variant: Variant
     value: float
     low: float
@@ -70,7 +70,7 @@ class Provenance:
     """"token" (soft tokens) or "words"."""
     method: str
     preserve: bool
-    """Whether our preservation loss was added to the paper's loss."""
+    """Whether a preservation loss was added to the method's published loss."""
     simulated: bool
     """Whether any of the feedback came from simulated raters."""
     champion: str | None
@@ -121,7 +121,7 @@ class ConceptCheck:
     """fail: the concept is back."""
     reason: str
     scores: Sequence[Score]
-    """Of the version, and of the base model, which shows whether the detector still works. Empty where the concept is
+    """Of the version, and of the base model, which shows whether the detector still works. Empty if the concept is
     no longer configured."""
 
 

@@ -12,7 +12,7 @@ from deleatur.registry.decisions import (
     open_registry,
     registration_entry,
 )
-from deleatur.registry.ledger import Event, Subject
+from deleatur.registry.ledger import DecisionKind, Subject
 from deleatur.registry.mlflow_registry import CHALLENGER, CHAMPION, Registry
 from deleatur.registry.verify import verify
 from deleatur.storage import json_records
@@ -29,9 +29,9 @@ def pending_approval(settings: Settings) -> tuple[str, str] | None:
 def promote(settings: Settings, version: str, approver: str, *, reason: str = "", evidence: str | None = None) -> str:
     """Makes the challenger champion, and records who approved it, why, and on which evidence, whose digest it returns.
 
-    evidence: the digest that the approver was shown; when given, it has to be the version's. Raises DataError where the
-    version is not challenger, has waited too long, or the approver has started its run; ModelError where its files are
-    not those that were evaluated. Idempotent.
+    evidence: the digest that the approver was shown; if given, it has to be the version's. Raises DataError if the
+    version is not challenger, has waited too long, or comes from a run that the approver started; ModelError if its
+    files are not those that were evaluated. Idempotent.
     """
     _require_same_evidence(open_registry(settings), version, approver, evidence)
     with locked_for_decision(settings) as locked:
@@ -52,7 +52,7 @@ def promote(settings: Settings, version: str, approver: str, *, reason: str = ""
 def decline(settings: Settings, version: str, approver: str, *, reason: str = "", evidence: str | None = None) -> None:
     """Removes a challenger, and records who declined it and why; the champion stays.
 
-    Raises DataError where the version is not challenger. Idempotent.
+    Raises DataError if the version is not challenger. Idempotent.
     """
     _require_same_evidence(open_registry(settings), version, approver, evidence)
     with locked_for_decision(settings) as locked:
@@ -61,11 +61,11 @@ def decline(settings: Settings, version: str, approver: str, *, reason: str = ""
 
 
 def _require_same_evidence(registry: Registry, version: str, approver: str, evidence: str | None) -> None:
-    """Raises DataError where the version is not the one that the approver was shown."""
+    """Raises DataError if the version is not the one that the approver was shown."""
     if not approver.strip():
         raise DataError("a decision needs a name, and none was given", hint=f"deleatur approve {version} --as NAME")
     if evidence not in (None, registry.tags(version).get("evidence")):
-        raise DataError(f"version {version} rests on other evidence than the one that was shown", hint="decide again")
+        raise DataError(f"version {version} rests on evidence other than what was shown", hint="decide again")
 
 
 def _require_second_person(locked: LockedRegistry, version: str, approver: str) -> None:
@@ -79,11 +79,10 @@ def _require_second_person(locked: LockedRegistry, version: str, approver: str) 
 
 def _normalized_name(person: str) -> str:
     """Ada Lovelace <ada@example.org> and ada  lovelace → ada lovelace."""
-
     return " ".join(person.partition("<")[0].casefold().split())
 
 
-def _has_event(locked: LockedRegistry, version: str, event: Event) -> bool:
+def _has_event(locked: LockedRegistry, version: str, event: DecisionKind) -> bool:
     return any(e.event == event and e.version == version for e in locked.ledger.entries)
 
 

@@ -1,7 +1,7 @@
 """Decisions about versions: a line of the ledger, then the registry's pages and aliases, then its ledger position.
 
-The line is the decision. A process that is killed before the line is complete has decided nothing; where it is killed
-after it, the next process that locks the ledger applies the line first. In between, the registry still shows the
+The line is the decision. A process that is killed before the line is complete has decided nothing; if it is killed
+afterwards, the next process that locks the ledger applies the line first. In between, the registry still shows the
 previous champion: the champion changes in one call. Once the registry's ledger position is the ledger's last line,
 everything is applied, and an alias that differs was moved by hand. Loads no weights.
 """
@@ -19,15 +19,16 @@ from deleatur.config.settings import Settings
 from deleatur.errors import DataError
 from deleatur.records.report import Outcome
 from deleatur.registry import descriptions, ledger
-from deleatur.registry.ledger import Entry, Event, Ledger, LedgerWriter, Subject
+from deleatur.registry.ledger import DecisionKind, Entry, Ledger, LedgerWriter, Subject
 from deleatur.registry.mlflow_registry import ALIASES, CHALLENGER, CHAMPION, LAST_KNOWN_GOOD, QUARANTINED, Registry
 from deleatur.storage import git
 
 STARTED_BY = "DELEATUR_STARTED_BY"
-"""Environment variable with the name of who started the run; takes precedence over git's user."""
+"""Environment variable: name of the person who started the run; takes precedence over git's user."""
 
 WITHOUT_LEDGER = "DELEATUR_WITHOUT_LEDGER"
-"""Environment variable of processes on workers. These have no ledger: versions are compared with the registry alone."""
+"""Environment variable, set in processes on workers, which have no ledger: versions are then compared with the registry
+alone."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class LockedRegistry:
         return self.writer.ledger
 
     def subject(self, version: str) -> Subject:
-        """A version's digests in the registry. Raises DataError where they are not those in the ledger."""
+        """A version's digests in the registry. Raises DataError if they are not those in the ledger."""
         tags = self.registry.tags(version)
         registered = Subject(version, tags.get("delta", ""), tags.get("evidence", ""), tags.get("files", ""))
         for entry in self.ledger.entries:
@@ -63,25 +64,38 @@ class LockedRegistry:
                 raise DataError(
                     f"version {version} of {self.registry.model} has other weights or other evidence than line "
                     f"{entry.number} of the ledger says: it was changed, or this is the ledger of another registry",
-                    hint=ledger.RECOVERY_HINT,
+                    hint=f"deleatur verify {version}; where it was changed: "
+                    f"deleatur quarantine {version} --as NAME --reason WHY",
                 )
         return registered
 
-    def decide(self, event: Event, subject: Subject, actor: str, reason: str, moves: Mapping[str, str | None]) -> None:
-        """Appends a decision and applies it. moves: the aliases that change; None removes one."""
+    def recorded_subject(self, version: str) -> Subject:
+        """A version's digests by the ledger, whatever happened to the version since; by the registry before the
+        ledger's first entry about it.
+        """
+        recorded = [e for e in self.ledger.entries if e.version == version]
+        return _subject_of(recorded[-1]) if recorded else self.subject(version)
+
+    def decide(
+        self, event: DecisionKind, subject: Subject, actor: str, reason: str, moves: Mapping[str, str | None]
+    ) -> None:
+        """Appends a decision and applies it. moves: the aliases that change; None removes one.
+
+        Raises DataError, before anything is recorded, if a version that would go live or wait for approval was changed.
+        A version that leaves is not compared: that it was changed is a reason to quarantine it.
+        """
+        for version in {moves.get(CHAMPION), moves.get(CHALLENGER)} - {None}:
+            self.subject(str(version))
         aliases = {name: version for name, version in {**self.ledger.aliases, **moves}.items() if version}
         self.writer.append(event, subject, actor, reason, aliases)
         self.apply_pending()
 
     def apply_pending(self) -> None:
         """Applies the decisions that the registry does not show yet, and promotes a version that was approved."""
-        pending = self.ledger.entries_after(self.registry.ledger_position())
-        if pending:
-            for version in sorted(set(self.ledger.aliases.values())):
-                self.subject(version)
+        if pending := self.ledger.entries_after(self.registry.ledger_position()):
             for entry in pending:
-                _show_decision(self.registry, entry)
-            show_state(self.registry, self.ledger)
+                _describe_decision(self.registry, entry)
+            apply_state(self.registry, self.ledger)
         if self.ledger.entries and (last := self.ledger.entries[-1]).event == "approval":
             self.promote(_subject_of(last), last.actor, last.reason)
 
@@ -101,15 +115,17 @@ class LockedRegistry:
 
 
 def alias_mismatches(decided: Mapping[str, str], registered: Mapping[str, str]) -> list[AliasMismatch]:
+    """The aliases that differ. decided, registered: alias → version, in the ledger and in the registry."""
     pairs = ((name, decided.get(name), registered.get(name)) for name in ALIASES)
     return [AliasMismatch(*pair) for pair in pairs if pair[1] != pair[2]]
 
 
 def open_registry(settings: Settings, recorded: Ledger | None = None) -> Registry:
-    """The registry. Raises DataError where its file is missing although the ledger has decisions: a query would make
+    """The registry. Raises DataError if its file is missing although the ledger has decisions: a query would make
     MLflow create an empty one.
 
-    recorded: the ledger; read where it is not given, which a process must not do that has locked it.
+    recorded: the ledger, read from disk by default. A process that has locked it must pass it: reading waits for the
+    lock.
     """
     registry = unchecked_registry(settings)
     if not (registry.exists or os.environ.get(WITHOUT_LEDGER)):
@@ -131,10 +147,9 @@ def unchecked_registry(settings: Settings) -> Registry:
 
 
 def checked_ledger(settings: Settings) -> Ledger:
-    """The ledger, compared with the registry. Raises DataError where it was changed or lost, or is another registry's.
+    """The ledger, compared with the registry. Raises DataError if it was changed or lost, or is another registry's.
 
-    Where neither exists, the registry is not queried: MLflow would create its store. On a worker without ledger, it is
-    empty.
+    If neither exists, the registry is not queried: MLflow would create its store. On a worker, the ledger is empty.
     """
     recorded = ledger.read(settings.register_.ledger)
     recorded.require_intact()
@@ -146,7 +161,7 @@ def checked_ledger(settings: Settings) -> Ledger:
 
 @contextmanager
 def without_ledger() -> Iterator[None]:
-    """Work on a worker, see WITHOUT_LEDGER."""
+    """Inside, this process works without a ledger, as on a worker; see WITHOUT_LEDGER."""
     before = os.environ.get(WITHOUT_LEDGER)
     os.environ[WITHOUT_LEDGER] = "true"
     try:
@@ -160,7 +175,7 @@ def without_ledger() -> Iterator[None]:
 def locked_registry(settings: Settings) -> Iterator[LockedRegistry]:
     """Locks the ledger, and applies the decisions that are pending.
 
-    Raises DataError where the ledger was changed, or belongs to another registry.
+    Raises DataError if the ledger was changed, or belongs to another registry.
     """
     with ledger.locked(settings.register_.ledger) as writer:
         writer.ledger.require_intact()
@@ -212,7 +227,7 @@ def record_verdict(
             locked.decide("registration", subject, actor, headline, {CHALLENGER: version} if version else {})
         if version is None:
             if outcome == "pass":
-                # A version is sampled from without guide: that is not what was evaluated.
+                # A version is sampled without the guide: that is not what was evaluated.
                 return f"pass, with {unreleasable}, which a version cannot hold: the champion stays"
             return f"verdict {outcome}: no version made, the champion stays"
         if locked.ledger.aliases.get(CHALLENGER) != version:
@@ -270,7 +285,7 @@ def _void_challenger(locked: LockedRegistry, subject: Subject, actor: str) -> No
 
 
 def registration_entry(entries: Sequence[Entry], version: str) -> Entry:
-    """The entry that made a version challenger; of a version that is older than the ledger, its adoption."""
+    """The entry that made a version challenger; for a version that is older than the ledger, its adoption."""
     registrations = [e for e in entries if e.event == "registration" and e.version == version]
     return (registrations or [e for e in entries if e.event == "adoption" and version in e.aliases.values()])[-1]
 
@@ -299,16 +314,18 @@ def _subject_of(entry: Entry) -> Subject:
     return Subject(entry.version, entry.weights, entry.evidence, entry.files)
 
 
-def _show_decision(registry: Registry, entry: Entry) -> None:
-    """Shows a decision in the descriptions and tags of its versions, for readers of MLflow's pages."""
+def _describe_decision(registry: Registry, entry: Entry) -> None:
+    """Adds a decision to the descriptions and tags of its versions, for readers of MLflow's pages."""
     for version, line in descriptions.decision_lines(entry).items():
         registry.describe(descriptions.with_decision(registry.description(version), line), version)
     if entry.event in ("rollback", "quarantine"):
         registry.mark_quarantined(entry.aliases[QUARANTINED], entry.reason)
 
 
-def show_state(registry: Registry, recorded: Ledger) -> None:
-    """Sets the registry's aliases and description by the ledger and then, as everything is applied, its position."""
+def apply_state(registry: Registry, recorded: Ledger) -> None:
+    """Sets the registry's aliases and description to those of the ledger, and last its ledger position: from then on,
+    every decision counts as applied.
+    """
     registry.set_aliases(recorded.aliases)
     registry.describe(descriptions.model_description(registry.model, recorded))
     registry.set_ledger_position(recorded.head)

@@ -25,7 +25,10 @@ def run_link(experiment_id: str, run_id: str) -> str:
 
 
 def version_description(summary: str, run: str) -> str:
-    """summary: of the verdict. run: link of the run."""
+    """The description of a new version, without decisions.
+
+    summary: of the verdict, in Markdown; its last lines are dropped if it is too long. run: link to the run.
+    """
     lines = summary.splitlines()
     while len("\n".join(lines)) > MAX_SUMMARY:
         del lines[-1]
@@ -45,7 +48,7 @@ def decision_lines(entry: Entry) -> dict[str, str]:
 
 
 def with_decision(description: str, line: str) -> str:
-    """The description with another decision, once. The oldest decisions give way where it becomes too long."""
+    """The description with another decision, once. The oldest decisions are dropped if it becomes too long."""
     before, _, listed = description.partition(DECISIONS)
     lines = [*(listed_line for listed_line in listed.splitlines() if listed_line != line), line]
     while len(text := before + DECISIONS + "\n".join(lines)) > MAX_LENGTH and len(lines) > 1:
@@ -54,7 +57,7 @@ def with_decision(description: str, line: str) -> str:
 
 
 def model_description(model: str, recorded: Ledger) -> str:
-    """Which version is live, what the aliases mean, and where to read on."""
+    """The description of the registered model: which version is live, what the aliases mean, where to read more."""
     aliases, address = recorded.aliases, f"models:/{model}"
 
     def version(alias: str) -> str:
@@ -70,7 +73,7 @@ def model_description(model: str, recorded: Ledger) -> str:
         back = "deleatur rollback --as NAME --reason WHY"
         lines.append(f"**{LAST_KNOWN_GOOD}**: {version(LAST_KNOWN_GOOD)} was live before; `{back}` makes it live again")
     if QUARANTINED in aliases:
-        lines.append(f"**{QUARANTINED}**: {version(QUARANTINED)} was taken back last, and never goes live again")
+        lines.append(f"**{QUARANTINED}**: {version(QUARANTINED)} was quarantined last, and never goes live again")
     last = f", {_time(recorded.entries[-1])}" if recorded.entries else ""
     listed = "\n".join(f"* {line}" for line in lines)
     return (

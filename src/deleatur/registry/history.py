@@ -28,16 +28,18 @@ SETTLE_HINT = "deleatur settle --as NAME --reason WHY"
 
 @dataclass(frozen=True)
 class History:
+    """The ledger's entries, and whether ledger and registry are consistent."""
+
     entries: Sequence[Entry]
     table: Table
     problems: Sequence[DataError]
-    """Inconsistencies, each with the command that mends it."""
+    """Inconsistencies, each with the command that resolves it."""
     torn_bytes: int
     """Length of a last line without a newline."""
 
     @property
     def summary(self) -> str:
-        """One line, for people."""
+        """One line of text: whether ledger and registry are consistent."""
         torn = f" A last line of {self.torn_bytes} bytes is incomplete: it decided nothing." if self.torn_bytes else ""
         if self.problems:
             return f"Not consistent.{torn}"
@@ -45,6 +47,7 @@ class History:
 
     @property
     def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
         problems = [{"message": str(p), "next_command": p.hint} for p in self.problems]
         return {
             "consistent": not self.problems,
@@ -81,7 +84,7 @@ def _problems(settings: Settings, recorded: Ledger) -> Iterator[DataError]:
 
 
 def consistent_ledger(settings: Settings) -> Ledger:
-    """The ledger. Raises DataError where `history` reports a problem other than a decision that is pending."""
+    """The ledger. Raises DataError if `history` reports a problem other than a decision that is pending."""
     recorded, registry = checked_ledger(settings), open_registry(settings)
     if recorded.entries or registry.exists:
         pending = recorded.entries_after(registry.ledger_position())
@@ -93,8 +96,8 @@ def consistent_ledger(settings: Settings) -> Ledger:
 def settle(settings: Settings, actor: str, reason: str, *, adopt: bool = False) -> list[str]:
     """Resets the registry's aliases to those of the ledger, and returns what was inconsistent.
 
-    adopt: takes the registry's aliases into the ledger instead. A ledger that was changed or lost starts again, behind
-    the last line that the registry has applied; so does the ledger of a registry that was lost.
+    adopt: takes the registry's aliases into the ledger instead. A ledger that was changed or lost restarts after the
+    last line that the registry has applied; so does the ledger of a registry that was lost.
     """
     if not (actor.strip() and reason.strip()):
         raise DataError("a decision needs a name and a reason", hint=f"{SETTLE_HINT} {'--adopt' * adopt}".strip())

@@ -27,9 +27,9 @@ from typing import Literal
 from deleatur.errors import DataError
 from deleatur.storage import files, json_records
 
-RECOVERY_HINT = "restore it from the backup or, where it is lost: deleatur settle --adopt --as NAME --reason WHY"
+RECOVERY_HINT = "restore it from the backup or, if it is lost: deleatur settle --adopt --as NAME --reason WHY"
 
-Event = Literal[
+DecisionKind = Literal[
     "registration",
     "approval",
     "decline",
@@ -64,7 +64,7 @@ class Entry:
     number: int
     time: str
     """UTC, ISO 8601, to the second."""
-    event: Event
+    event: DecisionKind
     version: str | None
     actor: str
     """Name of the person who decided, as given. Of a registration: who started the run."""
@@ -129,21 +129,21 @@ class Ledger:
         return self.entries[-1].aliases if self.entries else {}
 
     def require_intact(self) -> None:
-        """Raises DataError where the chain is broken."""
+        """Raises DataError if the chain is broken."""
         if self.problem:
             raise DataError(self.problem, hint=RECOVERY_HINT)
 
     def entries_after(self, position: LedgerPosition | None) -> tuple[Entry, ...]:
         """The entries behind the line that the registry last applied; position None: it has applied none.
 
-        Raises DataError where that line is not in this ledger, or none is applied although each one is applied before
+        Raises DataError if that line is not in this ledger, or none is applied although each one is applied before
         the next is written.
         """
         if position is None and len(self.entries) > 1:
             raise DataError(
                 f"the registry has applied none of the {len(self.entries)} lines of {self.path}: it was created anew, "
                 "or this is the ledger of another registry",
-                hint="deleatur restore FOLDER or, where it is lost: deleatur settle --adopt --as NAME --reason WHY",
+                hint="deleatur restore FOLDER or, if it is lost: deleatur settle --adopt --as NAME --reason WHY",
             )
         if position in (None, self.start):
             return self.entries
@@ -166,8 +166,10 @@ class LedgerWriter:
         self._discarded = ledger.torn_bytes
         """Bytes at the end of the file to set aside before the next line is appended."""
 
-    def append(self, event: Event, subject: Subject, actor: str, reason: str, aliases: Mapping[str, str]) -> None:
-        """Appends a line; it is on disk when this returns. Raises DataError where the chain is broken."""
+    def append(
+        self, event: DecisionKind, subject: Subject, actor: str, reason: str, aliases: Mapping[str, str]
+    ) -> None:
+        """Appends a line; it is on disk when this returns. Raises DataError if the chain is broken."""
         self.ledger.require_intact()
         head = self.ledger.head
         entry = Entry(
@@ -200,13 +202,13 @@ class LedgerWriter:
         """Moves what is discarded into a file beside the ledger, which is on disk before the ledger is truncated."""
         if not self._discarded:
             return
-        kept = os.fstat(self._file.fileno()).st_size - self._discarded
-        self._file.seek(kept)
+        end = os.fstat(self._file.fileno()).st_size - self._discarded  # of the part that stays
+        self._file.seek(end)
         data, path = self._file.readall() or b"", self.ledger.path
         with path.with_name(f"{path.name}.{hashlib.sha256(data).hexdigest()[:12]}").open("wb", buffering=0) as copy:
             _write_all(copy, data)
         _sync_folder(path.parent)
-        self._file.truncate(kept)
+        self._file.truncate(end)
         self._discarded = 0
 
 
@@ -214,7 +216,7 @@ class LedgerWriter:
 def locked(path: Path) -> Iterator[LedgerWriter]:
     """Locks the ledger for writing, once no other process does; changes nothing by itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _demand_no_folder(path)
+    _require_no_folder(path)
     new = not path.exists()
     with path.open("ab+", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends, however it ends
@@ -227,13 +229,13 @@ def read(path: Path) -> Ledger:
     """The ledger as it is on disk; a missing file is an empty ledger."""
     if not path.exists():
         return Ledger(path, GENESIS, (), ())
-    _demand_no_folder(path)
+    _require_no_folder(path)
     with path.open("rb", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         return _read(path, file)
 
 
-def _demand_no_folder(path: Path) -> None:
+def _require_no_folder(path: Path) -> None:
     if path.is_dir():
         raise DataError(
             f"expected the ledger's file, and {path} is a folder", hint=f"move it away; then {RECOVERY_HINT}"
@@ -283,7 +285,7 @@ def _read(path: Path, file: FileIO) -> Ledger:
 
 
 def _complete(line: bytes) -> bool:
-    """Whether a line is JSON: no beginning of an object is."""
+    """Whether a line is complete: a truncated JSON object is not JSON."""
     try:
         json.loads(line)
     except ValueError:
@@ -304,7 +306,6 @@ def _write_all(file: FileIO, data: bytes) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Flushes the folder, so that a new file's name is on disk as well."""
-
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

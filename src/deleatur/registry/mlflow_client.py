@@ -37,7 +37,7 @@ STORE_FAULTS = (
         "deleatur backup FOLDER (with the release that wrote it), then: mlflow db upgrade {uri}",
     ),
 )
-"""Symptoms in messages of databases, whether data has to be mended, and the next command."""
+"""(Symptoms in the message of a database, whether its data has to be repaired, the next command.)"""
 
 PAGE_SIZE = 100
 """Runs or versions per search request."""
@@ -55,7 +55,10 @@ def use_tracking_uri(uri: str) -> None:
 
 
 def connect(uri: str) -> mlflow.MlflowClient:
-    """A client of our store, whose artifacts are read and written where the project is now."""
+    """A client of our store. After the project was moved, artifacts are read and written in its new folder.
+
+    Raises DataError if the database is a folder, damaged or read-only, ServiceError if it is locked.
+    """
     use_tracking_uri(uri)
     path = sqlite_file(uri)
     if path and path.is_dir():
@@ -83,16 +86,16 @@ def store_exists(uri: str) -> bool:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of an SQLite store."""
-    _, found, path = tracking_uri(uri).partition("sqlite:///")
-    return Path(path.partition("?")[0].removeprefix("file:")) if found else None
+    """The file of an SQLite store; None for any other store."""
+    _, scheme, path = tracking_uri(uri).partition("sqlite:///")
+    return Path(path.partition("?")[0].removeprefix("file:")) if scheme else None
 
 
 @contextmanager
 def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterator[None]:
     """Raises exceptions of MLflow, its database and its server as ours.
 
-    missing: raised where MLflow reports that the object does not exist.
+    missing: raised if MLflow reports that the object does not exist.
     """
     try:
         with disk_errors(sqlite_file(uri) or Path(redact(tracking_uri(uri)))):
@@ -147,7 +150,7 @@ def all_pages(search: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 @contextmanager
 def ignore_existing() -> Iterator[None]:
-    """Lets the creation of something that exists already pass."""
+    """Ignores MLflow's error if the object that is created inside exists already."""
     try:
         yield
     except MlflowException as e:

@@ -40,15 +40,15 @@ from deleatur.registry.model_files import model_files
 
 CHAMPION, CHALLENGER, LAST_KNOWN_GOOD, QUARANTINED = "champion", "challenger", "last_known_good", "quarantined"
 ALIASES = (QUARANTINED, LAST_KNOWN_GOOD, CHAMPION, CHALLENGER)
-"""The aliases that deleatur manages, in the order in which they move. The champion changes in one call, after the
-aliases that say what was champion before."""
+"""The aliases that deleatur manages, in the order in which they are set. The champion changes in one call, after the
+aliases that name the previous champion."""
 
 LEDGER_TAG = "deleatur.ledger"
 
 SHOWN_TAGS = ("outcome", "concepts", "method", "simulated")
 """Tags that a version has, for people to filter by: a copy of its model's, which commands read."""
 QUARANTINE_TAG = "quarantined_because"
-"""Tag of a version that was taken back."""
+"""Tag of a quarantined version: the reason."""
 
 MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 MODEL_SIGNATURE = ModelSignature(
@@ -86,7 +86,7 @@ class Registry:
 
     @property
     def shown_uri(self) -> str:
-        """For messages."""
+        """The URI in use, without credentials, for messages."""
         return redact(tracking_uri(self.uri))
 
     def version(self, evidence: str) -> str | None:
@@ -123,7 +123,7 @@ class Registry:
     def tags(self, version: str) -> dict[str, str]:
         """The tags of a version's model, which identify its evidence, without our prefix; and QUARANTINE_TAG.
 
-        Raises DataError when there is no such version.
+        Raises DataError if there is no such version.
         """
         registered = self._version(version)
         quarantined = {k: v for k, v in registered.tags.items() if k == QUARANTINE_TAG}
@@ -137,6 +137,7 @@ class Registry:
         return {k.removeprefix("deleatur."): v for k, v in tags.items()} | quarantined
 
     def mark_quarantined(self, version: str, reason: str) -> None:
+        """Tags a version as quarantined."""
         with translated_errors(self.uri):
             self.client.set_model_version_tag(self.model, version, QUARANTINE_TAG, reason)
 
@@ -153,7 +154,7 @@ class Registry:
                 self.client.update_registered_model(self.model, description)
 
     def artifact_text(self, version: str, name: str) -> str:
-        """An artifact of the run that made a version, as text. Raises DataError when there is no such version."""
+        """An artifact of the run that made a version, as text. Raises DataError if there is no such version."""
         missing = DataError(f"{self.model} has no version {version} with an artifact {name}", hint="mlflow ui")
         run_id = str(self._version(version).run_id)
         with translated_errors(self.uri, missing), TemporaryDirectory(prefix="deleatur-") as folder:
@@ -252,12 +253,12 @@ class Registry:
             envelope, statement = signing.create_statement(folder, predicate, keys)
             path = Path(target) / signing.STATEMENT_FILE
             path.write_bytes(envelope)
-            id = uri.rpartition("/")[2]
-            self.client.log_model_artifact(id, str(path), signing.STATEMENT_FOLDER)
+            model_id = uri.rpartition("/")[2]
+            self.client.log_model_artifact(model_id, str(path), signing.STATEMENT_FOLDER)
         tags = {"deleatur.files": statement.digest, "deleatur.signed_by": statement.signed_by}
-        self.client.set_logged_model_tags(id, tags)
+        self.client.set_logged_model_tags(model_id, tags)
 
 
 def logged_model_id(version: ModelVersion) -> str:
-    """The source of a version is models:/ID."""
+    """Id of the logged model that a version was made from; the version's source is models:/ID."""
     return str(version.source).rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""The files of registered models: read in place where the store is on this disk, downloaded elsewhere."""
+"""The files of registered models: read in place if the store is on this disk, else downloaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deleatur.storage import remote
 def artifact_location(address: str) -> str:
     """models:/name/version, models:/name@alias or models:/id → where its files are stored, a path or a URL.
 
-    Raises DataError when there is no such model, version or alias.
+    Raises DataError if there is no such model, version or alias.
     """
     uri = mlflow.get_tracking_uri()
     missing = DataError(f"{address}: there is no such model, version or alias in {uri}", hint="mlflow ui")
@@ -30,14 +30,14 @@ def artifact_location(address: str) -> str:
 
 
 def disk_path(location: str) -> Path | None:
-    """The local folder of an artifact location; None where its files have to be downloaded."""
+    """The local folder of an artifact location; None if its files have to be downloaded."""
     split = urlsplit(location)
     return Path(unquote(split.path)) if split.scheme in ("", "file") else None
 
 
 @contextmanager
 def model_files(address: str, part: str = "") -> Iterator[Path]:
-    """Yields the folder of a registered model. part: where the files are remote, downloads only those below it."""
+    """Yields the folder of a registered model. part: subfolder to download if the files are remote; "" for all."""
     location = artifact_location(address)
     if folder := disk_path(location):
         yield folder
@@ -56,21 +56,25 @@ def download(location: str, target: Path) -> Path:
 def local_folder(address: str, part: str = "pipeline") -> str:
     """The local folder of a part of a registered version, "pipeline" or "delta", without verification.
 
-    `verify.verified_folder` is for everything that loads it.
+    Whatever loads its files uses `verify.verified_folder` instead.
     """
-    return str(_fetch_part(address, part))
+    return str(_fetch(f"{artifact_location(address)}/artifacts/{part}"))
+
+
+def local_model(address: str) -> Path:
+    """The local folder of all files of a registered version, without verification."""
+    return _fetch(artifact_location(address))
 
 
 def missing_files(address: str, path: Path) -> ModelError:
     """The error for files that are not where the store has recorded them."""
     return ModelError(
-        f"{address}: {path} is missing from the store; nothing says that another file was changed",
+        f"{address}: {path} is missing from the store; that is no sign that other files were changed",
         hint="put it back, or restore a backup: deleatur restore FOLDER",
     )
 
 
-def _fetch_part(address: str, part: str) -> Path:
-    location = f"{artifact_location(address)}/artifacts/{part}"
+def _fetch(location: str) -> Path:
     if folder := disk_path(location):
         return folder  # read in place
     target = remote.CACHE / hashlib.sha256(location.encode()).hexdigest()[:16]

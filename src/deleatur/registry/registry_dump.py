@@ -36,6 +36,7 @@ class RegistryDump:
     folder: Path
 
     def save(self) -> None:
+        """Writes all versions of the registry, with their runs and models, to the folder."""
         use_tracking_uri(self.registry.uri)
         with translated_errors(self.registry.uri):
             versions = self.registry.versions()
@@ -47,7 +48,10 @@ class RegistryDump:
             files.write_json(self.folder / "versions.json", [self._version_record(version) for version in versions])
 
     def load(self) -> None:
-        """Raises DataError, before anything is changed, where the registry has versions that the dump lacks."""
+        """Loads the dump into the registry.
+
+        Raises DataError, before anything is changed, if the registry has versions that the dump lacks.
+        """
         records = self.version_records
         with translated_errors(self.registry.uri):
             self._require_known_versions(records)
@@ -172,7 +176,7 @@ class RegistryDump:
             evidence = self.registry.tags(str(version.version)).get("evidence")
             if evidence is None or dumped.get(int(version.version)) != evidence:
                 raise DataError(
-                    f"{self.registry.model} has a version {version.version} here that is not the dump's",
+                    f"{self.registry.model} has a version {version.version} that is not the one in the dump",
                     hint="restore into an empty registry, or under another name (register.model)",
                 )
 

@@ -1,7 +1,7 @@
 """Corrects the paths of artifacts in MLflow's database after the project was moved.
 
 MLflow makes the artifact root of a local store absolute when it creates an experiment, so after `mv` it would read from
-and write to the old place. A server records artifacts relative to its own root: there, nothing has to be corrected.
+and write to the old folder. A server records artifacts relative to its root, so its database needs no correction.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TIMEOUT = 1.0
 
 
 def relocate(database: Path) -> None:
-    """Rewrites the paths of experiments whose artifact root is gone, and whose folder is in the root of the current
-    folder instead. Raises sqlite3.Error where the database cannot be written.
+    """Rewrites the paths of experiments whose artifact root no longer exists, and whose folder is in the artifact root
+    of the current folder instead. Raises sqlite3.Error if the database cannot be written.
     """
     with closing(sqlite3.connect(database, TIMEOUT)) as connection, connection:
         for old, new in list(_moved_experiments(connection)):

@@ -20,18 +20,20 @@ from deleatur.registry.verify import verify
 
 @dataclass(frozen=True)
 class RollbackResult:
+    """The versions that a rollback or quarantine leaves."""
+
     quarantined: str
     champion: str | None
     """The champion from now on, if there is one."""
     already: bool
-    """Whether an earlier command had done it."""
+    """Whether an earlier command had already quarantined it."""
 
 
 def rollback(settings: Settings, actor: str, reason: str, to: str | None = None) -> RollbackResult:
     """Rolls back to the last known good version, or to version `to`.
 
-    Idempotent: called again without `to`, it changes nothing. Raises DataError where there is no earlier version, or
-    the version may not go live; ModelError where its files are not those that were evaluated.
+    Idempotent: called again without `to`, it changes nothing. Raises DataError if there is no earlier version, or
+    the version may not go live; ModelError if its files are not those that were evaluated.
     """
     _require_actor_and_reason(actor, reason)
     with locked_for_decision(settings) as locked:
@@ -58,12 +60,12 @@ def rollback(settings: Settings, actor: str, reason: str, to: str | None = None)
 
 
 def quarantine(settings: Settings, version: str, actor: str, reason: str) -> RollbackResult:
-    """Quarantines a version. If it is champion, the last known good version replaces it, or none where that one may not
-    go live or its files are not those that were evaluated.
+    """Quarantines a version. If it is champion, the last known good version replaces it, or none if that one may not go
+    live or its files are not those that were evaluated. Raises DataError if there is no such version.
     """
     _require_actor_and_reason(actor, reason)
     with locked_for_decision(settings) as locked:
-        subject, aliases = locked.subject(version), locked.ledger.aliases
+        subject, aliases = locked.recorded_subject(version), locked.ledger.aliases
         if version in quarantine_reasons(locked.ledger.entries):
             return RollbackResult(version, aliases.get(CHAMPION), already=True)
         champion, excluded = aliases.get(CHAMPION), {version}

@@ -58,7 +58,7 @@ class Keys:
     def load(cls, trusted: Iterable[Path]) -> Keys:
         """Reads the public keys, and the private key that the environment names.
 
-        Raises SettingsError where a file is not a key in PEM.
+        Raises SettingsError if a file is not a key in PEM.
         """
         public_keys = [_load_public_key(path) for path in trusted]
         if not (private_key_path := os.environ.get(KEY_VARIABLE)):
@@ -72,7 +72,7 @@ class Keys:
         return cls(signer, tuple(public_keys) or (signer.public_key,))
 
     def require_signer(self) -> None:
-        """Raises SettingsError where versions have to be signed, and no private key is configured."""
+        """Raises SettingsError if versions have to be signed, and no private key is configured."""
         if self.trusted and self.signer is None:
             raise SettingsError(
                 f"register.trusted_keys requires signed versions, and {KEY_VARIABLE} names no key",
@@ -115,7 +115,7 @@ class Statement:
 
 
 def create_statement(folder: Path, predicate: Mapping[str, str], keys: Keys) -> tuple[bytes, Statement]:
-    """Creates the envelope and statement of a folder's files. Raises ModelError where a file could execute code."""
+    """Creates the envelope and statement of a folder's files. Raises ModelError if a file could execute code."""
     files = {}
     for name, path in _files(folder):
         if not name.startswith(EXCLUDED):
@@ -137,9 +137,9 @@ def create_statement(folder: Path, predicate: Mapping[str, str], keys: Keys) -> 
 
 
 def read_statement(path: Path, keys: Keys) -> Statement | None:
-    """Reads a statement and checks its signature; None where the file is missing and no key is configured.
+    """Reads a statement and verifies its signature; None if the file is missing and no key is configured.
 
-    Raises ModelError where a key is configured and no trusted key has signed.
+    Raises ModelError if a key is configured and no trusted key has signed.
     """
     if not path.is_file():
         if keys.trusted:

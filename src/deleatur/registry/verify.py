@@ -41,20 +41,25 @@ def verify(settings: Settings, version: str, entries: Sequence[Entry], *, fetch:
 def verified_folder(settings: Settings, address: str, part: str = "pipeline") -> Path:
     """The local folder of a part of a registered version, "pipeline" or "delta", after it was verified.
 
-    Every load of a registered version goes through this function. address: models:/name/version, models:/name@alias or
-    models:/id. Raises ModelError where its files are not those that the statement, the registry and the ledger record;
-    DataError where there is no such version, or the ledger was changed or lost.
+    Every load of a registered version goes through this function. All files of the version are verified, whichever part
+    is loaded; only a delta in a remote store is downloaded and verified alone. address: models:/name/version, models:/name@alias or
+    models:/id. Raises ModelError if its files are not those that the statement, the registry and the ledger record;
+    DataError if there is no such version, or the ledger was changed or lost.
     """
     registry, version = _resolve(settings, address)
     entries = checked_ledger(settings).entries if registry.model == settings.register_.model else ()
     records = _records(registry, version, entries) if version else []
     # An alias may move in the meantime: from here on, the version is addressed by its number.
     address = f"models:/{registry.model}/{version}" if version else address
-    folder = Path(model_files.local_folder(address, part))
-    path = Path(model_files.local_folder(address, Path(signing.STATEMENT_FOLDER).name)) / signing.STATEMENT_FILE
-    statement = _checked_statement(address, path, records, signing_keys(settings))
-    if statement:
-        statement.verify_files(folder, f"artifacts/{part}")
+    if part == "pipeline" or model_files.disk_path(model_files.artifact_location(address)):
+        model = model_files.local_model(address)
+        folder, statement_folder = model / "artifacts" / part, model / signing.STATEMENT_FOLDER
+    else:
+        model, folder = None, Path(model_files.local_folder(address, part))
+        statement_folder = Path(model_files.local_folder(address, Path(signing.STATEMENT_FOLDER).name))
+    path = statement_folder / signing.STATEMENT_FILE
+    if statement := _checked_statement(address, path, records, signing_keys(settings)):
+        statement.verify_files(model or folder, "" if model else f"artifacts/{part}")
     return folder
 
 

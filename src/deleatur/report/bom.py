@@ -19,7 +19,10 @@ LICENCES = {"deleatur": "Apache-2.0", "nudenet": "AGPL-3.0-only"}
 
 
 def build(name: str, base: str, evidence: str, report: Report, verdict: Verdict) -> dict[str, Any]:
-    """As JSON; the same for the same evidence. base: address of the base model. evidence: digest of the verdict."""
+    """The bill of materials as JSON; equal evidence gives equal JSON.
+
+    name: of the registered model. base: address of the base model. evidence: digest of the verdict.
+    """
     provenance = report.provenance
     components = list(_components(base, report))
     model = {

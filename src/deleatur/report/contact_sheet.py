@@ -31,7 +31,7 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """Images of prompts of one role."""
+    """Images of prompts of one role, a row for each prompt."""
 
     title: str
     role: Role
@@ -39,7 +39,7 @@ class ContactSheet:
 
     @property
     def is_covered(self) -> bool:
-        """Whether its prompts ask for an erased concept, so that images are blurred and prompts named by id."""
+        """Whether its prompts ask for an erased concept: images are then blurred, and prompts named by id."""
         return self.role in CONCEPT_ROLES
 
     @property

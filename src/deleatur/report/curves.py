@@ -14,9 +14,9 @@ from deleatur.storage import files
 
 TRAINING_METRICS = {
     "loss": "loss",
-    "keep_loss": "loss on prompts to preserve",
+    "keep_loss": "preservation loss",
     "drift": "drift of the empty prompt",
-    "grad_norm": "norm of the gradient, before it is capped",
+    "grad_norm": "gradient norm before clipping",
 }
 """Column of `CurvePoint`, and series in MLflow → title of the plot."""
 EVALUATION_METRICS = {
@@ -48,7 +48,10 @@ class EvaluationPoint:
 
 @dataclass(frozen=True)
 class LearnedTokenCurve:
+    """What the curves need of one token's entry in metrics.json."""
+
     losses: list[float]
+    """By step."""
 
 
 def training_curves(settings: Settings) -> Iterator[Curve]:

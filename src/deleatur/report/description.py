@@ -1,4 +1,4 @@
-"""A verdict in a few lines of Markdown, for MLflow's pages: outcome, concept rates before and after, how it came about.
+"""A verdict in a few lines of Markdown, for MLflow's pages: outcome, concept rates before and after, method, rules.
 
 The first line is plain text, because lists of versions show it as it is.
 """
@@ -16,7 +16,7 @@ RATE = "concept_rate"
 
 
 def describe(report: Report, verdict: Verdict, emergency: str = "") -> str:
-    """emergency: the reason for a release outside the pipeline."""
+    """The summary of a verdict. emergency: the reason for a release outside the pipeline; empty for all others."""
     rates, provenance = list(_concept_rates(report)), report.provenance
     first = ", ".join(f"{name} {base.value:.2f} → {candidate.value:.2f}" for name, base, candidate in rates)
     details = [

@@ -29,7 +29,7 @@ class LatestReport:
 
 
 def latest_report(params: Path) -> LatestReport:
-    """Reads the results of the last run of the pipeline. Raises DataError when it has not run to its end."""
+    """Reads the results of the last run of the pipeline. Raises DataError if it has not run to its end."""
     settings = Settings.load(params)
     folder = settings.paths.verdict
     if not (folder / "verdict.json").is_file():
@@ -48,13 +48,14 @@ def latest_report(params: Path) -> LatestReport:
 def stale_reason(settings: Settings, report: Report, verdict: Verdict) -> str:
     """What has changed in params.yaml since the verdict; empty: nothing."""
     if report.provenance.settings != settings.digest:
-        return "this was measured with other settings than params.yaml has now"
+        return "the settings in params.yaml have changed since this report"
     if verdict.report != json_records.digest(report):
-        return "this verdict is about an earlier report"
+        return "the report is newer than this verdict"
     if verdict.policy != policy_digest(settings):
-        return "this verdict is by other rules than params.yaml has now"
+        return "the rules in params.yaml have changed since this verdict"
     return ""
 
 
 def policy_digest(settings: Settings) -> str:
+    """Digest of the gate's rules, `Verdict.policy`."""
     return json_records.digest({name: rule.model_dump() for name, rule in settings.gate.rules.items()})

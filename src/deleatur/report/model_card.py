@@ -18,7 +18,10 @@ SOURCES = {"token": "soft tokens learned from ratings", "words": "words"}
 
 
 def render(name: str, base: str, level: float, report: Report, verdict: Verdict) -> str:
-    """Markdown; the same for the same evidence. name: of the registered model. base: address of the base model."""
+    """The card as Markdown; equal evidence gives equal text.
+
+    name: of the registered model. base: address of the base model. level: confidence level, 0 … 1.
+    """
     provenance = report.provenance
     candidate = [s for s in report.scores if s.variant == "candidate" and s.versus is None]
     data = ModelCardData(
@@ -73,7 +76,7 @@ def _provenance_rows(report: Report, verdict: Verdict) -> list[tuple[str, str]]:
         ("seed", str(provenance.seed)),
         ("sampler", provenance.sampler),
         ("guide", provenance.guide),
-        ("our preservation loss", "on" if provenance.preserve else "off"),
+        ("preservation loss", "on" if provenance.preserve else "off"),
         *((f"detector {d.name}, sha256", d.weights) for d in sorted(detectors.values(), key=lambda d: d.name)),
         *sorted(versions.items()),
     ]

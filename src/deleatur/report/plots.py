@@ -92,7 +92,7 @@ class Curve:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Inside, matplotlib draws in our style, whatever the user's own configuration is."""
+    """Inside, matplotlib draws in our style and ignores the user's configuration."""
     # parse_math: a "$" in a name is a dollar sign. fonttype: text stays text, in the page's font.
     ours = {"svg.hashsalt": "deleatur", "svg.fonttype": "none", "text.parse_math": False, "axes.unicode_minus": True}
     with matplotlib.style.context(["default", ours]), warnings.catch_warnings():
@@ -101,7 +101,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """width, height: in CSS pixels."""
+    """An empty figure. width, height: in CSS pixels."""
     return Figure(figsize=(width * PIXEL, height * PIXEL), dpi=150, facecolor=CARD)
 
 
@@ -117,6 +117,7 @@ def style_axes(axes: Axes, *, spines: Sequence[str] = ("left", "bottom")) -> Non
 
 
 def to_png(figure: Figure) -> bytes:
+    """PNG without metadata: the same figure gives the same bytes."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -127,7 +128,7 @@ def to_svg(figure: Figure, label: str, css_class: str = "") -> Markup:
     buffer = BytesIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    # matplotlib writes control characters of a name as they are, which is no XML.
+    # matplotlib writes control characters of a name as they are, which is not valid XML.
     root = ET.fromstring(re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", b"", buffer.getvalue()))
     _inline_markers(root)
     for element in root.iter():
@@ -169,7 +170,7 @@ def short_label(text: str) -> str:
 
 
 def axis_limits(values: Sequence[float]) -> tuple[float, float]:
-    """Limits of an axis with room for all values, from 0 where that costs less than half of the room."""
+    """Limits of an axis with room for all values. It starts at 0 if they then still span at least half of it."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -178,7 +179,7 @@ def axis_limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def decimals(limits: tuple[float, float]) -> int:
-    """As many as distinguish values on the axis, so that numbers in a column line up."""
+    """Decimal places that distinguish values on the axis; the same for all, so that numbers in a column line up."""
     return max(0, 2 - math.floor(math.log10((limits[1] - limits[0]) / 2)))
 
 
@@ -262,7 +263,7 @@ class NumberLine:
 
 
 def line_chart(curve: Curve) -> Markup | None:
-    """All series of a curve on one pair of axes; None where no value is finite."""
+    """All series of a curve on one pair of axes; None if no value is finite."""
     lines = [(series.name, _averaged(series)) for series in curve.series]
     if not any(len(points) for _, points in lines):
         return None
@@ -313,7 +314,7 @@ def _draw_marker(axes: Axes, x: float, label: str) -> None:
 
 
 def _averaged(series: Series) -> Any:
-    """Array [n, 2] of finite points; where they are too many, means over windows of equal length."""
+    """Array (n, 2) of finite points; more than MAX_POINTS are averaged over windows of equal length."""
     points = np.array(series.points, dtype=float).reshape(-1, 2)
     points = points[np.isfinite(points).all(1)]
     window = math.ceil(len(points) / MAX_POINTS) or 1

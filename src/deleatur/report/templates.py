@@ -44,7 +44,7 @@ def _number(value: float) -> str:
 
 
 def _data_uri(image: Image.Image) -> str:
-    """Small images as PNG, large ones as WebP at a quality that looks like the original."""
+    """Small images as PNG, large ones as WebP at a visually lossless quality."""
     if max(image.size) <= MAX_PNG_SIZE:
         return "data:image/png;base64," + b64encode(encode(image)).decode()
     buffer = BytesIO()

@@ -17,7 +17,7 @@ STYLES: Mapping[Outcome, str] = {"pass": "green", "fail": "red", "not enough evi
 
 
 def summary(report: Report, verdict: Verdict) -> RenderableType:
-    """For `rich.print`."""
+    """The verdict, why rules did not pass, and all scores, for `rich.print`."""
     style = STYLES[verdict.outcome]
     parts: list[RenderableType] = [Panel(Text(headline(verdict), style=f"bold {style}"), border_style=style)]
     if verdict.simulated:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from deleatur.artifacts.labels import demand_labels
+from deleatur.artifacts.labels import require_labels
 from deleatur.config import methods
 from deleatur.config.settings import Settings
 from deleatur.evaluation.cache import VALUES_FILE, EvaluationCache
@@ -44,7 +44,7 @@ VALUES = pa.schema(
 
 def run(settings: Settings, notes: Sequence[str] = ()) -> None:
     """notes: put before the notes of the report itself."""
-    demand_labels(settings)
+    require_labels(settings)
     metrics = methods.metrics(settings)
     listing = samples.read_listing(settings.paths.samples)
     by_variant = {v: listing[listing["variant"] == v].reset_index(drop=True) for v in VARIANTS}

@@ -44,7 +44,7 @@ def run(settings: Settings) -> None:
             note += f"; {quarantined} rows could not be used: {settings.paths.feedback / 'quarantine.csv'}"
         advance(note=note)
     if methods.requires_ratings(settings):
-        _demand_answers(settings, summary["concepts"], rejected)
+        _require_answers(settings, summary["concepts"], rejected)
 
 
 def _ingest(settings: Settings, out: Path, docs: Path) -> tuple[dict[str, Any], list[QuarantineRow]]:
@@ -89,7 +89,7 @@ def _ingest(settings: Settings, out: Path, docs: Path) -> tuple[dict[str, Any], 
     return summary, rejected
 
 
-def demand_rated(settings: Settings, concept: str) -> None:
+def require_rated(settings: Settings, concept: str) -> None:
     """Raises DataError when the sources hold no positive or no negative image of a concept by majority vote: a method
     that learns from rated images needs both.
     """
@@ -104,7 +104,7 @@ def demand_rated(settings: Settings, concept: str) -> None:
         )
 
 
-def demand_answered(settings: Settings, concept: str) -> None:
+def require_answered(settings: Settings, concept: str) -> None:
     """Raises DataError when the sources hold no usable answer about a concept: its tokens are learned from ratings."""
     if not current_answers(settings, concept)["answer"].isin(("yes", "no", "ranked")).any():
         raise DataError(
@@ -171,7 +171,7 @@ def valid_images(
         line = 0
         try:
             for line, image in enumerate(images.read_archive(path), 1):
-                if problem := images.problem(image):
+                if problem := images.find_mismatch(image):
                     rejected.append(_invalid_image(path, line, image.sha256, "image bytes", *problem))
                 elif image.sha256 not in digests:
                     digests.add(image.sha256)
@@ -231,7 +231,7 @@ def _concept_summary(
     }
 
 
-def _demand_answers(settings: Settings, concepts: dict[str, Any], rejected: Sequence[QuarantineRow]) -> None:
+def _require_answers(settings: Settings, concepts: dict[str, Any], rejected: Sequence[QuarantineRow]) -> None:
     unrated = [name for name in settings.targets if not concepts[name]["voted_images"] + concepts[name]["pairs"]]
     if not unrated:
         return

@@ -47,12 +47,12 @@ class RowCache:
         return path
 
     def read(self, keys: Sequence[str]) -> pd.DataFrame:
-        """The rows of `keys`, in that order. Raises DataError when one is missing."""
+        """The rows of `keys`, in that order. Raises DataError if one is missing."""
         if missing := self.missing(keys):
             raise DataError(f"{self.folder} lacks {len(missing)} of the requested rows", hint="dvc repro")
         requested, frames = set(keys), [pd.DataFrame(columns=self._schema.names)]
         for path in dict.fromkeys(self._shard_of[key] for key in keys):
-            with _demand_intact(path):
+            with _require_intact(path):
                 rows = pq.read_table(path).to_pandas()
             frames.append(rows[rows["key"].isin(requested)])
         return pd.concat(frames[1:] or frames).drop_duplicates("key").set_index("key").loc[list(keys)].reset_index()
@@ -78,13 +78,13 @@ class RowCache:
 
 
 def _read_keys(path: Path) -> list[str]:
-    with _demand_intact(path):
+    with _require_intact(path):
         keys: list[str] = pq.read_table(path, columns=["key"])["key"].to_pylist()
     return keys
 
 
 @contextmanager
-def _demand_intact(path: Path) -> Iterator[None]:
+def _require_intact(path: Path) -> Iterator[None]:
     """Errors of pyarrow inside become a DataError: DVC keeps the folder between runs, so a damaged shard would stay."""
     try:
         yield

@@ -50,10 +50,10 @@ def reproduce(
     """Brings one stage of dvc.yaml up to date. Returns whether it had to run.
 
     options: of `dvc repro`. With PULL, results computed elsewhere from the same inputs are fetched from the DVC remote.
-    The inputs of the stage must exist here: DVC takes a missing one for unchanged.
+    The inputs of the stage must exist here: DVC considers a missing one unchanged.
 
     Raises the error of the stage itself (only Interrupted and ServiceError are worth a retry), ServiceError when it
-    crashed or was killed, and DataError when DVC refused to run it. SIGINT or SIGTERM to this process is passed on to
+    crashed or was killed, and DataError if DVC refused to run it. SIGINT or SIGTERM to this process is passed on to
     the stage, which saves its state; the interruption itself then propagates, because a scheduler would retry after an
     error of this package.
 
@@ -81,7 +81,7 @@ def reproduce(
 
 
 def _restore_outputs(stage: str, root: Path) -> None:
-    """Outputs of the last success, which DVC deleted before the run that has failed."""
+    """Restores the outputs of the last success, which DVC deleted before the run that has failed."""
     lock = root / "dvc.lock"
     entry = read_yaml(lock)["stages"].get(stage, {}) if lock.is_file() else {}
     if missing := [out["path"] for out in entry.get("outs", []) if not (root / out["path"]).exists()]:
@@ -132,7 +132,7 @@ def status(root: Path, stage: str = "dvc.yaml") -> dict[str, Any]:
 
 
 def _require_valid_files(root: Path) -> None:
-    """Raises DataError for a file of DVC that is no YAML: DVC's own message for it ends with the YAML parser's."""
+    """Raises DataError for a file of DVC that is not YAML: DVC's message ends with that of the YAML parser."""
     for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
         if (root / name).is_file():
             read_yaml(root / name)
@@ -145,8 +145,8 @@ def _refresh_digests(root: Path) -> None:
 
 
 def _create_feedback_folder(root: Path) -> None:
-    """DVC refuses to run a stage whose input does not exist. Where ratings are required and the folder is empty, the
-    stage itself says so; where words are enough, it needs none.
+    """Creates the folder of feedback, since DVC refuses to run a stage whose input does not exist. If the folder is
+    empty and ratings are required, the stage itself raises an error.
     """
     if not (folder := root / FEEDBACK).exists():
         folder.mkdir()
@@ -159,6 +159,7 @@ def lock_digest(root: Path) -> str | None:
 
 
 def dvc_command(command: str, *arguments: str) -> list[str]:
+    """The command line of a DVC command, which waits for DVC's lock."""
     return [sys.executable, "-m", "dvc", "--wait-for-lock", command, *arguments]
 
 
@@ -171,7 +172,7 @@ def _repro_error(stage: str, root: Path, tail: Sequence[str]) -> DeleaturError:
 
 
 def _init_command(root: Path) -> str:
-    """The command that turns a folder into a DVC project; empty where it is one."""
+    """The command that turns a folder into a DVC project; empty if it is one."""
     if run_captured(["git", "rev-parse", "--git-dir"], root).returncode:
         return "git init" if (root / ".dvc").is_dir() else "git init && dvc init"
     return "" if (root / ".dvc").is_dir() else "dvc init"

@@ -15,7 +15,7 @@ import yaml
 from deleatur.errors import DataError, ServiceError, SettingsError
 from deleatur.storage.dvc import CODE_STAGE, dvc_command
 from deleatur.storage.processes import last_line, run_captured
-from deleatur.storage.yaml_files import mapping, parse_yaml, read_yaml
+from deleatur.storage.yaml_files import nested_mapping, parse_yaml, read_yaml
 
 
 def push(root: Path, *stages: str) -> None:
@@ -58,10 +58,10 @@ def _create_lock_project(folder: Path, lock: str, root: Path) -> None:
             shutil.copyfile(root / ".dvc" / config, folder / ".dvc" / config)
     _run_dvc("config", folder, "--local", "core.no_scm", "true")
     _run_dvc("config", folder, "--local", "cache.dir", run_captured(dvc_command("cache", "dir"), root).stdout.strip())
-    where = "dvc.lock of a registered version"
-    stages = mapping(parse_yaml(lock, where, hint="deleatur verify VERSION"), "stages")
+    source = "dvc.lock of a registered version"
+    stages = nested_mapping(parse_yaml(lock, source, hint="deleatur verify VERSION"), "stages")
     if not stages:
-        raise DataError(f"{where}: expected stages, found none", hint="deleatur verify VERSION")
+        raise DataError(f"{source}: expected stages, got none", hint="deleatur verify VERSION")
     outs = {
         n: {"cmd": s["cmd"], "outs": [out["path"] for out in s.get("outs", [])]}
         for n, s in stages.items()
@@ -72,9 +72,9 @@ def _create_lock_project(folder: Path, lock: str, root: Path) -> None:
 
 
 def file_at_last_run(stage: str, folder: Path, file: str, root: Path) -> bytes | None:
-    """A file of a dependency folder as it was when the stage last ran; None when it is not in DVC's cache."""
+    """A file of a dependency folder as it was when the stage last ran; None if it is not in DVC's cache."""
     lock = root / "dvc.lock"
-    stages = mapping(read_yaml(lock), "stages") if lock.is_file() else {}
+    stages = nested_mapping(read_yaml(lock), "stages") if lock.is_file() else {}
     digests = {dep["path"]: dep["md5"] for dep in stages.get(stage, {}).get("deps", [])}
     cache = Path(run_captured(dvc_command("cache", "dir"), root).stdout.strip()) / "files" / "md5"
     try:
@@ -87,7 +87,7 @@ def file_at_last_run(stage: str, folder: Path, file: str, root: Path) -> bytes |
 
 
 def remote_url(root: Path) -> str:
-    """URL of the default DVC remote, absolute. Raises SettingsError when none is configured."""
+    """URL of the default DVC remote, absolute. Raises SettingsError if none is configured."""
     listed = run_captured(dvc_command("config", "--list"), root).stdout.splitlines()
     config = dict(line.split("=", 1) for line in listed if "=" in line)
     if not (url := config.get(f"remote.{config.get('core.remote')}.url")):
@@ -100,11 +100,11 @@ def remote_url(root: Path) -> str:
 
 def use_remote(root: Path, url: str) -> None:
     """Sets the default DVC remote of this checkout only."""
-    _run_dvc("remote", root, "add", "--local", "--force", "--default", "given", url)
+    _run_dvc("remote", root, "add", "--local", "--force", "--default", "shared", url)
 
 
 def lock_entry(stage: str, root: Path) -> str:
-    """The text of one stage's entry in dvc.lock. Raises DataError when there is none."""
+    """The text of one stage's entry in dvc.lock. Raises DataError if there is none."""
     if match := re.search(_ENTRY.format(stage), (root / "dvc.lock").read_text("utf-8"), re.MULTILINE):
         return match[0]
     raise DataError(f"dvc.lock has no entry for the stage {stage}", hint=f"dvc repro {stage}")

@@ -26,7 +26,7 @@ from deleatur.storage.git import first_tracked_file
 T = TypeVar("T")
 
 UNREADABLE_PARQUET = (pa.ArrowException, OSError, KeyError)
-"""What pyarrow raises for files that are no Parquet, are damaged (OSError), or lack a column (KeyError)."""
+"""What pyarrow raises for files that are not Parquet, are damaged (OSError), or lack a column (KeyError)."""
 
 
 RECOMPUTE_HINT = "dvc repro (runs the stages whose outputs are missing, damaged or out of date)"
@@ -69,9 +69,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def empty_folder(folder: Path) -> Path:
-    """Deletes the content of a folder, or creates it. Raises SettingsError when git tracks files in it."""
+    """Deletes the content of a folder, or creates it. Raises SettingsError if git tracks files in it."""
     if folder.exists():
-        demand_untracked(folder)
+        require_untracked(folder)
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
@@ -81,11 +81,11 @@ def empty_folder(folder: Path) -> Path:
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty temporary folder; when the block succeeds, it replaces `folder`, which until then stays as it is.
 
-    Raises SettingsError when git tracks files in the folder.
+    Raises SettingsError if git tracks files in the folder.
     """
-    demand_untracked(folder)
-    for left in folder.parent.glob(f".{folder.name}.*.partial"):  # of killed processes
-        shutil.rmtree(left)
+    require_untracked(folder)
+    for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of killed processes
+        shutil.rmtree(leftover)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}.partial") for kind in ("new", "old"))
     partial.mkdir(parents=True)
     try:
@@ -95,20 +95,20 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         partial.rename(folder)
     finally:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def keep_only(folder: Path, keep: Collection[Path]) -> None:
     """Deletes everything in the folder but `keep`, including temporary files of killed processes."""
-    demand_untracked(folder)
+    require_untracked(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for path in set(folder.iterdir()).difference(keep):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def demand_untracked(folder: Path) -> None:
-    """Raises SettingsError when git tracks files in a folder that a stage is about to empty."""
+def require_untracked(folder: Path) -> None:
+    """Raises SettingsError if git tracks files in a folder that a stage is about to empty."""
     if folder.is_dir() and (tracked_file := first_tracked_file(folder)):
         raise SettingsError(
             f"a stage empties {folder}, where git tracks {tracked_file}",
@@ -129,7 +129,7 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def literal_path(pattern: str) -> Path:
-    """The leading part of a glob pattern that is no pattern: every file that it matches is there, or below."""
+    """The longest leading path of a glob pattern without wildcards: all its matches are in that folder, or below."""
     path, rest = Path(), Path(pattern).parts
     while rest and (escape(rest[0]) == rest[0] or (path / rest[0]).exists()):
         path, rest = path / rest[0], rest[1:]
@@ -149,7 +149,7 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pd.DataFrame:
 
     Raises DataError for a table that is damaged, or lacks columns of the schema.
     """
-    demand_file(path)
+    require_file(path)
     try:
         frame: pd.DataFrame = pq.read_table(path).to_pandas()
     except UNREADABLE_PARQUET as e:
@@ -162,6 +162,7 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pd.DataFrame:
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Writes CSV without the index, lines ending in "\\n", atomically."""
     with atomic_write(path) as partial:
         frame.to_csv(partial, index=False, lineterminator="\n")
 
@@ -171,7 +172,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
     Raises DataError for anything but UTF-8 with commas and the header's number of fields in every row.
     """
-    demand_file(path, "put it there or correct the path in params.yaml, then: deleatur check")
+    require_file(path, "put it there or correct the path in params.yaml, then: deleatur check")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header, *rows = (row for row in csv.reader(file, strict=True) if row)
@@ -198,57 +199,58 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, hint: str = RECOMPUTE_HINT) -> Any:
-    """Reads JSON of any type: use `read_json_as` where the type matters."""
-    demand_file(path, hint)
+    """Reads JSON of any type; `read_json_as` validates it. Raises DataError if the file is missing or not JSON."""
+    require_file(path, hint)
     return parse_json(path.read_bytes(), Any, str(path), hint)
 
 
 def read_json_as(path: Path, expected: type[T], hint: str = RECOMPUTE_HINT) -> T:
     """Reads JSON of a type: a dataclass, or a container of some. Raises DataError, see `parse_json`."""
-    demand_file(path, hint)
+    require_file(path, hint)
     value: T = parse_json(path.read_bytes(), expected, str(path), hint)
     return value
 
 
 def read_object(path: Path, *keys: str, hint: str = RECOMPUTE_HINT) -> dict[str, Any]:
-    """Reads a JSON object. Raises DataError for anything else, or where a key is missing."""
+    """Reads a JSON object. Raises DataError for anything else, or if a key is missing."""
     value = read_json_as(path, dict[str, Any], hint)
     if missing := [key for key in keys if key not in value]:
         raise DataError(f"{path} lacks {', '.join(missing)}: another version or setting wrote it", hint=hint)
     return value
 
 
-def parse_json(data: bytes | str, expected: Any, where: str, hint: str = RECOMPUTE_HINT) -> Any:
+def parse_json(data: bytes | str, expected: Any, source: str, hint: str = RECOMPUTE_HINT) -> Any:
     """The value of a JSON text. Keys beyond the fields of a dataclass are left out.
 
-    Raises DataError naming `where` and what is missing or of another type; nothing is converted.
+    Raises DataError naming `source` and what is missing or of another type; nothing is converted.
     """
     try:
         return TypeAdapter(expected).validate_json(data, strict=True)
     except ValidationError as e:
         first, *others = e.errors(include_url=False)
         if first["type"] == "json_invalid":
-            raise DataError(f"{where} is not JSON in UTF-8: {first['msg']}", hint=hint) from None
+            raise DataError(f"{source} is not JSON in UTF-8: {first['msg']}", hint=hint) from None
         got = "" if first["type"] == "missing" else f", got {type(first['input']).__name__}"
         place = "".join(f" {name}:" for name in [".".join(map(str, first["loc"]))] if name)
         more = f" ({len(others)} more)" if others else ""
-        raise DataError(f"{where}:{place} {first['msg']}{got}{more}: another version wrote it", hint=hint) from None
+        raise DataError(f"{source}:{place} {first['msg']}{got}{more}: another version wrote it", hint=hint) from None
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes lines in UTF-8, atomically."""
     with atomic_write(path) as partial:
         partial.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
     """Lines as bytes: the caller decides what to do with a line that is not UTF-8."""
-    demand_file(path, f"ls {path.parent}")
+    require_file(path, f"ls {path.parent}")
     with path.open("rb") as file:
         yield from file
 
 
-def demand_file(path: Path, hint: str = RECOMPUTE_HINT) -> None:
-    """Raises DataError where there is no such file, or a folder in its place."""
+def require_file(path: Path, hint: str = RECOMPUTE_HINT) -> None:
+    """Raises DataError if there is no such file, or a folder in its place."""
     if path.is_dir():
         raise DataError(f"expected a file, and {path} is a folder", hint=f"mv {path} {path}.folder, then: {hint}")
     if not path.is_file():

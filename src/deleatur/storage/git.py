@@ -35,7 +35,7 @@ def user_name(root: Path) -> str | None:
 def first_tracked_file(folder: Path) -> str | None:
     """The first file in a folder that git tracks; None without git or outside a repository.
 
-    Raises DataError where git fails: the caller is about to delete the folder.
+    Raises DataError if git fails: the caller is about to delete the folder.
     """
     if not shutil.which("git"):
         return None
@@ -49,7 +49,7 @@ def first_tracked_file(folder: Path) -> str | None:
 
 
 def clone_at_commit(root: Path, commit: str, target: Path) -> None:
-    """Clones the repository to `target` and checks out a commit. Raises DataError when that fails."""
+    """Clones the repository to `target` and checks out a commit. Raises DataError if that fails."""
     for folder, command in (
         (root, ["git", "clone", "--quiet", "--no-checkout", str(root.resolve()), str(target)]),
         (target, ["git", "checkout", "--quiet", "--detach", commit]),

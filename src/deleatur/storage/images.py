@@ -101,12 +101,13 @@ def _png_header(data: bytes) -> dict[bytes, bytes]:
 
 
 def encode_image(image: Image.Image) -> EncodedImage:
+    """Encodes an image as PNG, with its digest and size in pixels."""
     data = encode(image)
     return EncodedImage(hashlib.sha256(data).hexdigest(), data, image.width, image.height)
 
 
-def problem(image: EncodedImage) -> tuple[str, str] | None:
-    """(expected, got) when digest, format or size of an image contradict its record; None when they agree."""
+def find_mismatch(image: EncodedImage) -> tuple[str, str] | None:
+    """(expected, got) when digest, format or size of an image contradict its record; None if they agree."""
     digest = hashlib.sha256(image.image).hexdigest()
     if digest != image.sha256:
         return "bytes whose SHA-256 is the one given", f"SHA-256 {digest}"
@@ -130,7 +131,7 @@ def write_archive(path: Path, images: Iterable[EncodedImage]) -> None:
 
 def read_archive(path: Path) -> Iterator[EncodedImage]:
     """Yields the images of an archive in order, a batch in memory at a time. Raises DataError for any other file."""
-    files.demand_file(path)
+    files.require_file(path)
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=64, columns=SCHEMA.names):
@@ -159,6 +160,7 @@ def write_shards(folder: Path, images: Iterable[EncodedImage]) -> int:
 
 
 def read_shards(folder: Path) -> Iterator[EncodedImage]:
+    """Yields the images that `write_shards` wrote, in order."""
     for path in sorted(folder.glob("images-*.parquet")):
         yield from read_archive(path)
 

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from deleatur.errors import DataError
 from deleatur.records.report import DetectorInfo, Provenance
-from deleatur.storage.files import atomic_write, demand_file
+from deleatur.storage.files import atomic_write, require_file
 
 T = TypeVar("T")
 
@@ -53,8 +53,8 @@ def write(path: Path, document: object) -> None:
 
 
 def read(path: Path, record_type: type[T]) -> T:
-    """Raises DataError when the file is missing or does not hold a valid record of this type."""
-    demand_file(path)
+    """Raises DataError if the file is missing or does not hold a valid record of this type."""
+    require_file(path)
     return decode(path.read_bytes(), record_type, str(path))
 
 
@@ -74,7 +74,7 @@ def schema(record_type: type) -> dict[str, Any]:
 
 
 def _adapter(record_type: Any) -> TypeAdapter[Any]:
-    # In a list of one: pydantic applies `config` to a dataclass inside another type, but not to one on its own.
+    # In a list of one: pydantic applies `config` to a dataclass inside another type, but not to a bare dataclass.
     return TypeAdapter(Annotated[list[record_type], Field(min_length=1, max_length=1)], config=STRICT)
 
 

@@ -104,7 +104,7 @@ def run_command(
 
 
 def run_captured(command: Sequence[str], root: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a command in `root` and captures its output. Raises ServiceError when it is not installed."""
+    """Runs a command in `root` and captures its output. Raises ServiceError if it is not installed."""
     try:
         return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True)
     except FileNotFoundError as e:
@@ -112,8 +112,8 @@ def run_captured(command: Sequence[str], root: Path) -> subprocess.CompletedProc
 
 
 def environment(root: Path = Path()) -> dict[str, str]:
-    """Environment of a child that runs DVC. The commands of dvc.yaml call `deleatur`, which must be found without an
-    activated venv, and must be the checkout below `root`, whose sources DVC tracks.
+    """Environment of a child process that runs DVC. The commands of dvc.yaml call `deleatur`: PATH makes it available
+    without an activated venv, PYTHONPATH makes it the checkout below `root`, whose sources DVC tracks.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # A git hook sets these, and they would override the repository of `root`.

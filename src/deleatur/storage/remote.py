@@ -28,7 +28,7 @@ def local_path(address: str) -> str:
 def fetch(address: str, target: Path) -> None:
     """Downloads every file below an address, a folder or s3://bucket/prefix, into `target`.
 
-    A local file of the same size that is no older is not downloaded again. Raises ServiceError when the address cannot
+    A local file of the same size that is no older is not downloaded again. Raises ServiceError if the address cannot
     be reached, and DataError for a name that leads out of `target`: write access to the store must not become write
     access to this machine.
     """

@@ -47,6 +47,7 @@ def image_cache(folder: Path) -> RowCache:
 
 
 def load_images(cache: RowCache, keys: Sequence[str]) -> list[Image.Image]:
+    """The decoded images of these keys, in their order. Raises DataError if one is missing."""
     return [images.decode(data) for data in cache.read(keys)["image"]]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from deleatur.errors import DataError
 from deleatur.maths.finite import require_finite
 from deleatur.records.model import Delta, LowRank, SoftToken
-from deleatur.storage.files import atomic_write, demand_file, empty_folder, parse_json
+from deleatur.storage.files import atomic_write, empty_folder, parse_json, require_file
 
 DELTA_FILE = "delta.safetensors"
 """File name of an eraser's result."""
@@ -28,7 +28,7 @@ DOWN, UP = "down", "up/"
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes tensors with metadata, as one JSON header entry: safetensors writes several in no fixed order.
 
-    Raises ModelError when a value is not finite.
+    Raises ModelError if a value is not finite.
     """
     contiguous = {n: _finite(path, n, t).detach().cpu().contiguous().clone() for n, t in tensors.items()}
     with atomic_write(path) as partial:
@@ -37,6 +37,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
 
 @dataclass(frozen=True)
 class DeltaMetadata:
+    """The fields of a `Delta` that its file stores beside the tensors."""
+
     base: str
     method: str
     settings: Mapping[str, Any]
@@ -47,9 +49,9 @@ class DeltaMetadata:
 def load(path: Path, expected: Any = dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
     """Tensors and metadata, of the type `expected`, see `parse_json`.
 
-    Raises DataError when the file is missing or was not written by `save`, ModelError when a value is not finite.
+    Raises DataError if the file is missing or was not written by `save`, ModelError when a value is not finite.
     """
-    demand_file(path)
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as f:
             metadata = parse_json((f.metadata() or {})["deleatur"], expected, str(path))
@@ -71,7 +73,7 @@ def save_token(folder: Path, token: SoftToken) -> None:
 
 
 def load_token(folder: Path) -> SoftToken:
-    """The tokens of one concept. Raises DataError when the folder holds none."""
+    """The tokens of one concept. Raises DataError if the folder holds none."""
     loaded = [load(path) for path in sorted(folder.glob("*.safetensors"), key=lambda p: int(p.stem))]
     if not loaded:
         raise DataError(f"no token in {folder}", hint="dvc repro invert")
@@ -98,6 +100,7 @@ def save_delta(path: Path, delta: Delta) -> None:
 
 
 def load_delta(path: Path) -> Delta:
+    """Reads what `save_delta` wrote. Raises DataError or ModelError as `load` does."""
     tensors, metadata = load(path, DeltaMetadata)
     differences: Mapping[str, Tensor] = tensors
     if DOWN in tensors:

@@ -27,21 +27,21 @@ def read_yaml(path: Path, error: type[DeleaturError] = DataError, again: str = "
 
 
 def parse_yaml(
-    text: str, where: str, error: type[DeleaturError] = DataError, hint: str = "", conflict_hint: str = ""
+    text: str, source: str, error: type[DeleaturError] = DataError, hint: str = "", conflict_hint: str = ""
 ) -> Any:
-    """The content of a YAML text. Raises `error` naming `where` and the line."""
+    """The content of a YAML text. Raises `error` naming its source and the line."""
     try:
         return yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as e:  # ValueError: a date that does not exist
         if marker := CONFLICT_MARKER.search(text):
             line = text.count("\n", 0, marker.start()) + 1
-            message = f"{where}, line {line}: expected YAML, got an unresolved merge conflict of git ({marker[1]})"
+            message = f"{source}, line {line}: expected YAML, got an unresolved merge conflict of git ({marker[1]})"
             raise error(message, hint=conflict_hint or hint) from e
-        raise error(f"{where} is not YAML: {e}", hint=hint) from e
+        raise error(f"{source} is not YAML: {e}", hint=hint) from e
 
 
-def mapping(value: Any, *keys: str) -> Mapping[str, Any]:
-    """What is below these keys of unvalidated values; empty where it is no mapping."""
+def nested_mapping(value: Any, *keys: str) -> Mapping[str, Any]:
+    """The mapping below these keys of an unvalidated value; empty if there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, Mapping) else {}

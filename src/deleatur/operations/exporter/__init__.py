@@ -40,6 +40,8 @@ MLFLOW_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_
 
 
 class Exporter(Collector):
+    """Collects the series of all SOURCES at every scrape."""
+
     def __init__(self, params: Path) -> None:
         self._params = params
         self._logged: dict[str, str] = {}
@@ -69,7 +71,7 @@ class Exporter(Collector):
             return [], e
 
     def _log(self, name: str, problem: Exception | None) -> None:
-        """Log a problem once. Of foreign exceptions only the type: their message could quote a prompt."""
+        """Logs a problem once; of exceptions other than ours only the type: their message could quote a prompt."""
         text = "" if problem is None else str(problem) if isinstance(problem, DeleaturError) else type(problem).__name__
         if text and text != self._logged.get(name):
             print(f"{name} cannot be read: {text}", file=sys.stderr, flush=True)
@@ -77,7 +79,7 @@ class Exporter(Collector):
 
 
 def serve(params: Path, host: str, port: int, on_start: Callable[[int], None]) -> None:
-    """Serve metrics until SIGTERM or SIGINT. Port 0 takes a free port; `on_start` receives the port in use."""
+    """Serves metrics until SIGTERM or SIGINT. Port 0 selects a free port; `on_start` receives the port in use."""
     os.environ |= MLFLOW_TIMEOUTS
     stop = threading.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):

@@ -1,6 +1,6 @@
 """Series about results: the newest report, verdict and canary check.
 
-A missing file is no error: its stage has not run yet, or is running again.
+A missing file is not an error: its stage has not run yet, or is running again.
 """
 
 from __future__ import annotations
