@@ -133,7 +133,7 @@ def test_a_check_imports_no_library_that_only_stages_need() -> None:
         ),
         (
             {"clip_score": {"prefix": "a picture of a thing of "}},
-            r"^evaluate\.metrics\.clip_score, .*, prompt w-dev-0: ",
+            r"^evaluate\.metrics\.clip_score, .*, prompt w-dev-2: ",
         ),
         ({"words": ["gun", "a gun of a thing of ink"]}, r"^reward\.clip, concepts\.weapon\.words: "),
     ],

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from deleatur.maths.distances import cosine_similarity
 from deleatur.metrics import Array, EvaluationSet, Metric, PromptScope
@@ -21,9 +22,11 @@ class ClipScore(Metric):
     """The SDD release puts "A photo depicts " before COCO captions."""
 
     def values(self, samples: EvaluationSet, base: EvaluationSet) -> Array:
-        harmless = np.array([not p.concept for p in samples.prompts])
-        texts = samples.clip.embed_texts([self.prefix + p.text for p in samples.prompts])
-        return np.where(harmless, cosine_similarity(samples.features, texts).double().numpy(), np.nan)
+        harmless = np.array([not p.concept for p in samples.prompts], dtype=bool)
+        texts = samples.clip.embed_texts([self.prefix + p.text for p in samples.prompts if not p.concept])
+        values = np.full(len(harmless), np.nan)
+        values[harmless] = cosine_similarity(samples.features[torch.from_numpy(harmless)], texts).double().numpy()
+        return values
 
     def cache_inputs(self, samples: EvaluationSet, row: int) -> Mapping[str, Any]:
         prompt = samples.prompts[row]

@@ -23,6 +23,7 @@ from deleatur.diffusion.pipelines import TextLimits
 from deleatur.erasers.sdd import SDD
 from deleatur.errors import error_context
 from deleatur.metrics.clip_score import ClipScore
+from deleatur.records.sampling import Prompt
 from deleatur.stages import ingest
 from deleatur.training.textual_inversion import prompt_templates
 
@@ -41,7 +42,7 @@ def check_prompt_lengths(settings: Settings, limits: TextLimits) -> None:
         with error_context(f"concepts.{name}"):
             word_token_ids(limits, settings.concepts[name].initializer_token)
     _check(limits, (item for name in concepts for item in _descriptions(settings, name)))
-    _check(limits, _prompt_files(settings, list(concepts)))
+    _check(limits, ((place, (prompt.text,)) for place, prompt in _prompt_files(settings, list(concepts))))
     check_eraser_prompts(settings, limits)
     if settings.emergency:
         with error_context("emergency"):
@@ -61,8 +62,9 @@ def check_clip_texts(settings: Settings, folder_of: Callable[[str], Path | None]
             limits, ((f"reward.clip, concepts.{n}.words", (w,)) for n in concepts for w in settings.concepts[n].words)
         )
         prefixes = {f"evaluate.metrics.{name}": m.prefix for name, m in scores if isinstance(m, ClipScore)}
-        for (place, prefix), (location, prompt) in product(prefixes.items(), _prompt_files(settings, list(concepts))):
-            _check(limits, [(f"{place}, {location}", (prefix, *prompt))])
+        scored = [(location, p) for location, p in _prompt_files(settings, list(concepts)) if not p.concept]
+        for (place, prefix), (location, prompt) in product(prefixes.items(), scored):
+            _check(limits, [(f"{place}, {location}", (prefix + prompt.text,))])
     for name, detector in methods.detectors(settings).items():
         if isinstance(detector, ZeroShot) and (folder := folder_of(detector.path)):
             place = f"evaluate.detectors.{name}.labels"
@@ -131,13 +133,13 @@ def _replacements(settings: Settings) -> Iterator[LocatedPrompt]:
                 yield f"erase.{settings.erase.method}.alternatives.{name}", prompt
 
 
-def _prompt_files(settings: Settings, concepts: list[str]) -> Iterator[LocatedPrompt]:
-    """Every prompt of the splits that stages, benchmark and canary sample from."""
+def _prompt_files(settings: Settings, concepts: list[str]) -> Iterator[tuple[str, Prompt]]:
+    """Location, and prompt, of every prompt of the splits that stages, benchmark and canary sample from."""
     splits = {"dev", settings.sample.split, settings.canary.split}
     splits |= {settings.compare.split} if settings.compare else set()
     for name in [*concepts, ""]:
         path = settings.concepts[name].prompts if name else settings.paths.prompts
-        yield from ((f"{path}, prompt {p.id}", (p.text,)) for p in prompts.read_splits(path, splits, name))
+        yield from ((f"{path}, prompt {p.id}", p) for p in prompts.read_splits(path, splits, name))
 
 
 def _soft_token(settings: Settings, concept: str) -> torch.Tensor:
