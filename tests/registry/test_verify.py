@@ -170,6 +170,35 @@ def test_every_load_compares_the_statement_with_registry_and_ledger(
         assert models.local_path(settings, "models:/deleatur/2")
 
 
+def test_every_load_verifies_all_files_of_the_version(signing: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE)
+    params = Path("params.yaml")
+    params.write_text(params.read_text("utf-8").replace("[release.pub.pem]", "[]"), "utf-8")
+    settings = Settings.load()
+    register_with_limit(settings, -5.0)
+    model = model_files.local_model("models:/deleatur/1")
+    shutil.copytree(model, "intact")
+    for name, problem in {
+        "MLmodel": "was changed",
+        "artifacts/delta/delta.safetensors": "was changed",
+        "artifacts/pipeline/model_index.json": "was changed",
+        "loader.py": "was added",
+        "artifacts/delta/pytorch_model.bin": "was added",
+    }.items():
+        with (model / name).open("a") as file:
+            file.write("# changed\n")
+        for command in (("verify", "1"), ("export", "after", "--version", "1")):
+            code, text = run_cli(*command)
+            assert (code, f"{name} {problem}" in text, "Next: " in text) == (4, True, True), text
+        assert not list(Path().glob("*after*"))
+        for part in ("pipeline", "delta"):
+            with pytest.raises(ModelError, match=problem):
+                models.local_path(settings, "models:/deleatur/1", part)
+        shutil.rmtree(model)
+        shutil.copytree("intact", model)
+    assert run_cli("export", "after", "--version", "1")[0] == 0
+
+
 def test_tags_that_were_changed_too_are_detected_by_the_ledger(
     signing: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

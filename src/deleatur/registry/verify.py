@@ -42,9 +42,11 @@ def verified_folder(settings: Settings, address: str, part: str = "pipeline") ->
     """The local folder of a part of a registered version, "pipeline" or "delta", after it was verified.
 
     Every load of a registered version goes through this function. All files of the version are verified, whichever part
-    is loaded; only a delta in a remote store is downloaded and verified alone. address: models:/name/version,
-    models:/name@alias or models:/id. Raises ModelError if its files are not those that the statement, the registry and
-    the ledger record; DataError if there is no such version, or the ledger was changed or lost.
+    is loaded; only a delta in a remote store is downloaded and verified alone.
+
+    address: models:/name/version, models:/name@alias or models:/id. Raises ModelError if its files are not those that
+    the statement, the registry and the ledger record; DataError if there is no such version, or the ledger was changed
+    or lost.
     """
     registry, version = _resolve(settings, address)
     entries = checked_ledger(settings).entries if registry.model == settings.register_.model else ()
