@@ -16,9 +16,10 @@ import torch
 import workspace
 from diffusers import EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from full_disk import max_file_size
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from deleatur.artifacts.export import export
+from deleatur.artifacts.export import export, export_version
 from deleatur.config.settings import Settings
 from deleatur.diffusion import encode
 from deleatur.diffusion.sample import initial_noise, sample
@@ -107,3 +108,12 @@ def test_an_exported_pipeline_samples_as_judged_whatever_the_base_models_schedul
     c, conditions = encode.encode_text(model, ["a cat"]), guide.conditions(model, [])
     [image] = sample(model, c, [7], guide=guide, conditions=conditions, steps=5, batch_size=1)
     assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_an_export_to_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "version").mkdir()
+    (tmp_path / "version" / "weights").write_bytes(bytes(5000))
+    monkeypatch.setattr(models, "local_path", lambda settings, address: str(tmp_path / "version"))
+    with pytest.raises(OSError, match="File too large"), max_file_size(1000):
+        export_version(Settings.load(workspace.ROOT / "params.yaml"), "1", tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["version"]

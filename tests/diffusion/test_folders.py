@@ -192,6 +192,8 @@ def test_a_pipeline_of_another_family_is_named(pipeline: Path, name: str, parts:
         ("unet", {"sample_size": [[4], [4]]}, r"square sample_size of the UNet, got \[\[4\], \[4\]\]"),
         ("unet", {"sample_size": 0}, "square sample_size of the UNet, got 0"),
         ("unet", {"in_channels": 9}, "out_channels to be 9"),
+        ("unet", {"in_channels": "4"}, "whole number of in_channels of the UNet, got 4"),
+        ("vae", {"scaling_factor": None}, "positive scaling_factor of the VAE, got None"),
         ("unet", {"out_channels": 8}, "out_channels to be 4, the UNet's in_channels, got 8"),
         ("vae", {"latent_channels": 16}, "latent_channels to be 4"),
         ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type text_time"),
@@ -205,6 +207,37 @@ def test_parts_of_another_shape_are_refused_by_name(
     error = refusal(pipeline)
     with pytest.raises(ModelError, match=message):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("text_encoder/config.json", '{"max_position_embeddings": null}', "max_position_embeddings .* got None"),
+        ("text_encoder/config.json", '{"max_position_embeddings": "x"}', "max_position_embeddings .* got x"),
+        ("text_encoder/config.json", "[]", "config.json: expected a JSON object, got list"),
+        ("tokenizer/tokenizer.json", "{}", "tokenizer is damaged: tokenizer.json"),
+    ],
+)
+def test_text_limits_of_damaged_files_are_refused(pipeline: Path, file: str, content: str, message: str) -> None:
+    (pipeline / file).write_text(content)
+    with pytest.raises(ModelError, match=message):
+        pipelines.TextLimits.from_folder(pipeline)
+
+
+@pytest.mark.parametrize("labels", [["gun", "bow"], {"gun": 0}, {"0": "gun", "2": "bow"}])
+def test_labels_without_a_class_index_each_are_refused(models: Path, tmp_path: Path, labels: Any) -> None:
+    folder = Path(shutil.copytree(models / "judge", tmp_path / "judge"))
+    edit(folder / "config.json", id2label=labels)
+    with pytest.raises(ModelError, match=r"judge is damaged: config.json"):
+        folders.classifier_labels(folder)
+
+
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json"])
+def test_a_link_to_a_missing_file_is_named(pipeline: Path, file: str) -> None:
+    """As in a cache of the Hub that was cleaned up."""
+    (pipeline / file).unlink()
+    (pipeline / file).symlink_to("blobs/0123")
+    assert f"{pipeline / file} links to blobs/0123, which is missing" in str(refusal(pipeline))
 
 
 def test_a_square_list_is_a_sample_size(pipeline: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -178,6 +179,21 @@ def test_invalid_archive_is_reported(root: Path) -> None:
     assert summary(root)["quarantined"]["by_rule"]["image archive"] == 1
 
 
+def test_link_to_a_missing_archive_is_reported(root: Path) -> None:
+    archive = ingest.archive_path(root / "sources" / "weapon.jsonl")
+    archive.unlink()
+    archive.symlink_to(root / "gone.parquet")
+    ingest.run(settings(root, targets=("style",)))
+    assert summary(root)["quarantined"]["by_rule"]["image archive"] == 1
+
+
+def test_link_to_a_missing_source_is_refused(root: Path) -> None:
+    """Its withdrawals would silently not count."""
+    (root / "sources" / "gone.jsonl").symlink_to("elsewhere.jsonl")
+    with pytest.raises(DataError, match=r"gone.jsonl links to elsewhere.jsonl, which is missing"):
+        ingest.run(settings(root))
+
+
 def test_missing_source_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no file"):
         ingest.run(settings(tmp_path))
@@ -202,6 +218,16 @@ def test_withdrawal_with_invalid_fields_counts(root: Path, changes: dict[str, An
     assert answer.event_id not in set(files.read_table(out / "answers.parquet")["event_id"])
     assert "w" in set(files.read_table(out / "events.parquet")["event_id"])
     assert summary(root)["quarantined"]["rows"] == 0
+
+
+@pytest.mark.parametrize("answer", ["Withdrawn", "WITHDRAWN ", " withdrawn"])
+def test_withdrawal_counts_however_it_is_spelled(root: Path, answer: str) -> None:
+    source, out = root / "sources" / "weapon.jsonl", root / "out" / "feedback"
+    first = events.parse({"": files.read_lines(source)}).rows[0].event
+    withdrawal = vars(first) | {"event_id": "w", "answer": answer, "replaces": first.event_id}
+    append(source, [json.dumps(withdrawal).encode()])
+    ingest.run(settings(root))
+    assert first.event_id not in set(files.read_table(out / "answers.parquet")["event_id"])
 
 
 @pytest.mark.parametrize("created_at", ["2999-01-01T00:00:00Z", "9999-12-31T23:59:59Z"])

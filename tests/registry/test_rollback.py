@@ -282,3 +282,16 @@ def test_version_whose_digests_were_changed_does_not_go_live(fresh: Settings) ->
     with pytest.raises(DataError, match=r"version 1 .* has other weights or other evidence than line 1"):
         rollback(fresh, "Ada", "seen")
     assert aliases(fresh)[CHAMPION] == "2"
+    assert len(ledger.read(fresh.register_.ledger).entries) == 4, "a refused command records no decision"
+
+
+@pytest.mark.parametrize("command", [("rollback",), ("quarantine", "2")])
+def test_live_version_whose_digests_were_changed_is_quarantined(fresh: Settings, command: tuple[str, ...]) -> None:
+    register_pass(fresh, "a")
+    register_pass(fresh, "b")
+    change_tags(fresh, "2", delta="0" * 64)
+    assert run_cli(*command, *ACTOR) == (0, "Version 2 is quarantined; version 1 is champion")
+    assert aliases(fresh) == {CHAMPION: "1", QUARANTINED: "2"}
+    last = ledger.read(fresh.register_.ledger).entries[-1]
+    assert (last.version, last.weights) == (("1", "a" * 64) if command == ("rollback",) else ("2", "b" * 64))
+    assert run_cli("history")[0] == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deleatur.config.settings import Settings
@@ -36,9 +38,7 @@ def export(settings: Settings, folder: Path) -> None:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with applied(model, delta):
+    with _new_folder(folder) as partial, applied(model, delta):
         with load_errors(str(path), "a Stable Diffusion pipeline"):
             # All other components are the base model's, its safety checker among them.
             pipeline = StableDiffusionPipeline.from_pretrained(path, unet=model.unet, use_safetensors=True)
@@ -46,10 +46,21 @@ def export(settings: Settings, folder: Path) -> None:
             # The sampler of the images that were judged, with the base model's noise schedule.
             config = pipeline.scheduler.config
             pipeline.scheduler = DDIMScheduler.from_config(config, steps_offset=1, clip_sample=False)
-        with files.disk_errors(partial):
-            pipeline.save_pretrained(partial, safe_serialization=True)
-    _write_model_card(settings, partial)
-    partial.rename(folder)
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        _write_model_card(settings, partial)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a path beside `folder` to write to; if the block fails, as on a full disk, nothing is left of it."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with files.disk_errors(folder):
+            yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_model_card(settings: Settings, folder: Path) -> None:
@@ -65,10 +76,8 @@ def _write_model_card(settings: Settings, folder: Path) -> None:
 def export_version(settings: Settings, version: str, folder: Path) -> None:
     """Writes a registered version, atomically, after verifying that its files are those judged and signed."""
     source = models.local_path(settings, f"models:/{settings.register_.model}/{version}")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    partial.rename(folder)
+    with _new_folder(folder) as partial:
+        shutil.copytree(source, partial)
 
 
 def current_verdict(settings: Settings) -> tuple[Report, Verdict] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -183,11 +182,12 @@ def schema(
 ) -> None:
     """Write the JSON Schema of params.yaml, by which editors complete and check settings."""
     from deleatur.config.schema import json_schema
+    from deleatur.storage import files
 
     if file is None:
         print_json(json_schema())
         return
-    file.write_text(json.dumps(json_schema(), indent=2) + "\n", "utf-8")
+    files.write_json(file, json_schema())
     print_text(f"Written: {file}")
 
 

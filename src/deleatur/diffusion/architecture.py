@@ -53,7 +53,10 @@ def latent_shape(unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     if not isinstance(height, int) or height < 1 or height != width:
         raise unsupported("a square sample_size of the UNet", size)
-    return int(unet_config.get("in_channels", 4)), height, height
+    channels = unet_config.get("in_channels", 4)
+    if not isinstance(channels, int) or channels < 1:
+        raise unsupported("a whole number of in_channels of the UNet", channels)
+    return channels, height, height
 
 
 STABLE_DIFFUSION: dict[str, dict[str, Any]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,12 @@ def _no_folder(weights: Path, file: str) -> ModelError:
 
 def require_any_file(folder: Path, *names: str) -> None:
     """Raises ModelError unless one of these files is in the folder, with content of its kind."""
-    files = [folder / name for name in names if (folder / name).is_file()]
+    paths = [folder / name for name in names]
+    files = [path for path in paths if path.is_file()]
     if not files:
+        for path in paths:
+            if path.is_symlink():
+                raise ModelError(f"{path} links to {path.readlink()}, which is missing", hint=folder_hint(folder))
         raise ModelError(f"{folder}: expected {' or '.join(names)}, which is missing", hint=folder_hint(folder))
     _check_content(files[0])
 
@@ -103,9 +108,23 @@ def require_any_file(folder: Path, *names: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises ModelError unless it is an object."""
     require_any_file(path.parent, path.name)
+    with damage_errors(path):
+        config = json.loads(path.read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"expected a JSON object, got {type(config).__name__}")
+        return config
+
+
+@contextmanager
+def damage_errors(path: Path) -> Iterator[None]:
+    """Raises what reading a config or tokenizer raises as ModelError: the file is damaged, or its values are of other
+    types than the libraries write.
+    """
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as e:
+        yield
+    except ModelError:
+        raise
+    except Exception as e:  # tokenizers raises no narrower class
         raise ModelError(f"{path.parent} is damaged: {path.name}: {e}", hint=folder_hint(path.parent)) from e
 
 
@@ -163,7 +182,10 @@ def classifier_labels(folder: Path) -> tuple[str, ...]:
     config = check_network(folder)
     require_any_file(folder, *PROCESSOR_FILES)
     labels = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}  # the default of transformers
-    return tuple(labels[i] for i in sorted(labels, key=int))
+    with damage_errors(folder / "config.json"):
+        if not isinstance(labels, dict) or sorted(map(int, labels)) != list(range(len(labels))):
+            raise ValueError("id2label: expected a label for each class index from 0")
+        return tuple(str(labels[i]) for i in sorted(labels, key=int))
 
 
 def unsupported(expected: str, got: object) -> ModelError:
@@ -181,7 +203,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     """The files that the libraries would load."""
     for stem in ("model", "diffusion_pytorch_model"):
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        if single.is_file():
+        if single.is_file() or single.is_symlink():
             yield single
         elif index.is_file():
             shards = read_json(index).get("weight_map")

@@ -13,6 +13,7 @@ from deleatur.diffusion.folders import (
     PROCESSOR_FILES,
     TOKENIZER_FILES,
     check_network,
+    damage_errors,
     read_json,
     require_any_file,
     unsupported,
@@ -90,6 +91,9 @@ def _check_shapes(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping
     ):
         if got != channels:  # inpainting, depth and learned variances have other numbers
             raise unsupported(f"{what} to be {channels}, the UNet's in_channels", got)
+    scaling_factor = vae.get("scaling_factor", 0.18215)
+    if not isinstance(scaling_factor, int | float) or not scaling_factor > 0:
+        raise unsupported("a positive scaling_factor of the VAE", scaling_factor)
     if (width := text.get("hidden_size", 512)) != unet.get("cross_attention_dim", 1280):
         raise unsupported(
             f"the UNet's cross_attention_dim to be {width}, the text encoder's width", unet.get("cross_attention_dim")
@@ -114,12 +118,15 @@ class TextLimits:
     @classmethod
     def _read(cls, config: Mapping[str, Any], tokenizer: Path) -> TextLimits:
         # 77 is the default of CLIPTextConfig, which configs may leave out.
-        max_tokens = int(config.get("max_position_embeddings", 77))
-        if (fast := tokenizer / "tokenizer.json").is_file():
-            return cls(_FastTokenizer(fast), max_tokens)
-        from transformers.models.clip.tokenization_clip import CLIPTokenizer
+        max_tokens = config.get("max_position_embeddings", 77)
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise unsupported("a whole number of max_position_embeddings of the text encoder", max_tokens)
+        with damage_errors(path := tokenizer / "tokenizer.json"):
+            if path.is_file():
+                return cls(_FastTokenizer(path), max_tokens)
+            from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-        return cls(CLIPTokenizer.from_pretrained(str(tokenizer)), max_tokens)
+            return cls(CLIPTokenizer.from_pretrained(str(tokenizer)), max_tokens)
 
 
 class _FastTokenizer:

@@ -195,7 +195,7 @@ def _withdrawal(values: Mapping[str, Any]) -> FeedbackEvent | None:
     texts = {name: text.encode("utf-8", "ignore").decode() for name, text in texts.items()}  # no lone surrogates
     event_id, rater = texts["event_id"], texts["rater"]
     target = values.get("replaces") or event_id
-    if values.get("answer") != "withdrawn" or not isinstance(target, str) or not _is_id(target):
+    if str(values.get("answer")).strip().casefold() != "withdrawn" or not isinstance(target, str) or not _is_id(target):
         return None
     if not _is_id(rater) or NOT_A_HASH.search(rater):
         return None

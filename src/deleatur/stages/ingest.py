@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -145,6 +146,12 @@ def find_sources(settings: Settings, *, required: bool = True) -> list[Path]:
         if required and not paths:
             hint = "put JSON-lines files there or correct ingest.sources in params.yaml, then: deleatur stage ingest"
             raise DataError(f"expected feedback at {pattern}, found no file", hint=hint)
+        for path in paths:
+            if path.is_symlink() and not path.exists():  # withdrawals in it would not count
+                raise DataError(
+                    f"{path} links to {path.readlink()}, which is missing",
+                    hint="put the file there or delete the link, then: deleatur stage ingest",
+                )
         sources |= dict.fromkeys(paths)
     for path, (name, folder) in product(sources, settings.paths.outputs.items()):
         if path.resolve().is_relative_to(folder.resolve()):
@@ -167,7 +174,7 @@ def valid_images(
 
     A source needs no archive when others hold its images; events about missing images are quarantined later.
     """
-    for path in filter(Path.exists, map(archive_path, sources)):
+    for path in filter(os.path.lexists, map(archive_path, sources)):
         line = 0
         try:
             for line, image in enumerate(images.read_archive(path), 1):

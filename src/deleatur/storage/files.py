@@ -119,13 +119,13 @@ def require_untracked(folder: Path) -> None:
 def matching_files(pattern: str) -> list[Path]:
     """The files that a glob pattern matches, sorted by name; ** matches any number of folders.
 
-    Brackets in the name of an existing file or folder are part of its name, elsewhere of a pattern.
+    Brackets in the name of an existing file or folder are part of its name, elsewhere of a pattern. Links to missing
+    files are included.
     """
     folder = literal_path(pattern)
     rest = Path(pattern).parts[len(folder.parts) :]
-    return sorted(
-        path for path in map(Path, glob(str(Path(escape(str(folder)), *rest)), recursive=True)) if path.is_file()
-    )
+    paths = map(Path, glob(str(Path(escape(str(folder)), *rest)), recursive=True))
+    return sorted(path for path in paths if path.is_file() or not path.exists())
 
 
 def literal_path(pattern: str) -> Path:
