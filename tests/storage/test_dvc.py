@@ -164,7 +164,8 @@ def test_a_signal_to_the_parent_ends_the_stage_after_it_has_saved(root: Path, si
 def test_a_stage_whose_parent_is_killed_saves_and_ends(root: Path) -> None:
     """An orphaned stage would occupy the GPU that its successor is started on."""
     code = "from pathlib import Path; from deleatur.storage import dvc; dvc.reproduce('watched', Path())"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    env = {**os.environ, "TMPDIR": str(root)}  # the killed process leaves its temporary files
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL, env=env)
     stage = int(wait_for(root / "pid"))
     assert not (root / "saved").exists()
     parent.kill()
