@@ -1,4 +1,6 @@
-"""The demo's feedback: samples images, has simulated raters answer, and writes `feedback/` at the root.
+"""Simulated feedback: samples images of a base model and has simulated raters answer.
+
+    python emoji/feedback.py [--model models/pipeline] [--out feedback]
 
 The raters' oracle is the classifier `models/rater`, trained on the fold that the judge never sees; for the style, a
 rule on pixel colours. The answers are ordinary feedback events, labelled as simulated.
@@ -6,6 +8,7 @@ rule on pixel colours. The answers are ordinary feedback events, labelled as sim
 
 from __future__ import annotations
 
+import argparse
 import csv
 from pathlib import Path
 
@@ -65,8 +68,12 @@ def achromatic_share(image: Image.Image) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "pipeline", help="pipeline that is rated")
+    parser.add_argument("--out", type=Path, default=ROOT / "feedback", help="folder of the events and images")
+    arguments = parser.parse_args()
     settings = Settings.load(ROOT / "params.yaml")
-    model = load(str(ROOT / "models" / "pipeline"))
+    model = load(str(arguments.model))
     rater = Classifier(path=str(ROOT / "models" / "rater")).load()
     for concept, spec in settings.concepts.items():
         images, shared, seeds = sample_images(model, concept)
@@ -85,7 +92,7 @@ def main() -> None:
             panel=PANEL,
             model_version=model.unet_digest[:16],
             seed=SEED,
-            out=ROOT / "feedback",
+            out=arguments.out,
         )
 
 

@@ -2,9 +2,10 @@
 
     python emoji/variant.py --seed 7 --width 48 OUT
 
-writes the pipeline OUT/models/pipeline, in about an hour of one core; the judge, the rater and the CLIP model stay
-those of ../models/, so that results compare. `--quick 0.1` takes a tenth of all budgets, to try it out. Run again, it
-resumes. Results show how defaults do on models that they were not chosen on; they are not shipped.
+writes the pipeline OUT/models/pipeline, in about an hour of one core, and simulated feedback on its images to
+OUT/feedback; the judge, the rater and the CLIP model stay those of ../models/, so that results compare. `--quick 0.1`
+takes a tenth of all budgets, to try it out. Run again, it resumes. Results show how defaults do on models that they
+were not chosen on; they are not shipped.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def variant_params(seed: int, width: int, share: float) -> dict[str, Any]:
 def run(*script: str, env: dict[str, str], logs: Path) -> None:
     """Run a script of this folder; exits with the name of its log where it fails."""
     print(*script, flush=True)
-    path = logs / f"{'-'.join(script)}.log"
+    path = logs / f"{'-'.join(Path(part).name for part in script)}.log"
     with path.open("wb") as log:
         command = [sys.executable, str(EMOJI / script[0]), *script[1:]]
         done = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -96,7 +97,9 @@ def main() -> None:
         if not is_trained(name, work, values["unet"]["samples"]):
             run(*script, env=env, logs=out)
     run("pack.py", env=env, logs=out)
-    print(f"{out / 'models/pipeline'}: set base.model in params.yaml to this folder")
+    pipeline, feedback = out / "models" / "pipeline", out / "feedback"
+    run("feedback.py", "--model", str(pipeline), "--out", str(feedback), env=env, logs=out)
+    print(f"In params.yaml, base.model: {pipeline}\nand ingest.sources: ['{feedback}/*.jsonl']\nNext: deleatur demo")
 
 
 if __name__ == "__main__":
