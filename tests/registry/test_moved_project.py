@@ -83,11 +83,16 @@ def artifact_uris(store: Registry) -> set[Path]:
     [
         (lambda old, new: (new / "1").mkdir(parents=True), True),
         (lambda old, new: shutil.copytree(Path(), old, dirs_exist_ok=True), False),  # a copy: the original is there
+        (lambda old, new: [(root / "1" / "models").mkdir(parents=True) for root in (old, new)], True),
+        (
+            lambda old, new: [(root / "1" / name).mkdir(parents=True) for root, name in ((old, "models"), (new, "x"))],
+            False,
+        ),
         (lambda old, new: None, False),  # the files are at neither place
     ],
-    ids=["moved", "copied", "lost"],
+    ids=["moved", "copied without artifacts", "copied", "two stores", "lost"],
 )
-def test_paths_follow_files_that_are_gone_from_their_old_place_only(
+def test_paths_follow_files_that_were_moved_or_copied(
     store: Registry, arrange: Callable[[Path, Path], object], relocated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [uri] = artifact_uris(store)

@@ -285,6 +285,19 @@ def test_version_whose_digests_were_changed_does_not_go_live(fresh: Settings) ->
     assert len(ledger.read(fresh.register_.ledger).entries) == 4, "a refused command records no decision"
 
 
+def test_registry_without_its_live_version_is_settled(fresh: Settings) -> None:
+    """As when it was deleted on MLflow's pages: no decision is recorded that cannot be applied."""
+    register_pass(fresh, "a")
+    register_pass(fresh, "b")
+    open_registry(fresh).client.delete_model_version("deleatur", "2")
+    code, output = run_cli("settle", *ACTOR)
+    assert (code, "no version 2" in output, "--adopt" in output) == (3, True, True)
+    assert len(ledger.read(fresh.register_.ledger).entries) == 4
+    assert run_cli("settle", "--adopt", *ACTOR)[0] == 0
+    assert run_cli("history")[0] == 0
+    assert aliases(fresh) == {LAST_KNOWN_GOOD: "1"}
+
+
 @pytest.mark.parametrize("command", [("rollback",), ("quarantine", "2")])
 def test_live_version_whose_digests_were_changed_is_quarantined(fresh: Settings, command: tuple[str, ...]) -> None:
     register_pass(fresh, "a")

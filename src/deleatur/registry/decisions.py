@@ -91,10 +91,14 @@ class LockedRegistry:
         self.apply_pending()
 
     def apply_pending(self) -> None:
-        """Applies the decisions that the registry does not show yet, and promotes a version that was approved."""
+        """Applies the decisions that the registry does not show yet, and promotes a version that was approved.
+
+        A version that was deleted from the registry stays without alias and description: `history` names the alias.
+        """
         if pending := self.ledger.entries_after(self.registry.ledger_position()):
+            existing = {str(v.version) for v in self.registry.versions()}
             for entry in pending:
-                _describe_decision(self.registry, entry)
+                _describe_decision(self.registry, entry, existing)
             apply_state(self.registry, self.ledger)
         if self.ledger.entries and (last := self.ledger.entries[-1]).event == "approval":
             self.promote(_subject_of(last), last.actor, last.reason)
@@ -314,18 +318,20 @@ def _subject_of(entry: Entry) -> Subject:
     return Subject(entry.version, entry.weights, entry.evidence, entry.files)
 
 
-def _describe_decision(registry: Registry, entry: Entry) -> None:
+def _describe_decision(registry: Registry, entry: Entry, existing: Collection[str]) -> None:
     """Adds a decision to the descriptions and tags of its versions, for readers of MLflow's pages."""
     for version, line in descriptions.decision_lines(entry).items():
-        registry.describe(descriptions.with_decision(registry.description(version), line), version)
-    if entry.event in ("rollback", "quarantine"):
+        if version in existing:
+            registry.describe(descriptions.with_decision(registry.description(version), line), version)
+    if entry.event in ("rollback", "quarantine") and entry.aliases[QUARANTINED] in existing:
         registry.mark_quarantined(entry.aliases[QUARANTINED], entry.reason)
 
 
 def apply_state(registry: Registry, recorded: Ledger) -> None:
     """Sets the registry's aliases and description to those of the ledger, and last its ledger position: from then on,
-    every decision counts as applied.
+    every decision counts as applied. A version that was deleted from the registry gets no alias.
     """
-    registry.set_aliases(recorded.aliases)
+    existing = {str(v.version) for v in registry.versions()}
+    registry.set_aliases({name: version for name, version in recorded.aliases.items() if version in existing})
     registry.describe(descriptions.model_description(registry.model, recorded))
     registry.set_ledger_position(recorded.head)

@@ -105,6 +105,8 @@ def settle(settings: Settings, actor: str, reason: str, *, adopt: bool = False) 
         return _adopt(settings, actor, reason)
     with locked_registry(settings) as locked:
         if mismatches := locked.alias_mismatches():
+            for version in {m.ledger for m in mismatches if m.ledger}:
+                _require_unchanged(locked, version)
             locked.decide("settlement", _champion_subject(locked), actor, _reason_with(reason, *mismatches), {})
         return list(map(str, mismatches))
 
@@ -125,6 +127,14 @@ def _adopt(settings: Settings, actor: str, reason: str) -> list[str]:
             moves = {name: aliases.get(name) for name in ALIASES}
             locked.decide("adoption", _champion_subject(locked), actor, _reason_with(reason, *findings), moves)
         return findings
+
+
+def _require_unchanged(locked: LockedRegistry, version: str) -> None:
+    """Raises DataError if a version that an alias would be put back to was deleted or changed."""
+    try:
+        locked.subject(version)
+    except DataError as e:
+        raise DataError(str(e), hint=f"deleatur restore FOLDER, or without this version: {SETTLE_HINT} --adopt") from e
 
 
 def _champion_subject(locked: LockedRegistry) -> Subject:
