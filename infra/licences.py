@@ -57,6 +57,12 @@ EXCEPTIONS: Mapping[str, str] = {
     "text-unidecode": "Artistic License or GPL at the user's choice; used under the Artistic License",
 }
 """Packages outside of ALLOWED → why that is acceptable."""
+COPYLEFT = ("AGPL", "GPL", "LGPL")
+VENDORED: Mapping[str, str] = {
+    "setuptools": "vendors autocommand under the LGPL-3.0, unchanged",
+    "torch": "has the licence of a test of one of its libraries, GPL-3.0; the installed package is without that test",
+}
+"""Packages that contain copyleft files of other projects → why that is acceptable."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,14 @@ class Package:
     metadata: str
     files: tuple[str, ...]
     """Licences by the titles of its licence files; empty where it has none."""
+    vendored: tuple[str, ...] = ()
+    """Copyleft licences by the files of what it vendors, in deeper folders."""
 
     @property
     def is_allowed(self) -> bool:
-        return self.name in EXCEPTIONS or (bool(self.licences) and set(self.licences) <= set(ALLOWED))
+        if self.name in EXCEPTIONS:
+            return True
+        return bool(self.licences) and {*self.licences} <= {*ALLOWED} and (not self.vendored or self.name in VENDORED)
 
     @property
     def licences(self) -> tuple[str, ...]:
@@ -117,14 +127,17 @@ def describe(package: Distribution, extra: str) -> Package:
     metadata = about.get("License-Expression") or ", ".join(classifiers) or (about.get("License") or "").split("\n")[0]
     texts = [path.read_text("utf-8", "replace") for path in licence_files(package)]
     files = tuple(sorted(set().union(*(identify(text) or {UNKNOWN} for text in texts))))
-    return Package(canonicalize_name(about["Name"]), package.version, extra, metadata, files)
+    others = [path.read_text("utf-8", "replace") for path in licence_files(package, vendored=True)]
+    vendored = tuple(sorted(set().union(*map(identify, others)) & {*COPYLEFT}))
+    return Package(canonicalize_name(about["Name"]), package.version, extra, metadata, files, vendored)
 
 
-def licence_files(package: Distribution) -> list[Path]:
-    """The package's own: not those of libraries that it vendors, which are in deeper folders."""
+def licence_files(package: Distribution, *, vendored: bool = False) -> list[Path]:
+    """The package's own; vendored: those of libraries that it contains, in deeper folders."""
     named = [f for f in package.files or [] if re.match(r"(?i)(licen[cs]e|copying|unlicense)", f.name)]
-    in_dist_info = [f for f in named if re.fullmatch(r"[^/]+\.dist-info(/licenses)?", f.parent.as_posix())]
-    return [Path(str(f.locate())) for f in in_dist_info if Path(str(f.locate())).is_file()]
+    own = re.compile(r"[^/]+\.dist-info(/licenses)?")
+    chosen = [f for f in named if bool(own.fullmatch(f.parent.as_posix())) != vendored]
+    return [Path(str(f.locate())) for f in chosen if Path(str(f.locate())).is_file()]
 
 
 def identify(text: str, *, whole: bool = False) -> set[str]:
@@ -144,7 +157,9 @@ def table(packages_: list[Package]) -> str:
         "# Licences of the dependencies",
         "",
         "Written by `python infra/licences.py` from the licence files that the packages contain; where a package has "
-        "none, by its metadata. A licence that is not permissive has a reason why it is acceptable.",
+        "none, by its metadata. A licence that is not permissive has a reason why it is acceptable; so has copyleft "
+        "code of other projects that a package contains. The GPU image also has the CUDA libraries that PyTorch's "
+        "wheels require, under NVIDIA's own licence.",
         "",
         "| package | extra | licence | metadata | note |",
         "|---|---|---|---|---|",
@@ -152,7 +167,9 @@ def table(packages_: list[Package]) -> str:
     for p in packages_:
         metadata = p.metadata.replace("|", r"\|")[:80]
         licences = ", ".join(p.licences) + ("" if p.files else " (metadata)")
-        lines.append(f"| {p.name} | {p.extra} | {licences} | {metadata} | {EXCEPTIONS.get(p.name, '')} |")
+        lines.append(
+            f"| {p.name} | {p.extra} | {licences} | {metadata} | {EXCEPTIONS.get(p.name) or VENDORED.get(p.name, '')} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -161,7 +178,7 @@ def main() -> int:
     TABLE.write_text(table(all_packages), "utf-8")
     refused = [p for p in all_packages if not p.is_allowed]
     for p in refused:
-        licences_ = ", ".join(p.licences) or "nothing that is known"
+        licences_ = ", ".join([*p.licences, *(f"{name} (vendored)" for name in p.vendored)]) or "nothing that is known"
         print(f"{p.name} {p.version}: expected one of {', '.join(ALLOWED)}, got {licences_} (metadata: {p.metadata})")
     if refused:
         print("Next: remove the package, or add it with a reason to EXCEPTIONS of infra/licences.py")

@@ -38,6 +38,7 @@ def test_every_dependency_is_allowed_and_in_the_table(packages: list[licences.Pa
 def test_exceptions_are_needed(packages: list[licences.Package]) -> None:
     by_name = {p.name: p for p in packages}
     assert [n for n in licences.EXCEPTIONS if set(by_name[n].licences) <= set(licences.ALLOWED)] == []
+    assert [n for n in licences.VENDORED if not by_name[n].vendored] == []
 
 
 def test_the_core_is_without_nudenet_and_without_the_agpl(packages: list[licences.Package]) -> None:
@@ -64,6 +65,17 @@ def test_files_count_more_than_metadata(
     described = licences.describe(package(tmp_path, **texts), "")
     assert set(described.files) == expected
     assert described.is_allowed == allowed
+
+
+def test_vendored_copyleft_needs_a_reason(tmp_path: Path) -> None:
+    vendored = tmp_path / "thing" / "_vendor" / "LICENSE"
+    vendored.parent.mkdir(parents=True)
+    vendored.write_text(AGPL)
+    thing = package(tmp_path, LICENSE=MIT)
+    with (tmp_path / "thing-1.dist-info" / "RECORD").open("a") as record:
+        record.write("thing/_vendor/LICENSE,,\n")
+    described = licences.describe(thing, "")
+    assert (described.files, described.vendored, described.is_allowed) == (("MIT",), ("AGPL",), False)
 
 
 def test_nudenets_files_are_recognised() -> None:
