@@ -11,7 +11,7 @@ from deleatur.diffusion import encode
 from deleatur.diffusion.clip import load_clip
 from deleatur.diffusion.model import load
 from deleatur.errors import ModelError
-from deleatur.evaluation.probe import validation_probe
+from deleatur.evaluation.probe import EVAL_PROMPTS, sample_states, validation_probe
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +33,13 @@ def test_a_destroyed_model_scores_as_blank_images_and_a_broken_base_model_is_ref
     next(model.unet.parameters()).fill_(float("nan"))
     with pytest.raises(ModelError, match="expected finite values"):
         probe({})
+
+
+def test_an_evaluation_takes_all_of_a_few_states_and_a_fixed_random_sample_of_many() -> None:
+    few, many = (torch.arange(float(n)).reshape(n, 1, 1) for n in (EVAL_PROMPTS - 1, 96))
+    assert torch.equal(sample_states(few, 1).sort(0).values, few)
+    sampled = sample_states(many, 2)
+    assert torch.equal(sampled, sample_states(many, 2))
+    assert len(sampled.unique()) == len(sampled) == EVAL_PROMPTS
+    # 16 tokens in 6 templates: a stride would see some templates never.
+    assert set((sampled.flatten() % 6).tolist()) == set(range(6))

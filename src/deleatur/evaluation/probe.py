@@ -20,13 +20,14 @@ from deleatur.diffusion.sample import sample
 from deleatur.errors import ModelError
 from deleatur.feedback.reward import RewardHead
 from deleatur.maths.distances import cosine_similarity
-from deleatur.maths.seeds import derive
+from deleatur.maths.seeds import derive, generator
 from deleatur.records.model import Concept
 from deleatur.training.early_stopping import Evaluation, Probe
 from deleatur.training.textual_inversion import TokenEvaluator
 
 EVAL_PROMPTS = 32
-"""Prompts of each kind per evaluation: few enough to be cheap, and fixed, so that evaluations are comparable."""
+"""At most so many prompts of each kind per evaluation: few enough to be cheap, and fixed, so that evaluations are
+comparable. The kinds: prompts of a concept, its own words or tokens in their templates, and preserved prompts."""
 
 ConceptClassifier = Callable[[list[Image.Image]], Tensor]
 """n images → (n,) bool: whether the concept is visible."""
@@ -51,7 +52,7 @@ def validation_probe(
     concept_states: list[tuple[ConceptClassifier, Tensor]] = []
     for concept in concepts:
         texts = prompts.validation_prompts(settings, concept.name, EVAL_PROMPTS)
-        states = torch.cat([encode.encode_text(model, texts), concept.states])
+        states = torch.cat([encode.encode_text(model, texts), sample_states(concept.states, settings.seed)])
         concept_states.append((concept_classifier(settings, clip, concept.name), states))
     preserved_texts = prompts.preserved_validation_prompts(settings, EVAL_PROMPTS)
     preserved_states = encode.encode_text(model, preserved_texts)
@@ -93,6 +94,11 @@ def validation_probe(
         )
 
     return probe
+
+
+def sample_states(states: Tensor, seed: int) -> Tensor:
+    """At most EVAL_PROMPTS rows of (n, L, d), a random sample without replacement: tokens times templates are many."""
+    return states[torch.randperm(len(states), generator=generator(seed, "erase", "evaluation"))[:EVAL_PROMPTS]]
 
 
 def concept_classifier(settings: Settings, clip: Clip, name: str) -> ConceptClassifier:

@@ -216,5 +216,6 @@ def _evaluation_batches(settings: Settings, tokens: Mapping[str, int | None]) ->
         spec = settings.concepts[name]
         concept_prompts = len(prompts.read(spec.prompts, "dev", name, "concept"))
         terms = len(spec.words) if num_tokens is None else num_tokens
-        batches.append(min(concept_prompts, probe.EVAL_PROMPTS) + terms * len(spec.prompt_templates))
+        states = terms * len(spec.prompt_templates)
+        batches.append(min(concept_prompts, probe.EVAL_PROMPTS) + min(states, probe.EVAL_PROMPTS))
     return [*batches, len(prompts.preserved_validation_prompts(settings, probe.EVAL_PROMPTS))]

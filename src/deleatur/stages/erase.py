@@ -18,6 +18,7 @@ from deleatur.diffusion.overlay import rounding_loss
 from deleatur.erasers import Eraser
 from deleatur.errors import ErasureRefused
 from deleatur.evaluation.probe import EVAL_PROMPTS, validation_probe
+from deleatur.records.feedback import FeedbackSummary
 from deleatur.records.model import Delta
 from deleatur.runtime import models, provenance
 from deleatur.runtime.checkpoint import Checkpoint, run_identity
@@ -138,7 +139,7 @@ def _run_identity(settings: Settings, eraser: Eraser, model: Model, clip: Clip) 
             [p for n in settings.targets for p in sorted((paths.tokens / n).iterdir())]
         )
     if eraser.learns_from_images:
-        content["feedback"] = files.read_json(paths.feedback / "summary.json")["feedback"]
+        content["feedback"] = files.read_json_as(paths.feedback / "summary.json", FeedbackSummary).feedback
     used = {settings.concepts[name].detection.detector for name in settings.targets if name not in rated}
     detectors = {name: detector for name, detector in methods.detectors(settings).items() if name in used}
     content |= {f"detector {name}": detector.load().weights for name, detector in detectors.items()}

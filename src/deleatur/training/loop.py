@@ -176,7 +176,10 @@ def trajectory_terms(
     if not config.preservation_weight:
         return {"erase": erasing}
     if (c_keep := context.preserve) is None:
-        raise SettingsError("training.preservation_weight is above 0 but there is no prompt to preserve")
+        raise SettingsError(
+            "training.preservation_weight is above 0 but there is no prompt to preserve",
+            hint="add prompts of the dev split to paths.prompts, or set preservation_weight: 0",
+        )
     g = generator(context.seed, "erase", "keep")
     sampler = TrajectorySampler(model, c_0, c_keep, config.guidance_scale, config.sampler_steps, g)
     replay = TrajectoryReplay(sampler, {}, batch_size=config.batch_size, pool_size=config.pool_size)
