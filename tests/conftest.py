@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 torch.set_num_threads(1)
+torch.backends.mkldnn.enabled = False  # it prepares every convolution anew, which takes longer than a small one
 
 SLOW_FIXTURES = frozenset({"shared", "done", "browser", "server", "servers", "stack", "exporter"})
 """Fixtures that run the complete chain, a server or a browser: what uses them, however indirectly, is slow."""
@@ -96,6 +97,15 @@ def pytest_collection_finish() -> None:
 def cold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the warm server: signals reach the processes that they reach for users."""
     monkeypatch.delenv("WARM_SOCKET", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def networks_are_loaded_once() -> Iterator[None]:
+    import loaded_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        loaded_once.install(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

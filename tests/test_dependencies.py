@@ -12,6 +12,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import loaded_once
 import pytest
 import workspace
 import yaml
@@ -49,6 +50,7 @@ def definition(code: CodeType) -> Definition:
 def test_a_stages_digest_covers_every_function_that_it_executes(done: Settings, stage: str) -> None:
     for cached in {"sample": ["out/samples", "out/scores"], "evaluate": ["out/scores"]}.get(stage, []):
         shutil.rmtree(cached, ignore_errors=True)  # so that nothing is read from a cache
+    loaded_once.LOADED.clear()
     with executed() as codes:
         stages.run(stage, done)
     run = {definition(code) for code in codes}

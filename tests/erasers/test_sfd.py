@@ -207,7 +207,7 @@ def test_on_the_built_in_model_the_concept_goes_and_the_others_improve() -> None
     model, judge = load(str(MODELS / "pipeline"), device="cpu"), Classifier(path=str(MODELS / "judge")).load()
     gun, others = ["gun"], ["cat", "frog", "fish", "rose"]
     keep = encode.encode_text(model, ["", *(f"a {name}" for name in others)])
-    sfd = SFD(kappa=2.0, fake_lr=3e-4, training={"iterations": 14, "lr": 1.5e-4, "batch_size": 6})  # type: ignore[arg-type]
+    sfd = SFD(kappa=2.0, fake_lr=6e-4, training={"iterations": 8, "lr": 3e-4, "batch_size": 2})  # type: ignore[arg-type]
     concept = encode.concept_from_words(model, "gun", gun, ["a {}"])
     edited = edited_weights(model, sfd.erase(model, [concept], ErasureContext(1, keep)))
 
