@@ -1,22 +1,20 @@
-"""kill -9 at every step of every decision: never a half release, and the same command finishes it."""
+"""kill -9 at every step of every decision: never a half release, and the same command finishes it.
+
+A command runs once, and is copied from disk at each step: as a kill runs nothing, that is what it would leave there.
+"""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import signal
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 import registry
-from child_processes import temporary_folder
+from child_processes import die, killed
 from registry import register_fail, register_pass, requiring_approval
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
@@ -33,14 +31,13 @@ Record = Callable[[str, object], None]
 STORES = ("mlflow.db", "mlflow.db-journal", "mlruns", "ledger.jsonl")
 
 
-class Killer:
-    """Counts the steps that persist something, and can kill the process at one of them: before a commit to the
-    registry's database, or in the middle of a line of the ledger.
+class Interruptions:
+    """The steps of a command that persist something. At each of them, before a commit to the registry's database and in
+    the middle of a line of the ledger, `at_step` is called: what is on disk then is what a kill leaves.
     """
 
-    def __init__(self, at: int = 0) -> None:
-        self.at, self.steps, self._writes = at, 0, False
-        self._put = ledger._write_all
+    def __init__(self, at_step: Callable[[], None]) -> None:
+        self._at_step, self._writes, self._put = at_step, False, ledger._write_all
 
     def __enter__(self) -> Self:
         event.listen(Engine, "before_cursor_execute", self._executing)
@@ -53,40 +50,19 @@ class Killer:
         event.remove(Engine, "commit", self._committing)
         ledger._write_all = self._put
 
-    def _step(self) -> bool:
-        self.steps += 1
-        return self.steps == self.at
-
     def _executing(self, _: Any, __: Any, statement: str, *___: Any) -> None:
         self._writes = self._writes or statement.lstrip().split()[0].upper() in ("INSERT", "UPDATE", "DELETE")
 
     def _committing(self, _: Any) -> None:
-        if self._writes and self._step():
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self._writes:
+            self._at_step()
         self._writes = False
 
     def _writing(self, file: ledger.FileIO, data: bytes) -> None:
-        if self._step():
-            file.write(data[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        self._put(file, data)
-
-
-def in_child_process(work: Callable[[], object]) -> Any:
-    """The result of `work` in a forked process; None if it was killed."""
-    answer = Path("answer.json")
-    answer.unlink(missing_ok=True)
-    with temporary_folder():
-        if (child := os.fork()) == 0:
-            try:
-                answer.write_text(json.dumps(work()))
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return json.loads(answer.read_text()) if code == 0 else None
+        half = len(data) // 2
+        file.write(data[:half])
+        self._at_step()
+        self._put(file, data[half:])
 
 
 @dataclass(frozen=True)
@@ -169,22 +145,15 @@ DECISIONS = {
 }
 
 
-@contextmanager
-def snapshot(root: Path) -> Iterator[Callable[[], None]]:
-    """Saves registry and ledger; yields a function that restores them."""
-    saved = root / "kept"
-    saved.mkdir()
-
-    def move(source: Path, target: Path) -> None:
-        for name in STORES:
-            (target / name).unlink() if (target / name).is_file() else shutil.rmtree(target / name, ignore_errors=True)
-            if (source / name).is_dir():
-                shutil.copytree(source / name, target / name)
-            elif (source / name).is_file():
-                shutil.copy(source / name, target / name)
-
-    move(root, saved)
-    yield lambda: move(saved, root)
+def copy_stores(source: Path, target: Path) -> None:
+    """Copies registry and ledger, as they are on disk; what `target` has of them is replaced."""
+    target.mkdir(exist_ok=True)
+    for name in STORES:
+        (target / name).unlink() if (target / name).is_file() else shutil.rmtree(target / name, ignore_errors=True)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        elif (source / name).is_file():
+            shutil.copy(source / name, target / name)
 
 
 def state_of(settings: Settings) -> dict[str, Any]:
@@ -211,41 +180,58 @@ def kill_at_every_step(
     settings: Settings, decision: Decision, check_champion: Callable[[], None] = lambda: None
 ) -> int:
     """Returns the number of steps. check_champion: raises where the champion is not complete."""
+    root, snapshots = Path.cwd(), list[Path]()
 
-    def killed(step: int) -> int:
-        with Killer(step) as killer:
-            decision.command(settings)
-        return killer.steps
-
-    def again() -> tuple[Any, Any]:
-        check_champion()
-        left = state_of(settings)
-        decision.command(settings)
-        return left, state_of(settings)
+    def save() -> None:
+        snapshots.append(root / f"killed-{len(snapshots) + 1}")
+        copy_stores(root, snapshots[-1])
 
     for step in decision.before:
         step(settings)
-    with snapshot(Path.cwd()) as restore:
-        old, steps, new = state_of(settings), killed(0), state_of(settings)
-        assert (new["aliases"], new["events"], new["problems"]) == (decision.after, decision.events, [])
-        for step in range(1, steps + 1):
-            restore()
-            assert in_child_process(lambda step=step: killed(step)) is None, "it was killed"
-            left, end = in_child_process(again)
-            live = left["aliases"].get(CHAMPION)
-            assert live in (old["aliases"].get(CHAMPION), decision.after[CHAMPION])
-            if left["events"] == old["events"]:
-                assert left["aliases"] == old["aliases"], "nothing was decided, so nothing moved"
-            elif live != old["aliases"].get(CHAMPION):
-                assert left["decided"][CHAMPION] == live, "nothing is live that was not decided"
-            assert end == new
-    return steps
+    old = state_of(settings)
+    with Interruptions(save):
+        decision.command(settings)
+    new = state_of(settings)
+    assert (new["aliases"], new["events"], new["problems"]) == (decision.after, decision.events, [])
+    for snapshot in snapshots:
+        copy_stores(snapshot, root)
+        check_champion()
+        left = state_of(settings)
+        live = left["aliases"].get(CHAMPION)
+        assert live in (old["aliases"].get(CHAMPION), decision.after[CHAMPION])
+        if left["events"] == old["events"]:
+            assert left["aliases"] == old["aliases"], "nothing was decided, so nothing moved"
+        elif live != old["aliases"].get(CHAMPION):
+            assert left["decided"][CHAMPION] == live, "nothing is live that was not decided"
+        decision.command(settings)
+        assert state_of(settings) == new
+    return len(snapshots)
 
 
 @pytest.fixture(autouse=True)
 def no_open_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forked processes may then use the registry that this one has used, with all its compiled statements."""
+    """The registry's database may then be replaced."""
     monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torn", [False, True], ids=["before a commit", "in a line of the ledger"])
+def test_kill_leaves_what_is_on_disk(torn: bool, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tests copy that instead of killing."""
+    monkeypatch.chdir(tmp_path)
+    settings = registry.create(shared, tmp_path)
+    register_pass(settings, "a")
+
+    def save_and_die() -> None:
+        if Path("ledger.jsonl").read_bytes().endswith(b"\n") != torn:
+            copy_stores(tmp_path, tmp_path / "copied")
+            die()
+
+    with Interruptions(save_and_die):
+        assert killed(lambda: register_pass(settings, "b"))
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "copied").iterdir()}
+    left = {name: (tmp_path / name).read_bytes() for name in STORES if (tmp_path / name).exists()}
+    assert copied == left
 
 
 @pytest.mark.slow

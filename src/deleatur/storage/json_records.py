@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -73,7 +74,8 @@ def schema(record_type: type) -> dict[str, Any]:
     }
 
 
-def _adapter(record_type: Any) -> TypeAdapter[Any]:
+@cache
+def _adapter(record_type: type) -> TypeAdapter[Any]:
     # In a list of one: pydantic applies `config` to a dataclass inside another type, but not to a bare dataclass.
     return TypeAdapter(Annotated[list[record_type], Field(min_length=1, max_length=1)], config=STRICT)
 
