@@ -114,11 +114,14 @@ def test_inversion_is_deterministic_and_changes_no_network(model: Model) -> None
     assert [digest_module(m) for m in (model.unet, model.text_encoder, model.vae)] == before
 
 
-@pytest.mark.parametrize(("scores", "remaining"), [([0.9, 0.2, 0.6], [0, 2]), ([0.1, 0.4, 0.3], [1])])
-def test_tokens_below_the_threshold_are_dropped_except_the_best(
-    model: Model, scores: list[float], remaining: list[int]
+@pytest.mark.parametrize(
+    ("reward", "scores", "remaining"),
+    [(0.8, [0.9, 0.39, 0.41], [0, 2]), (0.6, [0.29, 0.31, 0.9], [1, 2]), (0.8, [0.1, 0.39, 0.3], [1])],
+)
+def test_tokens_that_lost_half_of_their_images_reward_are_dropped_except_the_best(
+    model: Model, reward: float, scores: list[float], remaining: list[int]
 ) -> None:
-    data = inversion_data(6, torch.full((6,), 0.8), torch.eye(3).repeat(2, 1))
+    data = inversion_data(6, torch.full((6,), reward), torch.eye(3).repeat(2, 1))
     seen: list[Tensor] = []
 
     def evaluate(v: Tensor) -> list[float]:

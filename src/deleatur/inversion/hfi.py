@@ -6,8 +6,9 @@ binary:   w ∝ clip(r_ψ, 0, 1)
 ranking:  w ∝ softmax(r_ψ / temperature) of scores standardised over the pool, since a Bradley–Terry score has no zero
 
 Several tokens (extension): the images are clustered in CLIP space; each cluster gets its own token and an equal share
-of K_top, so that rare kinds of images are represented too. Tokens whose sampled images get a reward below the threshold
-are dropped, except the best one.
+of K_top, so that rare kinds of images are represented too. A token is dropped, unless it is the best one, if its sampled
+images get less than half of the mean reward of the images it was learned from: it shows something else. Less than a
+fixed reward would not do: r_ψ rates rare kinds of a concept low, and their tokens would be the first to go.
 
 Deviation: images are not flipped at random, as the usual script of textual inversion does; each has one cached latent.
 """
@@ -26,14 +27,17 @@ from deleatur.training.cost import Workload
 from deleatur.training.textual_inversion import EvaluatedInversionConfig, LearnedToken, TokenTarget, learn_tokens
 
 
+RETAINED_REWARD = 0.5
+"""Share of its images' mean reward that the images sampled from a token have to get."""
+
+
 class HFI(Inverter):
     top_k: int = Field(100, gt=0)
     """K_top: number of images with the highest rewards that all tokens together are learned from."""
     num_tokens: int = Field(1, gt=0)
     """m, number of tokens; each is used alone."""
     threshold: float = 0.5
-    """Minimum reward of a rated image, and minimum mean reward of the images sampled from a token.
-    Ranking: in standard deviations above the pool's mean."""
+    """Minimum reward of a rated image. Ranking: in standard deviations above the pool's mean."""
     temperature: float = Field(1.0, gt=0)
     """Ranking: softmax temperature of the weights; higher is more uniform."""
     training: EvaluatedInversionConfig = Field(default_factory=EvaluatedInversionConfig)
@@ -100,7 +104,8 @@ class HFI(Inverter):
         self, model: Model, data: InversionData, initializer: Tensor, context: InversionContext
     ) -> list[LearnedToken]:
         targets, initial = [], []
-        for i, rows in enumerate(self.clusters(data, context.seed)):
+        clusters = self.clusters(data, context.seed)
+        for i, rows in enumerate(clusters):
             g = generator(context.seed, "invert", i)
             initial.append(initial_vectors(initializer, self.training.num_vectors, g))
             templates = [data.templates[row] for row in rows.tolist()]
@@ -119,4 +124,6 @@ class HFI(Inverter):
             state=context.state,
         )
         scores = [max(evaluation["score"] for evaluation in t.evaluations) for t in learned]
-        return [t for t, score in zip(learned, scores, strict=True) if score >= min(self.threshold, max(scores))]
+        floors = [RETAINED_REWARD * float(data.rewards[rows].mean()) for rows in clusters]
+        retained = zip(learned, scores, floors, strict=True)
+        return [t for t, score, floor in retained if score >= floor or score == max(scores)]
