@@ -6,9 +6,9 @@ binary:   w ∝ clip(r_ψ, 0, 1)
 ranking:  w ∝ softmax(r_ψ / temperature) of scores standardised over the pool, since a Bradley–Terry score has no zero
 
 Several tokens (extension): the images are clustered in CLIP space; each cluster gets its own token and an equal share
-of K_top, so that rare kinds of images are represented too. A token is dropped, unless it is the best one, if its sampled
-images get less than half of the mean reward of the images it was learned from: it shows something else. Less than a
-fixed reward would not do: r_ψ rates rare kinds of a concept low, and their tokens would be the first to go.
+of K_top, so that rare kinds of images are represented too. A token is dropped, unless it is the best one, if its
+sampled images get less than half of the mean reward of the images it was learned from: it shows something else. A fixed
+minimum would not do: r_ψ rates rare kinds of a concept low, and their tokens would be the first to go.
 
 Deviation: images are not flipped at random, as the usual script of textual inversion does; each has one cached latent.
 """
@@ -25,7 +25,6 @@ from deleatur.inversion import InversionContext, InversionData, Inverter, initia
 from deleatur.maths.seeds import derive, generator
 from deleatur.training.cost import Workload
 from deleatur.training.textual_inversion import EvaluatedInversionConfig, LearnedToken, TokenTarget, learn_tokens
-
 
 RETAINED_REWARD = 0.5
 """Share of its images' mean reward that the images sampled from a token have to get."""
