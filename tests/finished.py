@@ -8,12 +8,12 @@ import sys
 from contextlib import chdir
 from pathlib import Path
 
+import registry
 import workspace
 from filelock import FileLock
 
 from deleatur import dependencies, stages
 from deleatur.config.settings import Settings
-from deleatur.registry.mlflow_registry import Registry
 from deleatur.storage.processes import environment
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def template(shared: Path) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             with chdir(partial):
-                _build(partial)
+                _build(partial, registry.empty_store(shared))
             partial.rename(root)
     return root
 
@@ -48,11 +48,11 @@ def copy(shared: Path, root: Path) -> Settings:
     return Settings.load(params)
 
 
-def _build(root: Path) -> None:
+def _build(root: Path, store: Path) -> None:
     settings = workspace.create(root, gate=passing_policy())
     for name in stages.STAGES[:-1]:
         stages.run(name, settings)
-    Registry(f"sqlite:///{root}/mlflow.db", "unused", "unused").client.search_experiments()  # creates its tables
+    shutil.copy(store, root / "mlflow.db")
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))

@@ -37,7 +37,7 @@ def redact(text: str) -> str:
 
     postgresql://me:secret@host/db → postgresql://***@host/db. A text without credentials is returned unchanged.
     """
-    for name, value in os.environ.items():
+    for name, value in os.environ.items() if len(text) >= MIN_SECRET_LENGTH else ():
         if _SECRET_VARIABLE.search(name) and len(value) >= MIN_SECRET_LENGTH and not os.path.exists(value):
             text = text.replace(value, MASK)
     text = _URL.sub(lambda match: _without_userinfo(match[0]), text)

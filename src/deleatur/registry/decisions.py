@@ -96,10 +96,7 @@ class LockedRegistry:
         A version that was deleted from the registry stays without alias and description: `history` names the alias.
         """
         if pending := self.ledger.entries_after(self.registry.ledger_position()):
-            existing = {str(v.version) for v in self.registry.versions()}
-            for entry in pending:
-                _describe_decision(self.registry, entry, existing)
-            apply_state(self.registry, self.ledger)
+            apply_state(self.registry, self.ledger, pending)
         if self.ledger.entries and (last := self.ledger.entries[-1]).event == "approval":
             self.promote(_subject_of(last), last.actor, last.reason)
 
@@ -327,11 +324,14 @@ def _describe_decision(registry: Registry, entry: Entry, existing: Collection[st
         registry.mark_quarantined(entry.aliases[QUARANTINED], entry.reason)
 
 
-def apply_state(registry: Registry, recorded: Ledger) -> None:
-    """Sets the registry's aliases and description to those of the ledger, and last its ledger position: from then on,
-    every decision counts as applied. A version that was deleted from the registry gets no alias.
+def apply_state(registry: Registry, recorded: Ledger, pending: Sequence[Entry] = ()) -> None:
+    """Describes pending decisions, sets the registry's aliases and description to those of the ledger, and last its
+    ledger position: from then on, every decision counts as applied. A version that was deleted from the registry gets
+    no alias and no description.
     """
     existing = {str(v.version) for v in registry.versions()}
+    for entry in pending:
+        _describe_decision(registry, entry, existing)
     registry.set_aliases({name: version for name, version in recorded.aliases.items() if version in existing})
     registry.describe(descriptions.model_description(registry.model, recorded))
     registry.set_ledger_position(recorded.head)
