@@ -1,5 +1,5 @@
-"""Networks are loaded from equal files once per process: in-process stages on the tiny model spend half of their time on
-loading the same networks. They are frozen, so stages and tests may share them.
+"""Networks are loaded from equal files once per process: stages on the tiny model spend half of their time on loading
+the same networks. They are frozen, so stages and tests may share them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from deleatur.detectors.classifier import Classifier
+from deleatur.diffusion import clip, model
 from deleatur.runtime import models
 
 LOADED: dict[Hashable, Any] = {}
@@ -20,8 +21,8 @@ LOADED: dict[Hashable, Any] = {}
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """For the stages. Tests of loading itself import the functions from the modules that define them."""
-    patch.setattr(models, "load", _once(models.load, lambda path: (path, ())))
-    patch.setattr(models, "load_clip", _once(models.load_clip, lambda path: (path, ())))
+    for name, load in (("load", model.load), ("load_clip", clip.load_clip)):
+        patch.setattr(models, name, _once(load, lambda path: (path, ())))
     patch.setattr(Classifier, "load", _once(Classifier.load, lambda c: (c.path, (c.batch_size, c.device))))
 
 

@@ -19,7 +19,7 @@ from deleatur.records.model import Concept
 from deleatur.training.loop import ErasureContext
 from deleatur.training.losses import Denoiser, Denoisers
 
-QUICK: dict[str, Any] = {"iterations": 80, "lr": 3e-3, "sampler_steps": 4, "batch_size": 4, "pool_size": 16}
+QUICK: dict[str, Any] = {"iterations": 35, "lr": 6e-3, "sampler_steps": 4, "batch_size": 4, "pool_size": 16}
 
 
 def words(model: Model, *names: str) -> Concept:

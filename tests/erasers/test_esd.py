@@ -25,8 +25,8 @@ from deleatur.training.losses import Denoiser, Denoisers
 from deleatur.training.parameters import select
 
 QUICK: dict[str, Any] = {
-    "iterations": 60,
-    "lr": 3e-3,
+    "iterations": 40,
+    "lr": 4e-3,
     "sampler_steps": 4,
     "batch_size": 4,
     "trajectories": "pool",

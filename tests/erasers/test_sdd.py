@@ -24,7 +24,7 @@ from deleatur.training.early_stopping import Evaluation
 from deleatur.training.loop import ErasureContext, TrainingProgress
 from deleatur.training.optimizer_state import SavedState
 
-QUICK = {"iterations": 60, "lr": 3e-3, "ema_decay": 0.8, "sampler_steps": 4, "batch_size": 4}
+QUICK = {"iterations": 35, "lr": 3e-3, "ema_decay": 0.8, "sampler_steps": 4, "batch_size": 4}
 
 
 def words(model: Model, *names: str) -> Concept:
@@ -124,10 +124,12 @@ def test_the_default_timestep_distribution_is_that_of_the_concepts_paper(
 
 
 def test_preservation_holds_other_prompts(model: Model) -> None:
-    off = edited_weights(model, erase(model, words(model, "gun")))
-    on = edited_weights(model, erase(model, words(model, "gun"), preservation_weight=4.0))
+    off, on = (
+        edited_weights(model, erase(model, words(model, "gun"), preservation_weight=w, iterations=15))
+        for w in (0.0, 4.0)
+    )
     moved_off, moved_on = (gap(model, w, "a cat", "a cat", base=True) for w in (off, on))
-    assert moved_on < 0.5 * moved_off
+    assert moved_on < 0.003 * moved_off
 
 
 def test_the_model_is_unmodified_and_only_attn2_is_in_the_delta(model: Model) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import sha256
+from types import CodeType
 from typing import Any
 
+import jinja2
 import pandas as pd
 import pytest
 
@@ -14,10 +16,25 @@ from deleatur.feedback.events import EventRow
 from deleatur.records.feedback import FeedbackEvent
 
 EventFactory = Callable[..., FeedbackEvent]
+COMPILE = jinja2.Environment.compile
+COMPILED: dict[tuple[Any, ...], CodeType] = {}
 
 
 def digest(name: str) -> str:
     return sha256(name.encode()).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def templates_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Great Expectations compiles the templates of its Data Docs for every page, a third of a validation's time."""
+
+    def compile_once(environment: jinja2.Environment, source: str, *args: Any, **options: Any) -> CodeType:
+        key = (environment.autoescape is True, source, *args)
+        if key not in COMPILED:
+            COMPILED[key] = COMPILE(environment, source, *args, **options)
+        return COMPILED[key]
+
+    monkeypatch.setattr(jinja2.Environment, "compile", compile_once)
 
 
 @pytest.fixture
