@@ -13,7 +13,7 @@ import yaml
 from deleatur.errors import DataError, DeleaturError
 
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Ten times as fast as SafeLoader, where PyYAML was built with libyaml."""
+"""Several times as fast as SafeLoader, where PyYAML was built with libyaml."""
 CONFLICT_MARKER = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
 """What git writes into a file with a merge conflict: <<<<<<< OURS and >>>>>>> THEIRS."""
 
