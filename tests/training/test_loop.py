@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,17 +264,3 @@ def test_a_resumed_run_has_all_evaluations_and_the_best_weights(
     assert all(torch.equal(complete.tensors[n], resumed.tensors[n]) for n in complete.tensors)
     assert resumed.record == complete.record
     assert list(evaluations) == list(remaining), "no evaluation is repeated"
-
-
-def test_a_concept_that_comes_back_is_not_returned(model: Model) -> None:
-    concept = encode.concept_from_words(model, "weapon", ["gun"])
-    config = {"batch_size": 2, "sampler_steps": STEPS, "lr": 1e-3, "eval_every": 2}
-
-    def erase(iterations: int, rates: Sequence[float]) -> Delta:
-        evaluations = iter([Evaluation(rate, 1.0) for rate in rates])
-        sdd = SDD(order="single", training={**config, "iterations": iterations})  # type: ignore[arg-type]
-        return sdd.erase(model, [concept], ErasureContext(1, probe=lambda w: next(evaluations)))
-
-    longer, shorter = erase(6, (1.0, 0.6, 0.2, 0.5)), erase(4, (1.0, 0.6, 0.2))
-    assert all(torch.equal(longer.tensors[n], shorter.tensors[n]) for n in shorter.tensors)
-    assert (longer.record["steps"], longer.record["selected"], longer.record["stop"]) == (6, 4, "end")

@@ -67,14 +67,14 @@ class TrainingConfig(BaseModel):
     batch_size: int = Field(1, gt=0)
     """b, states per iteration."""
     eval_every: int = Field(0, ge=0)
-    """Evaluation interval: iterations between two evaluations of sampled images, with one after the last iteration. The
-    weights of the best evaluation are returned: the one with the fewest images of the concept, as long as preserved
-    prompts hold. 0: never evaluate, train to the end and return the last weights."""
+    """Evaluation interval: iterations between two evaluations of sampled images, with one after the last iteration.
+    0: never evaluate, train to the end."""
     target_rate: float = Field(0.0, ge=0, le=1)
     """Stop once the share of evaluation images that show the concept is at or below this."""
     max_preserved_drop: float = Field(1.0, ge=0)
     """Stop, and return to the best earlier evaluation, once preserved prompts certainly score worse than the base model
-    by this share: the lower 95 % bound of the paired drop over the prompts counts, for noise is no reason to stop."""
+    by this share: the lower 95 % bound of the paired drop over the prompts counts, for noise is no reason to stop.
+    The best evaluation is the one with the fewest images of the concept."""
     min_relative_change: float = Field(1e-5, ge=0)
     """A run whose relative change of the trained weights is smaller is refused: it did nothing."""
     max_relative_change: float = Field(2.0, gt=0)

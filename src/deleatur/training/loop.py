@@ -211,9 +211,10 @@ def finetune(
                 _evaluate(run, probe(_cast(model, run.teacher)))
                 _early_stopping(model, config, run)
             context.on_step(_progress(config, run))
-    weights, selected = run.teacher, run.step
-    if probe:  # the longest training is not always the best: preserved concepts can bring the erased one back
+    if run.stop == "guard":
         weights, selected = run.best, best(acceptable(run.evaluations, config.max_preserved_drop))["step"]
+    else:  # not the evaluation with the fewest images: r_ψ takes what resembles the concept for it, and ranks poorly
+        weights, selected = run.teacher, run.step
     delta = weight_difference(model, weights)
     _check_relative_change(model, config, delta)
     record = {"steps": run.step, "selected": selected, "stop": run.stop or "end"}
