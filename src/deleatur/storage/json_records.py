@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -74,10 +74,13 @@ def schema(record_type: type) -> dict[str, Any]:
     }
 
 
-@cache
-def _adapter(record_type: type) -> TypeAdapter[Any]:
+def _new_adapter(record_type: Any) -> TypeAdapter[Any]:
     # In a list of one: pydantic applies `config` to a dataclass inside another type, but not to a bare dataclass.
     return TypeAdapter(Annotated[list[record_type], Field(min_length=1, max_length=1)], config=STRICT)
+
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(_new_adapter)
+"""Of a record type. For mypy, which takes `type` for unhashable, any type is hashable."""
 
 
 def _validate(data: bytes, record_type: type[T], source: str) -> T:
