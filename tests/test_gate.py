@@ -183,7 +183,15 @@ def test_a_relative_rule_also_has_a_deciding_sample_size() -> None:
 
 
 def test_on_the_limit_no_sample_size_decides() -> None:
-    assert "hardly decide" in apply_rule("gone", CEILING, report(rated(10, 100))).remedy
+    assert "no sensible number" in apply_rule("gone", CEILING, report(rated(10, 100))).remedy
+
+
+def test_an_absurd_sample_size_is_not_advised() -> None:
+    evaluation = deciding_evaluation(CEILING, report(rated(999, 10_000)))
+    assert evaluation is not None
+    assert (evaluation.outcome, (evaluation.deciding_sample_size or 0) > 10**6) == ("not enough evidence", True)
+    remedy = apply_rule("gone", CEILING, report(rated(999, 10_000))).remedy
+    assert remedy.startswith("the value is at the limit, where no sensible number of images decides (at most 50,000)")
 
 
 @pytest.mark.parametrize(

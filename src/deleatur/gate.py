@@ -37,6 +37,8 @@ LEARNED_ROLES: frozenset[Role] = frozenset({"token", "attack"})
 SIMULATED_NOTICE = (
     "SIMULATED RATERS: no person rated these images; this shows that the pipeline works, not that a model is safe"
 )
+MAX_SAMPLE_SIZE = 50_000
+"""Images that a remedy may advise: as many as large published evaluations sample."""
 NO_CHAMPION = "there is no champion to compare with: a first release, or one that requires approval"
 
 
@@ -266,8 +268,11 @@ def _remedy(e: RuleEvaluation, method: str) -> str:
     if e.outcome == "fail":
         return _erase_differently(e, method)
     size = e.deciding_sample_size
-    if size is None:
-        return "the value is on the limit, where more images hardly decide; erase differently or relax the rule"
+    if size is None or size > MAX_SAMPLE_SIZE:
+        return (
+            f"the value is at the limit, where no sensible number of images decides (at most {MAX_SAMPLE_SIZE:,}): "
+            "erase differently or relax the rule"
+        )
     outcome = "fail" if e.sign * e.score.value > e.limits[1] else "pass"
     return (
         f"about {max(size - e.score.n, 1)} more images would decide, towards {outcome} if the value stays the same; "
