@@ -86,6 +86,24 @@ def test_first_release_can_only_be_quarantined(fresh: Settings) -> None:
     assert aliases(fresh) == {QUARANTINED: "1"}
 
 
+def test_where_nothing_is_live_a_version_can_be_named(fresh: Settings) -> None:
+    for evidence in "ab":
+        register_pass(fresh, evidence)
+    open_registry(fresh).client.delete_registered_model_alias(fresh.register_.model, CHAMPION)
+    assert run_cli("settle", "--adopt", *ACTOR)[0] == 0
+    assert aliases(fresh) == {LAST_KNOWN_GOOD: "1"}
+    code, output = run_cli("rollback", *ACTOR)
+    assert (code, "nothing is live" in output, "rollback --to 1 --as NAME" in output) == (3, True, True)
+    for _ in "again":
+        assert run_cli("rollback", "--to", "1", *ACTOR) == (0, "version 1 is champion")
+        assert run_cli("rollback", *ACTOR) == (0, "version 1 is champion")
+    assert aliases(fresh) == {CHAMPION: "1", LAST_KNOWN_GOOD: "2"}, "version 2 was live, and nothing speaks against it"
+    last = ledger.read(fresh.register_.ledger).entries[-1]
+    assert (last.event, last.version, last.reason) == ("rollback", "1", "seen in the wild")
+    assert "rollback by Ada" in open_registry(fresh).description("1")
+    assert run_cli("history")[0] == 0
+
+
 def test_quarantine_of_other_versions_keeps_the_champion(fresh: Settings) -> None:
     register_pass(fresh, "a")
     register_pass(fresh, "b")

@@ -69,7 +69,8 @@ def rollback(
 ) -> None:
     """Roll back the last release: make the version before it live again, and quarantine the one that was live.
 
-    Takes seconds and needs no GPU. Idempotent: repeating it changes nothing. To go further back, use --to.
+    Takes seconds and needs no GPU. Idempotent: repeating it changes nothing. To go further back, use --to; also to
+    bring a version back where none is live.
     """
     from deleatur.registry import rollback as registry
 
@@ -92,7 +93,7 @@ def quarantine(
 def print_rollback(result: RollbackResult) -> None:
     was = "was already" if result.already else "is"
     live = f"version {result.champion} is" if result.champion else "none is"
-    print_text(f"Version {result.quarantined} {was} quarantined; {live} champion")
+    print_text(f"{f'Version {result.quarantined} {was} quarantined; ' if result.quarantined else ''}{live} champion")
 
 
 @commands.command()

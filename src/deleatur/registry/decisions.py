@@ -320,8 +320,9 @@ def _describe_decision(registry: Registry, entry: Entry, existing: Collection[st
     for version, line in descriptions.decision_lines(entry).items():
         if version in existing:
             registry.describe(descriptions.with_decision(registry.description(version), line), version)
-    if entry.event in ("rollback", "quarantine") and entry.aliases[QUARANTINED] in existing:
-        registry.mark_quarantined(entry.aliases[QUARANTINED], entry.reason)
+    quarantined = entry.aliases.get(QUARANTINED)
+    if entry.event in ("rollback", "quarantine") and quarantined and quarantined in existing:
+        registry.mark_quarantined(quarantined, entry.reason)
 
 
 def apply_state(registry: Registry, recorded: Ledger, pending: Sequence[Entry] = ()) -> None:

@@ -39,8 +39,8 @@ def version_description(summary: str, run: str) -> str:
 def decision_lines(entry: Entry) -> dict[str, str]:
     """Version → what a decision means for it."""
     decided = {entry.version: entry.event} if entry.version else {}
-    if entry.event in ("rollback", "quarantine"):
-        decided[entry.aliases[QUARANTINED]] = "quarantine"
+    if entry.event in ("rollback", "quarantine") and (version := entry.aliases.get(QUARANTINED)):
+        decided[version] = "quarantine"
     actor = escape_markdown(entry.actor)
     reason = escape_markdown(textwrap.shorten(entry.reason, MAX_REASON, placeholder=" …"))
     suffix = f"{f': {reason}' if reason else ''} (line {entry.number} of the ledger)"

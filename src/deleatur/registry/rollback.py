@@ -22,7 +22,8 @@ from deleatur.registry.verify import verify
 class RollbackResult:
     """The versions that a rollback or quarantine leaves."""
 
-    quarantined: str
+    quarantined: str | None
+    """None where nothing was live: a version became champion in no other's place."""
     champion: str | None
     """The champion from now on, if there is one."""
     already: bool
@@ -30,7 +31,7 @@ class RollbackResult:
 
 
 def rollback(settings: Settings, actor: str, reason: str, to: str | None = None) -> RollbackResult:
-    """Rolls back to the last known good version, or to version `to`.
+    """Rolls back to the last known good version, or to version `to`, which is required where nothing is live.
 
     Idempotent: called again without `to`, it changes nothing. Raises DataError if there is no earlier version, or
     the version may not go live; ModelError if its files are not those that were evaluated.
@@ -40,9 +41,15 @@ def rollback(settings: Settings, actor: str, reason: str, to: str | None = None)
         aliases = locked.ledger.aliases
         champion, last_change = aliases.get(CHAMPION), _last_champion_change(locked.ledger.entries)
         if last_change and last_change.event in ("rollback", "quarantine") and to in (None, champion):
-            return RollbackResult(last_change.aliases[QUARANTINED], champion, already=True)
-        if champion is None:
-            raise DataError("nothing is live that could be rolled back", hint="deleatur history")
+            replaced = QUARANTINED in last_change.aliases
+            return RollbackResult(last_change.aliases.get(QUARANTINED), champion, already=replaced)
+        if champion is None and to is None:
+            good = aliases.get(LAST_KNOWN_GOOD)
+            raise DataError(
+                "nothing is live that could be rolled back"
+                + (f"; version {good} is the last known good one, and --to {good} makes it live" if good else ""),
+                hint=f"deleatur rollback --to {good} --as NAME --reason WHY" if good else "deleatur history",
+            )
         target = to or aliases.get(LAST_KNOWN_GOOD)
         if target is None:
             raise DataError(
@@ -50,7 +57,7 @@ def rollback(settings: Settings, actor: str, reason: str, to: str | None = None)
                 hint=f"deleatur quarantine {champion} --as NAME --reason WHY (then nothing is live)",
             )
         _require_releasable(settings, locked, target)
-        moves = {
+        moves = {  # without a champion, nothing is quarantined
             QUARANTINED: champion,
             CHAMPION: target,
             LAST_KNOWN_GOOD: last_good_version(locked.ledger.entries, exclude={champion, target}),
