@@ -246,6 +246,15 @@ def test_utf_16_file_is_one_quarantine_row(event: EventFactory, encoding: str) -
     assert (quarantined.got, quarantined.remedy) == ("UTF-16", "save the file as UTF-8")
 
 
+def test_pointer_of_git_lfs_is_one_quarantine_row_that_names_it(event: EventFactory) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n".splitlines(True)
+    parsed = events.parse({"in/a.jsonl": pointer, "in/b.jsonl": [line(event("e9"))]})
+    assert [row.event.event_id for row in parsed.rows] == ["e9"]
+    [quarantined] = parsed.rejected
+    assert "pointer of Git LFS" in quarantined.got
+    assert quarantined.remedy.startswith("git -C in lfs pull")
+
+
 def test_truncated_and_padded_lines_are_quarantined_and_the_rest_is_used(event: EventFactory) -> None:
     valid = line(event("e1"))
     parsed = parse(valid, valid[:-20], line(event("e2")) + b"\0" * 100, b"\0" * 4096, line(event("e3")))

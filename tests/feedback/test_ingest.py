@@ -21,6 +21,7 @@ from deleatur.config.sections import ConceptSpec, Detection, EraseSection, Inges
 from deleatur.config.settings import Settings
 from deleatur.errors import DataError, SettingsError
 from deleatur.feedback import events
+from deleatur.feedback.events import QuarantineRow
 from deleatur.feedback.simulated import Panel
 from deleatur.records.feedback import FeedbackEvent
 from deleatur.stages import ingest
@@ -177,6 +178,14 @@ def test_invalid_archive_is_reported(root: Path) -> None:
     ingest.archive_path(root / "sources" / "weapon.jsonl").write_bytes(b"PAR1 or so")
     ingest.run(settings(root, targets=("style",)))
     assert summary(root)["quarantined"]["by_rule"]["image archive"] == 1
+
+
+def test_archive_that_is_a_pointer_of_git_lfs_is_named(root: Path) -> None:
+    archive = ingest.archive_path(root / "sources" / "weapon.jsonl")
+    archive.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    rejected: list[QuarantineRow] = []
+    assert list(ingest.valid_images([root / "sources" / "weapon.jsonl"], set(), rejected)) == []
+    assert [("pointer of Git LFS" in row.got, "lfs pull" in row.remedy) for row in rejected] == [(True, True)]
 
 
 def test_link_to_a_missing_archive_is_reported(root: Path) -> None:

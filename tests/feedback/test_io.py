@@ -52,6 +52,10 @@ CSV = {
     "open quote": (b'id,text\n1,"a\n', "is not a CSV table"),
     "UTF-16": ("id,text\n1,a\n".encode("utf-16"), "is not a CSV table"),
     "nothing": (b"", "is not a CSV table"),
+    "pointer of Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+        "pointer of Git LFS",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from registry import empty_store
 from safetensors.torch import save_file
 
@@ -51,6 +53,23 @@ def evidence(tmp_path: Path) -> Evidence:
         feedback_digest="f" * 64,
         feedback_source="feedback/answers.parquet",
     )
+
+
+DOWNLOAD = """The following failures occurred while downloading one or more artifacts from models:/m-1:
+##### File delta/delta.safetensors #####
+{cause}"""
+
+
+def test_failed_download_names_its_cause(tmp_path: Path) -> None:
+    def fail(cause: str) -> None:
+        with mlflow_client.translated_errors("sqlite:///mlflow.db", target=tmp_path):
+            raise MlflowException(DOWNLOAD.format(cause=cause))
+
+    with pytest.raises(OSError, match="No space left") as full:
+        fail("[Errno 28] No space left on device")
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path))
+    with pytest.raises(ServiceError, match="downloading one or more artifacts from models:/m-1: timed out"):
+        fail("timed out")
 
 
 def add(registry: Registry, evidence: Evidence) -> str:

@@ -82,6 +82,19 @@ def test_a_folder_with_tracked_files_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "docs" / "page.md").read_text() == "text"
 
 
+def test_a_mount_point_is_emptied_but_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "old").write_text("text")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == folder)
+    inode = folder.stat().st_ino
+    with pytest.raises(SettingsError, match="is a mount point") as refusal, files.replace_folder(folder):
+        pass
+    assert f"mount the disk at {tmp_path}" in refusal.value.hint
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert (list(files.empty_folder(folder).iterdir()), folder.stat().st_ino) == ([], inode)
+
+
 def test_the_literal_part_of_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("out[1]").mkdir()

@@ -88,6 +88,8 @@ def _from_os_error(error: OSError) -> DeleaturError:
         hint = f"ls -ld {path or '.'} (this account has to be able to write there)"
     elif error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
         hint = f"ls -ld {path or '.'} (a folder is in the place of a file, or a file in that of a folder: move it away)"
+    elif error.errno == errno.EBUSY:
+        hint = f"findmnt {path or '.'} (a mount point cannot be deleted or renamed: mount the disk elsewhere)"
     return kind(f"{error.strerror or error}{f': {path}' if path else ''}", hint=hint)
 
 

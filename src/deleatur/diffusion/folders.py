@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from deleatur.errors import ModelError, ServiceError
+from deleatur.storage.files import LFS_POINTER
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -147,7 +148,7 @@ def _check_content(path: Path) -> None:
     """Raises ModelError for files that were never downloaded: pointers of Git LFS, error pages, empty files."""
     with path.open("rb") as file:
         start = file.read(64).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(LFS_POINTER):
         raise ModelError(f"{path} is a pointer of Git LFS, not the file", hint=f"git -C {path.parent} lfs pull")
     if not start or start.startswith((b"<!doctype", b"<html")):
         content = "a web page" if start else "empty"

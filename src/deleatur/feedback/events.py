@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
@@ -24,6 +25,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
 from deleatur.records.feedback import FeedbackEvent
+from deleatur.storage.files import LFS_POINTER
 
 EVENT_SCHEMA = pa.schema(
     {
@@ -119,15 +121,13 @@ class ParsedEvents:
 def parse(sources: Mapping[str, Iterable[bytes]]) -> ParsedEvents:
     """Parses every file; each non-blank line ends up in exactly one of the three lists, in order of appearance.
 
-    A file in UTF-16, which cannot be split into lines as bytes, gives one quarantine row.
+    A file that has no lines of events, in UTF-16 or as a pointer of Git LFS, gives one quarantine row.
     """
     parsed, first_seen = ParsedEvents([], [], []), dict[object, FeedbackEvent]()
     for file, lines in sources.items():
         for number, line in enumerate(lines, 1):
-            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                parsed.rejected.append(
-                    QuarantineRow(file, 1, None, "json", "a file in UTF-8", "UTF-16", "save the file as UTF-8", "")
-                )
+            if number == 1 and (unreadable := _unreadable_file(file, line)):
+                parsed.rejected.append(unreadable)
                 break
             if not line.strip():
                 continue
@@ -144,6 +144,17 @@ def parse(sources: Mapping[str, Iterable[bytes]]) -> ParsedEvents:
             else:
                 parsed.rejected.append(_conflicting_repeat(row, known))
     return parsed
+
+
+def _unreadable_file(file: str, first_line: bytes) -> QuarantineRow | None:
+    """The quarantine row of a file whose first line shows that it holds no lines in UTF-8."""
+    expected, got, remedy = "a file in UTF-8", "UTF-16", "save the file as UTF-8"
+    if first_line.startswith(LFS_POINTER):
+        expected, got = "a file of JSON lines", "a pointer of Git LFS, not the file"
+        remedy = f"git -C {PurePath(file).parent.as_posix()} lfs pull, then: deleatur stage ingest"
+    elif not first_line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return None
+    return QuarantineRow(file, 1, None, "json", expected, got, remedy, "")
 
 
 def parse_line(file: str, number: int, line: bytes) -> EventRow | QuarantineRow:

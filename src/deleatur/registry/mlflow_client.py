@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from deleatur.errors import DataError, DeleaturError, ServiceError, SettingsError
 from deleatur.redaction import redact
 from deleatur.registry.relocation import relocate
-from deleatur.storage.files import disk_errors
+from deleatur.storage.files import disk_error_number, disk_errors
 
 ENVIRONMENT_URI = os.environ.get("MLFLOW_TRACKING_URI")
 """As it was when this process started: MLflow sets the variable itself whenever it is given a URI, see
@@ -38,6 +38,9 @@ STORE_FAULTS = (
     ),
 )
 """(Symptoms in the message of a database, whether its data has to be repaired, the next command.)"""
+
+FAILED_DOWNLOAD = "The following failures occurred while downloading"
+"""MLflow's first line of several: each file's name and error follow, with numbers of the operating system."""
 
 PAGE_SIZE = 100
 """Runs or versions per search request."""
@@ -92,10 +95,10 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 @contextmanager
-def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterator[None]:
+def translated_errors(uri: str, missing: DeleaturError | None = None, target: Path | None = None) -> Iterator[None]:
     """Raises exceptions of MLflow, its database and its server as ours.
 
-    missing: raised if MLflow reports that the object does not exist.
+    missing: raised if MLflow reports that the object does not exist. target: where files are downloaded to.
     """
     try:
         with disk_errors(sqlite_file(uri) or Path(redact(tracking_uri(uri)))):
@@ -110,7 +113,9 @@ def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterato
     except MlflowException as e:
         if missing and e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise missing from e
-        shown_uri, message = redact(tracking_uri(uri)), redact(str(e).strip().splitlines()[0])
+        if target and str(e).startswith(FAILED_DOWNLOAD) and (number := disk_error_number(str(e))):
+            raise OSError(number, os.strerror(number), str(target)) from e
+        shown_uri, message = redact(tracking_uri(uri)), redact(_first_cause(str(e)))
         if e.error_code == "INVALID_PARAMETER_VALUE":
             raise SettingsError(
                 f"MLflow at {shown_uri} does not accept the `register` section: {message}",
@@ -125,17 +130,23 @@ def translated_errors(uri: str, missing: DeleaturError | None = None) -> Iterato
 
 
 def _store_error(uri: str, text: str) -> DeleaturError:
-    """The error for a store that fails: its last cause in one line, and the command that helps."""
+    """The error for a store that fails: its cause in one line, and the command that helps."""
     shown_uri, path = redact(tracking_uri(uri)), sqlite_file(uri)
     if "<html" in text.lower() or "<!doctype" in text.lower():
         return ServiceError(f"{shown_uri} answers with an HTML page, not as MLflow", hint=f"curl {shown_uri}/version")
-    first, *_ = text.strip().splitlines()
-    message = first.partition(" [SQL:")[0]
+    message = _first_cause(text)
     for symptoms, damaged, advice in STORE_FAULTS:
         if any(symptom in text for symptom in symptoms):
             kind = DataError if damaged else ServiceError
             return kind(f"MLflow at {shown_uri} failed: {message}", hint=advice.format(uri=shown_uri, path=path))
     return ServiceError(f"MLflow at {shown_uri} failed: {message}", hint="deleatur doctor")
+
+
+def _first_cause(text: str) -> str:
+    """The first line without its SQL; where it only announces others, with the first of them that is no headline."""
+    first, *others = (line for line in text.strip().splitlines() if line.strip() and not line.startswith("#####"))
+    cause = f" {others[0].strip()}" if first.endswith(":") and others else ""
+    return f"{first.partition(' [SQL:')[0]}{cause}"
 
 
 def all_pages(search: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -49,7 +49,7 @@ def model_files(address: str, part: str = "") -> Iterator[Path]:
 
 def download(location: str, target: Path) -> Path:
     """Downloads a remote folder; the result is inside `target`."""
-    with translated_errors(mlflow.get_tracking_uri()):
+    with translated_errors(mlflow.get_tracking_uri(), target=target):
         return Path(mlflow.artifacts.download_artifacts(location, dst_path=str(target)))
 
 

@@ -38,7 +38,7 @@ class RegistryDump:
     def save(self) -> None:
         """Writes all versions of the registry, with their runs and models, to the folder."""
         use_tracking_uri(self.registry.uri)
-        with translated_errors(self.registry.uri):
+        with translated_errors(self.registry.uri, target=self.folder):
             versions = self.registry.versions()
             for run in self.registry.runs.search():
                 if EVIDENCE_TAG in run.data.tags:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import product
@@ -185,7 +186,9 @@ def valid_images(
                     yield image
         except DataError as e:
             expected = "a Parquet file with sha256, image, width, height"
-            rejected.append(_invalid_image(path, line + 1, "", "image archive", expected, str(e)))
+            invalid = _invalid_image(path, line + 1, "", "image archive", expected, str(e))
+            recomputed = e.hint == files.RECOMPUTE_HINT  # which is for archives that stages write
+            rejected.append(invalid if recomputed else replace(invalid, remedy=e.hint))
 
 
 def _invalid_image(path: Path, line: int, row: str, rule: str, expected: str, got: str) -> QuarantineRow:

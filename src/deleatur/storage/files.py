@@ -31,6 +31,8 @@ UNREADABLE_PARQUET = (pa.ArrowException, OSError, KeyError)
 
 RECOMPUTE_HINT = "dvc repro (runs the stages whose outputs are missing, damaged or out of date)"
 """For files that stages write."""
+LFS_POINTER = b"version https://git-lfs"
+"""How a pointer of Git LFS begins."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
 
@@ -43,11 +45,16 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as e:
-        in_text = re.search(r"(?:os error|Errno) (\d+)", str(e))
-        number = getattr(e, "errno", None) or (int(in_text[1]) if in_text else None)
+        number = getattr(e, "errno", None) or disk_error_number(str(e))
         if number in DISK_ERRORS and not getattr(e, "filename", None):
             raise OSError(number, os.strerror(number), str(path)) from e
         raise
+
+
+def disk_error_number(text: str) -> int | None:
+    """The operating system's number of a full or read-only disk in the text of an error."""
+    numbers = map(int, re.findall(r"(?:os error|Errno) (\d+)", text))
+    return next((number for number in numbers if number in DISK_ERRORS), None)
 
 
 @contextmanager
@@ -70,10 +77,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def empty_folder(folder: Path) -> Path:
     """Deletes the content of a folder, or creates it. Raises SettingsError if git tracks files in it."""
-    if folder.exists():
-        require_untracked(folder)
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    keep_only(folder, [])
     return folder
 
 
@@ -81,9 +85,15 @@ def empty_folder(folder: Path) -> Path:
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty temporary folder; when the block succeeds, it replaces `folder`, which until then stays as it is.
 
-    Raises SettingsError if git tracks files in the folder.
+    Raises SettingsError if git tracks files in the folder, or it is a mount point, which cannot be replaced.
     """
     require_untracked(folder)
+    if folder.is_mount():
+        raise SettingsError(
+            f"{folder} is a mount point, and a stage replaces this folder as a whole",
+            hint=f"mount the disk at {folder.absolute().parent} instead, or name a folder inside {folder} in the "
+            "section paths of params.yaml, then: deleatur check",
+        )
     for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of killed processes
         shutil.rmtree(leftover)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}.partial") for kind in ("new", "old"))
@@ -161,6 +171,13 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pd.DataFrame:
     return frame
 
 
+def require_no_pointer(path: Path) -> None:
+    """Raises DataError for a file that was never downloaded, whose place a pointer of Git LFS takes."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DataError(f"{path} is a pointer of Git LFS, not the file", hint=f"git -C {path.parent} lfs pull")
+
+
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Writes CSV without the index, lines ending in "\\n", atomically."""
     with atomic_write(path) as partial:
@@ -173,6 +190,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     Raises DataError for anything but UTF-8 with commas and the header's number of fields in every row.
     """
     require_file(path, "put it there or correct the path in params.yaml, then: deleatur check")
+    require_no_pointer(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header, *rows = (row for row in csv.reader(file, strict=True) if row)

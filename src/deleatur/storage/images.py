@@ -132,6 +132,7 @@ def write_archive(path: Path, images: Iterable[EncodedImage]) -> None:
 def read_archive(path: Path) -> Iterator[EncodedImage]:
     """Yields the images of an archive in order, a batch in memory at a time. Raises DataError for any other file."""
     files.require_file(path)
+    files.require_no_pointer(path)
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=64, columns=SCHEMA.names):
