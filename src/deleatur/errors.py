@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor
 
 
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that was never downloaded: a pointer of Git LFS takes its place."""
+
+
 class DeleaturError(Exception):
     """The message says what was expected and what was found; `hint` is the command to run next. Both are redacted."""
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from deleatur.errors import ModelError, ServiceError
-from deleatur.storage.files import LFS_POINTER
+from deleatur.errors import LFS_POINTER, ModelError, ServiceError
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")

@@ -24,8 +24,8 @@ import pyarrow as pa
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
+from deleatur.errors import LFS_POINTER
 from deleatur.records.feedback import FeedbackEvent
-from deleatur.storage.files import LFS_POINTER
 
 EVENT_SCHEMA = pa.schema(
     {

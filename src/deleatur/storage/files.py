@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from deleatur.errors import DataError, SettingsError
+from deleatur.errors import LFS_POINTER, DataError, SettingsError
 from deleatur.storage.git import first_tracked_file
 
 T = TypeVar("T")
@@ -31,8 +31,6 @@ UNREADABLE_PARQUET = (pa.ArrowException, OSError, KeyError)
 
 RECOMPUTE_HINT = "dvc repro (runs the stages whose outputs are missing, damaged or out of date)"
 """For files that stages write."""
-LFS_POINTER = b"version https://git-lfs"
-"""How a pointer of Git LFS begins."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
 
