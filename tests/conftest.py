@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 torch.set_num_threads(1)
-torch.backends.mkldnn.enabled = False  # it prepares every convolution anew, which takes longer than a small one
 
 SLOW_FIXTURES = frozenset({"shared", "done", "browser", "server", "servers", "stack", "exporter"})
 """Fixtures that run the complete chain, a server or a browser: what uses them, however indirectly, is slow."""

@@ -442,7 +442,6 @@ def test_a_full_disk_is_a_message() -> None:
         (3, ["restore", "nowhere"], "expected a folder that `deleatur backup` has written"),
         (3, ["restore", "prompts"], "expected a folder that `deleatur backup` has written"),
         (3, ["schema", "prompts"], "Is a directory: prompts"),
-        (3, ["schema", "nowhere/schema.json"], "No such file or directory: nowhere/schema.json"),
     ],
 )
 def test_a_wrong_argument_is_a_message(in_project: Path, code: int, arguments: list[str], message: str) -> None:

@@ -71,7 +71,8 @@ def test_all_words_in_one_prompt_have_to_fit_where_the_eraser_joins_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     values = workspace.small_params(tmp_path)
-    values["concepts"]["weapon"]["words"] = [f"gun sword {'cat ' * i}dog" for i in range(9)]
+    words = [f"gun sword {'cat ' * i}dog" for i in range(9)]
+    values["concepts"]["weapon"] |= {"words": words, "prompt_templates": ["a {}"]}
     values["erase"] |= {"method": "sdd", "source": "words"}
     values["erase"]["sdd"]["order"] = "single"
     check(workspace.create(tmp_path, **values))
@@ -143,7 +144,7 @@ def test_a_text_that_clip_would_truncate_is_refused(project: Settings, changes: 
     detector = {"method": "zero_shot", "path": "models/clip", "labels": ["gun", "cat"]} | changes.get("zero_shot", {})
     values["evaluate"]["detectors"]["zero_shot"] = detector
     values["evaluate"]["metrics"]["clip_score"] |= changes.get("clip_score", {})
-    values["concepts"]["weapon"] |= {"words": changes.get("words", ["gun"])}
+    values["concepts"]["weapon"] |= {"words": changes.get("words", ["gun"]), "prompt_templates": ["a {}"]}
     settings = Settings.of(values, "test")
     if not place:
         check(settings)

@@ -99,7 +99,7 @@ def test_report_succeeds_on_a_failing_verdict(done: Settings) -> None:
     [
         ({}, ""),
         ({"gate": finished.passing_policy(-6.0)}, "the rules in params.yaml have changed since this verdict"),
-        ({"seed": 43}, "with other settings than params.yaml has now"),
+        ({"seed": 43}, "the settings in params.yaml have changed since this report"),
     ],
 )
 def test_results_of_other_settings_are_marked(done: Settings, changes: dict[str, Any], reason: str) -> None:

@@ -207,7 +207,7 @@ def test_a_person_decides_where_the_policy_requires_approval(fresh: Settings) ->
     pending = approval.pending_approval(fresh)
     assert pending is not None
     version, evidence = pending
-    with pytest.raises(DataError, match="other evidence"):
+    with pytest.raises(DataError, match="rests on evidence other than"):
         approval.promote(fresh, version, "Ada", evidence="0" * 64)
     with pytest.raises(DataError, match="a name"):
         approval.promote(fresh, version, " ")
