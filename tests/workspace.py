@@ -38,6 +38,7 @@ def small_params(root: Path, **changes: Any) -> dict[str, Any]:
     p: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
     weapon = p["concepts"]["weapon"]
     weapon |= {"words": ["gun", "sword"], "detection": {"detector": "judge", "labels": ["gun", "sword"]}}
+    weapon["prompt_templates"] = ["a {}"]
     p["concepts"] = {"weapon": weapon}
     p["erase"]["abo"]["alternatives"] = {"weapon": "toy"}
     p["base"]["model"], p["paths"]["models"] = "models/pipeline", "models"

@@ -52,6 +52,15 @@ def test_a_joint_prompt_is_the_comma_separated_list(model: Model) -> None:
     assert torch.allclose(words.states, encode.encode_text(model, ["gun", "sword"]), atol=1e-6)
 
 
+def test_a_list_names_each_word_once_whatever_the_templates(model: Model) -> None:
+    bare, framed = (
+        encode.concept_from_words(model, "w", ["gun", "sword"], t) for t in (("{}",), ("{}", "a {}", "one {}"))
+    )
+    assert len(framed.states) == 6
+    for encoded in (encode.encode_joint_prompt, encode.encode_concept_list):
+        assert torch.equal(encoded(model, [framed]), encoded(model, [bare]))
+
+
 def test_a_concept_list_is_one_prompt_if_it_fits_and_equal_parts_otherwise(model: Model) -> None:
     short, long = (encode.concept_from_words(model, "w", ["gun", "sword", "cat", "dog"] * n) for n in (1, 3))
     assert torch.equal(encode.encode_concept_list(model, [short]), encode.encode_joint_prompt(model, [short]))

@@ -189,24 +189,30 @@ def encode_replacement(model: Model, concept: Concept, text: str) -> Tensor:
 
 @torch.no_grad()
 def encode_joint_prompt(model: Model, concepts: Sequence[Concept]) -> Tensor:
-    """E("c₁, c₂, …, c_K") (1, L, d): all descriptions of all concepts in one prompt."""
-    return encode(model, [join_prompts([p for c in concepts for p in c.prompt_parts])]).states
+    """E("c₁, c₂, …, c_K") (1, L, d): all descriptions of all concepts in one prompt, each in its first template."""
+    return encode(model, [join_prompts(list_descriptions(concepts))]).states
 
 
 @torch.no_grad()
 def encode_concept_list(model: Model, concepts: Sequence[Concept]) -> Tensor:
-    """(s, L, d): all descriptions of all concepts in as few prompts of similar length as L allows; usually s = 1.
+    """(s, L, d): all descriptions of all concepts, each in its first template, in as few prompts of similar length as L
+    allows; usually s = 1.
 
     For guides that steer away from concepts: one prompt, as published, or several, whose predictions the sampler
     averages, if one is too long. Without concepts: E("").
     """
-    parts, limit = [p for c in concepts for p in c.prompt_parts], model.max_tokens - 2  # without start and end token
+    parts, limit = list_descriptions(concepts), model.max_tokens - 2  # without start and end token
     for s in range(1, len(parts) + 1):
         cuts = [len(parts) * i // s for i in range(s + 1)]
         prompts = [join_prompts(parts[a:b]) for a, b in pairwise(cuts)]
         if all(count_tokens(model, *prompt) <= limit for prompt in prompts):
             return encode(model, prompts).states
     return encode(model, [()]).states
+
+
+def list_descriptions(concepts: Sequence[Concept]) -> list[PromptParts]:
+    """The prompts of all words or tokens in the first template of each concept: a list names each of them once."""
+    return [p for c in concepts for p in c.prompt_parts if p[::2] == c.prompt_parts[0][::2]]
 
 
 def join_prompts(prompts: Sequence[PromptParts]) -> PromptParts:

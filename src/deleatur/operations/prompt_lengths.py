@@ -120,7 +120,7 @@ def _joined(settings: Settings) -> Iterator[LocatedPrompt]:
             described = [("<token>", _soft_token(settings, name))] * methods.inverter(
                 settings, name
             ).workload().num_tokens
-        parts += fill_templates(described, spec.prompt_templates)[1]
+        parts += fill_templates(described, spec.prompt_templates[:1])[1]  # as `encode.list_descriptions`
     yield f"erase.{settings.erase.method}.order {eraser.order}, all words or tokens in one prompt", join_prompts(parts)
 
 
