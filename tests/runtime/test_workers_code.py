@@ -24,7 +24,7 @@ def double(shared: int, batch: int) -> int:
 def client() -> Iterator[Any]:
     """Of a worker in this process."""
     dask = pytest.importorskip("distributed", reason="pip install 'deleatur[dask]'")
-    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
     with dask.LocalCluster(**options) as cluster, dask.Client(cluster) as client:
         yield client
 

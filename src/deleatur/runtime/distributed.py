@@ -51,7 +51,7 @@ def dask_client(workers: WorkersSection) -> Iterator[Any]:
         ) from e
     if isinstance(workers.dask, int):
         # One thread per process, as in this one; memory is not limited, since models of any size are loaded.
-        how = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None}
+        how = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": "127.0.0.1:0"}  # None takes port 8787
         with LocalCluster(n_workers=workers.dask, **how) as cluster, Client(cluster) as client:
             yield client
         return
